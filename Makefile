@@ -1,0 +1,118 @@
+# Every task of the project. Nothing has to be set up first: a target makes the virtual environment
+# that it needs, and makes it again only when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+ARGS ?=
+# The version of torch that `make constraints` pins; all else is the newest that goes with it.
+TORCH ?= 2.13.0
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+bin := $(VENV)/bin
+pip_install = -m pip --disable-pip-version-check install
+
+.PHONY: help
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "Variables: ARGS (of compare and test), PYTHON ($(PYTHON)), VENV ($(VENV)), TORCH ($(TORCH))"
+
+# One stamp for each extra of pyproject.toml.
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
+	@[ -x $(bin)/pip ] || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	$(bin)/python $(pip_install) -c $(CONSTRAINTS) -e ".[$*]"
+	@touch $@
+
+.PHONY: compare
+compare: $(VENV)/.installed-bench  ## run the main comparison; ARGS="--help" lists its options
+	$(bin)/python -m benchmarks.compare $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.installed-test  ## run the tests; ARGS="-m 'not slow'" leaves out the slow ones
+	$(bin)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: lint types architecture wheel  ## all that follow, one after the other
+
+.PHONY: lint
+lint: $(VENV)/.installed-dev  ## ruff: rules and format
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+
+.PHONY: types
+types: $(VENV)/.installed-dev  ## mypy, strict
+	$(bin)/mypy --strict
+
+.PHONY: architecture
+architecture: $(VENV)/.installed-dev  ## imports point downward only
+	$(bin)/python -m pytest tests/test_architecture.py
+
+# Runs in an environment that has the wheel and what the wheel itself asks for, and nothing else.
+# Its arguments are the files of the package in the source tree.
+define WHEEL_CHECK
+import importlib.metadata
+import importlib.util
+import pathlib
+import sys
+
+import subspace_optim
+
+installed = pathlib.Path(subspace_optim.__file__).resolve().parent.parent
+version = importlib.metadata.version("subspace_optim")
+checks = {
+    "the package comes from the wheel": installed.is_relative_to(pathlib.Path(sys.prefix).resolve()),
+    "py.typed is in place": (installed / "subspace_optim" / "py.typed").is_file(),
+    "__version__ is the wheel's": getattr(subspace_optim, "__version__", version) == version,
+}
+for file in sys.argv[1:]:
+    checks[f"{file} is in place"] = (installed / file).is_file()
+for name in subspace_optim.__all__:
+    checks[f"subspace_optim.{name} imports"] = hasattr(subspace_optim, name)
+for name in ("benchmarks", "tests"):
+    checks[f"{name} cannot be imported"] = importlib.util.find_spec(name) is None
+failed = [what for what, holds in checks.items() if not holds]
+print(f"subspace_optim {version}: {len(checks)} checks of the wheel, failed: {failed or 'none'}")
+sys.exit(bool(failed))
+endef
+export WHEEL_CHECK
+
+.PHONY: wheel
+wheel: $(VENV)/.installed-dev  ## build the wheel and import it in an environment of its own
+	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
+	$(bin)/python -m build --wheel --outdir "$$tmp/dist" .; \
+	$(PYTHON) -m venv "$$tmp/venv"; \
+	"$$tmp/venv/bin/python" $(pip_install) -c $(CONSTRAINTS) "$$tmp"/dist/*.whl; \
+	{ set +x; } 2>/dev/null; \
+	files=$$(find subspace_optim -name '*.py' -o -name py.typed); \
+	mkdir "$$tmp/empty"; cd "$$tmp/empty"; \
+	"$$tmp/venv/bin/python" -I -c "$$WHEEL_CHECK" $$files
+
+.PHONY: format
+format: $(VENV)/.installed-dev  ## format the code, and mend what ruff can mend
+	$(bin)/ruff check --fix || true
+	$(bin)/ruff format
+
+define CONSTRAINTS_HEADER
+# Every version that `make` installs, for builds of torch with and without CUDA.
+# Written by `make constraints`: do not edit. (torch pins its own CUDA libraries.)
+endef
+export CONSTRAINTS_HEADER
+
+.PHONY: constraints
+constraints:  ## pin the newest versions anew, with the torch that TORCH names
+	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
+	$(PYTHON) -m venv "$$tmp/venv"; \
+	"$$tmp/venv/bin/python" $(pip_install) "torch==$(TORCH)" -e ".[dev]"; \
+	{ set +x; } 2>/dev/null; \
+	"$$tmp/venv/bin/python" -m pip freeze --all --exclude-editable --exclude pip > "$$tmp/frozen"; \
+	{ echo "$$CONSTRAINTS_HEADER"; \
+	  sed -E -e '/^(nvidia-|cuda-|triton==)/d' -e 's/^([^ ]+==[^+ ]+)\+[^ ]*$$/\1/' "$$tmp/frozen"; } > $(CONSTRAINTS)
+	@echo "wrote $(CONSTRAINTS): $$(grep -c == $(CONSTRAINTS)) pins"
+
+.PHONY: clean
+clean:  ## remove .venv, caches and build results
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
