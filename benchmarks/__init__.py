@@ -1,0 +1,1 @@
+"""Benchmarks on real data; the package never imports them."""

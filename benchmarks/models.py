@@ -1,0 +1,333 @@
+"""The architectures of `song_2024` (appendix E.1), and which data sets they fit.
+
+=========== =================================================== =================================
+model       what it is                                          fits
+=========== =================================================== =================================
+mlp         in - 200 - 200 - out, tanh                          mnist-5k, digits, cifar10-5k
+cnn         two 3x3 convolutions of 32 channels, linear head    cifar10-5k, mnist-5k, digits
+transformer two encoder layers, d = 64, eight heads             sst2-1k
+=========== =================================================== =================================
+
+All of them have a second derivative and work under `torch.func`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.data import DATASETS, PADDING, Dataset
+
+__all__ = ["CNN", "DEFAULT_MODEL", "FITS", "MODELS", "Transformer", "build", "default_lr", "mlp"]
+
+MODELS: Final = ("mlp", "cnn", "transformer")
+
+DEFAULT_MODEL: Final = {
+    "mnist-5k": "mlp",
+    "digits": "mlp",
+    "cifar10-5k": "cnn",
+    "sst2-1k": "transformer",
+}
+
+FITS: Final = {
+    "mlp": ("mnist-5k", "digits", "cifar10-5k"),
+    "cnn": ("cifar10-5k", "mnist-5k", "digits"),
+    "transformer": ("sst2-1k",),
+}
+
+_LEARNING_RATES: Final = {
+    "mse": {"mnist-5k": 0.01, "digits": 0.01, "cifar10-5k": 0.001, "sst2-1k": 0.001},
+    "ce": {"mnist-5k": 0.1, "digits": 0.1, "cifar10-5k": 0.001, "sst2-1k": 0.001},
+}
+
+
+def build(name: str, dataset: Dataset, *, num_outputs: int, seed: int) -> nn.Module:
+    """A freshly initialised float32 model on the CPU that takes the inputs of a data set.
+
+    Parameters are torch's defaults, drawn from the seed alone: the same arguments give the same
+    model, and no random state outside is touched.
+
+    Args:
+        name: One of `MODELS`.
+        dataset: The data whose inputs the model takes. The CNN sees flat images as squares of one
+            channel: 1x28x28 for ``mnist-5k``, 1x8x8 for ``digits``.
+        num_outputs: Scores an example, usually `Dataset.num_classes`.
+        seed: The seed of the initialisation.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        ValueError: There is no model of that name, it does not take such inputs, or
+            `num_outputs` is less than 1.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: allowed are {', '.join(MODELS)}")
+    if num_outputs < 1:
+        raise ValueError(f"num_outputs={num_outputs}: a model needs at least 1 output")
+    # Only the CPU generator is seeded: torch.manual_seed would move those of the accelerators
+    # too, and a fork of these warns where there are several. The numbers are the same.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        if name == "mlp":
+            return mlp(_flat_size(dataset), num_outputs)
+        if name == "cnn":
+            return CNN(_image_shape(dataset), num_outputs)
+        vocabulary, length = _text_size(dataset)
+        return Transformer(vocabulary, length, num_outputs)
+
+
+def default_lr(data: str, loss: str) -> float:
+    """The constant learning rate of SGD in `song_2024` (appendix E.3), with minibatches of 50.
+
+    The paper has no experiment on ``digits``: it gets the rates of ``mnist-5k``.
+
+    Args:
+        data: One of `benchmarks.data.DATASETS`.
+        loss: A key of `benchmarks.losses.LOSSES`: ``"mse"`` or ``"ce"``.
+
+    Returns:
+        The learning rate for the data set's model of `DEFAULT_MODEL`.
+
+    Raises:
+        ValueError: There is no such data set or loss.
+    """
+    if loss not in _LEARNING_RATES:
+        raise ValueError(f"unknown loss {loss!r}: allowed are {', '.join(_LEARNING_RATES)}")
+    if data not in _LEARNING_RATES[loss]:
+        raise ValueError(f"unknown data set {data!r}: allowed are {', '.join(DATASETS)}")
+    return _LEARNING_RATES[loss][data]
+
+
+# --- the models --------------------------------------------------------------------------------
+
+
+def mlp(inputs: int, outputs: int, *, width: int = 200) -> nn.Sequential:
+    """The paper's "3-layer MLP of width 200": two hidden tanh layers, inputs flattened first.
+
+    Args:
+        inputs: Numbers an example.
+        outputs: Scores an example.
+        width: Units of each hidden layer.
+
+    Returns:
+        A model of inputs (N, ...) with ``inputs`` numbers a row; its output is (N, outputs).
+    """
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(inputs, width),
+        nn.Tanh(),
+        nn.Linear(width, width),
+        nn.Tanh(),
+        nn.Linear(width, outputs),
+    )
+
+
+class CNN(nn.Module):
+    """The paper's "3-layer CNN of width 32": two convolutions and a linear layer.
+
+    Each convolution is 3x3 with padding 1, then ReLU, then 2x2 max pooling.
+
+    Args:
+        shape: Channels, height and width of an image; height and width are at least 4.
+        outputs: Scores an example.
+        width: Channels of each convolution.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], outputs: int, *, width: int = 32) -> None:
+        """Creates the layers."""
+        super().__init__()
+        channels, height, columns = shape
+        self.shape = shape
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width * (height // 4) * (columns // 4), outputs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (N, outputs) of images (N, channels, height, width), which may come flat."""
+        hidden = images.reshape(images.shape[0], *self.shape)
+        hidden = functional.max_pool2d(functional.relu(self.conv1(hidden)), 2)
+        hidden = functional.max_pool2d(functional.relu(self.conv2(hidden)), 2)
+        scores: Tensor = self.head(hidden.flatten(1))
+        return scores
+
+
+class Transformer(nn.Module):
+    """A text classifier: two encoder layers, masked mean pooling, a linear head.
+
+    Token and position embeddings are learned and added. The paper gives two layers, d = 64 and
+    eight heads; the rest is our choice: feed-forward width 256 (4 d); *pre-norm*, which trains
+    more steadily at a constant rate than post-norm, so with one more layer norm at the end; the
+    exact GELU, which is twice differentiable everywhere, as ReLU is not; no dropout; torch's
+    default initialisation. Padding (id 0) is hidden from attention and left out of the mean.
+
+    The fused attention kernels have no second derivative: for Hessian products, call the model
+    under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
+
+    Args:
+        vocabulary: Number of token ids.
+        length: The longest sentence that the model takes, in tokens.
+        outputs: Scores an example.
+        width: The model's dimension d.
+        heads: Attention heads a layer; they divide `width`.
+        layers: Encoder layers.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        length: int,
+        outputs: int,
+        *,
+        width: int = 64,
+        heads: int = 8,
+        layers: int = 2,
+    ) -> None:
+        """Creates the embeddings, the layers and the head."""
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width)
+        self.layers = nn.ModuleList(EncoderLayer(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores (N, outputs) of token ids (N, T), T at most the model's length.
+
+        Args:
+            tokens: Token ids, int64, filled up with 0. A sentence of padding alone has an empty
+                mean, which is taken as 0: its scores are the head's bias.
+
+        Returns:
+            The scores, shape (N, outputs).
+
+        Raises:
+            ValueError: The sentences are longer than the model's length.
+        """
+        length = tokens.shape[-1]
+        if length > self.positions.num_embeddings:
+            raise ValueError(
+                f"tokens has {length} columns: the model takes at most "
+                f"{self.positions.num_embeddings}"
+            )
+        real = tokens != PADDING
+        # A softmax over no key is 0 / 0, and what comes of it differs between kernels: a sentence
+        # of padding alone attends to its padding instead, and the mean below leaves it out.
+        keys = real | ~real.any(dim=-1, keepdim=True)
+        hidden = self.tokens(tokens) + self.positions(torch.arange(length, device=tokens.device))
+        for layer in self.layers:
+            hidden = layer(hidden, keys)
+        weights = real.unsqueeze(-1).to(hidden.dtype)
+        mean = (weights * self.norm(hidden)).sum(dim=-2) / weights.sum(dim=-2).clamp(min=1)
+        scores: Tensor = self.head(mean)
+        return scores
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then a feed-forward layer, each on normalised inputs and added to them.
+
+    ``h = x + attention(norm(x))``; ``h + feed_forward(norm(h))``, feed-forward width ``4 width``.
+
+    Args:
+        width: The model's dimension.
+        heads: Attention heads; they divide `width`.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        """Creates the two sublayers."""
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.project_in = nn.Linear(width, 3 * width)
+        self.project_out = nn.Linear(width, width)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, hidden: Tensor, keys: Tensor) -> Tensor:
+        """The layer's output, shaped like its input.
+
+        Args:
+            hidden: One vector a token, shape (N, T, width).
+            keys: True where a token may be attended to, shape (N, T).
+
+        Returns:
+            One vector a token, shape (N, T, width).
+        """
+        hidden = hidden + self._attention(self.attention_norm(hidden), keys)
+        output: Tensor = hidden + self.feed_forward(self.feed_forward_norm(hidden))
+        return output
+
+    def _attention(self, hidden: Tensor, keys: Tensor) -> Tensor:
+        # (N, T, 3 width) -> three of (N, heads, T, width / heads)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+            for part in self.project_in(hidden).chunk(3, dim=-1)
+        )
+        mask = keys[..., None, None, :]  # the same for every head and every query
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        output: Tensor = self.project_out(mixed.transpose(-3, -2).flatten(-2))
+        return output
+
+
+# --- which inputs a model takes ----------------------------------------------------------------
+
+
+def _flat_size(dataset: Dataset) -> int:
+    """Numbers an example, for the MLP.
+
+    Raises:
+        ValueError: The inputs are token ids.
+    """
+    if dataset.vocabulary is not None:
+        raise ValueError(_misfit("mlp", dataset, "token ids, which are no numbers to multiply"))
+    return math.prod(dataset.x_train.shape[1:])
+
+
+def _image_shape(dataset: Dataset) -> tuple[int, int, int]:
+    """Channels, height and width of an image, for the CNN; a flat one is a square.
+
+    Raises:
+        ValueError: The inputs are no images of at least 4x4 pixels.
+    """
+    if dataset.vocabulary is not None:
+        raise ValueError(_misfit("cnn", dataset, "token ids"))
+    shape = tuple(dataset.x_train.shape[1:])
+    if len(shape) == 1:
+        side = math.isqrt(shape[0])
+        if side * side != shape[0]:
+            raise ValueError(
+                _misfit("cnn", dataset, f"flat rows of {shape[0]} numbers, not a square image")
+            )
+        shape = (1, side, side)
+    if len(shape) != 3 or min(shape[1:]) < 4:
+        raise ValueError(
+            _misfit("cnn", dataset, f"shape {shape}, not images of at least 4x4 pixels")
+        )
+    return shape
+
+
+def _text_size(dataset: Dataset) -> tuple[int, int]:
+    """Vocabulary and sentence length, for the transformer.
+
+    Raises:
+        ValueError: The inputs are no token ids.
+    """
+    if dataset.vocabulary is None:
+        raise ValueError(_misfit("transformer", dataset, "images, not token ids"))
+    return dataset.vocabulary, dataset.x_train.shape[1]
+
+
+def _misfit(name: str, dataset: Dataset, inputs: str) -> str:
+    """The message for a model that does not take the data's inputs; it says what fits."""
+    models = [model for model, fitting in FITS.items() if dataset.name in fitting]
+    way_out = f"; {dataset.name!r} fits {', '.join(models)}" if models else ""
+    return (
+        f"model {name!r} does not take {dataset.name!r} ({inputs}): it fits "
+        f"{', '.join(FITS[name])}{way_out}"
+    )
