@@ -1,0 +1,34 @@
+"""Optimizers and diagnostics in the dominant and the bulk subspace of the loss Hessian."""
+
+from importlib.metadata import version
+
+from subspace_optim import diagnostics
+from subspace_optim._validation import (
+    ArgumentError,
+    ConvergenceWarning,
+    DataChangedError,
+    NonFiniteError,
+    StaleBasisWarning,
+)
+from subspace_optim.curvature import HessianOperator
+from subspace_optim.diagnostics import Monitor
+from subspace_optim.linalg import EigenBasis
+from subspace_optim.optim import BulkSGD, DomSGD
+from subspace_optim.subspace import DominantSubspace
+
+__version__ = version("subspace_optim")
+
+__all__ = [
+    "ArgumentError",
+    "BulkSGD",
+    "ConvergenceWarning",
+    "DataChangedError",
+    "DomSGD",
+    "DominantSubspace",
+    "EigenBasis",
+    "HessianOperator",
+    "Monitor",
+    "NonFiniteError",
+    "StaleBasisWarning",
+    "diagnostics",
+]

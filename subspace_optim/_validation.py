@@ -1,0 +1,99 @@
+"""Argument checks with one message style, and the errors and warnings of the package.
+
+Every message names the argument, its value, what is allowed and the way out, and is raised before
+anything has been changed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+
+
+class ArgumentError(ValueError):
+    """An argument that cannot be used: its name, its value, what is allowed, and the way out."""
+
+    def __init__(self, argument: str, value: object, allowed: str, remedy: str = "") -> None:
+        super().__init__(argument, value, allowed, remedy)
+
+    def __str__(self) -> str:
+        argument, value, allowed, remedy = self.args
+        message = f"{argument} is {value!r}, but must be {allowed}."
+        return f"{message} {remedy}" if remedy else message
+
+
+class DataChangedError(ValueError):
+    """A pass over the data that differs from the pass before: the curvature is not one matrix."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or curvature product that is NaN or infinite."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An eigensolve that stopped before it reached the accuracy that was asked for."""
+
+
+class StaleBasisWarning(UserWarning):
+    """A refresh that failed: the last eigenbasis stays in use."""
+
+
+def check_integer(
+    argument: str, value: Any, *, minimum: int, maximum: int | None = None, remedy: str = ""
+) -> int:
+    """Returns ``value`` as an int within ``[minimum, maximum]``.
+
+    Raises:
+        ArgumentError: it is no integer (booleans are none), or out of range.
+    """
+    allowed = f"an integer of at least {minimum}"
+    if maximum is not None:
+        allowed = f"an integer from {minimum} to {maximum}"
+    if isinstance(value, bool):
+        raise ArgumentError(argument, value, allowed, remedy)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(argument, value, allowed, remedy) from None
+    if number < minimum or (maximum is not None and number > maximum):
+        raise ArgumentError(argument, number, allowed, remedy)
+    return number
+
+
+def check_number(
+    argument: str,
+    value: Any,
+    *,
+    minimum: float | None = 0.0,
+    exclusive: bool = False,
+    tensor: bool = False,
+    remedy: str = "",
+) -> None:
+    """Checks that ``value`` is a finite number of at least ``minimum``.
+
+    Args:
+        argument: its name, for the message.
+        value: a number; a tensor of one element too where ``tensor`` is set.
+        minimum: the smallest value that is allowed (``None``: any).
+        exclusive: the minimum itself is not allowed.
+        tensor: allows a tensor of one element, as torch's optimizers do for ``lr``.
+        remedy: the way out, added to the message.
+
+    Raises:
+        ArgumentError: it is none of these.
+    """
+    allowed = "a finite number"
+    if minimum is not None:
+        allowed += f" {'above' if exclusive else 'of at least'} {minimum:g}"
+    number = math.nan
+    if isinstance(value, torch.Tensor):
+        if tensor and value.numel() == 1 and not value.is_complex():
+            number = float(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value)
+    low = minimum is not None and (number < minimum or (exclusive and number == minimum))
+    if low or not math.isfinite(number):
+        raise ArgumentError(argument, value, allowed, remedy)

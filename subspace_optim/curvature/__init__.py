@@ -1,0 +1,7 @@
+"""A model's loss as a linear operator: it knows no eigensolver, subspace or optimizer."""
+
+from subspace_optim.curvature.hessian import HessianOperator
+from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats
+from subspace_optim.curvature.parameters import ParameterSpace
+
+__all__ = ["CurvatureOperator", "HessianOperator", "OperatorStats", "ParameterSpace"]

@@ -1,0 +1,129 @@
+"""The data of an operator: the same batches in every pass, on the device of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, RandomSampler
+
+from subspace_optim._validation import ArgumentError, DataChangedError
+from subspace_optim.curvature.isolation import random_state_kept
+from subspace_optim.curvature.parameters import digest
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class Batches:
+    """Passes over ``data``, each checked to be the same as the first.
+
+    Args:
+        data: ``(x, y)``, or any re-iterable of batches: a list, a ``DataLoader`` that does not
+            shuffle. A mapping is one batch.
+
+    Raises:
+        ArgumentError: it is a list of two tensors (ambiguous), a generator (it can be read only
+            once), a loader that shuffles, or empty.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data: Iterable[Any] = [data] if _is_batch(data) else data
+        # Python's own containers hold the same batches in every pass; other iterables are asked.
+        self._checked = not isinstance(self.data, list | tuple)
+        self._reference: list[int] | None = None
+        if isinstance(data, list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+            raise ArgumentError(
+                "data",
+                "a list of two tensors",
+                "the tuple `(x, y)` or a list of such tuples",
+                "A list is read as a list of batches.",
+            )
+        if isinstance(data, Iterator) or not isinstance(self.data, Iterable):
+            raise ArgumentError(
+                "data",
+                type(data).__name__,
+                "`(x, y)` or an iterable that can be read again and again",
+                "A generator is used up by its first pass: make it a list or a DataLoader.",
+            )
+        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+            raise ArgumentError(
+                "data",
+                "a DataLoader that shuffles",
+                "one that yields the same batches in every pass",
+                "Make a second DataLoader of the same data set with shuffle=False.",
+            )
+        if isinstance(self.data, Sized) and len(self.data) == 0:
+            raise ArgumentError("data", "empty", "at least one batch")
+
+    def read(self, device: torch.device, *, upcast: bool) -> Iterator[tuple[int, Any]]:
+        """Yields each batch with its index, on ``device``.
+
+        A pass that differed from the first raises ``DataChangedError`` at its end.
+
+        Args:
+            device: where the parameters live.
+            upcast: bf16 and fp16 inputs become float32, as the parameters do.
+
+        Raises:
+            ArgumentError: there is no batch.
+        """
+        digests: list[Tensor] = []
+
+        def move(leaf: object) -> object:
+            if not isinstance(leaf, Tensor):  # a tokenizer's batch moves itself
+                return leaf.to(device) if hasattr(leaf, "to") else leaf
+            low = upcast and leaf.dtype in _LOW_PRECISION
+            return leaf.to(device, torch.float32 if low else leaf.dtype)
+
+        index = -1
+        with random_state_kept(device, self.data):
+            for index, batch in enumerate(self.data):
+                if self._checked:
+                    digests.append(digest(t for t in tree_leaves(batch) if isinstance(t, Tensor)))
+                yield index, tree_map(move, batch)
+        if index < 0:
+            raise ArgumentError("data", "empty", "at least one batch")
+        if self._checked:
+            self._compare([int(d) for d in digests])
+
+    def _compare(self, digests: list[int]) -> None:
+        if self._reference is None:
+            self._reference = digests
+        elif digests != self._reference:
+            differing = sum(a != b for a, b in zip(digests, self._reference, strict=False))
+            message = (
+                f"This pass over the data differs from the first: {len(digests)} batches instead "
+                f"of {len(self._reference)}, {differing} of them changed. The curvature must be "
+                "one fixed matrix: give it data without shuffling, augmentation or drop_last."
+            )
+            raise DataChangedError(message)
+
+
+def _is_batch(data: object) -> bool:
+    """Whether ``data`` is one batch: a mapping, or a tuple whose first element is a tensor."""
+    if isinstance(data, Mapping):
+        return True
+    return isinstance(data, tuple) and len(data) > 0 and isinstance(data[0], Tensor)
+
+
+def supervised(loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], tuple[Tensor, Any]]:
+    """Returns ``batch_loss(model, (x, y)) = loss_fn(model(x), y)``, weighted by its examples."""
+
+    def batch_loss(model: Callable[[Any], Any], batch: Any) -> tuple[Tensor, int]:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ArgumentError(
+                "a batch of data",
+                type(batch).__name__,
+                "a pair (x, y)",
+                "For batches of another form use HessianOperator.from_loss.",
+            )
+        x, y = batch
+        counted = next((t for t in tree_leaves([y, x]) if isinstance(t, Tensor) and t.dim()), None)
+        if counted is None:
+            raise ArgumentError("a batch of data", "of no tensor", "of at least one example")
+        return loss_fn(model(x), y), len(counted)
+
+    return batch_loss

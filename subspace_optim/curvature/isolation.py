@@ -1,0 +1,106 @@
+"""Contexts in which curvature is computed without a trace: what they change, they put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Mode = Literal["train", "eval"]
+
+
+def _device_generators(device: torch.device) -> list[torch.Generator]:
+    """Torch's own generators that code on ``device`` draws from."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    return generators
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Draws from torch's generators as if they had just been seeded: dropout masks are fixed."""
+    generators = _device_generators(device)
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _loader_generators(data: object) -> list[torch.Generator]:
+    """The generators that a ``DataLoader`` draws its order from."""
+    sampler = getattr(data, "sampler", None)
+    batch_sampler = getattr(data, "batch_sampler", None)
+    inner = getattr(batch_sampler, "sampler", None)
+    owners = (data, sampler, batch_sampler, inner)
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+@contextmanager
+def random_state_kept(device: torch.device, data: object) -> Iterator[None]:
+    """Leaves the random state of torch, NumPy, Python and the loader ``data`` as found."""
+    generators = _device_generators(device) + _loader_generators(data)
+    states = [generator.get_state() for generator in generators]
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (the global one)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+@contextmanager
+def in_mode(model: nn.Module, mode: Mode | None) -> Iterator[None]:
+    """Puts the model in train or eval mode (``None``: as it is), and each module back."""
+    modules = list(model.modules())
+    flags = [module.training for module in modules]
+    try:
+        if mode is not None:
+            model.train(mode == "train")
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
+
+
+def _precision_settings(device: torch.device) -> Iterable[Any]:
+    backends: Any = torch.backends  # its annotations lack the settings by operation
+    if device.type == "cuda":
+        return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    return backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Computes float32 as float32: no tf32 or bf16 inside of products, and no autocast.
+
+    Attention takes its mathematical form, since fused kernels have no second derivative.
+    """
+    settings = list(_precision_settings(device))
+    saved = [setting.fp32_precision for setting in settings]
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        try:
+            for setting in settings:
+                setting.fp32_precision = "ieee"
+            yield
+        finally:
+            for setting, value in zip(settings, saved, strict=True):
+                setting.fp32_precision = value

@@ -1,0 +1,91 @@
+"""The contract between curvature and everything that uses it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspace_optim.curvature.parameters import ParameterSpace
+
+
+@dataclass
+class OperatorStats:
+    """What an operator has cost so far, and how it works at present.
+
+    Attributes:
+        products: products with a vector.
+        gradients: gradients over all of the data, those that a kept graph begins with included.
+        passes: readings of the data.
+        graphs_kept: batches whose gradient graph is held, or was when it was last needed.
+        graphs_streamed: batches whose graph is built anew for each block of products.
+        graph_bytes: memory of the kept graphs.
+    """
+
+    products: int = 0
+    gradients: int = 0
+    passes: int = 0
+    graphs_kept: int = 0
+    graphs_streamed: int = 0
+    graph_bytes: int = 0
+
+
+class CurvatureOperator(ABC):
+    """A symmetric P×P matrix at the current parameters of a model, known by its products.
+
+    Between two changes of the parameters it is one fixed matrix, and using it leaves buffers,
+    gradients, random state and train/eval mode as they were.
+
+    Attributes:
+        parameters: the coordinates of its vectors.
+        stats: what it has cost.
+    """
+
+    parameters: ParameterSpace
+    stats: OperatorStats
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.parameters.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its vectors: float64 for float64 models, else float32."""
+        return self.parameters.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters and all its vectors live."""
+        return self.parameters.device
+
+    @abstractmethod
+    def matvec(self, v: Tensor) -> Tensor:
+        """Returns the product with ``v: (P,)``, a new ``(P,)``."""
+
+    @abstractmethod
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``."""
+
+    @abstractmethod
+    def gradient(self) -> Tensor:
+        """Returns the gradient of the mean loss over all of the data, ``(P,)``."""
+
+    @abstractmethod
+    def loss(self) -> float:
+        """Returns the mean loss over all of the data."""
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Promises that the parameters do not change inside: they are looked at on entry only.
+
+        What a block of products needs once is done once, and no product synchronises the host.
+        """
+        yield
+
+    def release(self) -> None:  # noqa: B027 (an operator that keeps nothing has nothing to do)
+        """Frees what is kept for further products at the present parameters."""

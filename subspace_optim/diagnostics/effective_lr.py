@@ -1,0 +1,68 @@
+"""Effective learning rates: how far an update goes along each part of the gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subspace_optim.linalg.eigenbasis import EigenBasis
+
+
+def dom_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
+    r"""Returns the effective learning rate of an update in the dominant subspace.
+
+    .. math:: \eta^{\mathrm{dom}}_t =
+        -\frac{\langle \theta_{t+1} - \theta_t,\; P_k \nabla L(\theta_t) \rangle}
+              {\| P_k \nabla L(\theta_t) \|^2}
+
+    The paper's formula has no minus sign, and so gives −η for gradient descent, which its text
+    assigns +η; this is the text's. Gradient descent at rate η has η in both subspaces, Dom-GD has
+    η here and 0 in the bulk.
+
+    Args:
+        update: ``θ_{t+1} − θ_t``, ``(P,)``.
+        gradient: ``∇L(θ_t)`` over all of the data, ``(P,)``.
+        basis: the dominant subspace at ``θ_t``.
+
+    Returns:
+        A scalar tensor; NaN where the gradient has no dominant component beyond rounding.
+
+    Reference:
+        `song_2024`, Definition 4.
+    """
+    return _rate(update, basis.project(gradient), gradient)
+
+
+def bulk_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
+    r"""Returns the effective learning rate of an update in the bulk subspace.
+
+    .. math:: \eta^{\mathrm{bulk}}_t =
+        -\frac{\langle \theta_{t+1} - \theta_t,\; P_k^\perp \nabla L(\theta_t) \rangle}
+              {\| P_k^\perp \nabla L(\theta_t) \|^2}
+
+    With the sign of ``dom_lr``. Among optimizers it goes with the speed of training
+    (`song_2024`, appendix C).
+
+    Args:
+        update: ``θ_{t+1} − θ_t``, ``(P,)``.
+        gradient: ``∇L(θ_t)`` over all of the data, ``(P,)``.
+        basis: the dominant subspace at ``θ_t``.
+
+    Returns:
+        A scalar tensor; NaN where the gradient has no bulk component beyond rounding (as for
+        ``k = P``).
+
+    Reference:
+        `song_2024`, Definition 4.
+    """
+    return _rate(update, basis.project_out(gradient), gradient)
+
+
+def _rate(update: Tensor, component: Tensor, gradient: Tensor) -> Tensor:
+    """Returns ``−⟨update, component⟩ / ‖component‖²``, NaN for a component that is rounding."""
+    norm = torch.linalg.vector_norm(component)
+    noise = 10 * torch.finfo(component.dtype).eps
+    seen = norm > noise * torch.linalg.vector_norm(gradient)
+    unit = component / norm
+    rate = -torch.dot(update.to(component.dtype), unit) / norm
+    return torch.where(seen, rate, torch.nan)

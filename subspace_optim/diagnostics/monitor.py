@@ -1,0 +1,246 @@
+"""``Monitor``: reads where the updates of any optimizer go, through torch's step hooks."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from subspace_optim._validation import ArgumentError, check_integer
+from subspace_optim.diagnostics.alignment import alignment
+from subspace_optim.diagnostics.effective_lr import bulk_lr, dom_lr
+from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.subspace import DominantSubspace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "step",
+    "loss",
+    "gradient_norm",
+    "update_norm",
+    "chi_gradient",
+    "chi_update",
+    "dom_lr",
+    "bulk_lr",
+    "distance",
+    "sharpness",
+    "eigenvalues",
+    "products",
+)
+
+
+@dataclass
+class _Before:
+    """What a row needs of ``θ_t``, from before the step."""
+
+    theta: Tensor
+    basis: EigenBasis
+    gradient: Tensor
+    loss: float
+
+
+class Monitor:
+    r"""Records the diagnostics of any ``torch.optim.Optimizer``, one row a recorded step.
+
+    A row of step t tells of the update :math:`\theta_{t+1} - \theta_t` and of loss, gradient and
+    Hessian at :math:`\theta_t`, over all data of the subspace's operator:
+
+    ================  =====================================================================
+    ``step``          t, counted from the attachment
+    ``loss``          ``L(θ_t)``
+    ``gradient_norm`` ``‖∇L(θ_t)‖``
+    ``update_norm``   ``‖θ_{t+1} − θ_t‖``
+    ``chi_gradient``  χ_k of the gradient: the fraction in the dominant subspace
+    ``chi_update``    χ_k of the update
+    ``dom_lr``        effective learning rate in the dominant subspace (`song_2024`, Def. 4)
+    ``bulk_lr``       the same in the bulk
+    ``distance``      ``‖θ_t − θ_0‖``, from the parameters at the attachment
+    ``sharpness``     λ_1
+    ``eigenvalues``   λ_1 … λ_k, a list
+    ``products``      curvature products of the subspace so far
+    ================  =====================================================================
+
+    Training does not change by a bit: nothing is written to parameters, gradients, buffers or
+    random states. A step that is not recorded costs a counter; steps with all rates zero, such as
+    those with which checkpoints are prepared, are no steps.
+
+    Args:
+        optimizer: any optimizer, or a sequence of optimizers that step in turn: one row for one
+            step of each.
+        subspace: the subspace to measure in; its basis is refreshed as it is due, at most once
+            for each parameter state, whether an optimizer or a monitor asks first.
+        every: record one step in so many.
+
+    Attributes:
+        history: a list for each column.
+
+    Raises:
+        ArgumentError: an argument is of the wrong type, or an optimizer is of another model.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        subspace: DominantSubspace,
+        *,
+        every: int = 1,
+    ) -> None:
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        for each in optimizers:
+            if not isinstance(each, Optimizer):
+                kind = type(each).__name__
+                raise ArgumentError("optimizer", kind, "a torch.optim.Optimizer, or several")
+        if not optimizers:
+            raise ArgumentError("optimizer", "an empty sequence", "at least one optimizer")
+        if not isinstance(subspace, DominantSubspace):
+            raise ArgumentError("subspace", type(subspace).__name__, "a DominantSubspace")
+        self.every = check_integer("every", every, minimum=1)
+        space = subspace.parameters
+        known = {id(p) for p in space.tensors}
+        trained = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+        if not any(id(p) in known for p in trained):
+            remedy = "Build operator and subspace from the model that the optimizer trains."
+            raise ArgumentError("optimizer", "of another model", "one of the subspace's", remedy)
+        self.subspace = subspace
+        self.history: dict[str, list[Any]] = {column: [] for column in COLUMNS}
+        self._optimizers = optimizers
+        self._start = space.flatten(space.tensors)
+        self._steps = 0
+        self._asked_at: tuple[int, int] | None = None  # step, and the subspace's clock then
+        self._before: _Before | None = None
+        self._waiting: set[int] = set()  # optimizers that have still to step in this round
+        self._handles = [
+            handle
+            for each in optimizers
+            for handle in (
+                each.register_step_pre_hook(self._before_step),
+                each.register_step_post_hook(self._after_step),
+            )
+        ]
+
+    def detach(self) -> None:
+        """Removes the monitor from its optimizers. The history stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._before = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    @torch.no_grad()
+    def _before_step(self, *_: object) -> None:
+        if self._waiting or not self._moves():
+            return
+        self._waiting = {id(each) for each in self._optimizers}
+        self._before = None
+        if self._steps % self.every:
+            return
+        clock = None
+        if self._asked_at is not None:
+            step, then = self._asked_at
+            clock = then + self._steps - step
+        basis = self.subspace.update(clock=clock)
+        self._asked_at = self._steps, self.subspace.clock
+        space, operator = self.subspace.parameters, self.subspace.operator
+        gradient = operator.gradient()
+        theta = space.flatten(space.tensors)
+        self._before = _Before(theta, basis, gradient, operator.loss())
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        if not self._waiting:
+            return
+        self._waiting.discard(id(optimizer))
+        if self._waiting:
+            return
+        if self._before is not None:
+            self._record(self._before)
+            self._before = None
+        self._steps += 1
+
+    def _moves(self) -> bool:
+        groups = [group for each in self._optimizers for group in each.param_groups]
+        return any(float(group.get("lr", 1.0)) != 0 for group in groups)
+
+    def _record(self, before: _Before) -> None:
+        space, basis, gradient = self.subspace.parameters, before.basis, before.gradient
+        update = space.flatten(space.tensors) - before.theta
+        measured = {
+            "gradient_norm": torch.linalg.vector_norm(gradient),
+            "update_norm": torch.linalg.vector_norm(update),
+            "chi_gradient": alignment(gradient, basis),
+            "chi_update": alignment(update, basis),
+            "dom_lr": dom_lr(update, gradient, basis),
+            "bulk_lr": bulk_lr(update, gradient, basis),
+            "distance": torch.linalg.vector_norm(before.theta - self._start),
+        }
+        # One synchronisation for the row.
+        values = torch.cat([torch.stack(list(measured.values())), basis.eigenvalues]).tolist()
+        row = dict(zip(measured, values, strict=False)) | {
+            "step": self._steps,
+            "loss": before.loss,
+            "sharpness": values[len(measured)],
+            "eigenvalues": values[len(measured) :],
+            "products": self.subspace.stats.products,
+        }
+        for column in COLUMNS:
+            self.history[column].append(row[column])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns the history row by row, with a column for each eigenvalue."""
+        table = []
+        for values in zip(*(self.history[column] for column in COLUMNS), strict=True):
+            row = dict(zip(COLUMNS, values, strict=True))
+            eigenvalues = row.pop("eigenvalues")
+            table.append(row | {f"eigenvalue_{i + 1}": v for i, v in enumerate(eigenvalues)})
+        return table
+
+    def to_frame(self) -> pd.DataFrame:
+        """Returns the history as a ``pandas.DataFrame``, one row a recorded step.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas as pd  # noqa: PLC0415 (an extra)
+        except ImportError as error:
+            message = "to_frame() needs pandas: pip install 'subspace_optim[plots]'"
+            raise ImportError(message) from error
+        return pd.DataFrame(self.rows())
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes the history as a table, one row a recorded step."""
+        rows = self.rows()
+        names = list(rows[0]) if rows else [c for c in COLUMNS if c != "eigenvalues"]
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draws loss, alignment, eigenvalues and effective rates.
+
+        Args:
+            path: where to write the picture; its ending chooses the format.
+
+        Returns:
+            The matplotlib figure.
+        """
+        from subspace_optim.diagnostics.plots import dashboard  # noqa: PLC0415 (needs an extra)
+
+        figure = dashboard(self.history)
+        if path is not None:
+            figure.savefig(path)
+        return figure

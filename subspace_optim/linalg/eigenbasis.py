@@ -1,0 +1,74 @@
+"""``EigenBasis``: k eigenpairs of a symmetric matrix, as an immutable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspace_optim._validation import ArgumentError
+
+
+@dataclass(frozen=True, eq=False)
+class EigenBasis:
+    r"""Eigenpairs ``(λ_i, u_i)``, and the projection onto the span of the ``u_i``.
+
+    .. math:: P_k v = \sum_{i=1}^k u_i u_i^\top v, \qquad P_k^\perp v = v - P_k v
+
+    (`song_2024`, Definitions 1 and 2). It is a value: nothing changes it after it was made.
+
+    Attributes:
+        eigenvalues: ``(k,)``, descending.
+        vectors: ``(k, P)``, one eigenvector a row, orthonormal to a few units in the last place.
+        residuals: ``(k,)``, the norms ``‖H u_i − λ_i u_i‖`` that the solver reached.
+
+    Raises:
+        ArgumentError: the shapes do not belong together.
+    """
+
+    eigenvalues: Tensor
+    vectors: Tensor
+    residuals: Tensor
+
+    def __post_init__(self) -> None:
+        if self.vectors.dim() != 2:
+            raise ArgumentError("vectors", tuple(self.vectors.shape), "of shape (k, P)")
+        for name in ("eigenvalues", "residuals"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != (self.k,):
+                raise ArgumentError(
+                    f"the shape of {name}", shape, f"({self.k},), one value a vector"
+                )
+
+    @property
+    def k(self) -> int:
+        """The dimension of the subspace."""
+        return self.vectors.shape[0]
+
+    @property
+    def size(self) -> int:
+        """P, the number of coordinates of a vector."""
+        return self.vectors.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the vectors."""
+        return self.vectors.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the vectors."""
+        return self.vectors.device
+
+    def coefficients(self, v: Tensor) -> Tensor:
+        """Returns ``⟨u_i, v⟩``: ``(k,)`` for ``v`` of shape ``(P,)``, ``(j, k)`` for ``(j, P)``."""
+        return v.to(self.dtype) @ self.vectors.T
+
+    def project(self, v: Tensor) -> Tensor:
+        """Returns ``P_k v``, the dominant component of ``v``: ``(P,)``, or ``(j, P)`` by rows."""
+        return self.coefficients(v) @ self.vectors
+
+    def project_out(self, v: Tensor) -> Tensor:
+        """Returns ``P_k^⊥ v = v − P_k v``, the bulk component of ``v``: ``(P,)`` or ``(j, P)``."""
+        return v.to(self.dtype) - self.project(v)

@@ -1,0 +1,413 @@
+r"""Thick-restart Lanczos: the top eigenpairs of a symmetric matrix that is known by its products.
+
+The Krylov space of ``H`` and a random vector is built row by row. With orthonormal rows ``Q`` and
+``T = Q H Qᵀ``, an eigenpair ``(θ, y)`` of the small ``T`` gives the Ritz pair ``(θ, Qᵀy)`` of
+``H``, and all that ``H Qᵀy − θ Qᵀy`` can hold lies outside the span of ``Q``. When the rows fill
+the memory that they are allowed, the best Ritz vectors replace them and the next direction is kept
+(Wu & Simon 2000, *Thick-restart Lanczos method for large symmetric eigenvalue problems*).
+
+The Krylov space of one vector holds one direction of a repeated eigenvalue, and blends eigenvalues
+that it cannot yet tell apart, with residuals that look converged. So converged pairs are accepted
+only when a fresh random vector, taken through enough products to find a missing one, found none.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from subspace_optim._validation import ConvergenceWarning, NonFiniteError, check_integer
+from subspace_optim.linalg.eigenbasis import EigenBasis
+
+_MISS_PROBABILITY = 1e-2
+"""How likely the final search is to overlook a direction, if there is one to be found."""
+_LONGEST_SEARCH = 12
+"""Products of the final search where the spectrum has no gap to tell how many it needs."""
+_SMALL = 256
+"""Up to this size all rows are kept: they take no memory to speak of, and end in exact pairs."""
+_COLUMNS = 1 << 16
+"""Columns that are rotated at a time: what bounds the memory of a restart."""
+
+
+@dataclass(frozen=True)
+class EigenSolution:
+    """What an eigensolve returns.
+
+    Attributes:
+        basis: the top eigenpairs.
+        products: products with the matrix that were used.
+        restarts: Rayleigh-Ritz steps, each with the solve's only synchronisation with the host.
+        converged: every residual is at most ``tol · max|λ|``, and no pair is known to be missing.
+    """
+
+    basis: EigenBasis
+    products: int
+    restarts: int
+    converged: bool
+
+
+class _KrylovRows:
+    """Orthonormal rows, held in two blocks so that the first becomes the result without a copy."""
+
+    def __init__(self, k: int, rows: int, size: int, dtype: torch.dtype, device: torch.device):
+        self.head = torch.empty(k, size, dtype=dtype, device=device)
+        self.tail = torch.empty(rows - k, size, dtype=dtype, device=device)
+
+    def __getitem__(self, j: int) -> Tensor:
+        k = len(self.head)
+        return self.head[j] if j < k else self.tail[j - k]
+
+    def coefficients(self, v: Tensor, n: int) -> Tensor:
+        """Returns ``⟨q_i, v⟩`` for the first ``n`` rows."""
+        k = len(self.head)
+        return torch.cat([self.head[:n] @ v, self.tail[: max(n - k, 0)] @ v])
+
+    def subtract_(self, v: Tensor, coefficients: Tensor) -> None:
+        """Subtracts ``Σ_i c_i q_i`` from ``v``, in place."""
+        k, n = len(self.head), len(coefficients)
+        v.addmv_(self.head[:n].T, coefficients[:k], alpha=-1)
+        if n > k:
+            v.addmv_(self.tail[: n - k].T, coefficients[k:], alpha=-1)
+
+    def rotate_(self, rotation: NDArray[np.float64]) -> None:
+        """Replaces the first ``n`` rows by ``p`` combinations of them; ``rotation`` is ``(p, n)``.
+
+        In place, some columns at a time: a restart allocates no vector.
+        """
+        k, (p, n) = len(self.head), rotation.shape
+        weights = torch.from_numpy(rotation.copy()).to(self.head)
+        for start in range(0, self.head.shape[1], _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            rows = torch.cat([self.head[:n, columns], self.tail[: max(n - k, 0), columns]])
+            rotated = weights @ rows
+            self.head[:p, columns] = rotated[:k]
+            self.tail[: max(p - k, 0), columns] = rotated[k:]
+
+
+class _Lanczos:
+    """The state of one eigensolve.
+
+    Rows are *multiplied* (their product was taken) or *pending*. Every product is expanded in all
+    rows, and what remains outside becomes a new pending row, so that with the rows ``Q`` split
+    into ``M`` and ``D``
+
+        H Q_M = Q_M T_MM + Q_D T_DM:
+
+    the residual of a Ritz pair ``(θ, y)`` of ``T_MM`` is ``‖T_DM y‖``. One pending row is the
+    classic Lanczos recurrence; several are a band (Ruhe 1979).
+    """
+
+    def __init__(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        size: int,
+        k: int,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.matvec, self.size, self.k = matvec, size, k
+        self.max_rows = size if size <= _SMALL else min(size, 2 * k + 8)
+        self.rows = _KrylovRows(k, self.max_rows, size, dtype, device)
+        self.projected = torch.zeros(self.max_rows, self.max_rows, dtype=dtype, device=device)
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.epsilon = torch.finfo(dtype).eps
+        self.count = 0
+        self.multiplied: list[int] = []
+        self.pending: list[int] = []
+        # Directions that a restart had no room for: their part in the product of each Ritz row.
+        self.lost: NDArray[np.float64] = np.zeros((0, 0))
+        self.products = 0
+        self.restarts = 0
+        self.add_random_row()
+
+    @property
+    def complete(self) -> bool:
+        """All of the space was multiplied: the Ritz pairs are the eigenpairs."""
+        return len(self.multiplied) == self.size
+
+    def _random(self) -> Tensor:
+        v = torch.randn(
+            self.size,
+            generator=self.generator,
+            dtype=self.projected.dtype,
+            device=self.projected.device,
+        )
+        return v.div_(torch.linalg.vector_norm(v))
+
+    def _add_row(self, row: Tensor) -> None:
+        self.rows[self.count].copy_(row)
+        self.pending.append(self.count)
+        self.count += 1
+
+    def add_random_row(self) -> None:
+        """Adds a random direction outside the rows to the pending ones."""
+        v = self._random()
+        for _ in range(2):
+            self.rows.subtract_(v, self.rows.coefficients(v, self.count))
+            v.div_(torch.linalg.vector_norm(v))
+        self._add_row(v)
+
+    def multiply(self, j: int) -> None:
+        """Takes the product with pending row ``j`` and adds what remains of it as a pending row.
+
+        No value leaves the device. A remainder that is no more than rounding is replaced by a
+        random direction: an invariant subspace is then complete, and the search goes on outside.
+        """
+        n = self.count
+        w = self.matvec(self.rows[j])
+        if w.data_ptr() == self.rows[j].data_ptr() or not w.is_contiguous():
+            w = w.clone()
+        self.products += 1
+        self.pending.remove(j)
+        self.multiplied.append(j)
+        h = self.rows.coefficients(w, n)
+        self.rows.subtract_(w, h)
+        self.projected[:n, j] = h
+        if n == self.size:
+            return
+        norm = torch.linalg.vector_norm(w)
+        broke_down = norm <= 4 * self.epsilon * torch.linalg.vector_norm(h)
+        direction = torch.where(broke_down, self._random(), w.div_(norm))
+        norm = torch.where(broke_down, 0.0, norm)
+        # Twice more: a remainder near rounding, or a random vector, begins as no better.
+        for _ in range(2):
+            again = self.rows.coefficients(direction, n)
+            self.rows.subtract_(direction, again)
+            self.projected[:n, j] += norm * again
+            length = torch.linalg.vector_norm(direction)
+            direction.div_(length)
+            norm = norm * length
+        self._add_row(direction)
+        self.projected[n, j] = norm
+
+    def extend(self, steps: int) -> None:
+        """Takes ``steps`` products, the oldest pending row first, and solves the small problem."""
+        self.make_room(steps)
+        for _ in range(min(steps, self.size - len(self.multiplied))):
+            self.multiply(self.pending[0])
+        self.rayleigh_ritz()
+
+    def rayleigh_ritz(self) -> None:
+        """Solves the small eigenproblem, descending, in float64. The only host synchronisation.
+
+        Raises:
+            NonFiniteError: a product was not finite.
+        """
+        projected = self.projected.to("cpu", torch.float64).numpy()
+        if not np.isfinite(projected).all():
+            message = (
+                f"A product with the matrix is not finite (within {self.products} products). "
+                "Lower the learning rate, or look for NaN in the parameters and the data."
+            )
+            raise NonFiniteError(message)
+        # In the order of the products the upper triangle is complete: a later row is in no
+        # earlier product but as a remainder.
+        upper = np.triu(projected[np.ix_(self.multiplied, self.multiplied)])
+        values, ritz = np.linalg.eigh(upper + np.triu(upper, 1).T)
+        self.values, self.ritz = values[::-1].copy(), ritz[:, ::-1].copy()
+        self.coupling = projected[np.ix_(self.pending, self.multiplied)] @ self.ritz
+        unknown = len(self.multiplied) - self.lost.shape[1]
+        self.lost = np.pad(self.lost, ((0, 0), (0, unknown)))
+        self.restarts += 1
+
+    @property
+    def scale(self) -> float:
+        """``max|λ|``, as the Ritz values know it."""
+        return float(max(abs(self.values[0]), abs(self.values[-1])))
+
+    @property
+    def residuals(self) -> NDArray[np.float64]:
+        """``‖Hv − θv‖`` of the top k Ritz pairs; an upper bound where a direction was lost."""
+        held: NDArray[np.float64] = np.linalg.norm(self.coupling[:, : self.k], axis=0)
+        gone: NDArray[np.float64] = np.abs(self.lost @ self.ritz[:, : self.k]).sum(axis=0)
+        return held + gone
+
+    def converged(self, tol: float) -> bool:
+        """Every residual is at most ``tol · max|λ|``."""
+        return bool(self.residuals.max() <= tol * self.scale)
+
+    def make_room(self, steps: int) -> None:
+        """Restarts if there is no room for ``steps`` more rows: the best Ritz vectors stay."""
+        if self.count + steps <= self.max_rows or self.max_rows == self.size:
+            return
+        # Pending rows that an invariant subspace left behind carry nothing; of the others the
+        # strongest stay, as many as leave room for the k Ritz vectors, and always the newest,
+        # with which a search goes on.
+        strength = np.abs(self.coupling).max(axis=1)
+        strength[-1] = np.inf
+        useful = int((strength > self.epsilon * self.scale).sum())
+        stay = max(1, min(useful, self.max_rows - steps - self.k))
+        keep = min(self.max_rows - steps - stay, (self.k + self.max_rows) // 2)
+        keep = max(self.k, min(keep, len(self.multiplied)))
+        ranked = np.argsort(-strength, kind="stable")
+        staying, leaving = np.sort(ranked[:stay]), ranked[stay:]
+        rotation = np.zeros((keep + stay, self.count))
+        rotation[:keep, self.multiplied] = self.ritz[:, :keep].T
+        rotation[keep + np.arange(stay), np.array(self.pending)[staying]] = 1.0
+        self.rows.rotate_(rotation)
+        arrow = np.zeros((self.max_rows, self.max_rows))
+        arrow[range(keep), range(keep)] = self.values[:keep]
+        arrow[keep : keep + stay, :keep] = self.coupling[staying, :keep]
+        self.projected.copy_(torch.from_numpy(arrow))
+        lost = np.concatenate([self.lost @ self.ritz[:, :keep], self.coupling[leaving, :keep]])
+        self.lost = lost[np.abs(lost).max(axis=1) > self.epsilon * self.scale]
+        self.multiplied = list(range(keep))
+        self.pending = list(range(keep, keep + stay))
+        self.count = keep + stay
+
+    def search(self) -> float:
+        """Looks for a direction that the rows have missed, from a fresh random vector.
+
+        Returns:
+            By how much the sum of the top k Ritz values grew (Ky Fan: it never falls).
+        """
+        top = float(self.values[: self.k].sum())
+        steps = self._search_length()
+        # A direction that rounding has begun to bring in hides in the pending rows: multiply them.
+        self.extend(len(self.pending))
+        self.make_room(2)
+        if self.count < self.size:
+            self.add_random_row()
+        for _ in range(min(steps, self.size - len(self.multiplied))):
+            if self.count == self.max_rows < self.size:
+                self.rayleigh_ritz()
+                self.make_room(2)
+            self.multiply(self.pending[-1])
+        self.rayleigh_ritz()
+        return float(self.values[: self.k].sum()) - top
+
+    def _search_length(self) -> int:
+        """How many products the search needs.
+
+        A Chebyshev polynomial that is bounded by 1 on the Ritz values below ``θ_k`` grows like
+        ``exp(degree · acosh x)/2`` at ``θ_k``. It must lift a missing eigenvector above the rest
+        from the overlap of about ``1/√P`` that a random vector has with it; an overlap that is
+        ``_MISS_PROBABILITY`` times as large is less likely than that.
+        """
+        if len(self.values) <= self.k:
+            return _LONGEST_SEARCH
+        kept, below, lowest = self.values[self.k - 1], self.values[self.k], self.values[-1]
+        spread = max(below - lowest, self.epsilon * self.scale)
+        if kept - below <= self.epsilon * self.scale:
+            return _LONGEST_SEARCH
+        growth = math.acosh(1 + 2 * (kept - below) / spread)
+        degree = math.log(2 * math.sqrt(self.size) / _MISS_PROBABILITY) / growth
+        return max(2, min(math.ceil(degree) + 1, _LONGEST_SEARCH))
+
+    def basis(self) -> EigenBasis:
+        """Returns the top k Ritz pairs. The rows are used up."""
+        k, residuals = self.k, self.residuals
+        rotation = np.zeros((k, self.count))
+        rotation[:, self.multiplied] = self.ritz[:, :k].T
+        self.rows.rotate_(rotation)
+        vectors = self.rows.head
+        del self.rows
+        _orthonormalise_(vectors)
+        return EigenBasis(
+            torch.from_numpy(self.values[:k]).to(vectors),
+            vectors,
+            torch.from_numpy(residuals).to(vectors),
+        )
+
+
+def _orthonormalise_(vectors: Tensor) -> None:
+    """Removes what rounding left of ``V Vᵀ − I``: one Cholesky step, its k×k part in float64."""
+    pieces = [slice(i, i + _COLUMNS) for i in range(0, vectors.shape[1], _COLUMNS)]
+    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
+    for columns in pieces:
+        piece = vectors[:, columns].double()
+        gram += piece @ piece.T
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    for columns in pieces:
+        piece = vectors[:, columns].double()
+        vectors[:, columns] = torch.linalg.solve_triangular(factor, piece, upper=False).to(
+            vectors.dtype
+        )
+
+
+def top_eigenpairs(
+    matvec: Callable[[Tensor], Tensor],
+    size: int,
+    k: int,
+    *,
+    tol: float = 1e-3,
+    max_products: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> EigenSolution:
+    r"""Returns the k largest (algebraic) eigenpairs of the symmetric matrix behind ``matvec``.
+
+    Each pair satisfies
+
+    .. math:: \|Hv - \lambda v\| \le \text{tol} \cdot \max|\lambda|
+
+    where the maximum is over the spectrum of ``H``. Repeated eigenvalues come with their
+    multiplicity, and negative, indefinite, zero and rank-deficient matrices are no exceptions.
+
+    Memory: at most ``2k + 8`` vectors (all P where P is at most 256), and two while a product is
+    taken. All of it stays on ``device``; the k×k problems alone visit the host.
+
+    A pair that is missing is searched for until overlooking it is less likely than 1 %, where
+    there is a gap below ``λ_k``. Without one, what may be overlooked differs from the pair that
+    was found in its place by no more than a few ``tol``.
+
+    A ``k`` that is not from 1 to P raises ``ArgumentError``, a product that is NaN or infinite
+    ``NonFiniteError``.
+
+    Args:
+        matvec: ``v: (P,) -> H v: (P,)``, called once a step. It may keep nothing of ``v``.
+        size: P.
+        k: how many pairs, from 1 to P.
+        tol: the relative residual. Below the floor of the dtype (50 times its epsilon) the floor
+            holds, with a warning.
+        max_products: where to stop at the latest (default ``200 + 20 k``).
+        seed: of the random vectors.
+        dtype: of the vectors.
+        device: of the vectors.
+
+    Returns:
+        The pairs, what they cost, and whether they converged.
+
+    Warns:
+        ConvergenceWarning: ``tol`` was not reached; the message tells the residual that was.
+    """
+    check_integer("k", k, minimum=1, maximum=size, remedy=f"The matrix has {size} rows.")
+    if max_products is None:
+        max_products = 200 + 20 * k
+    floor = 50 * torch.finfo(dtype).eps
+    target = max(tol, floor)
+    cycle = max(2, k // 4)
+
+    solver = _Lanczos(matvec, size, k, seed, dtype, torch.device(device))
+    solver.extend(k + cycle)
+    while not (accurate := solver.converged(target)) or not solver.complete:
+        if accurate:
+            grown = solver.search()
+            accurate = solver.converged(target)
+            if accurate and grown <= target * solver.scale:
+                break
+        if solver.products >= max_products:
+            accurate = False
+            break
+        solver.extend(cycle)
+
+    reached = float(solver.residuals.max() / solver.scale) if solver.scale else 0.0
+    converged = accurate and tol >= floor
+    if not converged:
+        reason = (
+            f"tol={tol:g} is below the floor {floor:.1e} of {dtype}"
+            if accurate
+            else f"max_products={max_products} was reached before tol={tol:g}"
+        )
+        message = f"Eigensolve: {reason}; the relative residual is {reached:.1e}."
+        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+    return EigenSolution(solver.basis(), solver.products, solver.restarts, converged)
