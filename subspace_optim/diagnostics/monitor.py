@@ -198,6 +198,34 @@ class Monitor:
         for column in COLUMNS:
             self.history[column].append(row[column])
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns history and counters, for ``torch.save``: a resumed run goes on with them."""
+        return {
+            "history": {column: list(values) for column, values in self.history.items()},
+            "start": self._start,
+            "steps": self._steps,
+            "asked_at": self._asked_at,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the history and the counters of ``state_dict``.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
+
+        Raises:
+            ArgumentError: it is of another model.
+        """
+        start = state_dict["start"]
+        if start.shape != self._start.shape:
+            raise ArgumentError(
+                "the loaded state", f"of {start.numel()} parameters", f"of {len(self._start)}"
+            )
+        self.history = {column: list(state_dict["history"][column]) for column in COLUMNS}
+        self._start = start.to(self._start, copy=True)
+        self._steps = state_dict["steps"]
+        self._asked_at = state_dict["asked_at"]
+
     def rows(self) -> list[dict[str, Any]]:
         """Returns the history row by row, with a column for each eigenvalue."""
         table = []

@@ -1,0 +1,232 @@
+"""The main job: compare SGD, DomSGD and BulkSGD from the moment the gradient is dominant.
+
+``python -m benchmarks.compare`` runs the critical experiment of `song_2024` (sections 3.2 and
+3.3) and writes ``results/<run>/``: ``comparison.png``, ``history.csv`` and ``summary.json``. As a
+function of your own model, loss, data and optimizers it is ``benchmarks.compare.compare``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import report
+from benchmarks.data import DATASETS, DataUnavailableError, load
+from benchmarks.experiment import OPTIMIZERS, WARMUP, Settings, compare
+from benchmarks.losses import LOSSES
+from benchmarks.models import DEFAULT_MODEL, MODELS, build, default_lr
+
+__all__ = ["OPTIMIZERS", "Settings", "compare", "main"]
+
+_NO_RUN_OPTIONS = ("resume", "results", "run", "data_root", "device")
+"""Options that a resumed run may change: they do not change what it computes, but for rounding."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Returns the options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=(__doc__ or "").split("\n\n", maxsplit=1)[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, defaults = parser.add_argument, Settings(k=1)
+    add("--data", choices=DATASETS, default="mnist-5k")
+    add("--data-root", help="folder of data sets (default: $SUBSPACE_OPTIM_DATA, else the hub)")
+    add("--model", choices=MODELS, help="default: what the paper trains on the data")
+    add("--loss", choices=tuple(LOSSES), default="mse", help="mse: half the sum over classes")
+    add("--optimizers", nargs="+", choices=tuple(OPTIMIZERS), default=list(OPTIMIZERS))
+    add("--lr", type=float, help="default: the paper's")
+    add("--batch-size", type=int, default=defaults.batch_size)
+    add("--k", type=int, help="dimension of the subspace (default: the classes)")
+    add("--steps", type=int, default=defaults.steps, help="steps after the switch")
+    add("--switch-at", type=int, help="branch at this step, whatever the alignment")
+    add("--last-switch", type=int, default=defaults.last_switch, help="branch here at the latest")
+    add("--warmup-measure", type=int, default=defaults.warmup_measure, help="measure every N steps")
+    add("--warmup-refresh", type=int, default=defaults.warmup_refresh, help="renew every N steps")
+    add("--measure", type=int, default=defaults.measure, help="the same, after the switch")
+    add("--refresh", type=int, default=defaults.refresh, help="the same, after the switch")
+    add("--spectrum", type=int, default=defaults.spectrum, help="top 2k eigenvalues every N steps")
+    add("--tol", type=float, default=defaults.tol, help="relative residual of the eigenpairs")
+    add("--seed", type=int, default=defaults.seed)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--control", choices=("random",), help="a random subspace in the dominant one's place")
+    add("--results", type=Path, default=Path("results"), help="folder of all runs")
+    add("--run", help="name of the run's folder (default: from the options)")
+    add("--resume", action="store_true", help="go on with the unfinished run of these options")
+    return parser
+
+
+def _settings(options: argparse.Namespace, num_classes: int) -> Settings:
+    fields = {name: value for name, value in vars(options).items() if hasattr(Settings, name)}
+    fields |= {"k": options.k or num_classes, "switch_at": options.switch_at}
+    fields["lr"] = default_lr(options.data, options.loss) if options.lr is None else options.lr
+    return Settings(**fields)
+
+
+def _folder(options: argparse.Namespace, model: str) -> Path:
+    """Returns the folder of this run: the unfinished one to resume, else one that is new.
+
+    Raises:
+        ValueError: there is nothing to resume.
+    """
+    control = f"-{options.control}" if options.control else ""
+    name: str = options.run or f"{options.data}-{model}-{options.loss}{control}-seed{options.seed}"
+    results: Path = options.results
+    folders = [results / name]
+    while folders[-1].exists():
+        folders.append(results / f"{name}-{len(folders) + 1}")
+    if not options.resume:
+        return folders[-1]
+    unfinished = [folder for folder in folders if (folder / "checkpoint.pt").exists()]
+    if not unfinished:
+        message = f"Nothing to resume: {folders[0]} holds no unfinished run."
+        raise ValueError(message)
+    return unfinished[-1]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch sees no GPU. Use --device cpu or auto.")
+    return torch.device(name)
+
+
+class _Recorder:
+    """Shows the progress, and keeps what was measured on disk as it comes."""
+
+    def __init__(self, folder: Path, arguments: dict[str, Any], progress: Progress) -> None:
+        self.folder, self.arguments, self.progress = folder, arguments, progress
+        self.bars: dict[str, Any] = {}
+        self.written = 0
+
+    def __call__(self, experiment: Any, measured: bool) -> None:
+        """Takes note of one step."""
+        result, phase = experiment.result, experiment.phase
+        if phase not in self.bars:
+            name = "SGD to the switch" if phase == WARMUP else phase
+            total = experiment.planned_steps
+            self.bars[phase] = self.progress.add_task(name, total=total, figures="")
+        done = experiment.step - (0 if phase == WARMUP else result.switch_step or 0)
+        rows = result.of(phase)[-1:]
+        figures = "  ".join(
+            f"loss {row['loss']:.4f}  chi {row['chi_gradient']:.3f} (average "
+            f"{row['chi_average']:.3f})  sharpness {row['sharpness']:.1f}"
+            for row in rows
+        )
+        self.progress.update(self.bars[phase], completed=done, figures=figures)
+        if not measured:
+            return
+        path = self.folder / "history.csv"
+        if len(result.rows) > self.written:
+            report.write_history(result, path, only_last=self.written > 0)
+            self.written = len(result.rows)
+        # Written beside and renamed: a kill leaves the old checkpoint or the new one.
+        partial = self.folder / "checkpoint.partial"
+        torch.save({"arguments": self.arguments, "state": experiment.state_dict()}, partial)
+        os.replace(partial, self.folder / "checkpoint.pt")  # noqa: PTH105 (atomic)
+
+
+def _resume(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state of an interrupted run.
+
+    Raises:
+        ValueError: it was started with other options.
+    """
+    kept = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    differing = [
+        f"--{name.replace('_', '-')} was {kept['arguments'].get(name)!r}, is {value!r}"
+        for name, value in arguments.items()
+        if name not in _NO_RUN_OPTIONS and kept["arguments"].get(name) != value
+    ]
+    if differing:
+        message = f"{folder} cannot be resumed with other options: {'; '.join(differing)}."
+        raise ValueError(message)
+    state: dict[str, Any] = kept["state"]
+    return state
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    """Runs the comparison; returns the exit status."""
+    device = _device(options.device)
+    data = load(options.data, root=options.data_root)
+    name = options.model or DEFAULT_MODEL[options.data]
+    model = build(name, data, num_outputs=data.num_classes, seed=options.seed).to(device)
+    settings = _settings(options, data.num_classes)
+    arguments = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(options).items()
+    } | {"model": name, "lr": settings.lr, "k": settings.k}
+    folder = _folder(options, name)
+    state = _resume(folder, arguments) if options.resume else None
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"{data.description}\n{name}, {options.loss}, lr {settings.lr:g}, on {device}")
+
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    test = None if data.x_test is None or data.y_test is None else (data.x_test, data.y_test)
+    with Progress(*columns, console=console) as progress:
+        result = compare(
+            model,
+            LOSSES[options.loss],
+            (data.x_train, data.y_train),
+            options.optimizers,
+            settings=settings,
+            test_data=test,
+            resume_from=state,
+            on_progress=_Recorder(folder, arguments, progress),
+        )
+    report.write_history(result, folder / "history.csv")
+    report.write_summary(result, folder / "summary.json", arguments)
+    title = f"{options.data}, {name}, {options.loss}, lr {settings.lr:g}, seed {settings.seed}"
+    if settings.control:
+        title += ": control with a random subspace"
+    report.picture(result, title).savefig(folder / "comparison.png", dpi=130)
+    report.print_report(result, console)
+    console.print(f"Written: {folder}/comparison.png, history.csv, summary.json")
+    if not result.finished:
+        console.print("Interrupted: the same command with --resume goes on.")
+        return 130
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: as on the command line.
+
+    Returns:
+        0; 2 for what cannot be run, with the reason in one sentence; 130 if it was interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    # Where there is no terminal (a file, a log), lines are as long as the table needs.
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    try:
+        return _run(options, console)
+    except (DataUnavailableError, ValueError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What the basis costs: ``python -m benchmarks.cost`` prints and writes the README's cost table.
+
+Times are medians, in units of one gradient over all the data that is timed beside them, in the
+same run and in turn. The peak memory is counted on every tensor that is allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import subspace_optim as so
+from benchmarks.data import load
+from benchmarks.experiment import minibatch
+from benchmarks.losses import mse
+from benchmarks.models import build
+from benchmarks.report import machine, versions
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that were allocated inside and live at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation, then takes stock."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.storages[reference.cdata] = reference, storage.nbytes()
+        alive = {c: (r, size) for c, (r, size) in self.storages.items() if not r.expired()}
+        self.storages = alive
+        self.peak = max(self.peak, sum(size for _, size in alive.values()))
+        return result
+
+
+def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Returns the seconds of each function, called in turn ``rounds`` times after a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the measurement.
+
+    Args:
+        arguments: as on the command line.
+
+    Returns:
+        0.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--train-steps", type=int, default=2000, help="of SGD, before measuring")
+    parser.add_argument("--k", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=Path("results/cost.json"))
+    options = parser.parse_args(arguments)
+
+    data = load("mnist-5k")
+    x, y = data.x_train, data.y_train
+    model = build("mlp", data, num_outputs=data.num_classes, seed=0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def train(step: int, optimizer: torch.optim.Optimizer) -> None:
+        batch = minibatch(len(x), 50, step, seed=0)
+        optimizer.zero_grad()
+        mse(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+
+    for step in range(options.train_steps):
+        train(step, sgd)
+
+    hessian = so.HessianOperator(model, mse, (x, y))
+    subspace = so.DominantSubspace(hessian, options.k)
+    kept = so.DominantSubspace(hessian, options.k, refresh=10**9)
+    # A rate of 1e-12 moves nothing that could change the cost.
+    plain = torch.optim.SGD(model.parameters(), lr=1e-12)
+    projected = so.BulkSGD(model.parameters(), lr=1e-12, subspace=kept)
+    vector = torch.randn(hessian.size)
+
+    def gradient() -> None:
+        model.zero_grad()
+        mse(model(x), y).backward()
+
+    def prepare() -> None:
+        hessian.release()
+        hessian.matvec(vector)
+
+    with PeakMemory() as memory:
+        subspace.refresh()
+    graph_bytes = hessian.stats.graph_bytes
+    products = subspace.stats.products
+    functions: dict[str, Callable[[], object]] = {
+        "one gradient over the data": gradient,
+        "one Hessian product": lambda: hessian.matvec(vector),
+        "the first product at new parameters": prepare,
+        f"a cold solve, top {options.k} ({products} products)": subspace.refresh,
+        "a step of torch.optim.SGD, batch 50": lambda: train(0, plain),
+        "a step of BulkSGD with a kept basis": lambda: train(0, projected),
+    }
+    seconds = in_turn(functions, options.rounds)
+    unit = statistics.median(seconds["one gradient over the data"])
+    vector_bytes = hessian.size * torch.finfo(hessian.dtype).bits // 8
+    rest = (memory.peak - graph_bytes) / vector_bytes
+    result = {
+        "parameters": hessian.size,
+        "examples": len(x),
+        "k": options.k,
+        "products": products,
+        "seconds": seconds,
+        "gradients": {name: statistics.median(s) / unit for name, s in seconds.items()},
+        "peak_bytes": memory.peak,
+        "graph_bytes": graph_bytes,
+        "peak_vectors_beside_graph": rest,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    table = Table("what", "gradients", "milliseconds", "min to max", box=None)
+    for name, times in seconds.items():
+        table.add_row(
+            name,
+            f"{statistics.median(times) / unit:.2f}",
+            f"{1000 * statistics.median(times):.1f}",
+            f"{1000 * min(times):.1f} to {1000 * max(times):.1f}",
+        )
+    console = Console(width=110)
+    console.print(table)
+    console.print(
+        f"Peak memory of the cold solve: {memory.peak / 2**20:.1f} MiB, of which kept graphs "
+        f"{graph_bytes / 2**20:.1f} MiB and {rest:.1f} vectors of {hessian.size} parameters."
+    )
+    console.print(f"Written: {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,428 @@
+"""The critical experiment of `song_2024` (sections 3.2 and 3.3), as a function.
+
+SGD trains until its gradient lies in the dominant subspace; from that one state every optimizer
+goes on by itself, over the same minibatches. All of it can be interrupted between two steps and
+taken up again, to the same end.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import subspace_optim as so
+from benchmarks.losses import accuracy
+from subspace_optim._validation import check_integer, check_number
+from subspace_optim.linalg import EigenBasis, top_eigenpairs
+from subspace_optim.subspace import DominantSubspace
+
+WARMUP = "warmup"
+OptimizerFactory = Callable[[Iterable[Tensor], float, DominantSubspace], Optimizer]
+OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "SGD": lambda params, lr, _: torch.optim.SGD(params, lr=lr),
+    "DomSGD": lambda params, lr, subspace: so.DomSGD(params, lr=lr, subspace=subspace),
+    "BulkSGD": lambda params, lr, subspace: so.BulkSGD(params, lr=lr, subspace=subspace),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the experiment does, apart from model, loss, data and optimizers.
+
+    Attributes:
+        k: dimension of the subspace.
+        lr: the constant learning rate of every optimizer.
+        batch_size: examples a minibatch.
+        steps: steps of each branch.
+        switch_at: the step to branch at; ``None``: where the average of χ_k reaches
+            ``switch_chi``, and at ``last_switch`` at the latest.
+        switch_chi: as the paper has it.
+        last_switch: as above.
+        average: the factor of the exponential moving average over the measured values.
+        warmup_measure: measure every so many steps before the switch.
+        warmup_refresh: renew the basis after so many steps before the switch.
+        measure: measure every so many steps of a branch.
+        refresh: renew the basis after so many steps of a branch.
+        spectrum: compute the top 2k eigenvalues of SGD every so many steps (0: never).
+        tol: relative residual of the eigenpairs.
+        seed: of minibatches and random subspaces.
+        control: ``"random"`` puts a random subspace in the place of the dominant one.
+    """
+
+    k: int
+    lr: float = 0.01
+    batch_size: int = 50
+    steps: int = 400
+    switch_at: int | None = None
+    switch_chi: float = 0.95
+    last_switch: int = 2000
+    average: float = 0.9
+    warmup_measure: int = 50
+    warmup_refresh: int = 1
+    measure: int = 10
+    refresh: int = 10
+    spectrum: int = 200
+    tol: float = 1e-3
+    seed: int = 0
+    control: str | None = None
+
+    def __post_init__(self) -> None:
+        check_number("lr", self.lr, exclusive=True)
+        for name in ("k", "batch_size", "steps", "warmup_measure", "warmup_refresh", "measure"):
+            check_integer(name, getattr(self, name), minimum=1)
+        for name in ("refresh", "last_switch", "spectrum", "seed"):
+            check_integer(name, getattr(self, name), minimum=int(name == "refresh"))
+        if self.switch_at is not None:
+            check_integer("switch_at", self.switch_at, minimum=0)
+
+
+@dataclass
+class Branch:
+    """What one optimizer did after the switch.
+
+    Losses and accuracies are over all the data; targets that are no classes have no accuracy. The
+    distance is from the switch.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    products: int = 0
+    distance: float = float("nan")
+    train_loss: float = float("nan")
+    train_accuracy: float | None = None
+    test_accuracy: float | None = None
+
+
+@dataclass
+class Comparison:
+    """The result, and while it is being made, the progress.
+
+    Attributes:
+        settings: as given.
+        rows: what was measured, in order: the columns of ``Monitor``, and ``phase``, ``step``
+            (from the start of training), ``chi_average`` and ``next_eigenvalues``.
+        switch_step: where the branches begin; ``None`` before.
+        switch_reason: why there, in words.
+        switch_loss: the training loss there.
+        branches: by the name of the optimizer.
+        finished: nothing is left to do.
+    """
+
+    settings: Settings
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    switch_step: int | None = None
+    switch_reason: str = ""
+    switch_loss: float = float("nan")
+    branches: dict[str, Branch] = field(default_factory=dict)
+    finished: bool = False
+
+    def of(self, phase: str) -> list[dict[str, Any]]:
+        """Returns the rows of one phase: ``"warmup"`` or an optimizer's name."""
+        return [row for row in self.rows if row["phase"] == phase]
+
+
+class RandomSubspace(DominantSubspace):
+    """The control: random directions in the place of eigenvectors, redrawn at every refresh."""
+
+    def _solve(self) -> EigenBasis:
+        operator = self.operator
+        generator = torch.Generator().manual_seed(self.seed + 1000 * self.stats.refreshes)
+        directions = torch.randn(operator.size, self.k, generator=generator)
+        frame = torch.linalg.qr(directions.to(operator.device, operator.dtype)).Q.T.contiguous()
+        products = operator.matmat(frame)
+        values, rotation = torch.linalg.eigh(frame @ products.T)
+        order = rotation.flip(1).T
+        vectors, images = order @ frame, order @ products
+        residuals = torch.linalg.vector_norm(images - values.flip(0)[:, None] * vectors, dim=1)
+        return EigenBasis(values.flip(0), vectors, residuals)
+
+
+def minibatch(examples: int, size: int, step: int, seed: int) -> Tensor:
+    """Returns the indices of the minibatch of ``step``: shuffled epochs, a function of the seed."""
+    size = min(size, examples)
+    per_epoch = examples // size
+    epoch, position = divmod(step, per_epoch)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(examples, generator=generator)
+    return order[position * size : (position + 1) * size]
+
+
+def _accuracy(output: Tensor, target: Tensor) -> float | None:
+    classes = target.dim() == 1 and not target.is_floating_point()
+    return accuracy(output, target) if classes else None
+
+
+class _Experiment:
+    """The state between two steps; ``state_dict`` is all that a resumed run needs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        data: tuple[Tensor, Tensor],
+        optimizers: Mapping[str, OptimizerFactory],
+        settings: Settings,
+        test_data: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        self.model, self.loss_fn, self.settings = model, loss_fn, settings
+        device = next(model.parameters()).device
+        self.x, self.y = (t.to(device) for t in data)
+        self.test = None if test_data is None else tuple(t.to(device) for t in test_data)
+        self.optimizers = optimizers
+        self.operator = so.HessianOperator(model, loss_fn, (self.x, self.y))
+        self.result = Comparison(settings)
+        self.switch_model: dict[str, Tensor] = {}
+        self.begin(WARMUP)
+
+    def begin(self, phase: str) -> None:
+        """Sets up a phase at the present parameters."""
+        settings = self.settings
+        warm = phase == WARMUP
+        kind = RandomSubspace if settings.control == "random" else DominantSubspace
+        self.phase = phase
+        self.step = 0 if warm else self.result.switch_step or 0
+        self.subspace = kind(
+            self.operator,
+            settings.k,
+            refresh=settings.warmup_refresh if warm else settings.refresh,
+            tol=settings.tol,
+            seed=settings.seed,
+        )
+        make = OPTIMIZERS["SGD"] if warm else self.optimizers[phase]
+        self.optimizer = make(self.model.parameters(), settings.lr, self.subspace)
+        every = settings.warmup_measure if warm else settings.measure
+        self.monitor = so.Monitor(self.optimizer, self.subspace, every=every)
+        self.average: float | None = None
+        self.seconds = 0.0
+
+    def advance(self) -> bool:
+        """Takes one training step; returns whether it was measured."""
+        start = time.perf_counter()
+        batch = minibatch(len(self.x), self.settings.batch_size, self.step, self.settings.seed).to(
+            self.x.device
+        )
+        next_eigenvalues = self._next_eigenvalues()
+        self.optimizer.zero_grad()
+        self.loss_fn(self.model(self.x[batch]), self.y[batch]).backward()
+        recorded = len(self.monitor.history["step"])
+        self.optimizer.step()
+        measured = len(self.monitor.history["step"]) > recorded
+        if measured:
+            self._add_row(next_eigenvalues)
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+        return measured
+
+    def _next_eigenvalues(self) -> list[float]:
+        """Eigenvalues k + 1 to 2k along SGD, in the steps that ask for them."""
+        settings, k = self.settings, self.settings.k
+        asked = settings.spectrum > 0 and self.step % settings.spectrum == 0
+        if settings.control or not asked or self.phase not in (WARMUP, "SGD"):
+            return []
+        with self.operator.frozen():
+            solution = top_eigenpairs(
+                self.operator.matvec,
+                self.operator.size,
+                min(2 * k, self.operator.size),
+                # Eigenvalues are accurate to the square of the residual.
+                tol=max(1e-2, settings.tol),
+                seed=settings.seed,
+                dtype=self.operator.dtype,
+                device=self.operator.device,
+            )
+        values: list[float] = solution.basis.eigenvalues[k:].tolist()
+        return values
+
+    def _add_row(self, next_eigenvalues: list[float]) -> None:
+        row = {column: values[-1] for column, values in self.monitor.history.items()}
+        chi, factor = row["chi_gradient"], self.settings.average
+        self.average = chi if self.average is None else factor * self.average + (1 - factor) * chi
+        self.result.rows.append(
+            row
+            | {
+                "phase": self.phase,
+                "step": self.step,
+                "chi_average": self.average,
+                "next_eigenvalues": next_eigenvalues,
+            }
+        )
+
+    def switch_reason(self) -> str:
+        """Returns why the warm-up ends here; empty where it goes on."""
+        settings = self.settings
+        if settings.switch_at is not None:
+            return f"step {settings.switch_at} as asked" if self.step >= settings.switch_at else ""
+        if self.average is not None and self.average >= settings.switch_chi:
+            return (
+                f"the average of chi_{settings.k} reached {self.average:.3f} "
+                f"(at least {settings.switch_chi:g})"
+            )
+        if self.step >= settings.last_switch:
+            reached = "unmeasured" if self.average is None else f"{self.average:.3f}"
+            return (
+                f"last step of the warm-up; the average of chi_{settings.k} is {reached}, "
+                f"not yet {settings.switch_chi:g}"
+            )
+        return ""
+
+    def finish_phase(self) -> None:
+        """Keeps the outcome of the phase, and begins the next, if there is one."""
+        self.monitor.detach()
+        result = self.result
+        if self.phase == WARMUP:
+            result.switch_step, result.switch_reason = self.step, self.switch_reason()
+            result.switch_loss = self.operator.loss()
+            self.switch_model = copy.deepcopy(self.model.state_dict())
+        else:
+            self.keep_branch()
+        waiting = [name for name in self.optimizers if name not in result.branches]
+        self.model.load_state_dict(self.switch_model)
+        if waiting:
+            self.begin(waiting[0])
+        else:
+            result.finished = True
+
+    @torch.no_grad()
+    def keep_branch(self) -> None:
+        """Evaluates the branch as it stands."""
+        output = self.model(self.x)
+        moved = [
+            (p - self.switch_model[name]).square().sum()
+            for name, p in self.model.named_parameters()
+        ]
+        self.result.branches[self.phase] = Branch(
+            steps=self.step - (self.result.switch_step or 0),
+            seconds=self.seconds,
+            products=self.subspace.stats.products,
+            distance=float(torch.stack(moved).sum().sqrt()),
+            train_loss=float(self.loss_fn(output, self.y)),
+            train_accuracy=_accuracy(output, self.y),
+            test_accuracy=(
+                None if self.test is None else _accuracy(self.model(self.test[0]), self.test[1])
+            ),
+        )
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps of the present phase, at most."""
+        settings = self.settings
+        if self.phase != WARMUP:
+            return settings.steps
+        return settings.last_switch if settings.switch_at is None else settings.switch_at
+
+    @property
+    def phase_is_over(self) -> bool:
+        """The next step belongs to another phase."""
+        if self.phase == WARMUP:
+            return bool(self.switch_reason())
+        return self.step - (self.result.switch_step or 0) >= self.settings.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that the next steps depend on, of built-in types and tensors."""
+        result = self.result
+        return {
+            "settings": vars(self.settings),
+            "phase": self.phase,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "subspace": self.subspace.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "average": self.average,
+            "seconds": self.seconds,
+            "switch_model": self.switch_model,
+            "result": vars(result)
+            | {
+                "settings": None,
+                "branches": {name: vars(branch) for name, branch in result.branches.items()},
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where ``state`` was taken."""
+        kept = dict(state["result"], settings=self.settings)
+        kept["branches"] = {name: Branch(**values) for name, values in kept["branches"].items()}
+        self.result = Comparison(**kept)
+        self.switch_model = state["switch_model"]
+        self.monitor.detach()
+        self.model.load_state_dict(state["model"])
+        self.begin(state["phase"])
+        self.step, self.average = state["step"], state["average"]
+        self.seconds = state["seconds"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.subspace.load_state_dict(state["subspace"])
+        self.monitor.load_state_dict(state["monitor"])
+
+
+def compare(
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    data: tuple[Tensor, Tensor],
+    optimizers: Iterable[str] | Mapping[str, OptimizerFactory] = tuple(OPTIMIZERS),
+    *,
+    settings: Settings | None = None,
+    test_data: tuple[Tensor, Tensor] | None = None,
+    resume_from: dict[str, Any] | None = None,
+    on_progress: Callable[[_Experiment, bool], None] | None = None,
+    **options: Any,
+) -> Comparison:
+    """Runs the experiment and returns what was measured.
+
+    ``KeyboardInterrupt`` ends it early: the rows so far are returned, ``finished`` is False.
+
+    Args:
+        model: trained from its present parameters; left as it was at the end.
+        loss_fn: ``loss_fn(output, target)``, a mean over examples.
+        data: ``(x, y)``, all training examples as two tensors.
+        optimizers: names of ``OPTIMIZERS``, or a mapping from a name to
+            ``make(params, lr, subspace)``. Those beside SGD are compared with it.
+        settings: what to do; or give its fields as ``options``, of which ``k`` is needed.
+        test_data: for the test accuracy.
+        resume_from: what ``on_progress`` took from ``state_dict()`` in an earlier run.
+        on_progress: called after every step with the experiment and whether it was measured.
+        **options: fields of ``Settings``.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ValueError: an unknown optimizer.
+    """
+    settings = Settings(**options) if settings is None else replace(settings, **options)
+    if isinstance(optimizers, Mapping):
+        chosen = dict(optimizers)
+    else:
+        names = list(optimizers)
+        unknown = [name for name in names if name not in OPTIMIZERS]
+        if unknown or not names:
+            message = f"optimizers are {names}, but must be some of {list(OPTIMIZERS)}."
+            raise ValueError(message)
+        chosen = {name: OPTIMIZERS[name] for name in names}
+    experiment = _Experiment(model, loss_fn, data, chosen, settings, test_data)
+    before = copy.deepcopy(model.state_dict())
+    if resume_from is not None:
+        experiment.load_state_dict(resume_from)
+    try:
+        while not experiment.result.finished:
+            if experiment.phase_is_over:
+                experiment.finish_phase()
+                measured = True  # a checkpoint between the phases
+            else:
+                measured = experiment.advance()
+            if on_progress is not None:
+                on_progress(experiment, measured)
+    except KeyboardInterrupt:
+        experiment.monitor.detach()
+        if experiment.phase != WARMUP:
+            experiment.keep_branch()
+    finally:
+        experiment.monitor.detach()
+        model.load_state_dict(before)
+    return experiment.result
