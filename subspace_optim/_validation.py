@@ -10,6 +10,7 @@ import math
 import operator
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -92,7 +93,7 @@ def check_number(
     if isinstance(value, torch.Tensor):
         if tensor and value.numel() == 1 and not value.is_complex():
             number = float(value)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, int | float | np.number) and not isinstance(value, bool):
         number = float(value)
     low = minimum is not None and (number < minimum or (exclusive and number == minimum))
     if low or not math.isfinite(number):

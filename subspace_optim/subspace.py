@@ -105,7 +105,8 @@ class DominantSubspace:
         self._clock = 0
         self._refreshed_at = 0
         self._state: int | None = None  # the parameters at the last update
-        self._attempted: int | None = None  # ... and at the last refresh, failed ones too
+        self._state_clock = 0
+        self._attempted: int | None = None  # ... and at the last refresh that raised no error
         self._failures = 0
 
     @property
@@ -120,26 +121,24 @@ class DominantSubspace:
 
     @property
     def clock(self) -> int:
-        """Training steps that were seen: changes of the parameters between two updates."""
+        """Training steps that are known of: parameter states that were seen, or were told of."""
         return self._clock
 
-    def update(self, *, clock: int | None = None) -> EigenBasis:
-        """Returns the basis for the present parameters, refreshed first if that is due.
+    def advance(self, clock: int) -> None:
+        """Tells of training steps at which nobody asks: ``clock`` is at least this.
 
-        Args:
-            clock: for callers that do not ask at every step, such as a monitor that records
-                every tenth: the value that ``clock`` has had at their last call, and the steps
-                since. Steps that others have asked at are not counted twice.
+        A monitor that records every tenth step tells of the others, so that ``refresh=n`` counts
+        them. Steps that others ask at are not counted twice.
+        """
+        self._clock = max(self._clock, clock)
+
+    def update(self) -> EigenBasis:
+        """Returns the basis for the present parameters, refreshed first if that is due.
 
         The first refresh that fails raises its error. A later one warns with
         ``StaleBasisWarning`` and leaves the last basis in use; the third in a row raises.
         """
-        state = self.parameters.digest()
-        if state != self._state:
-            self._state = state
-            self._clock += 1
-        if clock is not None:
-            self._clock = max(self._clock, clock)
+        state = self._look()
         age = self._clock - self._refreshed_at
         if self._basis is None or (age >= self.refresh_every and state != self._attempted):
             return self._refresh(state)
@@ -147,14 +146,18 @@ class DominantSubspace:
 
     def refresh(self) -> EigenBasis:
         """Returns a new basis for the present parameters, whether one is due or not."""
+        return self._refresh(self._look())
+
+    def _look(self) -> int:
+        """Returns the present parameter state, and counts it if it is new."""
         state = self.parameters.digest()
         if state != self._state:
             self._state = state
-            self._clock += 1
-        return self._refresh(state)
+            self._clock = max(self._clock, self._state_clock + 1)
+            self._state_clock = self._clock
+        return state
 
     def _refresh(self, state: int) -> EigenBasis:
-        self._attempted = state
         before = asdict(self.operator.stats)
         start = time.perf_counter()
         try:
@@ -170,6 +173,7 @@ class DominantSubspace:
                 f"{_FAILURES_IN_A_ROW - 1} in a row."
             )
             warnings.warn(message, StaleBasisWarning, stacklevel=3)
+            self._attempted = state
             return self._basis
         finally:
             self.operator.release()
@@ -179,6 +183,7 @@ class DominantSubspace:
         self.stats.refreshes += 1
         self._failures = 0
         self._refreshed_at = self._clock
+        self._attempted = state
         self._basis = basis
         return basis
 
@@ -210,6 +215,7 @@ class DominantSubspace:
             "clock": self._clock,
             "refreshed_at": self._refreshed_at,
             "state": self._state,
+            "state_clock": self._state_clock,
             "attempted": self._attempted,
             "failures_in_a_row": self._failures,
             "stats": asdict(self.stats),
@@ -243,6 +249,7 @@ class DominantSubspace:
         self._clock = state_dict["clock"]
         self._refreshed_at = state_dict["refreshed_at"]
         self._state = state_dict["state"]
+        self._state_clock = state_dict["state_clock"]
         self._attempted = state_dict["attempted"]
         self._failures = state_dict["failures_in_a_row"]
         self.stats = SubspaceStats(**state_dict["stats"])

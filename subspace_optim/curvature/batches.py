@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,18 +25,20 @@ class Batches:
     Args:
         data: ``(x, y)``, or any re-iterable of batches: a list, a ``DataLoader`` that does not
             shuffle. A mapping is one batch.
+        pairs: the batches are pairs, so that a list of two tensors is no list of batches.
 
     Raises:
         ArgumentError: it is a list of two tensors (ambiguous), a generator (it can be read only
             once), a loader that shuffles, or empty.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Any, *, pairs: bool) -> None:
         self.data: Iterable[Any] = [data] if _is_batch(data) else data
         # Python's own containers hold the same batches in every pass; other iterables are asked.
         self._checked = not isinstance(self.data, list | tuple)
         self._reference: list[int] | None = None
-        if isinstance(data, list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        tensors = isinstance(data, list) and all(isinstance(t, Tensor) for t in data)
+        if pairs and tensors and len(data) == 2:
             raise ArgumentError(
                 "data",
                 "a list of two tensors",
@@ -55,7 +59,10 @@ class Batches:
                 "one that yields the same batches in every pass",
                 "Make a second DataLoader of the same data set with shuffle=False.",
             )
-        if isinstance(self.data, Sized) and len(self.data) == 0:
+        length = None
+        with suppress(TypeError):  # loaders of streams have no length
+            length = len(self.data)  # type: ignore[arg-type]
+        if length == 0:
             raise ArgumentError("data", "empty", "at least one batch")
 
     def read(self, device: torch.device, *, upcast: bool) -> Iterator[tuple[int, Any]]:
@@ -82,7 +89,7 @@ class Batches:
         with random_state_kept(device, self.data):
             for index, batch in enumerate(self.data):
                 if self._checked:
-                    digests.append(digest(t for t in tree_leaves(batch) if isinstance(t, Tensor)))
+                    digests.append(digest(_tensors(batch)))
                 yield index, tree_map(move, batch)
         if index < 0:
             raise ArgumentError("data", "empty", "at least one batch")
@@ -102,6 +109,15 @@ class Batches:
             raise DataChangedError(message)
 
 
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a batch, those in a tokenizer's mapping too."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _tensors(list(leaf.values()))
+
+
 def _is_batch(data: object) -> bool:
     """Whether ``data`` is one batch: a mapping, or a tuple whose first element is a tensor."""
     if isinstance(data, Mapping):
@@ -109,10 +125,18 @@ def _is_batch(data: object) -> bool:
     return isinstance(data, tuple) and len(data) > 0 and isinstance(data[0], Tensor)
 
 
-def supervised(loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], tuple[Tensor, Any]]:
-    """Returns ``batch_loss(model, (x, y)) = loss_fn(model(x), y)``, weighted by its examples."""
+@dataclass
+class Supervised:
+    """``batch_loss(model, (x, y)) = loss_fn(model(x), y)``, weighted by its examples."""
 
-    def batch_loss(model: Callable[[Any], Any], batch: Any) -> tuple[Tensor, int]:
+    loss_fn: Callable[[Any, Any], Tensor]
+
+    def __call__(self, model: Callable[[Any], Any], batch: Any) -> tuple[Tensor, int]:
+        """Returns the mean loss of a batch and its number of examples.
+
+        Raises:
+            ArgumentError: the batch is no pair, or holds no tensor.
+        """
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ArgumentError(
                 "a batch of data",
@@ -124,6 +148,4 @@ def supervised(loss_fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], tu
         counted = next((t for t in tree_leaves([y, x]) if isinstance(t, Tensor) and t.dim()), None)
         if counted is None:
             raise ArgumentError("a batch of data", "of no tensor", "of at least one example")
-        return loss_fn(model(x), y), len(counted)
-
-    return batch_loss
+        return self.loss_fn(model(x), y), len(counted)

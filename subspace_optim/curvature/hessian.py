@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from subspace_optim._validation import ArgumentError, NonFiniteError
-from subspace_optim.curvature.batches import Batches, supervised
+from subspace_optim.curvature.batches import Batches, Supervised
 from subspace_optim.curvature.isolation import Mode, full_precision, in_mode, seeded
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats
-from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.curvature.parameters import ParameterSpace, digest
 
 BatchLoss = Callable[[Any, Any], tuple[Tensor, Any]]
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -79,14 +79,16 @@ class HessianOperator(CurvatureOperator):
             raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
         if mode not in (None, "train", "eval"):
             raise ArgumentError("mode", mode, "'train', 'eval' or None")
-        if memory_budget is not None and not memory_budget >= 0:
+        if memory_budget is not None and not (
+            isinstance(memory_budget, int | float) and memory_budget >= 0
+        ):
             raise ArgumentError("memory_budget", memory_budget, "a number of bytes, or None")
         self.model = _unwrapped(model)
         self.parameters = ParameterSpace(self.model, params)
         self.stats = OperatorStats()
-        batch_loss = loss_fn.function if isinstance(loss_fn, _BatchLoss) else supervised(loss_fn)
+        batch_loss = loss_fn.function if isinstance(loss_fn, _BatchLoss) else Supervised(loss_fn)
         self._objective = _Objective(self.model, batch_loss)
-        self._batches = Batches(data)
+        self._batches = Batches(data, pairs=not isinstance(loss_fn, _BatchLoss))
         self._mode = mode
         self._memory_budget = memory_budget
         self._seed = seed
@@ -183,8 +185,9 @@ class HessianOperator(CurvatureOperator):
 
     def _move_to_current(self) -> _Point:
         """Returns what is known of the present parameter state; what was of another is dropped."""
+        state = [*self.model.parameters(), *self.model.buffers()]
         key = (
-            self.parameters.digest(),
+            int(digest(state)),
             self.device,
             tuple(module.training for module in self.model.modules()),
         )
@@ -359,9 +362,10 @@ class _Graph:
 
     def add_product(self, v: list[Tensor], into: list[Tensor]) -> None:
         """Adds the batch's weighted product with ``v``."""
-        (rows,) = self.product(tuple(map(Tensor.to, v, self.dtypes)))
-        for total, row in zip(into, rows, strict=True):
-            total.add_(row * self.weight)
+        with torch.no_grad():  # some versions of torch return rows that carry a graph
+            (rows,) = self.product(tuple(map(Tensor.to, v, self.dtypes)))
+            for total, row in zip(into, rows, strict=True):
+                total.add_(row * self.weight)
 
 
 @dataclass

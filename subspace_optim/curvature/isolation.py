@@ -94,6 +94,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     settings = list(_precision_settings(device))
     saved = [setting.fp32_precision for setting in settings]
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

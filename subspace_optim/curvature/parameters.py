@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from subspace_optim._validation import ArgumentError
 
 _PIECE = 1 << 20
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 class ParameterSpace:
@@ -122,7 +122,8 @@ def digest(tensors: Iterable[Tensor]) -> Tensor:
     """Returns the weighted sum, modulo 2⁶⁴, of the bits of all elements: one pass, one scalar.
 
     The weights are fixed, random and odd: one element that changes always changes the sum, and
-    elements that change places do but by chance.
+    elements that change places do but by chance. 8 bytes are read as two integers: as one, an even
+    number of changed signs, 2⁶³ each, would add up to 0.
     """
     total: Tensor | None = None
     for tensor in tensors:

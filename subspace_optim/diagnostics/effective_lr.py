@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def dom_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
     Reference:
         `song_2024`, Definition 4.
     """
-    return _rate(update, basis.project(gradient), gradient)
+    return _rate(update, basis.project(gradient), gradient, basis.k)
 
 
 def bulk_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
@@ -55,13 +57,13 @@ def bulk_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
     Reference:
         `song_2024`, Definition 4.
     """
-    return _rate(update, basis.project_out(gradient), gradient)
+    return _rate(update, basis.project_out(gradient), gradient, basis.k)
 
 
-def _rate(update: Tensor, component: Tensor, gradient: Tensor) -> Tensor:
+def _rate(update: Tensor, component: Tensor, gradient: Tensor, k: int) -> Tensor:
     """Returns ``−⟨update, component⟩ / ‖component‖²``, NaN for a component that is rounding."""
     norm = torch.linalg.vector_norm(component)
-    noise = 10 * torch.finfo(component.dtype).eps
+    noise = (10 + math.sqrt(k)) * torch.finfo(component.dtype).eps
     seen = norm > noise * torch.linalg.vector_norm(gradient)
     unit = component / norm
     rate = -torch.dot(update.to(component.dtype), unit) / norm

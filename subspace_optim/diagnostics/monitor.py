@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -35,6 +35,11 @@ COLUMNS = (
     "eigenvalues",
     "products",
 )
+
+
+def _moves(optimizer: Optimizer) -> bool:
+    """Whether a step can change anything: one with all rates zero prepares a checkpoint."""
+    return any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups)
 
 
 @dataclass
@@ -88,12 +93,12 @@ class Monitor:
 
     def __init__(
         self,
-        optimizer: Optimizer | Sequence[Optimizer],
+        optimizer: Optimizer | Iterable[Optimizer],
         subspace: DominantSubspace,
         *,
         every: int = 1,
     ) -> None:
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         for each in optimizers:
             if not isinstance(each, Optimizer):
                 kind = type(each).__name__
@@ -105,8 +110,9 @@ class Monitor:
         self.every = check_integer("every", every, minimum=1)
         space = subspace.parameters
         known = {id(p) for p in space.tensors}
-        trained = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-        if not any(id(p) in known for p in trained):
+        for each in optimizers:
+            if any(id(p) in known for group in each.param_groups for p in group["params"]):
+                continue
             remedy = "Build operator and subspace from the model that the optimizer trains."
             raise ArgumentError("optimizer", "of another model", "one of the subspace's", remedy)
         self.subspace = subspace
@@ -114,9 +120,10 @@ class Monitor:
         self._optimizers = optimizers
         self._start = space.flatten(space.tensors)
         self._steps = 0
-        self._asked_at: tuple[int, int] | None = None  # step, and the subspace's clock then
+        self._clock: int | None = None  # the subspace's, at the last step
         self._before: _Before | None = None
-        self._waiting: set[int] = set()  # optimizers that have still to step in this round
+        self._round: set[int] = set()  # optimizers that step in this round ...
+        self._waiting: set[int] = set()  # ... and those of them that have still to
         self._handles = [
             handle
             for each in optimizers
@@ -140,27 +147,28 @@ class Monitor:
         self.detach()
 
     @torch.no_grad()
-    def _before_step(self, *_: object) -> None:
-        if self._waiting or not self._moves():
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        if not _moves(optimizer) or (self._waiting and self._waiting != self._round):
             return
-        self._waiting = {id(each) for each in self._optimizers}
+        self._round = {id(each) for each in self._optimizers if _moves(each)}
+        self._waiting = set(self._round)
         self._before = None
-        if self._steps % self.every:
-            return
-        clock = None
-        if self._asked_at is not None:
-            step, then = self._asked_at
-            clock = then + self._steps - step
-        basis = self.subspace.update(clock=clock)
-        self._asked_at = self._steps, self.subspace.clock
+        if self._clock is not None:  # the lower one, if an earlier state was loaded since
+            self.subspace.advance(min(self._clock, self.subspace.clock) + 1)
+        if self._steps % self.every == 0:
+            self._before = self._look()
+        self._clock = self.subspace.clock
+
+    def _look(self) -> _Before:
+        """Measures what a row needs before the step."""
+        basis = self.subspace.update()
         space, operator = self.subspace.parameters, self.subspace.operator
         gradient = operator.gradient()
-        theta = space.flatten(space.tensors)
-        self._before = _Before(theta, basis, gradient, operator.loss())
+        return _Before(space.flatten(space.tensors), basis, gradient, operator.loss())
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        if not self._waiting:
+        if id(optimizer) not in self._waiting:
             return
         self._waiting.discard(id(optimizer))
         if self._waiting:
@@ -169,10 +177,6 @@ class Monitor:
             self._record(self._before)
             self._before = None
         self._steps += 1
-
-    def _moves(self) -> bool:
-        groups = [group for each in self._optimizers for group in each.param_groups]
-        return any(float(group.get("lr", 1.0)) != 0 for group in groups)
 
     def _record(self, before: _Before) -> None:
         space, basis, gradient = self.subspace.parameters, before.basis, before.gradient
@@ -204,7 +208,7 @@ class Monitor:
             "history": {column: list(values) for column, values in self.history.items()},
             "start": self._start,
             "steps": self._steps,
-            "asked_at": self._asked_at,
+            "clock": self._clock,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,7 +228,7 @@ class Monitor:
         self.history = {column: list(state_dict["history"][column]) for column in COLUMNS}
         self._start = start.to(self._start, copy=True)
         self._steps = state_dict["steps"]
-        self._asked_at = state_dict["asked_at"]
+        self._clock = state_dict["clock"]
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the history row by row, with a column for each eigenvalue."""

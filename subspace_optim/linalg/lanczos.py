@@ -33,7 +33,7 @@ _LONGEST_SEARCH = 12
 _SMALL = 256
 """Up to this size all rows are kept: they take no memory to speak of, and end in exact pairs."""
 _COLUMNS = 1 << 16
-"""Columns that are rotated at a time: what bounds the memory of a restart."""
+"""Columns that are rotated at a time, at most: what bounds the memory of a restart."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ class EigenSolution:
     products: int
     restarts: int
     converged: bool
+
+
+def _column_blocks(size: int) -> list[slice]:
+    """The columns in blocks that are small beside all of them."""
+    width = min(_COLUMNS, max(1, size // 16))
+    return [slice(start, start + width) for start in range(0, size, width)]
 
 
 class _KrylovRows:
@@ -83,8 +89,7 @@ class _KrylovRows:
         """
         k, (p, n) = len(self.head), rotation.shape
         weights = torch.from_numpy(rotation.copy()).to(self.head)
-        for start in range(0, self.head.shape[1], _COLUMNS):
-            columns = slice(start, start + _COLUMNS)
+        for columns in _column_blocks(self.head.shape[1]):
             rows = torch.cat([self.head[:n, columns], self.tail[: max(n - k, 0), columns]])
             rotated = weights @ rows
             self.head[:p, columns] = rotated[:k]
@@ -109,11 +114,13 @@ class _Lanczos:
         matvec: Callable[[Tensor], Tensor],
         size: int,
         k: int,
+        max_products: int,
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
         self.matvec, self.size, self.k = matvec, size, k
+        self.max_products = max(max_products, k)  # without k products there are no k pairs
         self.max_rows = size if size <= _SMALL else min(size, 2 * k + 8)
         self.rows = _KrylovRows(k, self.max_rows, size, dtype, device)
         self.projected = torch.zeros(self.max_rows, self.max_rows, dtype=dtype, device=device)
@@ -162,9 +169,8 @@ class _Lanczos:
         random direction: an invariant subspace is then complete, and the search goes on outside.
         """
         n = self.count
-        w = self.matvec(self.rows[j])
-        if w.data_ptr() == self.rows[j].data_ptr() or not w.is_contiguous():
-            w = w.clone()
+        # A copy: the product may share its memory with its argument, or with the next product.
+        w = self.matvec(self.rows[j]).clone(memory_format=torch.contiguous_format)
         self.products += 1
         self.pending.remove(j)
         self.multiplied.append(j)
@@ -191,9 +197,19 @@ class _Lanczos:
     def extend(self, steps: int) -> None:
         """Takes ``steps`` products, the oldest pending row first, and solves the small problem."""
         self.make_room(steps)
-        for _ in range(min(steps, self.size - len(self.multiplied))):
+        for _ in range(self._possible(steps)):
             self.multiply(self.pending[0])
         self.rayleigh_ritz()
+
+    def _possible(self, steps: int) -> int:
+        """How many of ``steps`` products the space and the limit allow."""
+        left = self.max_products - self.products
+        return max(0, min(steps, left, self.size - len(self.multiplied)))
+
+    @property
+    def exhausted(self) -> bool:
+        """No product is left."""
+        return self.products >= self.max_products
 
     def rayleigh_ritz(self) -> None:
         """Solves the small eigenproblem, descending, in float64. The only host synchronisation.
@@ -276,7 +292,7 @@ class _Lanczos:
         self.make_room(2)
         if self.count < self.size:
             self.add_random_row()
-        for _ in range(min(steps, self.size - len(self.multiplied))):
+        for _ in range(self._possible(steps)):
             if self.count == self.max_rows < self.size:
                 self.rayleigh_ritz()
                 self.make_room(2)
@@ -320,7 +336,7 @@ class _Lanczos:
 
 def _orthonormalise_(vectors: Tensor) -> None:
     """Removes what rounding left of ``V Vᵀ − I``: one Cholesky step, its k×k part in float64."""
-    pieces = [slice(i, i + _COLUMNS) for i in range(0, vectors.shape[1], _COLUMNS)]
+    pieces = _column_blocks(vectors.shape[1])
     gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
     for columns in pieces:
         piece = vectors[:, columns].double()
@@ -387,16 +403,16 @@ def top_eigenpairs(
     target = max(tol, floor)
     cycle = max(2, k // 4)
 
-    solver = _Lanczos(matvec, size, k, seed, dtype, torch.device(device))
+    solver = _Lanczos(matvec, size, k, max_products, seed, dtype, torch.device(device))
     solver.extend(k + cycle)
     while not (accurate := solver.converged(target)) or not solver.complete:
-        if accurate:
+        if accurate and not solver.exhausted:
             grown = solver.search()
-            accurate = solver.converged(target)
+            accurate = solver.converged(target) and not solver.exhausted
             if accurate and grown <= target * solver.scale:
                 break
-        if solver.products >= max_products:
-            accurate = False
+        if solver.exhausted:
+            accurate = solver.complete
             break
         solver.extend(cycle)
 

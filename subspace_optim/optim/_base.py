@@ -42,7 +42,7 @@ class SubspaceSGD(torch.optim.Optimizer):
         fused: bool | None = None,
         subspace: Subspace,
     ) -> None:
-        if not isinstance(subspace, Subspace):
+        if isinstance(subspace, type) or not isinstance(subspace, Subspace):
             allowed = "a subspace, such as DominantSubspace(hessian, k=10)"
             raise ArgumentError("subspace", type(subspace).__name__, allowed)
         self.subspace = subspace

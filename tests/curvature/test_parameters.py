@@ -1,0 +1,297 @@
+"""``ParameterSpace``: the only flatten and unflatten, and the digest that tells states apart."""
+
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature import ParameterSpace
+from tests.dense import TiedMLP
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Parameters(nn.Module):
+    """A model that is no more than its parameters."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor))
+
+
+def odd_shapes(dtype: torch.dtype = torch.float32) -> Parameters:
+    """A scalar, a vector, an empty tensor, and two that are not contiguous."""
+    numbers = torch.arange(40).to(dtype)
+    return Parameters(
+        scalar=numbers[0].clone(),
+        vector=numbers[1:6].clone(),
+        empty=numbers[:0].clone(),
+        transposed=numbers[6:18].clone().view(3, 4).T,
+        strided=numbers[18:30].clone().view(6, 2)[:, 1],
+    )
+
+
+# --- flatten and unflatten ----------------------------------------------------------------------
+
+
+def test_flatten_puts_the_parameters_in_order_and_unflatten_puts_them_back():
+    space = ParameterSpace(odd_shapes())
+    expected = [0, *range(1, 6), *(6 + 4 * j + i for i in range(4) for j in range(3))]
+    expected += [19, 21, 23, 25, 27, 29]
+    flat = space.flatten(space.tensors)
+    assert flat.tolist() == expected
+    assert space.size == len(expected)
+    assert space.names == ["scalar", "vector", "empty", "transposed", "strided"]
+    for view, p in zip(space.unflatten(flat), space.tensors, strict=True):
+        assert torch.equal(view, p)
+
+
+def test_unflatten_gives_views_and_flatten_a_new_vector():
+    space = ParameterSpace(odd_shapes())
+    flat = torch.zeros(space.size)
+    for view in space.unflatten(flat):
+        view.add_(1)
+    assert flat.tolist() == [1.0] * space.size
+    copied = space.flatten(space.tensors)
+    copied.fill_(-7)
+    assert all((p >= 0).all() for p in space.tensors)
+
+
+def test_zeros_stand_for_a_tensor_that_is_not_there():
+    space = ParameterSpace(Parameters(a=torch.ones(2), b=torch.ones(3), c=torch.ones(1)))
+    flat = space.flatten([torch.full((2,), 4.0), None, torch.full((1,), 5.0)])
+    assert flat.tolist() == [4, 4, 0, 0, 0, 5]
+
+
+@pytest.mark.parametrize("length", [2, 4])
+def test_flatten_wants_one_tensor_a_parameter(length):
+    space = ParameterSpace(Parameters(a=torch.ones(2), b=torch.ones(2), c=torch.ones(2)))
+    with pytest.raises(ValueError, match="zip"):
+        space.flatten([torch.ones(2)] * length)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_vectors_are_float64_for_float64_parameters_and_float32_for_all_others(dtype):
+    space = ParameterSpace(odd_shapes(dtype))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert space.dtype == expected
+    assert space.flatten(space.tensors).dtype == expected
+    assert space.flatten(space.tensors)[-1] == 29
+
+
+def test_one_float64_parameter_makes_all_vectors_float64():
+    mixed = Parameters(a=torch.ones(1, dtype=torch.bfloat16), b=torch.ones(1, dtype=torch.float64))
+    assert ParameterSpace(mixed).dtype == torch.float64
+
+
+# --- which parameters ---------------------------------------------------------------------------
+
+
+def test_tied_parameters_count_once():
+    space = ParameterSpace(TiedMLP())
+    assert space.names == ["first.weight", "first.bias", "second.bias", "head.weight", "head.bias"]
+    assert space.size == 9 + 3 + 3 + 6 + 2
+
+
+def test_frozen_parameters_are_left_out():
+    model = odd_shapes()
+    model.vector.requires_grad_(False)
+    space = ParameterSpace(model)
+    assert "vector" not in space.names
+    assert space.size == 19
+
+
+def test_params_choose_and_order_the_coordinates():
+    model = odd_shapes()
+    space = ParameterSpace(model, iter([model.strided, model.scalar]))
+    assert space.names == ["strided", "scalar"]
+    assert space.flatten(space.tensors).tolist() == [19, 21, 23, 25, 27, 29, 0]
+    assert ParameterSpace(model, model.vector).names == ["vector"]
+
+
+def _frozen() -> nn.Module:
+    return odd_shapes().requires_grad_(False)
+
+
+def _half_frozen(model: nn.Module) -> list[Tensor]:
+    model.vector.requires_grad_(False)
+    return [model.scalar, model.vector]
+
+
+@pytest.mark.parametrize(
+    ("make", "choose", "message"),
+    [
+        (
+            _frozen,
+            lambda model: None,
+            r"params is \[\], but must be at least one .* no parameter that requires a gradient",
+        ),
+        (
+            odd_shapes,
+            lambda model: [],
+            r"params is \[\], but must be at least one parameter\. Leave `params` out",
+        ),
+        (
+            odd_shapes,
+            lambda model: [model.scalar, nn.Parameter(torch.zeros(3, 4))],
+            r"params\[1\] is \(3, 4\), but must be a parameter of the model",
+        ),
+        (
+            odd_shapes,
+            lambda model: ["scalar"],
+            r"params\[0\] is 'scalar', but must be a parameter of the model",
+        ),
+        (odd_shapes, _half_frozen, r"parameter 'vector' is 'frozen', but must be trainable"),
+        (
+            lambda: Parameters(a=torch.zeros(2), z=torch.zeros(2, dtype=torch.complex64)),
+            lambda model: None,
+            r"parameter 'z' is torch.complex64, but must be real",
+        ),
+        (
+            lambda: Parameters(s=torch.eye(2).to_sparse()),
+            lambda model: None,
+            r"parameter 's' is torch.sparse_coo, but must be dense",
+        ),
+        (
+            odd_shapes,
+            lambda model: [model.scalar, model.vector, model.scalar],
+            r"params is 'a list of 3', but must be without repetition",
+        ),
+        (
+            lambda: Parameters(a=torch.zeros(2), b=torch.zeros(2, device="meta")),
+            lambda model: None,
+            r"devices of params is 'cpu, meta', but must be one device",
+        ),
+    ],
+    ids=[
+        "all_frozen",
+        "empty",
+        "foreign",
+        "name",
+        "one_frozen",
+        "complex",
+        "sparse",
+        "twice",
+        "two_devices",
+    ],
+)
+def test_parameters_that_cannot_be_used_are_named(make, choose, message):
+    model = make()
+    with pytest.raises(ArgumentError, match=message):
+        ParameterSpace(model, choose(model))
+
+
+def test_frozen_and_complex_parameters_do_no_harm_where_they_are_not_asked_for():
+    model = Parameters(a=torch.zeros(2), z=torch.zeros(2, dtype=torch.complex64))
+    assert ParameterSpace(model, [model.a]).names == ["a"]
+    model.z.requires_grad_(False)
+    assert ParameterSpace(model).names == ["a"]
+
+
+# --- the digest ---------------------------------------------------------------------------------
+
+
+def space_of(*tensors: Tensor) -> ParameterSpace:
+    return ParameterSpace(Parameters(**{f"p{i}": t for i, t in enumerate(tensors)}))
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@settings(max_examples=300)
+@given(data=st.data(), dtype=st.sampled_from(FLOATS), seed=st.integers(0, 99))
+def test_any_single_bit_changes_the_digest(data, dtype, seed):
+    space = space_of(randn(5, 3, dtype=dtype, seed=seed), randn(7, dtype=dtype, seed=seed + 1))
+    before = space.digest()
+    p = data.draw(st.sampled_from(space.tensors))
+    width = p.element_size()
+    bits = p.data.view(-1).view(INTEGERS[width])
+    element = data.draw(st.integers(0, len(bits) - 1))
+    bit = data.draw(st.integers(0, 8 * width - 1))
+    mask = struct.unpack("q", struct.pack("Q", 1 << bit))[0]
+    flipped = torch.tensor(mask).to(bits.dtype)
+    bits[element] ^= flipped  # through `.data`: no version counter moves
+    assert space.digest() != before
+    bits[element] ^= flipped
+    assert space.digest() == before
+
+
+def _negate(p: Tensor) -> None:
+    p.neg_()
+
+
+def _negate_a_pair(p: Tensor) -> None:
+    p[[0, 3]] = -p[[0, 3]]
+
+
+def _swap_rows(p: Tensor) -> None:
+    p[[1, 4]] = p[[4, 1]]
+
+
+def _permute_rows(p: Tensor) -> None:
+    p.copy_(p.roll(1, dims=0))
+
+
+def _negate_one_raise_another(p: Tensor) -> None:
+    p[0] *= -1
+    p[1] *= 2
+
+
+@pytest.mark.parametrize(
+    "change", [_negate, _negate_a_pair, _swap_rows, _permute_rows, _negate_one_raise_another]
+)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_changes_of_several_elements_do_not_cancel(dtype, change):
+    p = (torch.arange(24) + 1).to(dtype).view(6, 4)  # whole numbers: few bits, which may cancel
+    space = space_of(p.clone(), p[:1].clone())
+    before = space.digest()
+    with torch.no_grad():
+        change(space.tensors[0])
+    assert space.digest() != before
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_no_exchange_of_ones_and_twos_goes_unseen(dtype):
+    """The worst values: 1.0 and 2.0 differ in high bits only, which a wide sum shifts out."""
+    space = space_of(torch.tensor([1.0, 2.0]).repeat(64).to(dtype))
+    p, before = space.tensors[0].data, space.digest()
+    unseen = 0
+    for i in range(0, 128, 2):
+        for j in range(1, 128, 2):
+            p[i], p[j] = 2, 1
+            unseen += space.digest() == before
+            p[i], p[j] = 1, 2
+    assert unseen == 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_equal_contents_have_equal_digests(dtype):
+    p = randn(6, 4, dtype=dtype, seed=0)
+    strided = torch.zeros(6, 8, dtype=dtype)
+    strided[:, ::2] = p
+    digests = {space_of(t).digest() for t in (p, p.clone(), p.T.contiguous().T, strided[:, ::2])}
+    assert len(digests) == 1
+
+
+def test_a_tensor_that_moves_to_the_next_parameter_changes_the_digest():
+    a, b = randn(4, dtype=torch.float32, seed=0), randn(4, dtype=torch.float32, seed=1)
+    assert space_of(a, b).digest() != space_of(b, a).digest()
+
+
+def test_the_digest_reaches_every_element_of_a_large_tensor():
+    """Long tensors are read in pieces; the pieces must not be blind to each other's order."""
+    n = (1 << 20) + 3
+    space = space_of(torch.zeros(2 * n))
+    p, seen = space.tensors[0].data, {space.digest()}
+    for element in (0, 3, (1 << 20) - 1, 1 << 20, n, 2 * n - 1):
+        p[element] = 1
+        seen.add(space.digest())
+        p[element] = 0
+    assert len(seen) == 7
