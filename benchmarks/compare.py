@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settings(options: argparse.Namespace, num_classes: int) -> Settings:
     fields = {name: value for name, value in vars(options).items() if hasattr(Settings, name)}
-    fields |= {"k": options.k or num_classes, "switch_at": options.switch_at}
+    fields |= {"k": num_classes if options.k is None else options.k}
     fields["lr"] = default_lr(options.data, options.loss) if options.lr is None else options.lr
     return Settings(**fields)
 
@@ -198,7 +198,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     report.print_report(result, console)
     console.print(f"Written: {folder}/comparison.png, history.csv, summary.json")
     if not result.finished:
-        console.print("Interrupted: the same command with --resume goes on.")
+        if (folder / "checkpoint.pt").exists():
+            console.print("Interrupted: the same command with --resume goes on.")
         return 130
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return 0
@@ -226,6 +227,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataUnavailableError, ValueError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("compare: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 import subspace_optim as so
 from benchmarks.losses import accuracy
 from subspace_optim._validation import check_integer, check_number
+from subspace_optim.curvature.isolation import in_mode, seeded
 from subspace_optim.linalg import EigenBasis, top_eigenpairs
 from subspace_optim.subspace import DominantSubspace
 
@@ -74,7 +75,12 @@ class Settings:
     control: str | None = None
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr, exclusive=True)
+        for name in ("lr", "tol"):
+            check_number(name, getattr(self, name), exclusive=True)
+        for name in ("switch_chi", "average"):
+            check_number(name, getattr(self, name))
+        if self.control not in (None, "random"):
+            raise so.ArgumentError("control", self.control, "'random' or None")
         for name in ("k", "batch_size", "steps", "warmup_measure", "warmup_refresh", "measure"):
             check_integer(name, getattr(self, name), minimum=1)
         for name in ("refresh", "last_switch", "spectrum", "seed"):
@@ -87,8 +93,8 @@ class Settings:
 class Branch:
     """What one optimizer did after the switch.
 
-    Losses and accuracies are over all the data; targets that are no classes have no accuracy. The
-    distance is from the switch.
+    Losses (in the model's mode) and accuracies (in eval mode) are over all the data; targets that
+    are no classes have no accuracy. The distance is from the switch.
     """
 
     steps: int = 0
@@ -209,10 +215,12 @@ class _Experiment:
             self.x.device
         )
         next_eigenvalues = self._next_eigenvalues()
-        self.optimizer.zero_grad()
-        self.loss_fn(self.model(self.x[batch]), self.y[batch]).backward()
         recorded = len(self.monitor.history["step"])
-        self.optimizer.step()
+        # Dropout draws the same in every branch, and in a run that was taken up again.
+        with seeded(self.x.device, self.settings.seed + self.step):
+            self.optimizer.zero_grad()
+            self.loss_fn(self.model(self.x[batch]), self.y[batch]).backward()
+            self.optimizer.step()
         measured = len(self.monitor.history["step"]) > recorded
         if measured:
             self._add_row(next_eigenvalues)
@@ -292,7 +300,10 @@ class _Experiment:
     @torch.no_grad()
     def keep_branch(self) -> None:
         """Evaluates the branch as it stands."""
-        output = self.model(self.x)
+        loss = self.operator.loss()
+        with in_mode(self.model, "eval"):
+            output = self.model(self.x)
+            tested = None if self.test is None else self.model(self.test[0])
         moved = [
             (p - self.switch_model[name]).square().sum()
             for name, p in self.model.named_parameters()
@@ -302,10 +313,10 @@ class _Experiment:
             seconds=self.seconds,
             products=self.subspace.stats.products,
             distance=float(torch.stack(moved).sum().sqrt()),
-            train_loss=float(self.loss_fn(output, self.y)),
+            train_loss=loss,
             train_accuracy=_accuracy(output, self.y),
             test_accuracy=(
-                None if self.test is None else _accuracy(self.model(self.test[0]), self.test[1])
+                None if self.test is None or tested is None else _accuracy(tested, self.test[1])
             ),
         )
 
@@ -378,7 +389,8 @@ def compare(
     ``KeyboardInterrupt`` ends it early: the rows so far are returned, ``finished`` is False.
 
     Args:
-        model: trained from its present parameters; left as it was at the end.
+        model: trained from its present parameters, which it has again at the end; its gradients
+            are cleared.
         loss_fn: ``loss_fn(output, target)``, a mean over examples.
         data: ``(x, y)``, all training examples as two tensors.
         optimizers: names of ``OPTIMIZERS``, or a mapping from a name to
@@ -420,9 +432,10 @@ def compare(
                 on_progress(experiment, measured)
     except KeyboardInterrupt:
         experiment.monitor.detach()
-        if experiment.phase != WARMUP:
+        if experiment.phase != WARMUP and experiment.phase not in experiment.result.branches:
             experiment.keep_branch()
     finally:
         experiment.monitor.detach()
         model.load_state_dict(before)
+        model.zero_grad()
     return experiment.result

@@ -291,13 +291,15 @@ def picture(result: Comparison, title: str) -> Figure:
             label = f"{name}, mean {round(mean, 4) + 0.0:.4f}"
             axes.axhline(mean, color=color, linestyle=dash, label=label)
     loss.set_yscale("log")
-    loss.legend(fontsize=8, loc="lower left")
+    losses = [row["loss"] for row in result.rows]
+    if losses:  # room for the legend below the curves
+        loss.set_ylim(min(losses) / 1.9, max(losses) * 1.1)
+    loss.legend(fontsize=7, loc="lower left")
     if present:
         close = loss.inset_axes((0.47, 0.52, 0.5, 0.44))
         for name in present:
             color, dash = styles[name]
             curve(close, result.of(name), "loss", color=color, linestyle=dash)
-        close.set_title("after the switch", fontsize=8)
         close.tick_params(labelsize=7)
         close.grid(alpha=0.25)
     _label(loss, "a  training loss", "loss (log scale)")

@@ -223,7 +223,7 @@ class HessianOperator(CurvatureOperator):
             with _AllocationMeter() as meter:
                 graph = evaluate(linearise, differentiate)
             weights.append(graph.weight)
-            losses.append(graph.loss.double() * graph.weight)
+            losses.append(_weighted(graph.loss.double(), graph.weight))
             if differentiate:
                 graph.move_gradient(self.parameters.unflatten(gradient))
             if linearise and used + (held := meter.alive()) <= budget:
@@ -344,6 +344,11 @@ class _Objective(nn.Module):
         return loss, torch.as_tensor(weight, dtype=torch.float64, device=loss.device)
 
 
+def _weighted(value: Tensor, weight: Tensor) -> Tensor:
+    """Returns ``weight · value``; zeros for a batch of weight 0, whose mean is NaN."""
+    return torch.where(weight > 0, value * weight, 0.0)
+
+
 @dataclass
 class _Graph:
     """One batch at fixed parameters: its loss and weight, its gradient, its Hessian's product."""
@@ -357,7 +362,7 @@ class _Graph:
     def move_gradient(self, into: list[Tensor]) -> None:
         """Adds the batch's weighted gradient, and holds it no longer."""
         for total, slope in zip(into, self.slopes, strict=True):
-            total.add_(slope * self.weight)
+            total.add_(_weighted(slope, self.weight))
         self.slopes = ()
 
     def add_product(self, v: list[Tensor], into: list[Tensor]) -> None:
@@ -365,7 +370,7 @@ class _Graph:
         with torch.no_grad():  # some versions of torch return rows that carry a graph
             (rows,) = self.product(tuple(map(Tensor.to, v, self.dtypes)))
             for total, row in zip(into, rows, strict=True):
-                total.add_(row * self.weight)
+                total.add_(_weighted(row, self.weight))
 
 
 @dataclass

@@ -39,7 +39,8 @@ COLUMNS = (
 
 def _moves(optimizer: Optimizer) -> bool:
     """Whether a step can change anything: one with all rates zero prepares a checkpoint."""
-    return any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups)
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return any(rate is None or float(rate) != 0 for rate in rates)
 
 
 @dataclass

@@ -114,6 +114,9 @@ class SubspaceSGD(torch.optim.Optimizer):
         for group in state_dict["param_groups"]:
             _check_options(self.defaults | group)
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # checkpoints of older torch have fewer options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # With `deepcopy((model, subspace, optimizer))` the copies belong together. Alone, a copy
@@ -126,7 +129,10 @@ class SubspaceSGD(torch.optim.Optimizer):
 
     def _subspace(self) -> Subspace:
         if self.subspace is None:
-            remedy = "A copied or unpickled optimizer has none: set `optimizer.subspace`."
+            remedy = (
+                "A copied or unpickled optimizer has none: set `optimizer.subspace`, or copy "
+                "them together, the subspace first: `deepcopy((model, subspace, optimizer))`."
+            )
             raise ArgumentError("subspace", None, "set before step()", remedy)
         return self.subspace
 
@@ -171,11 +177,12 @@ class SubspaceSGD(torch.optim.Optimizer):
         update = torch.zeros(space.size, dtype=space.dtype, device=space.device)
         views = space.unflatten(update)
         for group in self.param_groups:
+            lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
             params = [p for p in group["params"] if p in index and p.grad is not None]
             together = group["foreach"] is None or group["foreach"]
             for some in [params] if together and params else [[p] for p in params]:
                 for p, direction in zip(some, self._directions(some, group), strict=True):
-                    views[index[p]].copy_(direction).mul_(-group["lr"])
+                    views[index[p]].copy_(direction).mul_(-lr)
         return update
 
     def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
