@@ -219,7 +219,9 @@ def main(arguments: list[str] | None = None) -> int:
         0; 2 for what cannot be run, with the reason in one sentence; 130 if it was interrupted.
     """
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    # SIGINT too: a shell starts its background jobs with that signal ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     # Where there is no terminal (a file, a log), lines are as long as the table needs.
     console = Console() if sys.stdout.isatty() else Console(width=110)
     try:

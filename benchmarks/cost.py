@@ -117,8 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
     products = subspace.stats.products
     functions: dict[str, Callable[[], object]] = {
         "one gradient over the data": gradient,
-        "one Hessian product": lambda: hessian.matvec(vector),
-        "the first product at new parameters": prepare,
+        "the first Hessian product at new parameters": prepare,
+        "each further product": lambda: hessian.matvec(vector),
         f"a cold solve, top {options.k} ({products} products)": subspace.refresh,
         "a step of torch.optim.SGD, batch 50": lambda: train(0, plain),
         "a step of BulkSGD with a kept basis": lambda: train(0, projected),
