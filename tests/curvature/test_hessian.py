@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -601,6 +602,18 @@ def test_graph_bytes_grow_with_the_activations():
     assert per_example == pytest.approx((held(2000) - held(1000)) / 1000, rel=0.01)
     hidden = 4 + 4 + 3 + 3 + 2  # numbers that a forward pass makes of one example
     assert 8 * hidden <= per_example <= 30 * 8 * hidden
+
+
+def test_the_graphs_of_one_state_are_gone_before_those_of_the_next_are_built():
+    model, operator = counted()
+    operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+    old, alive = weakref.ref(operator._point), []
+    model.inner.register_forward_hook(lambda *_: alive.append(old() is not None))
+    operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+    assert alive == []
+    _sgd(model)
+    operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+    assert alive == [False] * 3
 
 
 def test_release_frees_the_graphs_and_the_next_product_builds_them_again():
