@@ -236,7 +236,7 @@ class _Experiment:
             return []
         with self.operator.frozen():
             solution = top_eigenpairs(
-                self.operator.matvec,
+                self.operator.matmat,
                 self.operator.size,
                 min(2 * k, self.operator.size),
                 # Eigenvalues are accurate to the square of the residual.

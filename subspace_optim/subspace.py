@@ -192,7 +192,7 @@ class DominantSubspace:
         operator = self.operator
         with operator.frozen():
             solution = top_eigenpairs(
-                operator.matvec,
+                operator.matmat,
                 operator.size,
                 self.k,
                 tol=self.tol,

@@ -65,10 +65,33 @@ class EigenBasis:
         """Returns ``⟨u_i, v⟩``: ``(k,)`` for ``v`` of shape ``(P,)``, ``(j, k)`` for ``(j, P)``."""
         return v.to(self.dtype) @ self.vectors.T
 
-    def project(self, v: Tensor) -> Tensor:
-        """Returns ``P_k v``, the dominant component of ``v``: ``(P,)``, or ``(j, P)`` by rows."""
-        return self.coefficients(v) @ self.vectors
+    def project(self, v: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Returns ``P_k v``, the dominant component of ``v``: ``(P,)``, or ``(j, P)`` by rows.
 
-    def project_out(self, v: Tensor) -> Tensor:
-        """Returns ``P_k^⊥ v = v − P_k v``, the bulk component of ``v``: ``(P,)`` or ``(j, P)``."""
-        return v.to(self.dtype) - self.project(v)
+        Args:
+            v: a vector, or rows.
+            out: where to write it, of the basis's dtype; ``v`` itself too. Fresh memory costs
+                more than the arithmetic for a vector of millions.
+        """
+        coefficients = self.coefficients(v)
+        if out is None:
+            return coefficients @ self.vectors
+        if v.dim() == 1:
+            return torch.mv(self.vectors.T, coefficients, out=out)
+        return torch.mm(coefficients, self.vectors, out=out)
+
+    def project_out(self, v: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Returns ``P_k^⊥ v = v − P_k v``, the bulk component of ``v``: ``(P,)`` or ``(j, P)``.
+
+        Args:
+            v: a vector, or rows.
+            out: as in ``project``.
+        """
+        coefficients = self.coefficients(v)
+        if out is None:
+            out = v.to(self.dtype, copy=True)
+        elif out is not v:
+            out.copy_(v)
+        if v.dim() == 1:
+            return out.addmv_(self.vectors.T, coefficients, alpha=-1)
+        return out.addmm_(coefficients, self.vectors, alpha=-1)

@@ -6,9 +6,12 @@ The Krylov space of ``H`` and a random vector is built row by row. With orthonor
 the memory that they are allowed, the best Ritz vectors replace them and the next direction is kept
 (Wu & Simon 2000, *Thick-restart Lanczos method for large symmetric eigenvalue problems*).
 
-The Krylov space of one vector holds one direction of a repeated eigenvalue, and blends eigenvalues
-that it cannot yet tell apart, with residuals that look converged. So converged pairs are accepted
-only when a fresh random vector, taken through enough products to find a missing one, found none.
+The Krylov space of b vectors holds b directions of a repeated eigenvalue, and blends eigenvalues
+that it cannot yet tell apart, with residuals that look converged. So the solve starts from two
+vectors: no eigenvalue that stands alone or in a pair can be missed. Where two that were found are
+too close to be told apart, there may be a third: then the pairs are accepted only when a fresh
+random vector, taken through enough products to find a missing one, found none. (The second vector
+costs three products where a search after every solve would cost eight.)
 """
 
 from __future__ import annotations
@@ -26,6 +29,10 @@ from torch import Tensor
 from subspace_optim._validation import ConvergenceWarning, NonFiniteError, check_integer
 from subspace_optim.linalg.eigenbasis import EigenBasis
 
+_START = 2
+"""Random vectors that a solve starts from."""
+_CROWDED = 10.0
+"""Eigenvalues that differ by less than this many residuals may hide another between them."""
 _MISS_PROBABILITY = 1e-2
 """How likely the final search is to overlook a direction, if there is one to be found."""
 _LONGEST_SEARCH = 12
@@ -45,12 +52,19 @@ class EigenSolution:
         products: products with the matrix that were used.
         restarts: Rayleigh-Ritz steps, each with the solve's only synchronisation with the host.
         converged: every residual is at most ``tol · max|λ|``, and no pair is known to be missing.
+        guard: the pair that comes next, ``(λ_{k+1}, u_{k+1})``, as the solve left it: an eigenvalue
+            from below, with its residual. Of no rows if k = P.
+        lowest: the smallest eigenvalue, as the solve knows it: from above.
+        mean: an estimate of the mean of all eigenvalues, from the random start vectors.
     """
 
     basis: EigenBasis
     products: int
     restarts: int
     converged: bool
+    guard: EigenBasis
+    lowest: float
+    mean: float
 
 
 def _column_blocks(size: int) -> list[slice]:
@@ -111,7 +125,7 @@ class _Lanczos:
 
     def __init__(
         self,
-        matvec: Callable[[Tensor], Tensor],
+        matmat: Callable[[Tensor], Tensor],
         size: int,
         k: int,
         max_products: int,
@@ -119,9 +133,9 @@ class _Lanczos:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.matvec, self.size, self.k = matvec, size, k
+        self.matmat, self.size, self.k = matmat, size, k
         self.max_products = max(max_products, k)  # without k products there are no k pairs
-        self.max_rows = size if size <= _SMALL else min(size, 2 * k + 8)
+        self.max_rows = size if size <= _SMALL else min(size, 2 * k + 6)
         self.rows = _KrylovRows(k, self.max_rows, size, dtype, device)
         self.projected = torch.zeros(self.max_rows, self.max_rows, dtype=dtype, device=device)
         self.generator = torch.Generator(device=device).manual_seed(seed)
@@ -133,7 +147,8 @@ class _Lanczos:
         self.lost: NDArray[np.float64] = np.zeros((0, 0))
         self.products = 0
         self.restarts = 0
-        self.add_random_row()
+        for _ in range(min(_START, size)):
+            self.add_random_row()
 
     @property
     def complete(self) -> bool:
@@ -162,15 +177,19 @@ class _Lanczos:
             v.div_(torch.linalg.vector_norm(v))
         self._add_row(v)
 
-    def multiply(self, j: int) -> None:
-        """Takes the product with pending row ``j`` and adds what remains of it as a pending row.
+    def multiply(self, block: list[int]) -> None:
+        """Takes the products with some pending rows, and adds what remains of each as a new one.
 
         No value leaves the device. A remainder that is no more than rounding is replaced by a
         random direction: an invariant subspace is then complete, and the search goes on outside.
         """
+        products = self.matmat(torch.stack([self.rows[j] for j in block])).contiguous()
+        for j, product in zip(block, products, strict=True):
+            self._expand(j, product)
+
+    def _expand(self, j: int, w: Tensor) -> None:
+        """Expands the product ``w`` with row ``j`` in all rows; what remains is a new row."""
         n = self.count
-        # A copy: the product may share its memory with its argument, or with the next product.
-        w = self.matvec(self.rows[j]).clone(memory_format=torch.contiguous_format)
         self.products += 1
         self.pending.remove(j)
         self.multiplied.append(j)
@@ -183,8 +202,8 @@ class _Lanczos:
         broke_down = norm <= 4 * self.epsilon * torch.linalg.vector_norm(h)
         direction = torch.where(broke_down, self._random(), w.div_(norm))
         norm = torch.where(broke_down, 0.0, norm)
-        # Twice more: a remainder near rounding, or a random vector, begins as no better.
-        for _ in range(2):
+        # Twice is enough (Giraud et al. 2005), but for a random vector in a space of few dimensions.
+        for _ in range(1 if self.size > _SMALL else 2):
             again = self.rows.coefficients(direction, n)
             self.rows.subtract_(direction, again)
             self.projected[:n, j] += norm * again
@@ -197,8 +216,11 @@ class _Lanczos:
     def extend(self, steps: int) -> None:
         """Takes ``steps`` products, the oldest pending row first, and solves the small problem."""
         self.make_room(steps)
-        for _ in range(self._possible(steps)):
-            self.multiply(self.pending[0])
+        steps = self._possible(steps)
+        while steps > 0:
+            block = self.pending[: min(_START, steps)]
+            self.multiply(block)
+            steps -= len(block)
         self.rayleigh_ritz()
 
     def _possible(self, steps: int) -> int:
@@ -224,6 +246,8 @@ class _Lanczos:
                 "Lower the learning rate, or look for NaN in the parameters and the data."
             )
             raise NonFiniteError(message)
+        if self.restarts == 0:  # zᵀHz of random unit vectors has the mean tr H / P
+            self.mean = float(np.diagonal(projected)[:_START].mean())
         # In the order of the products the upper triangle is complete: a later row is in no
         # earlier product but as a remainder.
         upper = np.triu(projected[np.ix_(self.multiplied, self.multiplied)])
@@ -242,13 +266,37 @@ class _Lanczos:
     @property
     def residuals(self) -> NDArray[np.float64]:
         """``‖Hv − θv‖`` of the top k Ritz pairs; an upper bound where a direction was lost."""
-        held: NDArray[np.float64] = np.linalg.norm(self.coupling[:, : self.k], axis=0)
-        gone: NDArray[np.float64] = np.abs(self.lost @ self.ritz[:, : self.k]).sum(axis=0)
+        return self._residuals(self.k)
+
+    def _residuals(self, n: int) -> NDArray[np.float64]:
+        held: NDArray[np.float64] = np.linalg.norm(self.coupling[:, :n], axis=0)
+        gone: NDArray[np.float64] = np.abs(self.lost @ self.ritz[:, :n]).sum(axis=0)
         return held + gone
 
-    def converged(self, tol: float) -> bool:
-        """Every residual is at most ``tol · max|λ|``."""
-        return bool(self.residuals.max() <= tol * self.scale)
+    def converged(self, tol: float, max_angle: float | None) -> bool:
+        """Every residual is at most ``tol · max|λ|``, and the angle at most ``max_angle``.
+
+        Where the accuracy of ``tol`` cannot tell ``λ_k`` from ``λ_{k+1}`` no angle is defined.
+        """
+        residuals, accuracy = self.residuals, tol * self.scale
+        if residuals.max() > accuracy:
+            return False
+        if max_angle is None or self.size == self.k:
+            return True
+        if len(self.values) == self.k:
+            return False
+        gaps = self.values[: self.k] - self.values[self.k]
+        return bool(gaps[-1] <= accuracy or np.linalg.norm(residuals / gaps) <= max_angle)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether two of the top k Ritz values are so close that a third may hide there.
+
+        Only a third that would be among the top k itself matters.
+        """
+        gaps = -np.diff(self.values[: max(1, self.k - 1)])
+        width = max(_CROWDED * self.residuals.max(), 50 * self.epsilon * self.scale)
+        return bool((gaps <= width).any())
 
     def make_room(self, steps: int) -> None:
         """Restarts if there is no room for ``steps`` more rows: the best Ritz vectors stay."""
@@ -296,7 +344,7 @@ class _Lanczos:
             if self.count == self.max_rows < self.size:
                 self.rayleigh_ritz()
                 self.make_room(2)
-            self.multiply(self.pending[-1])
+            self.multiply(self.pending[-1:])
         self.rayleigh_ritz()
         return float(self.values[: self.k].sum()) - top
 
@@ -318,24 +366,25 @@ class _Lanczos:
         degree = math.log(2 * math.sqrt(self.size) / _MISS_PROBABILITY) / growth
         return max(2, min(math.ceil(degree) + 1, _LONGEST_SEARCH))
 
-    def basis(self) -> EigenBasis:
-        """Returns the top k Ritz pairs. The rows are used up."""
-        k, residuals = self.k, self.residuals
-        rotation = np.zeros((k, self.count))
-        rotation[:, self.multiplied] = self.ritz[:, :k].T
+    def pairs(self) -> tuple[EigenBasis, EigenBasis]:
+        """Returns the top k Ritz pairs, and the next one as the guard. The rows are used up."""
+        k, n = self.k, min(self.k + 1, len(self.multiplied))
+        residuals = self._residuals(n)
+        rotation = np.zeros((n, self.count))
+        rotation[:, self.multiplied] = self.ritz[:, :n].T
         self.rows.rotate_(rotation)
-        vectors = self.rows.head
+        vectors, guard = self.rows.head, self.rows.tail[: n - k].clone()
         del self.rows
-        _orthonormalise_(vectors)
-        return EigenBasis(
-            torch.from_numpy(self.values[:k]).to(vectors),
-            vectors,
-            torch.from_numpy(residuals).to(vectors),
+        orthonormalise_(vectors)
+        values, reached = (torch.from_numpy(a[:n]).to(vectors) for a in (self.values, residuals))
+        return (
+            EigenBasis(values[:k], vectors, reached[:k]),
+            EigenBasis(values[k:], guard, reached[k:]),
         )
 
 
-def _orthonormalise_(vectors: Tensor) -> None:
-    """Removes what rounding left of ``V Vᵀ − I``: one Cholesky step, its k×k part in float64."""
+def orthonormalise_(vectors: Tensor) -> None:
+    """Makes nearly orthonormal rows orthonormal: one Cholesky step, its k×k part in float64."""
     pieces = _column_blocks(vectors.shape[1])
     gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
     for columns in pieces:
@@ -350,17 +399,18 @@ def _orthonormalise_(vectors: Tensor) -> None:
 
 
 def top_eigenpairs(
-    matvec: Callable[[Tensor], Tensor],
+    matmat: Callable[[Tensor], Tensor],
     size: int,
     k: int,
     *,
     tol: float = 1e-3,
+    max_angle: float | None = None,
     max_products: int | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> EigenSolution:
-    r"""Returns the k largest (algebraic) eigenpairs of the symmetric matrix behind ``matvec``.
+    r"""Returns the k largest (algebraic) eigenpairs of the symmetric matrix behind ``matmat``.
 
     Each pair satisfies
 
@@ -369,22 +419,27 @@ def top_eigenpairs(
     where the maximum is over the spectrum of ``H``. Repeated eigenvalues come with their
     multiplicity, and negative, indefinite, zero and rank-deficient matrices are no exceptions.
 
-    Memory: at most ``2k + 8`` vectors (all P where P is at most 256), and two while a product is
-    taken. All of it stays on ``device``; the k×k problems alone visit the host.
+    Memory: at most ``2k + 6`` vectors (all P where P is at most 256), and four beside them while
+    a product is taken or expanded. All of it stays on ``device``; the k×k problems alone visit
+    the host.
 
-    A pair that is missing is searched for until overlooking it is less likely than 1 %, where
-    there is a gap below ``λ_k``. Without one, what may be overlooked differs from the pair that
-    was found in its place by no more than a few ``tol``.
+    A third or later copy of an eigenvalue is searched for until overlooking it is less likely
+    than 1 %, where there is a gap below ``λ_k``. Without one, what may be overlooked differs from
+    the pair that was found in its place by no more than a few ``tol``.
 
     A ``k`` that is not from 1 to P raises ``ArgumentError``, a product that is NaN or infinite
     ``NonFiniteError``.
 
     Args:
-        matvec: ``v: (P,) -> H v: (P,)``, called once a step. It may keep nothing of ``v``.
+        matmat: the rows ``(j, P)`` to their products ``(j, P)``, for j up to 2. It may keep
+            nothing of its argument.
         size: P.
         k: how many pairs, from 1 to P.
         tol: the relative residual. Below the floor of the dtype (50 times its epsilon) the floor
             holds, with a warning.
+        max_angle: if given, the solve also goes on until ``√Σ(‖r_i‖ / (λ_i − λ_{k+1}))²``, which
+            bounds the sine of the largest angle to the true subspace, is no more than this;
+            unless ``λ_k − λ_{k+1}`` is below the accuracy that ``tol`` asks for.
         max_products: where to stop at the latest (default ``200 + 20 k``).
         seed: of the random vectors.
         dtype: of the vectors.
@@ -403,12 +458,14 @@ def top_eigenpairs(
     target = max(tol, floor)
     cycle = max(2, k // 4)
 
-    solver = _Lanczos(matvec, size, k, max_products, seed, dtype, torch.device(device))
+    solver = _Lanczos(matmat, size, k, max_products, seed, dtype, torch.device(device))
     solver.extend(k + cycle)
-    while not (accurate := solver.converged(target)) or not solver.complete:
+    while not (accurate := solver.converged(target, max_angle)) or not solver.complete:
         if accurate and not solver.exhausted:
+            if not solver.crowded:
+                break
             grown = solver.search()
-            accurate = solver.converged(target) and not solver.exhausted
+            accurate = solver.converged(target, max_angle) and not solver.exhausted
             if accurate and grown <= target * solver.scale:
                 break
         if solver.exhausted:
@@ -426,4 +483,8 @@ def top_eigenpairs(
         )
         message = f"Eigensolve: {reason}; the relative residual is {reached:.1e}."
         warnings.warn(message, ConvergenceWarning, stacklevel=2)
-    return EigenSolution(solver.basis(), solver.products, solver.restarts, converged)
+    lowest = float(solver.values[-1])
+    basis, guard = solver.pairs()
+    return EigenSolution(
+        basis, solver.products, solver.restarts, converged, guard, lowest, solver.mean
+    )

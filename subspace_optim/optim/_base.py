@@ -61,7 +61,7 @@ class SubspaceSGD(torch.optim.Optimizer):
 
     @abstractmethod
     def _restrict(self, basis: EigenBasis, update: Tensor) -> Tensor:
-        """Returns ``R u`` for the update ``u: (P,)``."""
+        """Returns ``R u`` for the update ``u: (P,)``, whose memory it may use for the result."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -40,7 +40,7 @@ class DomSGD(SubspaceSGD):
     """
 
     def _restrict(self, basis: EigenBasis, update: Tensor) -> Tensor:
-        return basis.project(update)
+        return basis.project(update, out=update)
 
 
 class BulkSGD(SubspaceSGD):
@@ -57,4 +57,4 @@ class BulkSGD(SubspaceSGD):
     """
 
     def _restrict(self, basis: EigenBasis, update: Tensor) -> Tensor:
-        return basis.project_out(update)
+        return basis.project_out(update, out=update)

@@ -68,6 +68,20 @@ def test_vectors_of_another_dtype_are_converted_to_that_of_the_basis(dtype):
         assert torch.equal(result, method(v.float()))
 
 
+@pytest.mark.parametrize("name", ["project", "project_out"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (1, 5)], ids=str)
+def test_out_receives_the_result_and_may_be_the_argument(name, shape):
+    basis = random_basis(2, 5, torch.float64)
+    v = torch.randn(shape, dtype=torch.float64)
+    expected, before = getattr(basis, name)(v), v.clone()
+    out = torch.full_like(v, torch.nan)
+    assert getattr(basis, name)(v, out=out) is out
+    assert torch.allclose(out, expected, rtol=0, atol=1e-14)
+    assert torch.equal(v, before)
+    assert getattr(basis, name)(v, out=v) is v
+    assert torch.allclose(v, expected, rtol=0, atol=1e-14)
+
+
 def test_projections_leave_their_argument_and_the_basis_as_they_were():
     basis = random_basis(2, 5, torch.float32)
     v = torch.randn(5)
