@@ -18,7 +18,7 @@ pip_install = -m pip --disable-pip-version-check install
 .PHONY: help
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: ARGS (of compare and test), PYTHON ($(PYTHON)), VENV ($(VENV)), TORCH ($(TORCH))"
+	@echo "Variables: ARGS (of compare, speed and test), PYTHON ($(PYTHON)), VENV ($(VENV)), TORCH ($(TORCH))"
 
 # One stamp for each extra of pyproject.toml.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
@@ -29,6 +29,10 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
 .PHONY: compare
 compare: $(VENV)/.installed-bench  ## run the main comparison; ARGS="--help" lists its options
 	$(bin)/python -m benchmarks.compare $(ARGS)
+
+.PHONY: speed
+speed: $(VENV)/.installed-bench  ## ours against the peers, which get an environment of their own
+	$(bin)/python -m benchmarks.speed $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.installed-test  ## run the tests; ARGS="-m 'not slow'" leaves out the slow ones
@@ -114,5 +118,5 @@ constraints:  ## pin the newest versions anew, with the torch that TORCH names
 
 .PHONY: clean
 clean:  ## remove .venv, caches and build results
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-peers .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

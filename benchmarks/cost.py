@@ -10,18 +10,12 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
 from benchmarks.data import load
@@ -29,40 +23,8 @@ from benchmarks.experiment import minibatch
 from benchmarks.losses import mse
 from benchmarks.models import build
 from benchmarks.report import machine, versions
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that were allocated inside and live at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation, then takes stock."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self.storages[reference.cdata] = reference, storage.nbytes()
-        alive = {c: (r, size) for c, (r, size) in self.storages.items() if not r.expired()}
-        self.storages = alive
-        self.peak = max(self.peak, sum(size for _, size in alive.values()))
-        return result
-
-
-def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each function, called in turn ``rounds`` times after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+from benchmarks.speed.memory import PeakMemory
+from benchmarks.speed.timing import in_turn
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,251 @@
+"""Ours against the peers, in one run: ``python -m benchmarks.speed``.
+
+It installs the peers into an environment of their own, runs ours and theirs in turn on the same
+parameters and data, checks every answer against a float64 reference, prints ratios with their
+spread (median, smallest and largest), writes JSON after each section, and draws the picture of the
+docs. Costs are in gradients over the same data, timed in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.data import DataUnavailableError
+from benchmarks.speed import (
+    apply,
+    cold,
+    environment,
+    memory,
+    products,
+    runs,
+    scaling,
+    synchronisations,
+    warm,
+)
+from benchmarks.speed.peers import RECIPE
+from benchmarks.speed.picture import picture
+from benchmarks.speed.problems import PROBLEMS, Problem, problem
+from benchmarks.speed.tables import TABLES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done for a model.
+
+    Attributes:
+        late: steps of SGD before what is measured late in training.
+        rounds: repetitions.
+        samples: of the true sine, in a run.
+        scenarios: keys of ``runs.SCENARIOS``, with the number of steps.
+    """
+
+    late: int
+    rounds: int
+    samples: int
+    scenarios: dict[str, int]
+
+
+_ALL: Final = {name: scenario.steps for name, scenario in runs.SCENARIOS.items()}
+_FEW: Final = {"late": 30, "early": 10}
+PLANS: Final = {
+    "mlp": Plan(2000, 5, 10, _ALL),
+    "cnn": Plan(500, 2, 2, _FEW),
+    "cnn-5k": Plan(500, 1, 2, _FEW),
+    "transformer": Plan(500, 2, 2, _FEW),
+    "resnet18": Plan(500, 5, 4, _FEW),
+    "gpt2": Plan(50, 3, 2, {}),
+}
+_QUICK: Final = Plan(20, 1, 2, dict.fromkeys(_ALL, 4))
+_QUICK_EXAMPLES: Final = 100
+
+PER_MODEL: Final = ("products", "cold", "warm", "runs", "memory", "synchronisations")
+GLOBAL: Final = ("apply", "scaling")
+
+
+class Results:
+    """What has been measured so far; on disk after each section."""
+
+    def __init__(self, path: Path, options: argparse.Namespace) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {
+            "options": {name: str(value) for name, value in vars(options).items()},
+            "machine": report.machine(),
+            "versions": report.versions() | environment.peer_versions(),
+            "models": {},
+            "finished": False,
+        }
+
+    def write(self) -> None:
+        """Writes beside and renames: a kill leaves the file before this section, or after it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # JSON has no word for NaN and infinities: they become null.
+        plain = json.loads(json.dumps(self.data), parse_constant=lambda _: None)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)  # noqa: PTH105 (atomic)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed",
+        description=(__doc__ or "").split("\n\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    default = ["mlp", "cnn", "transformer"]
+    add("--models", nargs="+", choices=tuple(PROBLEMS), default=default, metavar="MODEL")
+    add("--sections", nargs="+", choices=PER_MODEL + GLOBAL, default=[*PER_MODEL, *GLOBAL])
+    add("--scenarios", nargs="+", choices=tuple(_ALL), help="of the runs (default: the plan's)")
+    add("--k", type=int, help="dimension of the subspace (default: the classes)")
+    add("--rounds", type=int, help="repetitions (default: 5 of the MLP, fewer of slower models)")
+    add("--limit", type=float, default=120.0, help="seconds a solve that a peer may take")
+    add("--quick", action="store_true", help="tiny sizes, to see that it works")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--data-root", help="folder of data sets (default: $SUBSPACE_OPTIM_DATA, else the hub)")
+    add("--output", type=Path, default=Path("results/speed.json"))
+    add("--picture", type=Path, default=Path("docs/speed.png"), help="not drawn with --quick")
+    add("--peers", type=Path, default=environment.ROOT / ".venv-peers", help="where they live")
+    add("--here", action="store_true", help="stay in this environment, with the peers it has")
+    return parser
+
+
+def _runs(
+    made: Problem, k: int, plan: Plan, console: Console, measured: dict[str, Any]
+) -> dict[str, Any]:
+    """All scenarios of a model; the recipe's time late in training is the cold solves'."""
+    solved = measured.get("cold", {}).get("solvers", {}).get(RECIPE, {}).get("seconds")
+    result = {}
+    for name, steps in plan.scenarios.items():
+        scenario = replace(runs.SCENARIOS[name], steps=steps)
+        console.print(f"  {scenario.title}, {steps} steps")
+        result[name] = runs.measure(
+            made,
+            k,
+            scenario,
+            late=plan.late,
+            samples=plan.samples,
+            rounds=plan.rounds,
+            recipe_seconds=min(solved) if solved and scenario.start is None else None,
+        )
+    return result
+
+
+def _sections(
+    made: Problem, k: int, plan: Plan, limit: float, console: Console, measured: dict[str, Any]
+) -> dict[str, Callable[[], dict[str, Any] | None]]:
+    """What each section of a model does; ``None`` is a section that does not apply."""
+    rounds = plan.rounds
+
+    def late(function: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        def at_late() -> dict[str, Any]:
+            made.move_to(plan.late)
+            return function()
+
+        return at_late
+
+    return {
+        "products": late(lambda: products.measure(made, k, rounds)),
+        "cold": late(lambda: cold.measure(made, k, rounds, limit, console)),
+        "warm": lambda: warm.measure(made, k, rounds, plan.late, 50 if plan.late > 50 else 5),
+        "runs": lambda: _runs(made, k, plan, console, measured) or None,
+        "memory": late(lambda: memory.measure(made, k)),
+        "synchronisations": lambda: synchronisations.measure(made, k) if made.x.is_cuda else None,
+    }
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    """Measures section by section, and writes after each.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here.")
+    results = Results(options.output, options)
+
+    def keep(place: dict[str, Any], section: str, name: str, outcome: dict[str, Any]) -> None:
+        place[section] = outcome
+        results.write()
+        console.print(TABLES[section](name, outcome))
+        console.print()
+
+    for name in options.models:
+        plan = _QUICK if options.quick else PLANS[name]
+        if options.rounds:
+            plan = replace(plan, rounds=options.rounds)
+        if options.scenarios:
+            plan = replace(
+                plan, scenarios={s: plan.scenarios.get(s, 30) for s in options.scenarios}
+            )
+        made = problem(
+            name,
+            root=options.data_root,
+            device=options.device,
+            examples=_QUICK_EXAMPLES if options.quick else None,
+        )
+        k = options.k or made.k
+        console.print(f"[bold]{name}[/]: P = {made.size:,}, N = {len(made.x)}, k = {k}")
+        measured = {"parameters": made.size, "examples": len(made.x), "k": k, "late": plan.late}
+        results.data["models"][name] = measured
+        sections = _sections(made, k, plan, options.limit, console, measured)
+        for section in (s for s in PER_MODEL if s in options.sections):
+            outcome = sections[section]()
+            if outcome is not None:
+                keep(measured, section, name, outcome)
+    rounds = options.rounds or (2 if options.quick else 20)
+    size = 10**6 if options.quick else 11 * 10**6
+    if "apply" in options.sections:
+        outcome = apply.measure(size, 10, rounds, options.device)
+        keep(results.data, "apply", "", outcome)
+    if "scaling" in options.sections:
+        outcome = scaling.measure(options.data_root, options.device, quick=options.quick)
+        keep(results.data, "scaling", "", outcome)
+    figure = None if options.quick else picture(results.data)
+    if figure is not None:
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.picture, dpi=130)
+        console.print(f"Drawn: {options.picture}")
+    results.data["finished"] = True
+    results.write()
+    console.print(f"Written: {options.output}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command, in the environment of the peers.
+
+    Args:
+        arguments: as on the command line.
+
+    Returns:
+        0; 2 for what cannot be run, with the reason in one sentence; 130 if it was interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    try:
+        if not options.here:
+            environment.continue_in(environment.make(options.peers.absolute()), arguments)
+        _run(options, console)
+    except (DataUnavailableError, ValueError, subprocess.CalledProcessError) as error:
+        print(f"speed: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"speed: interrupted; {options.output} has the sections before", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The top k eigenpairs from nothing: ours and the peers, interleaved, to the same residual."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.util import find_spec
+from typing import Any, Final
+
+from rich.console import Console
+
+from benchmarks.speed.peers import EIGENTHINGS, OURS, RECIPE, SOLVERS, Answer, solve, tune
+from benchmarks.speed.problems import Problem
+from benchmarks.speed.products import gradient_seconds
+from benchmarks.speed.reference import Check, Reference
+from benchmarks.speed.timing import ratios, spread, timed
+
+RESIDUAL: Final = 1e-3
+BARS: Final = {EIGENTHINGS: 0.65, RECIPE: 0.25}
+GOALS: Final = {EIGENTHINGS: 0.5, RECIPE: 0.15}
+_SLOW: Final = 10.0
+"""Seconds: a solver that takes longer runs once, after it was tuned."""
+
+_MODULES: Final = {
+    EIGENTHINGS: "hessian_eigenthings",
+    "curvlinops-for-pytorch": "curvlinops",
+    "pyhessian": "pyhessian",
+}
+
+
+class _Checked:
+    """Checks answers; one that is bit for bit the last of its solver is not computed again."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self.last: dict[str, tuple[Answer, Check]] = {}
+
+    def __call__(self, name: str, answer: Answer) -> Check:
+        """Returns how good the answer is."""
+        if name in self.last:
+            known, check = self.last[name]
+            same = (known.vectors == answer.vectors).all()
+            if bool(same) and bool((known.eigenvalues == answer.eigenvalues).all()):
+                return check
+        check = self.reference.check(answer.eigenvalues, answer.vectors)
+        self.last[name] = answer, check
+        return check
+
+
+def _left_out(name: str, gradient: float, limit: float) -> str:
+    """Why a solver does not take part; empty where it does."""
+    package = SOLVERS[name].package
+    if package is not None and find_spec(_MODULES[package]) is None:
+        return f"{package} is not installed"
+    expected = SOLVERS[name].gradients * gradient
+    if name != OURS and expected > limit:
+        return f"about {expected:.0f} s a solve, more than --limit {limit:.0f}"
+    return ""
+
+
+def measure(
+    problem: Problem, k: int, rounds: int, limit: float, console: Console
+) -> dict[str, Any]:
+    """Times the solvers in turn at the problem's present parameters, and checks every answer.
+
+    Args:
+        problem: what to measure.
+        k: how many pairs.
+        rounds: repetitions; of solvers that take longer than 10 s, one.
+        limit: seconds; solvers that would take longer are left out, and the result says so.
+        console: is told of the tuning.
+
+    Returns:
+        ``gradient_seconds``, the reference's own residual, and for each solver its setting, raw
+        seconds, gradients, products, checks, and the ratio of ours to it in the same round.
+    """
+    reference = Reference(problem, k)
+    checked = _Checked(reference)
+    gradient = gradient_seconds(problem)
+    table: dict[str, dict[str, Any]] = {}
+    for name in SOLVERS:
+        reason = _left_out(name, gradient, limit)
+        if reason:
+            table[name] = {"left_out": reason}
+            continue
+        seconds, (setting, check) = timed(
+            lambda name=name: tune(name, problem, k, reference, RESIDUAL, limit / 4)  # type: ignore[misc]
+        )
+        console.print(f"  {name}: {SOLVERS[name].meaning or 'nothing to set'} {setting or ''}")
+        console.print(f"    residual {check.residual:.1e}, found in {seconds:.1f} s")
+        table[name] = {
+            "setting": setting,
+            "reached": check.residual <= RESIDUAL,
+            "seconds": [],
+            "checks": [],
+        }
+    gradients: list[float] = []
+    for turn in range(rounds):
+        gradients.append(gradient_seconds(problem))
+        for name, row in table.items():
+            if "left_out" in row or (turn and row["seconds"][0] > _SLOW):
+                continue
+            seconds, answer = timed(
+                lambda name=name, row=row: solve(name, problem, k, row["setting"])  # type: ignore[misc]
+            )
+            row["seconds"].append(seconds)
+            row["products"] = answer.products
+            row["checks"].append(asdict(checked(name, answer)))
+    ours = table[OURS]["seconds"]
+    for row in table.values():
+        if "left_out" not in row:
+            row["gradients"] = ratios(row["seconds"], gradients)
+            row["ours_over_this"] = ratios(ours, row["seconds"])
+    return {
+        "k": k,
+        "residual": RESIDUAL,
+        "reference_residual": reference.residual,
+        "gradient_seconds": gradients,
+        "solvers": table,
+        "bars": BARS,
+        "goals": GOALS,
+        "met": {
+            name: spread(table[name]["ours_over_this"]).median <= bar
+            for name, bar in BARS.items()
+            if "left_out" not in table[name]
+        },
+    }

@@ -1,0 +1,64 @@
+"""The environment of the peers: made by the command itself, with the versions of ``peers.txt``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final, NoReturn
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+PINS: Final = Path(__file__).with_name("peers.txt")
+PEERS: Final = ("hessian-eigenthings", "curvlinops-for-pytorch", "pyhessian")
+_SOURCES: Final = (PINS, ROOT / "constraints.txt", ROOT / "pyproject.toml")
+
+
+def peer_versions() -> dict[str, str | None]:
+    """Returns the versions of the peers and of SciPy in this environment."""
+    found: dict[str, str | None] = {}
+    for name in (*PEERS, "scipy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def make(folder: Path) -> Path:
+    """Makes the environment, or brings it up to date, and returns its interpreter.
+
+    Args:
+        folder: where it is, or is to be.
+
+    Returns:
+        The path of its Python.
+    """
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = folder / "peers.stamp"
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    print(f"installing the peers into {folder}", flush=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    wishes = ["-c", str(_SOURCES[1]), "-r", str(PINS), "-e", f"{ROOT}[bench]"]
+    subprocess.run([*pip, *wishes], check=True)  # noqa: S603 (arguments of our own)
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def continue_in(python: Path, arguments: list[str]) -> NoReturn:
+    """Goes on as the same command in another interpreter; this one ends.
+
+    Args:
+        python: the interpreter.
+        arguments: as on the command line; ``--here`` is added, so that it stays there.
+    """
+    sys.stdout.flush()
+    command = [str(python), "-m", "benchmarks.speed", *arguments, "--here"]
+    os.execv(command[0], command)  # noqa: S606 (arguments of our own)

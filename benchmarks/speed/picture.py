@@ -1,0 +1,101 @@
+"""The picture for the docs: cold solves, whole runs, and what the estimate is worth."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.speed.peers import SOLVERS
+from benchmarks.speed.timing import spread
+from subspace_optim.diagnostics.plots import BULK, DOMINANT
+
+_COLOURS: Final = dict(zip(SOLVERS, (DOMINANT, "#E69F00", "#56B4E9", BULK, "#999999"), strict=True))
+_MARKERS: Final = "osD^v"
+
+
+def _cold(axes: Axes, models: dict[str, Any]) -> None:
+    height = 0.8 / len(SOLVERS)
+    for row, model in enumerate(models.values()):
+        for place, name in enumerate(SOLVERS):
+            solver = model["cold"]["solvers"][name]
+            if "left_out" in solver:
+                continue
+            cost = spread(solver["gradients"])
+            y = row + (place - len(SOLVERS) / 2 + 0.5) * height
+            span = [[cost.median - cost.smallest], [cost.largest - cost.median]]
+            label = name if row == 0 else None
+            bars = axes.barh(
+                y, cost.median, height, xerr=span, color=_COLOURS[name], label=label, capsize=2
+            )
+            text = f"{cost.median:.0f}" + ("" if solver["reached"] else " *")
+            axes.bar_label(bars, [text], padding=6, fontsize=8)
+    axes.set_yticks(range(len(models)), list(models))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("gradients over the data (* residual not reached)")
+    axes.set_title("(a) cold top k, residual 1e-3", fontsize=10, loc="left")
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _runs(axes: Axes, models: dict[str, Any]) -> None:
+    labels: list[str] = []
+    for name, model in models.items():
+        for key, run in model["runs"].items():
+            gain = spread([1 / ratio for ratio in run["ours_over_recipe"] if ratio > 0] or [1.0])
+            bars = axes.barh(len(labels), gain.median, color=DOMINANT)
+            axes.bar_label(bars, [f"{gain.median:.0f}"], padding=3, fontsize=8)
+            bar = run["scenario"]["bar"]
+            if bar is not None:
+                axes.plot([1 / bar] * 2, [len(labels) - 0.45, len(labels) + 0.45], color="black")
+            labels.append(f"{name}, {key}")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("times cheaper than the recipe at every step (line: bar)")
+    axes.set_title("(b) whole runs, max_angle 0.05", fontsize=10, loc="left")
+
+
+def _sines(axes: Axes, models: dict[str, Any]) -> None:
+    runs = [(f"{n}, {key}", run) for n, m in models.items() for key, run in m["runs"].items()]
+    for index, (label, run) in enumerate(runs):
+        axes.plot(
+            [row["estimate"] for row in run["samples"] if row["estimate"]],
+            [row["true_sine"] for row in run["samples"] if row["estimate"]],
+            _MARKERS[index % len(_MARKERS)],
+            color=list(_COLOURS.values())[index % len(_COLOURS)],
+            fillstyle="full" if index < len(_MARKERS) else "none",
+            markersize=4,
+            label=label,
+        )
+    axes.plot([1e-3, 1], [1e-3, 1], color="black", linewidth=0.8)
+    axes.axhline(0.05, color="black", linestyle="--", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="estimate", ylabel="true sine")
+    axes.set_title("(c) the estimate, and the truth", fontsize=10, loc="left")
+    axes.legend(fontsize=7)
+
+
+def picture(result: dict[str, Any]) -> Figure | None:
+    """Draws what has been measured of cold solves and whole runs.
+
+    Args:
+        result: as it is written to JSON.
+
+    Returns:
+        The figure; ``None`` where there is neither.
+    """
+    drawers = {"cold": [_cold], "runs": [_runs, _sines]}
+    panels = []
+    for section, drawn in drawers.items():
+        models = {n: m for n, m in result["models"].items() if m.get(section)}
+        panels += [(draw, models) for draw in drawn if models]
+    if not panels:
+        return None
+    figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
+    for axes, (draw, models) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        draw(axes, models)
+        axes.grid(alpha=0.3)
+    return figure

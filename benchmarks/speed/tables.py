@@ -1,0 +1,181 @@
+"""What each section prints: medians, with the smallest and the largest in parentheses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from rich.table import Table
+
+from benchmarks.speed.timing import spread
+
+
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+
+
+def _bar(met: bool | None) -> str:
+    return "" if met is None else "met" if met else "MISSED"
+
+
+def products(name: str, result: dict[str, Any]) -> Table:
+    """Costs of products in gradients."""
+    table = _table(f"{name}: Hessian products, in gradients", "what", "gradients", "ms", "bar")
+    words = {
+        "gradient": "one gradient over the data",
+        "first": "the first product at new parameters",
+        "further": "each further product",
+        "average": f"average over a cold solve ({result['solve_products']} products)",
+        "streamed average": "the same, streamed (memory_budget=0)",
+    }
+    for key, label in words.items():
+        milliseconds = spread([1000 * s for s in result["seconds"][key]])
+        bar = result["bar"].get(key)
+        verdict = "" if bar is None else f"{bar:g} {_bar(result['met'])}"
+        table.add_row(label, str(spread(result["gradients"][key])), str(milliseconds), verdict)
+    return table
+
+
+def cold(name: str, result: dict[str, Any]) -> Table:
+    """The solvers side by side."""
+    title = f"{name}: cold top {result['k']}, residual {result['residual']:g}"
+    columns = ("solver", "gradients", "products", "residual", "sine", "ours / this", "bar")
+    table = _table(title, *columns)
+    for solver, row in result["solvers"].items():
+        if "left_out" in row:
+            table.add_row(solver, f"left out: {row['left_out']}")
+            continue
+        worst = {key: max(check[key] for check in row["checks"]) for key in row["checks"][0]}
+        bar = result["bars"].get(solver)
+        table.add_row(
+            solver,
+            str(spread(row["gradients"])),
+            str(row["products"] or "-"),
+            f"{worst['residual']:.1e}" + ("" if row["reached"] else " (not reached)"),
+            f"{worst['sine']:.1e}",
+            str(spread(row["ours_over_this"])),
+            "" if bar is None else f"{bar:g} {_bar(result['met'][solver])}",
+        )
+    return table
+
+
+def warm(name: str, result: dict[str, Any]) -> Table:
+    """Warm beside cold."""
+    age, before = result["age"], result["sine_before"]
+    title = f"{name}: refresh of a basis {age} steps old (true sine {before:.3f})"
+    table = _table(title, "refresh", "gradients", "products", "true sine after", "bar")
+    bar = f"{result['bar']['gradients']:g}, sine {result['bar']['sine']:g} {_bar(result['met'])}"
+    for key in ("warm", "cold"):
+        table.add_row(
+            key,
+            str(spread(result["gradients"][key])),
+            str(result["products"][key]),
+            f"{max(result['sines'][key]):.4f}",
+            bar if key == "warm" else "",
+        )
+    return table
+
+
+def runs(name: str, result: dict[str, Any]) -> Table:
+    """One row a scenario."""
+    columns = (
+        "run",
+        "steps",
+        "added s",
+        "gradients",
+        "products",
+        "refreshes (cold)",
+        "probes",
+        "recipe / ours",
+        "largest sine",
+        "below",
+        "est./true",
+        "rank",
+        "bar",
+    )
+    table = _table(f"{name}: whole runs, ours beside the recipe at every step", *columns)
+    for row in result.values():
+        stats, agree, bar = row["stats"], row["agreement"], row["scenario"]["bar"]
+        inverse = spread([1 / ratio for ratio in row["ours_over_recipe"] if ratio > 0] or [0.0])
+        table.add_row(
+            row["scenario"]["title"],
+            str(row["scenario"]["steps"]),
+            str(spread(row["added_seconds"])),
+            f"{spread(row['added_gradients']).median:.0f}",
+            str(stats["products"]),
+            f"{stats['refreshes']} ({stats['cold']})",
+            str(stats["probes"]),
+            str(inverse),
+            f"{row['largest_sine']:.3f}",
+            *("-" if value is None else f"{value:.2f}" for value in agree.values()),
+            "" if bar is None else f"{1 / bar:.0f} {_bar(row['met'])}",
+        )
+    return table
+
+
+def memory(name: str, result: dict[str, Any]) -> Table:
+    """Peaks in vectors."""
+    columns = ("graphs", "peak MiB", "graph MiB", "vectors of P", "beyond one product", "bar")
+    table = _table(f"{name}: peak memory of a cold solve", *columns)
+    for case, row in result["cases"].items():
+        table.add_row(
+            case,
+            f"{row['peak_bytes'] / 2**20:.1f}",
+            f"{row['graph_bytes'] / 2**20:.1f}",
+            f"{row['vectors']:.1f}",
+            f"{row['vectors_beyond_a_product']:.1f}",
+            f"{result['bar_vectors']} {_bar(row['vectors'] <= result['bar_vectors'])}",
+        )
+    return table
+
+
+def synchronisations(name: str, result: dict[str, Any]) -> Table:
+    """Counts."""
+    table = _table(f"{name}: a cold solve on the GPU", *result)
+    table.add_row(*map(str, result.values()))
+    return table
+
+
+def apply(_: str, result: dict[str, Any]) -> Table:
+    """Bandwidths."""
+    title = f"Applying a basis, P = {result['size']:,}, k = {result['k']}"
+    table = _table(title, "what", "GB/s", "of the read bandwidth", "bar")
+    for key, speed in result["gigabytes_per_second"].items():
+        fraction, met = result["fraction"].get(key), result["met"].get(key)
+        table.add_row(
+            key,
+            str(spread(speed)),
+            "" if fraction is None else str(spread(fraction)),
+            "" if met is None else f"{result['bar']:g} {_bar(met)}",
+        )
+    return table
+
+
+def scaling(_: str, result: dict[str, Any]) -> Table:
+    """Measured rows, exponents, and the model."""
+    columns = ("P", "N", "k", "gradient s", "product s", "solve s", "products", "apply s")
+    table = _table("How the costs grow (seconds)", *columns)
+    costs = ("gradient", "product", "solve", "apply")
+    for size, rows in [*result["measured"].items(), ("modelled", result["modelled"])]:
+        table.add_section()
+        for row in rows:
+            gradient, product, solve, apply_ = (f"{row[cost]:.3g}" for cost in costs)
+            count = str(row.get("solve_products", "modelled"))
+            sizes = (f"{row['parameters']:,}", str(row["examples"]), str(row["k"]))
+            table.add_row(*sizes, gradient, product, solve, count, apply_)
+        if size in result["exponents"]:
+            powers = [f"^{result['exponents'][size][cost]:.2f}" for cost in costs]
+            table.add_row(f"grows with {size}", "", "", *powers[:3], "", powers[3])
+    return table
+
+
+TABLES: Final[dict[str, Callable[[str, dict[str, Any]], Table]]] = {
+    "products": products,
+    "cold": cold,
+    "warm": warm,
+    "runs": runs,
+    "memory": memory,
+    "synchronisations": synchronisations,
+    "apply": apply,
+    "scaling": scaling,
+}
