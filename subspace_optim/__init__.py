@@ -7,10 +7,12 @@ from subspace_optim._validation import (
     ArgumentError,
     ConvergenceWarning,
     DataChangedError,
+    EngineWarning,
     NonFiniteError,
+    SecondDerivativeError,
     StaleBasisWarning,
 )
-from subspace_optim.curvature import HessianOperator
+from subspace_optim.curvature import FiniteDifferenceHessian, HessianOperator
 from subspace_optim.diagnostics import Monitor
 from subspace_optim.linalg import EigenBasis
 from subspace_optim.optim import BulkSGD, DomSGD
@@ -26,9 +28,12 @@ __all__ = [
     "DomSGD",
     "DominantSubspace",
     "EigenBasis",
+    "EngineWarning",
+    "FiniteDifferenceHessian",
     "HessianOperator",
     "Monitor",
     "NonFiniteError",
+    "SecondDerivativeError",
     "StaleBasisWarning",
     "diagnostics",
 ]

@@ -34,12 +34,24 @@ class NonFiniteError(RuntimeError):
     """A loss, gradient or curvature product that is NaN or infinite."""
 
 
+class SecondDerivativeError(RuntimeError):
+    """A model part without a second derivative: a fused kernel, a function made for one pass."""
+
+
 class ConvergenceWarning(UserWarning):
     """An eigensolve that stopped before it reached the accuracy that was asked for."""
 
 
 class StaleBasisWarning(UserWarning):
     """A refresh that failed: the last eigenbasis stays in use."""
+
+
+class EngineWarning(UserWarning):
+    """Second derivatives that are taken in another way than the one that was asked for."""
+
+
+class NoGapWarning(UserWarning):
+    """A subspace that is not defined: ``λ_k`` and ``λ_{k+1}`` cannot be told apart."""
 
 
 def check_integer(

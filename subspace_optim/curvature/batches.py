@@ -65,8 +65,11 @@ class Batches:
         if length == 0:
             raise ArgumentError("data", "empty", "at least one batch")
 
-    def read(self, device: torch.device, *, upcast: bool) -> Iterator[tuple[int, Any]]:
-        """Yields each batch with its index, on ``device``.
+    def read(self, device: torch.device, *, upcast: bool) -> Iterator[tuple[int, Any, int]]:
+        """Yields the index of each batch, the batch on ``device``, and its bytes.
+
+        Of the bytes count those that the pass has brought: none for what the user's own list
+        holds on the device.
 
         A pass that differed from the first raises ``DataChangedError`` at its end.
 
@@ -79,18 +82,23 @@ class Batches:
         """
         digests: list[Tensor] = []
 
-        def move(leaf: object) -> object:
+        def move(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):  # a tokenizer's batch moves itself
                 return leaf.to(device) if hasattr(leaf, "to") else leaf
             low = upcast and leaf.dtype in _LOW_PRECISION
             return leaf.to(device, torch.float32 if low else leaf.dtype)
+
+        def new_bytes(batch: Any, moved: Any) -> int:
+            found = {t.data_ptr() for t in ([] if self._checked else _tensors(batch))}
+            return sum(t.nbytes for t in _tensors(moved) if t.data_ptr() not in found)
 
         index = -1
         with random_state_kept(device, self.data):
             for index, batch in enumerate(self.data):
                 if self._checked:
                     digests.append(digest(_tensors(batch)))
-                yield index, tree_map(move, batch)
+                moved = tree_map(move, batch)
+                yield index, moved, new_bytes(batch, moved)
         if index < 0:
             raise ArgumentError("data", "empty", "at least one batch")
         if self._checked:

@@ -86,10 +86,13 @@ def _precision_settings(device: torch.device) -> Iterable[Any]:
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device, *, fused: bool = False) -> Iterator[None]:
     """Computes float32 as float32: no tf32 or bf16 inside of products, and no autocast.
 
-    Attention takes its mathematical form, since fused kernels have no second derivative.
+    Args:
+        device: where the computation runs.
+        fused: leaves attention to the kernel that torch chooses. Otherwise it takes its
+            mathematical form, since fused kernels have no second derivative.
     """
     settings = list(_precision_settings(device))
     saved = [setting.fp32_precision for setting in settings]
@@ -97,7 +100,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if not fused:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         try:
             for setting in settings:
                 setting.fp32_precision = "ieee"

@@ -19,11 +19,14 @@ class OperatorStats:
 
     Attributes:
         products: products with a vector.
-        gradients: gradients over all of the data, those that a kept graph begins with included.
+        gradients: gradients over all of the data; those that a kept graph begins with, and the
+            two of a finite difference, included.
         passes: readings of the data.
-        graphs_kept: batches whose gradient graph is held, or was when it was last needed.
+        graphs_kept: batches whose gradient graph (for finite differences: the batch itself) is
+            held, or was when it was last needed.
         graphs_streamed: batches whose graph is built anew for each block of products.
-        graph_bytes: memory of the kept graphs.
+        graph_bytes: memory of the kept graphs, and of the batches that they hold.
+        engine: how products are computed at present.
     """
 
     products: int = 0
@@ -32,6 +35,7 @@ class OperatorStats:
     graphs_kept: int = 0
     graphs_streamed: int = 0
     graph_bytes: int = 0
+    engine: str = ""
 
 
 class CurvatureOperator(ABC):
@@ -57,6 +61,11 @@ class CurvatureOperator(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype of its vectors: float64 for float64 models, else float32."""
         return self.parameters.dtype
+
+    @property
+    def accuracy(self) -> float:
+        """Relative error of a product that is to be expected: the dtype's machine epsilon."""
+        return torch.finfo(self.dtype).eps
 
     @property
     def device(self) -> torch.device:

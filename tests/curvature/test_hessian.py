@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from subspace_optim._validation import ArgumentError, NonFiniteError
-from subspace_optim.curvature import HessianOperator, hessian
+from subspace_optim.curvature import HessianOperator, mean_loss
 from tests.dense import (
     LOSSES,
     MODELS,
@@ -488,8 +489,8 @@ def test_parameters_may_change_inside_frozen_without_a_trace_until_it_ends(budge
 
 def test_frozen_looks_at_the_parameters_once(monkeypatch):
     looks = []
-    digest = hessian.digest
-    monkeypatch.setattr(hessian, "digest", lambda tensors: looks.append(1) or digest(tensors))
+    digest = mean_loss.digest
+    monkeypatch.setattr(mean_loss, "digest", lambda tensors: looks.append(1) or digest(tensors))
     operator = operator_of(make_problem("mlp"))
     v = torch.ones(operator.size, dtype=torch.float64)
     with operator.frozen():
@@ -604,6 +605,35 @@ def test_graph_bytes_grow_with_the_activations():
     assert 8 * hidden <= per_example <= 30 * 8 * hidden
 
 
+def test_kept_graphs_hold_no_gradient_of_their_own():
+    """A wide layer and one example: gradients would be most of what is held."""
+
+    def held(batches: int) -> int:
+        data = [(torch.ones(1, 3000), torch.ones(1, 10))] * batches
+        operator = HessianOperator(
+            nn.Linear(3000, 10), half_squared_error, data, memory_budget=1 << 30
+        )
+        operator.matvec(torch.ones(operator.size))
+        assert operator.stats.graphs_kept == batches
+        return operator.stats.graph_bytes
+
+    assert held(3) - held(2) < 4 * 3000 * 10
+
+
+def test_batches_that_a_pass_brings_count_where_those_of_the_user_do_not():
+    x, y = torch.ones(50, 3), torch.ones(50, 2)
+    model = nn.Linear(3, 2)
+
+    def held(data: Any) -> int:
+        operator = HessianOperator(model, half_squared_error, data, memory_budget=1 << 30)
+        operator.matvec(torch.ones(operator.size))
+        return operator.stats.graph_bytes
+
+    dataset = torch.utils.data.TensorDataset(x, y)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=50)
+    assert held(loader) - held([(x, y)]) == x.nbytes + y.nbytes
+
+
 def test_the_graphs_of_one_state_are_gone_before_those_of_the_next_are_built():
     model, operator = counted()
     operator.matvec(torch.ones(operator.size, dtype=torch.float64))
@@ -614,6 +644,21 @@ def test_the_graphs_of_one_state_are_gone_before_those_of_the_next_are_built():
     _sgd(model)
     operator.matvec(torch.ones(operator.size, dtype=torch.float64))
     assert alive == [False] * 3
+
+
+def test_graphs_that_stream_are_gone_one_by_one():
+    """The activations of a batch are freed before the model runs on the next one."""
+    held: list[Any] = []
+    alive = []
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        alive.append(sum(not reference.expired() for reference in held))
+        held.append(StorageWeakRef(output.untyped_storage()))  # saved for the backward pass
+
+    model, operator = counted(memory_budget=0)
+    model.inner[1].register_forward_hook(watch)
+    operator.matmat(torch.eye(operator.size, dtype=torch.float64))
+    assert alive == [0] * 6
 
 
 def test_release_frees_the_graphs_and_the_next_product_builds_them_again():

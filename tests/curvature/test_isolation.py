@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from subspace_optim.curvature import HessianOperator
+from subspace_optim.curvature import FiniteDifferenceHessian, HessianOperator, MeanLossOperator
 from tests.dense import make_problem
 
 BACKENDS = torch.backends.mkldnn
@@ -66,11 +66,12 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [n for n in before | after if not same(before.get(n), after.get(n))]
 
 
-def _ones(operator: HessianOperator) -> Tensor:
+def _ones(operator: MeanLossOperator) -> Tensor:
     return torch.ones(operator.size, dtype=operator.dtype)
 
 
-READINGS: dict[str, Callable[[HessianOperator], Any]] = {
+KINDS = [HessianOperator, FiniteDifferenceHessian]
+READINGS: dict[str, Callable[[MeanLossOperator], Any]] = {
     "loss": lambda operator: operator.loss(),
     "gradient": lambda operator: operator.gradient(),
     "matvec": lambda operator: operator.matvec(_ones(operator)),
@@ -82,10 +83,11 @@ READINGS: dict[str, Callable[[HessianOperator], Any]] = {
 @pytest.mark.parametrize("mode", [None, "train", "eval"])
 @pytest.mark.parametrize("budget", [None, 0])
 @pytest.mark.parametrize("read", READINGS.values(), ids=READINGS)
-def test_nothing_of_the_model_or_the_random_state_changes(read, budget, mode, fails):
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_the_model_or_the_random_state_changes(kind, read, budget, mode, fails):
     model, batches = everything()
     loss = nn.CrossEntropyLoss()
-    operator = HessianOperator(model, loss, batches, mode=mode, memory_budget=budget)
+    operator = kind(model, loss, batches, mode=mode, memory_budget=budget)
     model.fails = fails
     before = snapshot(model)
     if fails:
@@ -157,9 +159,10 @@ def _bf16_everywhere() -> None:
 @pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
 @pytest.mark.parametrize("read", READINGS.values(), ids=READINGS)
 @pytest.mark.parametrize("users", [_nothing, _medium, _tf32, _bf16_everywhere])
-def test_float32_is_float32_inside_and_what_the_user_set_outside(users, read, fails):
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_is_float32_inside_and_what_the_user_set_outside(kind, users, read, fails):
     model, batches = everything()
-    operator = HessianOperator(model, nn.CrossEntropyLoss(), batches)
+    operator = kind(model, nn.CrossEntropyLoss(), batches)
     users()
     before = precisions()
     assert (users is _nothing) == (before["matmul"] == "none")

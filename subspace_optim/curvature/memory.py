@@ -1,0 +1,61 @@
+"""How much memory is free, and how much a computation holds on to."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_ASSUMED_MEMORY = 1 << 32
+
+
+class AllocationMeter(TorchDispatchMode):
+    """Counts the bytes that were allocated inside and are still held, on any device.
+
+    What an operation was given from outside, such as parameters, is not counted; nor is a view
+    of it, which is what operations like a transpose return.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._see((args, kwargs), inside=False)
+        result = func(*args, **(kwargs or {}))
+        self._see(result, inside=True)
+        return result
+
+    def _see(self, values: Any, *, inside: bool) -> None:
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                storage = leaf.untyped_storage()
+                # A weak reference keeps its address from being used again: what is known stays so.
+                reference = StorageWeakRef(storage)
+                size = storage.nbytes() if inside else 0
+                self._storages.setdefault(reference.cdata, (reference, size))
+
+    def alive(self) -> int:
+        """Returns the bytes that are held at present."""
+        return sum(size for reference, size in self._storages.values() if not reference.expired())
+
+
+def free_memory(device: torch.device) -> float:
+    """Returns the bytes that are free on the device; 4 GiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [_ASSUMED_MEMORY]
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if meminfo.exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        free = [1024 * int(lines["MemAvailable"].split()[0])]
+    with suppress(OSError, ValueError):  # a container's limit, where there is one
+        limit = int((group / "memory.max").read_text())
+        free.append(limit - int((group / "memory.current").read_text()))
+    return max(0, min(free))
