@@ -49,29 +49,30 @@ class Plan:
         rounds: repetitions.
         samples: of the true sine, in a run.
         scenarios: keys of ``runs.SCENARIOS``, with the number of steps.
+        sections: of ``PER_MODEL``.
     """
 
     late: int
     rounds: int
     samples: int
     scenarios: dict[str, int]
+    sections: tuple[str, ...] = ("products", "cold", "runs")
 
-
-_ALL: Final = {name: scenario.steps for name, scenario in runs.SCENARIOS.items()}
-_FEW: Final = {"late": 30, "early": 10}
-PLANS: Final = {
-    "mlp": Plan(2000, 5, 10, _ALL),
-    "cnn": Plan(500, 2, 2, _FEW),
-    "cnn-5k": Plan(500, 1, 2, _FEW),
-    "transformer": Plan(500, 2, 2, _FEW),
-    "resnet18": Plan(500, 5, 4, _FEW),
-    "gpt2": Plan(50, 3, 2, {}),
-}
-_QUICK: Final = Plan(20, 1, 2, dict.fromkeys(_ALL, 4))
-_QUICK_EXAMPLES: Final = 100
 
 PER_MODEL: Final = ("products", "cold", "warm", "runs", "memory", "synchronisations")
 GLOBAL: Final = ("apply", "scaling")
+_ALL: Final = {name: scenario.steps for name, scenario in runs.SCENARIOS.items()}
+_FEW: Final = {"late": 30, "early": 10}
+PLANS: Final = {
+    "mlp": Plan(2000, 5, 10, _ALL, PER_MODEL),
+    "cnn": Plan(500, 1, 2, _FEW),
+    "cnn-5k": Plan(500, 1, 2, _FEW),
+    "transformer": Plan(500, 1, 2, _FEW),
+    "resnet18": Plan(500, 5, 4, _FEW, PER_MODEL),
+    "gpt2": Plan(50, 3, 2, {}, PER_MODEL),
+}
+_QUICK: Final = Plan(20, 1, 2, dict.fromkeys(_ALL, 4), PER_MODEL)
+_QUICK_EXAMPLES: Final = 100
 
 
 class Results:
@@ -106,10 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     default = ["mlp", "cnn", "transformer"]
     add("--models", nargs="+", choices=tuple(PROBLEMS), default=default, metavar="MODEL")
-    add("--sections", nargs="+", choices=PER_MODEL + GLOBAL, default=[*PER_MODEL, *GLOBAL])
+    sections = f"of {', '.join(PER_MODEL + GLOBAL)} (default: all of the MLP, fewer of the others)"
+    add("--sections", nargs="+", choices=PER_MODEL + GLOBAL, metavar="SECTION", help=sections)
     add("--scenarios", nargs="+", choices=tuple(_ALL), help="of the runs (default: the plan's)")
     add("--k", type=int, help="dimension of the subspace (default: the classes)")
-    add("--rounds", type=int, help="repetitions (default: 5 of the MLP, fewer of slower models)")
+    add("--rounds", type=int, help="repetitions (default: 5 of the MLP, one of slower models)")
     add("--limit", type=float, default=120.0, help="seconds a solve that a peer may take")
     add("--quick", action="store_true", help="tiny sizes, to see that it works")
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -200,16 +202,18 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         measured = {"parameters": made.size, "examples": len(made.x), "k": k, "late": plan.late}
         results.data["models"][name] = measured
         sections = _sections(made, k, plan, options.limit, console, measured)
-        for section in (s for s in PER_MODEL if s in options.sections):
+        chosen = options.sections or plan.sections
+        for section in (s for s in PER_MODEL if s in chosen):
             outcome = sections[section]()
             if outcome is not None:
                 keep(measured, section, name, outcome)
     rounds = options.rounds or (2 if options.quick else 20)
     size = 10**6 if options.quick else 11 * 10**6
-    if "apply" in options.sections:
+    chosen = options.sections or GLOBAL
+    if "apply" in chosen:
         outcome = apply.measure(size, 10, rounds, options.device)
         keep(results.data, "apply", "", outcome)
-    if "scaling" in options.sections:
+    if "scaling" in chosen:
         outcome = scaling.measure(options.data_root, options.device, quick=options.quick)
         keep(results.data, "scaling", "", outcome)
     figure = None if options.quick else picture(results.data)

@@ -33,10 +33,10 @@ def _cold(axes: Axes, models: dict[str, Any]) -> None:
             axes.bar_label(bars, [text], padding=6, fontsize=8)
     axes.set_yticks(range(len(models)), list(models))
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    axes.margins(x=0.2)
     axes.set_xlabel("gradients over the data (* residual not reached)")
     axes.set_title("(a) cold top k, residual 1e-3", fontsize=10, loc="left")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 
 
 def _runs(axes: Axes, models: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def _runs(axes: Axes, models: dict[str, Any]) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("times cheaper than the recipe at every step (line: bar)")
+    axes.set_xlabel("times cheaper than the recipe at every step (line: target)")
     axes.set_title("(b) whole runs, max_angle 0.05", fontsize=10, loc="left")
 
 

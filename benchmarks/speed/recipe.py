@@ -9,6 +9,7 @@ stability*, whose published experiments do it so.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -20,6 +21,11 @@ from torch import Tensor, nn
 from benchmarks.losses import mse
 
 _BATCH: Final = 1000
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """Returns one tensor a parameter, of whatever strides, as one vector ``(P,)``."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def recipe(model: nn.Module, x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor, int]:
@@ -46,9 +52,9 @@ def recipe(model: nn.Module, x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tens
         for inputs, labels in zip(x.split(_BATCH), y.split(_BATCH), strict=True):
             loss = mse(model(inputs), labels) * (len(inputs) / len(x))
             slopes = torch.autograd.grad(loss, parameters, create_graph=True)
-            slope = nn.utils.parameters_to_vector(slopes) @ v
+            slope = flat(slopes) @ v
             rows = torch.autograd.grad(slope, parameters, materialize_grads=True)
-            total += nn.utils.parameters_to_vector([row.contiguous() for row in rows])
+            total += flat(rows)
         result: NDArray[np.float32] = total.cpu().numpy()
         return result
 
