@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from subspace_optim._validation import (
     ArgumentError,
@@ -13,10 +14,10 @@ from subspace_optim._validation import (
     check_integer,
     check_number,
 )
+from subspace_optim.ageing import AgeingBasis, AgeingStats
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.linalg.lanczos import top_eigenpairs
 
 __all__ = ["DominantSubspace", "EigenBasis", "Subspace", "SubspaceStats"]
 
@@ -36,18 +37,16 @@ class Subspace(Protocol):
 
 
 @dataclass
-class SubspaceStats:
-    """What the basis has cost so far.
+class SubspaceStats(AgeingStats):
+    """What the basis has cost so far, and how good it is.
 
     Attributes:
-        refreshes: eigensolves that gave a new basis.
-        failures: eigensolves that failed, and left the last basis in use.
-        products: curvature products of all eigensolves.
-        gradients: gradients over the data that the kept graphs of all eigensolves began with.
-        seconds: wall time of all eigensolves.
+        failures: refreshes and probes that failed, and left the last basis in use.
+        products: curvature products of all refreshes and probes.
+        gradients: gradients over the data that the kept graphs of all of these began with.
+        seconds: wall time of all of these.
     """
 
-    refreshes: int = 0
     failures: int = 0
     products: int = 0
     gradients: int = 0
@@ -64,18 +63,27 @@ class DominantSubspace:
     if one is due; others get the same basis. A parameter state is what the parameters hold: a
     digest of them tells one from the next, whichever way they were written.
 
+    With ``refresh="auto"`` a basis is kept while the sine of the largest angle between it and the
+    true subspace is estimated to be at most ``max_angle``. The estimate is carried forward by how
+    far the parameters have moved, and checked by probes of two products. A basis that has aged
+    is refined by one step of subspace iteration, k + 1 products, and solved for anew where that
+    is not enough; its eigenvalues are those of the last refresh. If ``λ_k`` and ``λ_{k+1}``
+    cannot be told apart there is one warning, and each parameter state gets a solve to ``tol``.
+
     Args:
         operator: what curvature means: ``HessianOperator``, or any ``CurvatureOperator``.
         k: dimension of the subspace; for classification usually the number of classes.
-        refresh: training steps that a basis serves for. 1, the papers' protocol, is a new basis
-            at every step.
-        tol: relative residual of the eigenpairs, ``‖Hu − λu‖ ≤ tol · max|λ|``.
-        seed: of the eigensolver's random vectors. The basis is a function of parameters and seed.
+        refresh: ``"auto"``, or the training steps that a basis serves for. 1, the papers'
+            protocol, is a new basis at every step.
+        max_angle: the sine up to which ``"auto"`` keeps a basis.
+        tol: relative residual of the eigenpairs of a solve, ``‖Hu − λu‖ ≤ tol · max|λ|``.
+        seed: of the random vectors of solves and probes. With ``refresh=n`` the basis is a
+            function of parameters and seed.
 
     Attributes:
         operator: as given.
         k: as given.
-        stats: what the basis has cost.
+        stats: what the basis has cost, and how good it is.
 
     Raises:
         ArgumentError: an argument is of the wrong type or out of range.
@@ -86,7 +94,8 @@ class DominantSubspace:
         operator: CurvatureOperator,
         k: int,
         *,
-        refresh: int = 1,
+        refresh: int | Literal["auto"] = "auto",
+        max_angle: float = 0.05,
         tol: float = 1e-3,
         seed: int = 0,
     ) -> None:
@@ -95,18 +104,32 @@ class DominantSubspace:
             raise ArgumentError("operator", kind, "a CurvatureOperator such as HessianOperator")
         remedy = f"The operator has {operator.size} parameters."
         self.k = check_integer("k", k, minimum=1, maximum=operator.size, remedy=remedy)
-        self.refresh_every = check_integer("refresh", refresh, minimum=1)
+        auto = isinstance(refresh, str) and refresh == "auto"
+        if not auto:
+            remedy = "Or 'auto', which keeps a basis for as long as it serves."
+            refresh = check_integer("refresh", refresh, minimum=1, remedy=remedy)
+        check_number("max_angle", max_angle, exclusive=True)
+        if max_angle > 1:
+            raise ArgumentError("max_angle", max_angle, "at most 1", "It is the sine of an angle.")
         check_number("tol", tol, exclusive=True)
+        self.refresh_every: int | Literal["auto"] = refresh
+        self.max_angle = max_angle
         self.operator = operator
         self.tol = tol
         self.seed = check_integer("seed", seed, minimum=0)
-        self.stats = SubspaceStats()
-        self._basis: EigenBasis | None = None
+        self._held = AgeingBasis(
+            operator,
+            self.k,
+            tol=tol,
+            max_angle=max_angle if auto else None,
+            seed=self.seed,
+            stats=SubspaceStats(),
+        )
         self._clock = 0
         self._refreshed_at = 0
         self._state: int | None = None  # the parameters at the last update
         self._state_clock = 0
-        self._attempted: int | None = None  # ... and at the last refresh that raised no error
+        self._attempted: int | None = None  # ... and when the basis was last decided upon
         self._failures = 0
 
     @property
@@ -117,7 +140,14 @@ class DominantSubspace:
     @property
     def basis(self) -> EigenBasis | None:
         """The basis of the last refresh; ``None`` before the first."""
-        return self._basis
+        return self._held.basis
+
+    @property
+    def stats(self) -> SubspaceStats:
+        """What the basis has cost so far, and how good it is."""
+        stats = self._held.stats
+        assert isinstance(stats, SubspaceStats)  # noqa: S101 (given to it above)
+        return stats
 
     @property
     def clock(self) -> int:
@@ -138,15 +168,26 @@ class DominantSubspace:
         The first refresh that fails raises its error. A later one warns with
         ``StaleBasisWarning`` and leaves the last basis in use; the third in a row raises.
         """
-        state = self._look()
-        age = self._clock - self._refreshed_at
-        if self._basis is None or (age >= self.refresh_every and state != self._attempted):
-            return self._refresh(state)
-        return self._basis
+        state, held = self._look(), self._held
+        if held.basis is None:
+            return self._attempt(state, held.solve)
+        if state == self._attempted:
+            return held.basis
+        if self.refresh_every == "auto":
+            return held.basis if held.serves() else self._attempt(state, held.renew)
+        if self._clock - self._refreshed_at >= self.refresh_every:
+            return self._attempt(state, held.solve)
+        return held.basis
 
     def refresh(self) -> EigenBasis:
-        """Returns a new basis for the present parameters, whether one is due or not."""
-        return self._refresh(self._look())
+        """Returns a new basis for the present parameters, whether one is due or not.
+
+        With ``refresh="auto"`` it is the basis that is there, refined by one step, if there is
+        one and a gap below it.
+        """
+        held = self._held
+        warm = self.refresh_every == "auto" and held.basis is not None and not held.gapless
+        return self._attempt(self._look(), held.refine if warm else held.solve)
 
     def _look(self) -> int:
         """Returns the present parameter state, and counts it if it is new."""
@@ -157,15 +198,21 @@ class DominantSubspace:
             self._state_clock = self._clock
         return state
 
-    def _refresh(self, state: int) -> EigenBasis:
-        before = asdict(self.operator.stats)
-        start = time.perf_counter()
+    def _attempt(self, state: int, work: Callable[[], None]) -> EigenBasis:
+        """Does the work at the present parameters, and returns the basis that is then in use.
+
+        Raises:
+            RuntimeError: the work failed, and there is no basis, or it is the third in a row.
+        """
+        stats, before = self.stats, asdict(self.operator.stats)
+        start, refreshes = time.perf_counter(), stats.refreshes
         try:
-            basis = self._solve()
+            with self.operator.frozen():
+                work()
         except RuntimeError as error:  # non-finite, out of memory, no second derivative
-            self.stats.failures += 1
+            stats.failures += 1
             self._failures += 1
-            if self._basis is None or self._failures >= _FAILURES_IN_A_ROW:
+            if self.basis is None or self._failures >= _FAILURES_IN_A_ROW:
                 raise
             message = (
                 f"The refresh at step {self._clock} failed ({error}). The basis of step "
@@ -173,45 +220,25 @@ class DominantSubspace:
                 f"{_FAILURES_IN_A_ROW - 1} in a row."
             )
             warnings.warn(message, StaleBasisWarning, stacklevel=3)
-            self._attempted = state
-            return self._basis
+        else:
+            self._failures = 0
         finally:
             self.operator.release()
-            self.stats.seconds += time.perf_counter() - start
-            self.stats.products += self.operator.stats.products - before["products"]
-            self.stats.gradients += self.operator.stats.gradients - before["gradients"]
-        self.stats.refreshes += 1
-        self._failures = 0
-        self._refreshed_at = self._clock
+            stats.seconds += time.perf_counter() - start
+            stats.products += self.operator.stats.products - before["products"]
+            stats.gradients += self.operator.stats.gradients - before["gradients"]
+        if stats.refreshes > refreshes:
+            self._refreshed_at = self._clock
         self._attempted = state
-        self._basis = basis
-        return basis
-
-    def _solve(self) -> EigenBasis:
-        """Returns the top k eigenpairs at the present parameters, by a cold solve."""
-        operator = self.operator
-        with operator.frozen():
-            solution = top_eigenpairs(
-                operator.matmat,
-                operator.size,
-                self.k,
-                tol=self.tol,
-                seed=self.seed,
-                dtype=operator.dtype,
-                device=operator.device,
-            )
-        return solution.basis
+        assert self.basis is not None  # noqa: S101 (where there is none, the work makes one)
+        return self.basis
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the basis and the counters, for ``torch.save``; a scheduler's twin.
 
         A run that loads it goes on with the same basis and refreshes at the same steps.
         """
-        basis = self._basis
-        return {
-            "eigenvalues": None if basis is None else basis.eigenvalues,
-            "vectors": None if basis is None else basis.vectors,
-            "residuals": None if basis is None else basis.residuals,
+        return self._held.state_dict() | {
             "clock": self._clock,
             "refreshed_at": self._refreshed_at,
             "state": self._state,
@@ -232,24 +259,16 @@ class DominantSubspace:
             ArgumentError: its basis has another dimension, or belongs to another model.
         """
         vectors = state_dict["vectors"]
-        basis = None
         if vectors is not None:
             shape, own = tuple(vectors.shape), (self.k, self.operator.size)
             if shape != own:
                 remedy = "The state is of another model or k."
                 raise ArgumentError("the shape of the loaded basis", shape, f"{own}", remedy)
-            device, dtype = self.operator.device, self.operator.dtype
-            basis = EigenBasis(
-                *(
-                    state_dict[name].detach().to(device, dtype, copy=True)
-                    for name in ("eigenvalues", "vectors", "residuals")
-                )
-            )
-        self._basis = basis
+        self._held.load_state_dict(state_dict)
+        self._held.stats = SubspaceStats(**state_dict["stats"])
         self._clock = state_dict["clock"]
         self._refreshed_at = state_dict["refreshed_at"]
         self._state = state_dict["state"]
         self._state_clock = state_dict["state_clock"]
         self._attempted = state_dict["attempted"]
         self._failures = state_dict["failures_in_a_row"]
-        self.stats = SubspaceStats(**state_dict["stats"])

@@ -21,7 +21,9 @@ ALLOWED: dict[str, set[str]] = {
     "._validation": set(),
     ".linalg": {"._validation", ".linalg"},
     ".curvature": {"._validation", ".linalg", ".curvature"},
-    ".subspace": {"._validation", ".linalg", ".curvature", ".subspace"},
+    ".pace": set(),  # numbers alone
+    ".ageing": {"._validation", ".linalg", ".curvature", ".pace"},
+    ".subspace": {"._validation", ".linalg", ".curvature", ".ageing", ".subspace"},
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.
     ".optim._base": {"._validation", ".curvature", ".subspace"},
     ".optim": {"._validation", ".curvature", ".subspace", ".optim._base"},

@@ -33,6 +33,8 @@ _START = 2
 """Random vectors that a solve starts from."""
 _CROWDED = 10.0
 """Eigenvalues that differ by less than this many residuals may hide another between them."""
+_RESOLVED = 0.25
+"""The residual of the next pair that tells where the bulk begins, relative to the gap above it."""
 _MISS_PROBABILITY = 1e-2
 """How likely the final search is to overlook a direction, if there is one to be found."""
 _LONGEST_SEARCH = 12
@@ -67,7 +69,7 @@ class EigenSolution:
     mean: float
 
 
-def _column_blocks(size: int) -> list[slice]:
+def column_blocks(size: int) -> list[slice]:
     """The columns in blocks that are small beside all of them."""
     width = min(_COLUMNS, max(1, size // 16))
     return [slice(start, start + width) for start in range(0, size, width)]
@@ -103,7 +105,7 @@ class _KrylovRows:
         """
         k, (p, n) = len(self.head), rotation.shape
         weights = torch.from_numpy(rotation.copy()).to(self.head)
-        for columns in _column_blocks(self.head.shape[1]):
+        for columns in column_blocks(self.head.shape[1]):
             rows = torch.cat([self.head[:n, columns], self.tail[: max(n - k, 0), columns]])
             rotated = weights @ rows
             self.head[:p, columns] = rotated[:k]
@@ -202,7 +204,7 @@ class _Lanczos:
         broke_down = norm <= 4 * self.epsilon * torch.linalg.vector_norm(h)
         direction = torch.where(broke_down, self._random(), w.div_(norm))
         norm = torch.where(broke_down, 0.0, norm)
-        # Twice is enough (Giraud et al. 2005), but for a random vector in a space of few dimensions.
+        # Twice is enough (Giraud et al. 2005), but for random vectors of few dimensions.
         for _ in range(1 if self.size > _SMALL else 2):
             again = self.rows.coefficients(direction, n)
             self.rows.subtract_(direction, again)
@@ -286,7 +288,10 @@ class _Lanczos:
         if len(self.values) == self.k:
             return False
         gaps = self.values[: self.k] - self.values[self.k]
-        return bool(gaps[-1] <= accuracy or np.linalg.norm(residuals / gaps) <= max_angle)
+        if gaps[-1] <= accuracy:
+            return True
+        resolved = self._residuals(self.k + 1)[-1] <= _RESOLVED * gaps[-1]
+        return bool(resolved and np.linalg.norm(residuals / gaps) <= max_angle)
 
     @property
     def crowded(self) -> bool:
@@ -385,7 +390,7 @@ class _Lanczos:
 
 def orthonormalise_(vectors: Tensor) -> None:
     """Makes nearly orthonormal rows orthonormal: one Cholesky step, its k×k part in float64."""
-    pieces = _column_blocks(vectors.shape[1])
+    pieces = column_blocks(vectors.shape[1])
     gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
     for columns in pieces:
         piece = vectors[:, columns].double()
@@ -438,8 +443,9 @@ def top_eigenpairs(
         tol: the relative residual. Below the floor of the dtype (50 times its epsilon) the floor
             holds, with a warning.
         max_angle: if given, the solve also goes on until ``√Σ(‖r_i‖ / (λ_i − λ_{k+1}))²``, which
-            bounds the sine of the largest angle to the true subspace, is no more than this;
-            unless ``λ_k − λ_{k+1}`` is below the accuracy that ``tol`` asks for.
+            bounds the sine of the largest angle to the true subspace, is no more than this, and
+            ``λ_{k+1}`` is known to a quarter of the gap above it; unless that gap is below the
+            accuracy that ``tol`` asks for.
         max_products: where to stop at the latest (default ``200 + 20 k``).
         seed: of the random vectors.
         dtype: of the vectors.

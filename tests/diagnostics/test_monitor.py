@@ -134,7 +134,7 @@ def test_rates_of_full_batch_training_of_a_network_are_those_of_dense_matrices(
     x, y = x.to(dtype), y.to(dtype)
     hessian = so.HessianOperator(model, nn.functional.mse_loss, (x, y))
     tol = 1e-12 if dtype == torch.float64 else 1e-5
-    subspace = so.DominantSubspace(hessian, 2, tol=tol)
+    subspace = so.DominantSubspace(hessian, 2, refresh=1, tol=tol)
     optimizer = OPTIMIZERS[name](model.parameters())
     monitor = so.Monitor(optimizer, subspace)
     path = [flat(model.parameters())]

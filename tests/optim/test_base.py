@@ -40,7 +40,7 @@ def make(
 ) -> tuple[Quartic, Any, so.DominantSubspace]:
     model = Quartic(dtype=dtype)
     tol = 1e-12 if dtype == torch.float64 else 1e-5
-    subspace = so.DominantSubspace(DenseOperator(model), 2, tol=tol)
+    subspace = so.DominantSubspace(DenseOperator(model), 2, refresh=1, tol=tol)
     return model, cls(model.parameters(), **{"lr": 0.05} | options, subspace=subspace), subspace
 
 
@@ -221,7 +221,7 @@ def test_tied_non_contiguous_and_0d_parameters_take_the_same_steps(cls: Any) -> 
     groups = [(torch.arange(10), chosen)]
     path = descend(dense, theta, groups, part=PART[cls], k=2, steps=3)
     hessian = so.HessianOperator(model, nn.functional.mse_loss, (x, x))
-    subspace = so.DominantSubspace(hessian, 2, tol=1e-12)
+    subspace = so.DominantSubspace(hessian, 2, refresh=1, tol=1e-12)
     optimizer = cls(model.parameters(), **chosen, subspace=subspace)
     for expected in path[1:]:
         optimizer.zero_grad()
@@ -255,7 +255,7 @@ def test_frozen_parameters_are_passed_over(cls: Any) -> None:
     path = descend(dense, free, groups, part=PART[cls], k=2, steps=2)
     hessian = so.HessianOperator(model, nn.functional.mse_loss, (x, y))
     assert hessian.size == 8
-    subspace = so.DominantSubspace(hessian, 2, tol=1e-12)
+    subspace = so.DominantSubspace(hessian, 2, refresh=1, tol=1e-12)
     optimizer = cls(model.parameters(), lr=0.05, weight_decay=0.3, subspace=subspace)
     model[0].weight.grad = torch.ones_like(model[0].weight)  # left over from before the freeze
     for expected in path[1:]:
@@ -272,7 +272,7 @@ def test_bf16_parameters_have_a_float32_basis(cls: Any) -> None:
     """The parameters are rounded once, at the end; buffers are torch's, in bf16."""
     model, x, y = network(torch.bfloat16)
     hessian = so.HessianOperator(model, nn.functional.mse_loss, (x, y))
-    subspace = so.DominantSubspace(hessian, 2, tol=1e-5)
+    subspace = so.DominantSubspace(hessian, 2, refresh=1, tol=1e-5)
     optimizer = cls(model.parameters(), lr=10.3, momentum=0.9, subspace=subspace)
     nn.functional.mse_loss(model(x), y).backward()
     theta = flat(model.parameters())
@@ -578,7 +578,7 @@ def test_a_copy_that_is_given_a_subspace_goes_on() -> None:
     model().backward()
     optimizer.step()
     twin, alone = pickle.loads(pickle.dumps((model, optimizer)))
-    alone.subspace = so.DominantSubspace(DenseOperator(twin), 2, tol=1e-12)
+    alone.subspace = so.DominantSubspace(DenseOperator(twin), 2, refresh=1, tol=1e-12)
     for own, each in ((model, optimizer), (twin, alone)):
         own.zero_grad()
         own().backward()

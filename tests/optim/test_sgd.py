@@ -83,7 +83,7 @@ def test_steps_equal_the_formula(data: st.DataObject, part: str, foreach: bool) 
     assume(all(relative_gap(model.hessian(point), k) > 1e-3 for point in path))
 
     groups = [{"params": p, **o} for p, o in zip(tensors, settings_of, strict=True)]
-    subspace = so.DominantSubspace(operator, k, tol=1e-12)
+    subspace = so.DominantSubspace(operator, k, refresh=1, tol=1e-12)
     optimizer = CLASSES[part](groups, foreach=foreach, subspace=subspace)
     for expected in path[1:]:
         optimizer.zero_grad()
@@ -106,7 +106,9 @@ def test_steps_of_a_network_equal_the_formula(part: str, loss: str, nesterov: bo
     groups = [(torch.arange(len(theta)), chosen)]
     path = descend(landscape(model, loss_fn, x, y), theta, groups, part=part, k=2, steps=5)
 
-    subspace = so.DominantSubspace(so.HessianOperator(model, loss_fn, (x, y)), 2, tol=1e-12)
+    subspace = so.DominantSubspace(
+        so.HessianOperator(model, loss_fn, (x, y)), 2, refresh=1, tol=1e-12
+    )
     optimizer = CLASSES[part](model.parameters(), **chosen, subspace=subspace)
     for expected in path[1:]:
         optimizer.zero_grad()
@@ -187,7 +189,9 @@ def updates(
         if cls is not torch.optim.SGD:
             operator = DenseOperator(model)
             tol = 1e-12 if dtype == torch.float64 else 1e-5
-            arguments["subspace"] = so.DominantSubspace(operator, k or operator.size, tol=tol)
+            refresh: Any = 1 if k else "auto"  # all of the space never ages
+            size = k or operator.size
+            arguments["subspace"] = so.DominantSubspace(operator, size, refresh=refresh, tol=tol)
         optimizers.append(cls(groups, lr=0.05, foreach=foreach, **arguments))
     schedulers = [case.scheduler(each) for each in optimizers] if case.scheduler else []
     for _ in range(steps):

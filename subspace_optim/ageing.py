@@ -1,0 +1,306 @@
+"""``AgeingBasis``: an eigenbasis, and what is known of its angle while the parameters move on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace_optim._validation import NoGapWarning
+from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.lanczos import top_eigenpairs
+from subspace_optim.linalg.refinement import (
+    Probe,
+    probe,
+    refine,
+    total_ageing,
+    vectors_needed,
+)
+from subspace_optim.pace import Pace
+
+_MARGIN = 1.75
+"""What an estimate is multiplied by: probes scatter, and the ratio of sine to ageing drifts."""
+_ROOM = 0.8
+"""A basis that a probe finds this near to ``max_angle`` is refreshed at once."""
+_REFINABLE = 0.5
+"""The sine above which a cold solve costs no more than refinements."""
+_REFINEMENTS = 2
+"""Refinements at one parameter state, at most; a cold solve comes after them."""
+
+
+@dataclass
+class AgeingStats:
+    """What a basis has cost so far, and how good it is.
+
+    Attributes:
+        refreshes: times that it was made anew.
+        cold: those of them that were cold solves; the others refined the basis that was there.
+        probes: looks at it that did not change it.
+        bound: of the sine of the largest angle between the basis and the true subspace, to first
+            order in the ageing, at the last refresh or probe. After a probe it is too small with
+            a probability of at most 5 %.
+        estimate: of that sine at the last update: measured there, or carried forward since. Both
+            are known for ``refresh="auto"`` alone, and are 1 where there is no gap.
+    """
+
+    refreshes: int = 0
+    cold: int = 0
+    probes: int = 0
+    bound: float | None = None
+    estimate: float | None = None
+
+
+class AgeingBasis:
+    """The top k eigenpairs of an operator, solved for, refined, and probed.
+
+    Args:
+        operator: the operator.
+        k: how many pairs.
+        tol: relative residual of a solve.
+        max_angle: the sine up to which the basis is good; ``None`` to follow no angle.
+        seed: of the random vectors.
+        stats: where to count.
+
+    Attributes:
+        basis: the pairs; ``None`` before the first solve.
+        gapless: ``λ_k`` and ``λ_{k+1}`` could not be told apart, so that no angle is defined.
+    """
+
+    def __init__(
+        self,
+        operator: CurvatureOperator,
+        k: int,
+        *,
+        tol: float,
+        max_angle: float | None,
+        seed: int,
+        stats: AgeingStats,
+    ) -> None:
+        self.operator, self.k = operator, k
+        self.tol, self.max_angle, self.seed = tol, max_angle, seed
+        self.stats = stats
+        self.basis: EigenBasis | None = None
+        self.gapless = False
+        self._guard: EigenBasis | None = None  # the pair that comes next
+        self._lowest = self._mean = 0.0  # of all eigenvalues
+        self._anchor: Tensor | None = None  # the parameters of the last refresh
+        self._pace = Pace()
+        self._unevenness = min(1.0, k - 1.0)  # of the rows of the ageing, at the last refinement
+        self._ratios = [1 / _MARGIN]  # the sine over the ageing, at the last refinements
+        self._probe_at = (0.0, math.inf)  # the estimate and the distance from which on it is probed
+        self._warned = False
+
+    # --- while the parameters move ---------------------------------------------------------------
+
+    def serves(self) -> bool:
+        """Carries the estimate forward to the present parameters: is it small enough?"""
+        moved = self._moved()
+        self.stats.estimate = 1.0 if self.gapless else self._sine(self._pace.growth(*moved))
+        estimate, distance = self._probe_at
+        return self.stats.estimate <= estimate and math.hypot(*moved) <= distance
+
+    def renew(self) -> None:
+        """Probes the basis; refines it, or solves for it anew, until its angle is small enough."""
+        refinable = not self.gapless and (self.probe() or self._estimate <= _REFINABLE)
+        for _ in range(_REFINEMENTS):
+            if not refinable or self._has_room():
+                break
+            self.refine(verify=True)
+            refinable = self._estimate <= _REFINABLE
+        if not self._has_room():
+            self.solve()
+
+    def probe(self) -> bool:
+        """Estimates the angle. Returns whether a direction of the bulk has come to the top."""
+        basis, _ = self._present()
+        result, moved = self._probed(guarded=True), self._moved()
+        self._guard, found = result.guard, result.ageing
+        if math.isfinite(found):
+            self._pace.observe(*moved, found)
+            found = self._pace.growth(*moved)
+        entered = bool((result.guard.eigenvalues >= basis.eigenvalues[-1]).any())
+        self.stats.bound = 1.0 if entered else result.bound
+        self.stats.estimate = 1.0 if entered else self._sine(found)
+        # Next at twice the distance, at the latest: rates drift, and what enters from the bulk is
+        # in no estimate.
+        self._probe_at = self._limit, 2 * math.hypot(*moved)
+        return entered
+
+    def _probed(self, *, guarded: bool) -> Probe:
+        basis, guard = self._present()
+        self.stats.probes += 1
+        return probe(
+            self.operator.matmat,
+            basis,
+            guard,
+            lowest=self._lowest,
+            mean=self._mean,
+            seed=self.seed + self.stats.probes,
+            vectors=vectors_needed(self.k, self._unevenness),
+            guarded=guarded,
+        )
+
+    # --- refreshes -------------------------------------------------------------------------------
+
+    def solve(self) -> None:
+        """Finds the top k eigenpairs at the present parameters, by a cold solve."""
+        operator = self.operator
+        solution = top_eigenpairs(
+            operator.matmat,
+            operator.size,
+            self.k,
+            tol=self.tol,
+            max_angle=None if self.max_angle is None else self.max_angle / 2,
+            seed=self.seed,
+            dtype=operator.dtype,
+            device=operator.device,
+        )
+        self.stats.cold += 1
+        self._lowest, self._mean = solution.lowest, solution.mean
+        self._settle(solution.basis, solution.guard)
+        if self.max_angle is not None and not self.gapless:
+            ageing = total_ageing(solution.basis, solution.guard)
+            self._certify(ageing, bound=ageing)
+
+    def refine(self, *, verify: bool = False) -> None:
+        """Refines the basis that is there by one step of subspace iteration.
+
+        Args:
+            verify: probe what has become of it, instead of the bound of subspace iteration.
+        """
+        basis, guard = self._present()
+        result = refine(self.operator.matmat, basis, guard, lowest=self._lowest, mean=self._mean)
+        if 0 < result.before < math.inf:
+            self._pace.observe(*self._moved(), result.before)
+        self._settle(result.basis, result.guard)
+        if self.gapless:
+            return
+        after, bound = result.after, result.after
+        if verify:
+            measured = self._probed(guarded=False)
+            after, bound = measured.ageing, min(bound, measured.bound)
+        if 0 < result.before < math.inf:
+            # The old basis was off by the angle to the new one and what that one is off by.
+            off = result.sine + max(self._ratios) * after
+            self._ratios = [*self._ratios[-1:], min(1.0, off / result.before)]
+            self._unevenness = result.unevenness
+        self._certify(after, bound=bound)
+
+    def _settle(self, basis: EigenBasis, guard: EigenBasis) -> None:
+        self.basis, self._guard = basis, guard
+        self.stats.refreshes += 1
+        if self.max_angle is None:
+            return
+        self._anchor = self.operator.parameters.flatten(self.operator.parameters.tensors)
+        if guard.k == 0:
+            return
+        last, below = float(basis.eigenvalues[-1]), float(guard.eigenvalues[0])
+        scale = max(abs(float(basis.eigenvalues[0])), abs(self._lowest))
+        self.gapless = last - below <= self.tol * scale
+        if self.gapless:
+            self.stats.bound = self.stats.estimate = 1.0
+            if not self._warned:
+                self._warned = True
+                message = (
+                    f"λ_{self.k} = {last:.4g} and λ_{self.k + 1} = {below:.4g} cannot be told "
+                    f"apart at tol={self.tol:g}: the dominant subspace of dimension {self.k} is "
+                    "not defined, and every parameter state gets a new solve as long as this "
+                    "lasts. Choose a k with a gap below it, or refresh=n."
+                )
+                warnings.warn(message, NoGapWarning, stacklevel=2)
+
+    def _certify(self, ageing: float, *, bound: float) -> None:
+        self._pace.refreshed(ageing)
+        self.stats.bound = min(1.0, bound)
+        self.stats.estimate = self._sine(0.0)
+        self._probe_at = self._limit / 2, math.inf
+
+    # --- numbers ---------------------------------------------------------------------------------
+
+    @property
+    def _limit(self) -> float:
+        return 1.0 if self.max_angle is None else self.max_angle
+
+    @property
+    def _estimate(self) -> float:
+        return 1.0 if self.stats.estimate is None else self.stats.estimate
+
+    def _has_room(self) -> bool:
+        return self._estimate <= _ROOM * self._limit
+
+    def _present(self) -> tuple[EigenBasis, EigenBasis]:
+        assert self.basis is not None  # noqa: S101 (a solve comes first)
+        assert self._guard is not None  # noqa: S101
+        return self.basis, self._guard
+
+    def _sine(self, growth: float) -> float:
+        """The sine that goes with an ageing that has grown by so much, on the safe side.
+
+        The ageing adds up k rows, and divides by the gaps to ``λ_{k+1}`` what is mostly further
+        down: of what has grown, the largest sine is a third or less, as the last refinements
+        tell. What a refresh has left is near ``λ_{k+1}``: it counts in full.
+        """
+        sine = math.hypot(self._pace.start, _MARGIN * max(self._ratios) * growth)
+        return min(1.0, sine) if math.isfinite(sine) else 1.0
+
+    def _moved(self) -> tuple[float, float]:
+        """Returns ``‖Pδ‖`` and ``‖P⊥δ‖`` of the displacement since the last refresh."""
+        basis, _ = self._present()
+        assert self._anchor is not None  # noqa: S101 (an angle is followed)
+        space = self.operator.parameters
+        delta = space.flatten(space.tensors).sub_(self._anchor)
+        norms = torch.stack(
+            [
+                torch.linalg.vector_norm(basis.coefficients(delta)),
+                torch.linalg.vector_norm(delta),
+            ]
+        )
+        inside, length = norms.tolist()
+        return inside, math.sqrt(max(0.0, length**2 - inside**2)) if inside < length else 0.0
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns basis, guard and all that is known of them, as tensors and plain numbers."""
+        pairs = {"": self.basis, "guard_": self._guard}
+        return {
+            f"{prefix}{name}": None if pair is None else getattr(pair, name)
+            for prefix, pair in pairs.items()
+            for name in ("eigenvalues", "vectors", "residuals")
+        } | {
+            "gapless": self.gapless,
+            "lowest": self._lowest,
+            "mean": self._mean,
+            "anchor": self._anchor,
+            "pace": asdict(self._pace),
+            "ratios": list(self._ratios),
+            "unevenness": self._unevenness,
+            "probe_at": list(self._probe_at),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what ``state_dict()`` returned, to the operator's device."""
+
+        def take(name: str) -> Tensor:
+            tensor: Tensor = state_dict[name].detach()
+            return tensor.to(self.operator.device, self.operator.dtype, copy=True)
+
+        def pairs(prefix: str) -> EigenBasis | None:
+            names = [f"{prefix}{name}" for name in ("eigenvalues", "vectors", "residuals")]
+            if state_dict[names[0]] is None:
+                return None
+            return EigenBasis(*map(take, names))
+
+        self.basis, self._guard = pairs(""), pairs("guard_")
+        self._anchor = None if state_dict["anchor"] is None else take("anchor")
+        self.gapless = state_dict["gapless"]
+        self._lowest, self._mean = state_dict["lowest"], state_dict["mean"]
+        self._pace = Pace(**state_dict["pace"])
+        self._ratios = list(state_dict["ratios"])
+        self._unevenness = state_dict["unevenness"]
+        self._probe_at = tuple(state_dict["probe_at"])

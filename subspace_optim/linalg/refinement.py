@@ -1,0 +1,340 @@
+r"""What an eigenbasis that has aged still holds: probes of it, and its refinement in place.
+
+While the parameters move, the rows of ``V`` stop being eigenvectors: ``r_i = (I − P) H v_i`` grows.
+To first order the true eigenvectors are ``v_i + (λ_i − H)⁻¹ r_i``, so that with the gaps
+``g_i = λ_i − λ_{k+1}``
+
+.. math:: \sin\angle(V, U) \;\le\; A = \Big(\sum_i \|r_i\|^2 / g_i^2\Big)^{1/2}
+
+(Davis & Kahan 1970). ``A``, the *ageing* of the basis, takes one product for each row. A *probe*
+estimates it from one or a few, and another product looks at the *guard*, the pair that comes
+next: it notices a direction that enters from the bulk, which no ``r_i`` shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from subspace_optim._validation import NonFiniteError
+from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.lanczos import column_blocks, orthonormalise_
+
+FAILURE_PROBABILITY = 0.05
+"""How likely the bound of a probe is to be too small."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few products tell of a basis.
+
+    Attributes:
+        ageing: an estimate of ``A``. Its square has the mean ``A²``.
+        bound: at least ``(Σ ‖r_i‖²/g_i²)^½`` along every direction of the subspace, and so the
+            largest sine to first order, but with ``FAILURE_PROBABILITY``.
+        guard: the guard after one step of power iteration, with its Rayleigh quotient.
+    """
+
+    ageing: float
+    bound: float
+    guard: EigenBasis
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A basis after one step of subspace iteration.
+
+    Attributes:
+        basis: the new basis. Its eigenvalues are Rayleigh-Ritz values and what the correction adds
+            to them; its residuals are bounds, to first order.
+        guard: the pair that comes next.
+        before: the ageing ``A`` of the basis that it started from.
+        after: a bound on the ageing of the new one, to first order.
+        sine: of the largest angle between the two.
+        unevenness: how far from equal and orthogonal the rows ``r_i/g_i`` were, from 0 to k − 1
+            (one direction alone): what a probe of the basis scatters by.
+    """
+
+    basis: EigenBasis
+    guard: EigenBasis
+    before: float
+    after: float
+    sine: float
+    unevenness: float
+
+
+def total_ageing(basis: EigenBasis, guard: EigenBasis) -> float:
+    """Returns ``A = (Σ ‖r_i‖²/g_i²)^½`` of pairs with known residuals; infinite without a gap."""
+    residuals, values = (t.double().cpu().numpy() for t in (basis.residuals, basis.eigenvalues))
+    if not guard.k:
+        return 0.0
+    return _ageing(residuals, values - _top_of_bulk(values, *_pair(guard)))
+
+
+def _ageing(residuals: NDArray[np.float64], gaps: NDArray[np.float64]) -> float:
+    return float(np.linalg.norm(residuals / gaps)) if gaps.min() > 0 else math.inf
+
+
+def _unevenness(gram: NDArray[np.float64]) -> float:
+    """Returns ``k tr(M²)/(tr M)² − 1``."""
+    trace, squares = float(np.trace(gram)), float(np.square(gram).sum())
+    return len(gram) * squares / trace**2 - 1 if trace > 0 else 0.0
+
+
+def _pair(guard: EigenBasis) -> tuple[float, float]:
+    value, residual = torch.cat([guard.eigenvalues, guard.residuals]).tolist()
+    return value, residual
+
+
+def _top_of_bulk(values: NDArray[np.float64], value: float, residual: float) -> float:
+    """Returns ``λ_{k+1}`` from the guard, on the safe side by its residual, if that is small.
+
+    A Rayleigh quotient is below the eigenvalue; half of the gap is left in any case.
+    """
+    return min(value + residual, (value + float(values[-1])) / 2)
+
+
+def least_overlap(k: int, m: int, probability: float) -> float:
+    r"""Returns the squared overlap that a random subspace has with any direction, or more.
+
+    The squared length of a unit vector of ``R^k`` projected onto m random dimensions is
+    ``Beta(m/2, (k−m)/2)``. It is below the result with no more than the given probability:
+
+    .. math:: P(x < t) \le C\, t^{m/2} / \sqrt{1 - t}, \qquad
+              C = \Gamma(k/2) \,/\, \big(\Gamma(m/2 + 1)\, \Gamma((k - m)/2)\big)
+    """
+    if m == k:
+        return 1.0
+    logarithm = math.lgamma(k / 2) - math.lgamma(m / 2 + 1) - math.lgamma((k - m) / 2)
+    least: float = (probability / math.exp(logarithm)) ** (2 / m)
+    return least * (1 - least)
+
+
+def vectors_needed(k: int, unevenness: float) -> int:
+    """Returns how many vectors keep the square of a probe within 25 % of its mean, mostly.
+
+    Its variance, relative to the square of its mean, is ``2u/(m(k+2)) · (k−m)/(k−1)``.
+    """
+    for m in range(1, k):
+        if 2 * unevenness / (m * (k + 2)) * (k - m) / (k - 1) <= _SCATTER**2:
+            return m
+    return k
+
+
+def probe(
+    matmat: Callable[[Tensor], Tensor],
+    basis: EigenBasis,
+    guard: EigenBasis,
+    *,
+    lowest: float,
+    mean: float,
+    seed: int,
+    vectors: int = 1,
+    guarded: bool = True,
+) -> Probe:
+    r"""Estimates the ageing of a basis from few products, and moves its guard with another.
+
+    With m random orthonormal rows ``Q`` of ``R^k`` and ``G = diag(g_i)``,
+
+    .. math:: \mathbb{E}\, \tfrac{k}{m} \|(I - P) H V^\top G^{-1} Q^\top\|_F^2
+                  = \sum_i \|r_i\|^2 / g_i^2
+
+    The rows ``r_i/g_i`` of real networks are often nearly orthogonal and of like size, so that one
+    vector is enough; m = k is exact. (Random signs would scatter less, but could miss a
+    direction entirely.)
+
+    Args:
+        matmat: the rows ``(j, P)`` to their products ``(j, P)``, here for ``j = m + 1``.
+        basis: k eigenpairs, of an earlier matrix.
+        guard: the pair that comes next; of no rows if k = P.
+        lowest: the smallest eigenvalue.
+        mean: the mean of all eigenvalues.
+        seed: of Q.
+        vectors: m, from 1 to k.
+        guarded: look at the guard too; without, there are m products.
+
+    Returns:
+        The estimate, a bound, and the guard.
+
+    Raises:
+        NonFiniteError: a product is not finite.
+    """
+    if guard.k == 0:  # k = P: the subspace is all of the space
+        return Probe(0.0, 0.0, guard)
+    k, values = basis.k, basis.eigenvalues.double().cpu().numpy()
+    gaps = values - _top_of_bulk(values, *_pair(guard))
+    if gaps.min() <= 0:
+        return Probe(math.inf, 1.0, guard)
+    draws = torch.randn(k, vectors, generator=torch.Generator().manual_seed(seed)).double()
+    rotation = torch.linalg.qr(draws).Q.T / torch.from_numpy(gaps)
+    rows = rotation.to(basis.vectors) @ basis.vectors
+    products = matmat(torch.cat([rows, guard.vectors]) if guarded else rows)
+    basis.project_out(products, out=products)
+    found = float(torch.linalg.matrix_norm(products[:vectors]))
+    if not math.isfinite(found):
+        raise NonFiniteError(_NOT_FINITE)
+    if guarded:
+        shift = _shift(values, mean, lowest, float(guard.eigenvalues), basis.size)
+        guard = _power_step(guard.vectors[0], products[-1], shift)
+    bound = found / math.sqrt(least_overlap(k, vectors, FAILURE_PROBABILITY))
+    return Probe(math.sqrt(k / vectors) * found, min(1.0, bound), guard)
+
+
+def _power_step(vector: Tensor, product: Tensor, shift: float) -> EigenBasis:
+    """Returns the pair of ``(H − ρ) v``, with the Rayleigh quotient and the residual of ``v``.
+
+    Raises:
+        NonFiniteError: the product is not finite.
+    """
+    value = vector @ product
+    residual = torch.linalg.vector_norm(product - value * vector)
+    if not torch.isfinite(torch.stack([value, residual])).all():
+        raise NonFiniteError(_NOT_FINITE)
+    moved = product.sub(vector, alpha=shift)
+    size = torch.linalg.vector_norm(moved)
+    return EigenBasis(
+        value[None], torch.where(size > 0, moved / size, vector)[None], residual[None]
+    )
+
+
+def refine(
+    matmat: Callable[[Tensor], Tensor],
+    basis: EigenBasis,
+    guard: EigenBasis,
+    *,
+    lowest: float,
+    mean: float,
+) -> Refinement:
+    r"""Refines a basis by one step of subspace iteration: k + 1 products.
+
+    The Rayleigh-Ritz pairs ``(θ_i, x_i)`` in the span of basis and guard, with residuals ``r_i``,
+    are corrected to first order by a product that has been taken already:
+
+    .. math:: u_i \propto x_i + \frac{r_i}{\theta_i - \rho}
+                  = \frac{(H - \rho) x_i}{\theta_i - \rho}
+
+    What of ``r_i`` lies along an eigenvector of the bulk, with eigenvalue μ, should have been
+    divided by ``θ_i − μ``: the factor ``(μ − ρ)/(θ_i − ρ)`` of it remains. Most of the bulk is
+    near its mean, so ρ is that: on real networks the angle falls to a tenth, where
+    ``(λ_{k+1} − ρ)/(λ_k − ρ)``, the bound of subspace iteration, promises a half.
+
+    Args:
+        matmat: the rows ``(j, P)`` to their products ``(j, P)``, here for j = k + 1.
+        basis: k eigenpairs, of an earlier matrix.
+        guard: the pair that comes next: a direction that has entered from the bulk changes place
+            with one that has left. Of no rows if k = P.
+        lowest: the smallest eigenvalue, for the bound.
+        mean: the mean of all eigenvalues.
+
+    Returns:
+        The new basis and guard, and the ageing before and after.
+
+    Raises:
+        NonFiniteError: a product is not finite.
+    """
+    k, rows = basis.k, torch.cat([basis.vectors, guard.vectors])
+    products = matmat(rows)
+    projected = _gram(rows, products).cpu().numpy()
+    if not np.isfinite(projected).all():
+        raise NonFiniteError(_NOT_FINITE)
+    values, ritz = np.linalg.eigh((projected + projected.T) / 2)
+    values, ritz = values[::-1].copy(), ritz[:, ::-1].copy()
+    below = float(values[k]) if len(values) > k else -math.inf
+    shift = _shift(values[:k], mean, lowest, below, rows.shape[1])
+    distances = values - shift
+    # No correction where it would be a division by nothing: a guard at the mean of the bulk.
+    inverse = np.where(distances > 1e-2 * distances[0], 1 / np.maximum(distances, _TINY), 0.0)
+    overlaps = _correct_(rows, products, ritz, values, inverse)
+    residuals = np.sqrt(np.diagonal(overlaps))
+    del products
+    orthonormalise_(rows)
+
+    spread = max(abs(below - shift), abs(min(lowest, below) - shift)) if math.isfinite(below) else 0
+    remaining = np.minimum(1.0, spread * inverse) * residuals
+    growth = residuals**2 * inverse
+    corrected = values + growth / (1 + growth * inverse)
+    order = np.argsort(-corrected[:k], kind="stable")
+    vectors, last = rows[:k], rows[k:].clone()
+    if (np.diff(order) < 0).any():
+        vectors = vectors[torch.from_numpy(order).to(rows.device)]
+    found, reached = (torch.from_numpy(a).to(rows) for a in (corrected, remaining))
+    gaps = values[:k] - (_top_of_bulk(values[:k], below, residuals[k]) if guard.k else -math.inf)
+    return Refinement(
+        EigenBasis(found[order], vectors, reached[order]),
+        EigenBasis(found[k:], last, reached[k:]),
+        _ageing(residuals[:k], gaps),
+        _ageing(remaining[:k], gaps),
+        largest_sine(basis.vectors, vectors),
+        _unevenness(overlaps[:k, :k] / np.outer(gaps, gaps)),
+    )
+
+
+def largest_sine(first: Tensor, second: Tensor) -> float:
+    """Returns the sine of the largest angle between the spans of orthonormal rows.
+
+    From the part of ``first`` outside ``second``: small sines are as accurate as large ones.
+    """
+    overlaps = _gram(first, second).to(first)
+    outside = torch.zeros(len(first), len(first), dtype=torch.float64, device=first.device)
+    for columns in column_blocks(first.shape[1]):
+        part = (first[:, columns] - overlaps @ second[:, columns]).double()
+        outside += part @ part.T
+    return min(1.0, math.sqrt(max(0.0, float(torch.linalg.eigvalsh(outside)[-1]))))
+
+
+_SCATTER = 0.25
+_NOT_FINITE = (
+    "A product with the matrix is not finite. Lower the learning rate, or look for NaN in the "
+    "parameters and the data."
+)
+
+
+_TINY = np.finfo(np.float64).tiny
+
+
+def _shift(top: NDArray[np.float64], mean: float, lowest: float, below: float, size: int) -> float:
+    """Returns ρ: the mean of the bulk, or less where the bulk reaches far down.
+
+    From ``(λ_k + λ_P)/2`` on, ``H − ρ`` would be larger on ``u_P`` than on ``u_k``.
+    """
+    others = size - len(top)
+    if not others:
+        return float(top[-1]) - 1.0  # no bulk: nothing depends on it
+    bulk = (mean * size - float(top.sum())) / others
+    return min(bulk, below, (float(top[-1]) + min(lowest, below)) / 2)
+
+
+def _gram(first: Tensor, second: Tensor) -> Tensor:
+    """Returns the inner products of the rows, accumulated in float64."""
+    gram = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
+    for columns in column_blocks(first.shape[1]):
+        gram += first[:, columns].double() @ second[:, columns].double().T
+    return gram
+
+
+def _correct_(
+    rows: Tensor,
+    products: Tensor,
+    ritz: NDArray[np.float64],
+    values: NDArray[np.float64],
+    inverse: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Replaces the rows by the corrected Ritz vectors, in place, and returns ``⟨r_i, r_j⟩``."""
+    rotation, theta, factors = (
+        torch.from_numpy(np.ascontiguousarray(a)).to(rows)
+        for a in (ritz.T, values[:, None], inverse[:, None])
+    )
+    overlaps = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for columns in column_blocks(rows.shape[1]):
+        vectors = rotation @ rows[:, columns]
+        residuals = (rotation @ products[:, columns]).addcmul_(theta, vectors, value=-1)
+        overlaps += residuals.double() @ residuals.double().T
+        rows[:, columns] = vectors.addcmul_(factors, residuals)
+    result: NDArray[np.float64] = overlaps.cpu().numpy()
+    return result
