@@ -170,6 +170,10 @@ def _recipe(problem: Problem, k: int, _: None) -> Answer:
     return Answer(*recipe(problem.model, problem.x, problem.y, k))
 
 
+def _recipe_in_single_precision(problem: Problem, k: int, _: None) -> Answer:
+    return Answer(*recipe(problem.model, problem.x, problem.y, k, single=True))
+
+
 SOLVERS: Final[dict[str, Solver]] = {
     OURS: Solver(_ours, None, 60),
     EIGENTHINGS: Solver(_eigenthings, _lanczos_steps, 70, EIGENTHINGS, "Lanczos steps"),
@@ -177,6 +181,7 @@ SOLVERS: Final[dict[str, Solver]] = {
         _curvlinops, _sweep_lengths, 130, "curvlinops-for-pytorch", "ncv of one sweep"
     ),
     RECIPE: Solver(_recipe, None, 200),
+    f"{RECIPE}, single precision": Solver(_recipe_in_single_precision, None, 150),
     "pyhessian": Solver(
         _pyhessian, _pyhessian_settings, 300, "pyhessian", "(iterations, tol) of each pair"
     ),

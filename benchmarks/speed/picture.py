@@ -11,7 +11,9 @@ from benchmarks.speed.peers import SOLVERS
 from benchmarks.speed.timing import spread
 from subspace_optim.diagnostics.plots import BULK, DOMINANT
 
-_COLOURS: Final = dict(zip(SOLVERS, (DOMINANT, "#E69F00", "#56B4E9", BULK, "#999999"), strict=True))
+_COLOURS: Final = dict(
+    zip(SOLVERS, (DOMINANT, "#E69F00", "#56B4E9", BULK, "#CC79A7", "#999999"), strict=True)
+)
 _MARKERS: Final = "osD^v"
 
 
