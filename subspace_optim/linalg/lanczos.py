@@ -41,6 +41,8 @@ _LONGEST_SEARCH = 12
 """Products of the final search where the spectrum has no gap to tell how many it needs."""
 _SMALL = 256
 """Up to this size all rows are kept: they take no memory to speak of, and end in exact pairs."""
+_LARGE = 1 << 12
+"""From this size on, random vectors are nearly orthogonal to a few rows, and cost time to draw."""
 _COLUMNS = 1 << 16
 """Columns that are rotated at a time, at most: what bounds the memory of a restart."""
 
@@ -151,6 +153,7 @@ class _Lanczos:
         self.restarts = 0
         for _ in range(min(_START, size)):
             self.add_random_row()
+        self.spare = self._random()
 
     @property
     def complete(self) -> bool:
@@ -202,10 +205,11 @@ class _Lanczos:
             return
         norm = torch.linalg.vector_norm(w)
         broke_down = norm <= 4 * self.epsilon * torch.linalg.vector_norm(h)
-        direction = torch.where(broke_down, self._random(), w.div_(norm))
+        other = self.spare.roll(n) if self.size >= _LARGE else self._random()
+        direction = torch.where(broke_down, other, w.div_(norm))
         norm = torch.where(broke_down, 0.0, norm)
         # Twice is enough (Giraud et al. 2005), but for random vectors of few dimensions.
-        for _ in range(1 if self.size > _SMALL else 2):
+        for _ in range(1 if self.size >= _LARGE else 2):
             again = self.rows.coefficients(direction, n)
             self.rows.subtract_(direction, again)
             self.projected[:n, j] += norm * again
@@ -396,11 +400,10 @@ def orthonormalise_(vectors: Tensor) -> None:
         piece = vectors[:, columns].double()
         gram += piece @ piece.T
     factor, _ = torch.linalg.cholesky_ex(gram)
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+    inverse = inverse.to(vectors.dtype)
     for columns in pieces:
-        piece = vectors[:, columns].double()
-        vectors[:, columns] = torch.linalg.solve_triangular(factor, piece, upper=False).to(
-            vectors.dtype
-        )
+        vectors[:, columns] = inverse @ vectors[:, columns]
 
 
 def top_eigenpairs(
@@ -424,7 +427,7 @@ def top_eigenpairs(
     where the maximum is over the spectrum of ``H``. Repeated eigenvalues come with their
     multiplicity, and negative, indefinite, zero and rank-deficient matrices are no exceptions.
 
-    Memory: at most ``2k + 6`` vectors (all P where P is at most 256), and four beside them while
+    Memory: at most ``2k + 6`` vectors (all P where P is at most 256), and five beside them while
     a product is taken or expanded. All of it stays on ``device``; the k×k problems alone visit
     the host.
 

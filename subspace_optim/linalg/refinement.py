@@ -283,7 +283,7 @@ def largest_sine(first: Tensor, second: Tensor) -> float:
     overlaps = _gram(first, second).to(first)
     outside = torch.zeros(len(first), len(first), dtype=torch.float64, device=first.device)
     for columns in column_blocks(first.shape[1]):
-        part = (first[:, columns] - overlaps @ second[:, columns]).double()
+        part = first[:, columns] - overlaps @ second[:, columns]
         outside += part @ part.T
     return min(1.0, math.sqrt(max(0.0, float(torch.linalg.eigvalsh(outside)[-1]))))
 
@@ -311,10 +311,10 @@ def _shift(top: NDArray[np.float64], mean: float, lowest: float, below: float, s
 
 
 def _gram(first: Tensor, second: Tensor) -> Tensor:
-    """Returns the inner products of the rows, accumulated in float64."""
+    """Returns the inner products of the rows, in float64 from blocks of columns."""
     gram = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
     for columns in column_blocks(first.shape[1]):
-        gram += first[:, columns].double() @ second[:, columns].double().T
+        gram += first[:, columns] @ second[:, columns].T
     return gram
 
 
@@ -334,7 +334,7 @@ def _correct_(
     for columns in column_blocks(rows.shape[1]):
         vectors = rotation @ rows[:, columns]
         residuals = (rotation @ products[:, columns]).addcmul_(theta, vectors, value=-1)
-        overlaps += residuals.double() @ residuals.double().T
+        overlaps += residuals @ residuals.T
         rows[:, columns] = vectors.addcmul_(factors, residuals)
     result: NDArray[np.float64] = overlaps.cpu().numpy()
     return result
