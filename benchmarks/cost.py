@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         train(step, sgd)
 
     hessian = so.HessianOperator(model, mse, (x, y))
-    subspace = so.DominantSubspace(hessian, options.k)
+    subspace = so.DominantSubspace(hessian, options.k, refresh=1)
+    refined = so.DominantSubspace(hessian, options.k)
     kept = so.DominantSubspace(hessian, options.k, refresh=10**9)
     # A rate of 1e-12 moves nothing that could change the cost.
     plain = torch.optim.SGD(model.parameters(), lr=1e-12)
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         "the first Hessian product at new parameters": prepare,
         "each further product": lambda: hessian.matvec(vector),
         f"a cold solve, top {options.k} ({products} products)": subspace.refresh,
+        f"a refinement of a basis ({options.k + 1} products)": refined.refresh,
         "a step of torch.optim.SGD, batch 50": lambda: train(0, plain),
         "a step of BulkSGD with a kept basis": lambda: train(0, projected),
     }
