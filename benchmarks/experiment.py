@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 import subspace_optim as so
 from benchmarks.losses import accuracy
 from subspace_optim._validation import check_integer, check_number
+from subspace_optim.ageing import AgeingBasis
 from subspace_optim.curvature.isolation import in_mode, seeded
 from subspace_optim.linalg import EigenBasis, top_eigenpairs
 from subspace_optim.subspace import DominantSubspace
@@ -134,10 +135,11 @@ class Comparison:
         return [row for row in self.rows if row["phase"] == phase]
 
 
-class RandomSubspace(DominantSubspace):
-    """The control: random directions in the place of eigenvectors, redrawn at every refresh."""
+class _RandomBasis(AgeingBasis):
+    """Random directions in the place of eigenvectors."""
 
-    def _solve(self) -> EigenBasis:
+    def solve(self) -> None:
+        """Draws new directions, with the Rayleigh-Ritz values of the operator in their span."""
         operator = self.operator
         generator = torch.Generator().manual_seed(self.seed + 1000 * self.stats.refreshes)
         directions = torch.randn(operator.size, self.k, generator=generator)
@@ -147,7 +149,14 @@ class RandomSubspace(DominantSubspace):
         order = rotation.flip(1).T
         vectors, images = order @ frame, order @ products
         residuals = torch.linalg.vector_norm(images - values.flip(0)[:, None] * vectors, dim=1)
-        return EigenBasis(values.flip(0), vectors, residuals)
+        self.basis = EigenBasis(values.flip(0), vectors, residuals)
+        self.stats.refreshes += 1
+
+
+class RandomSubspace(DominantSubspace):
+    """The control: random directions in the place of eigenvectors, redrawn at every refresh."""
+
+    _holder = _RandomBasis
 
 
 def minibatch(examples: int, size: int, step: int, seed: int) -> Tensor:

@@ -89,6 +89,8 @@ class DominantSubspace:
         ArgumentError: an argument is of the wrong type or out of range.
     """
 
+    _holder = AgeingBasis
+
     def __init__(
         self,
         operator: CurvatureOperator,
@@ -117,7 +119,7 @@ class DominantSubspace:
         self.operator = operator
         self.tol = tol
         self.seed = check_integer("seed", seed, minimum=0)
-        self._held = AgeingBasis(
+        self._held = self._holder(
             operator,
             self.k,
             tol=tol,

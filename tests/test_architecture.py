@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         "._validation",
         ".linalg",
         ".curvature",
+        ".ageing",
         ".subspace",
         ".optim",
         ".diagnostics",

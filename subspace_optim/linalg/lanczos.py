@@ -400,8 +400,8 @@ def orthonormalise_(vectors: Tensor) -> None:
         piece = vectors[:, columns].double()
         gram += piece @ piece.T
     factor, _ = torch.linalg.cholesky_ex(gram)
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-    inverse = inverse.to(vectors.dtype)
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(vectors.dtype)
     for columns in pieces:
         vectors[:, columns] = inverse @ vectors[:, columns]
 
