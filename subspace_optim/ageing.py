@@ -34,7 +34,7 @@ _REFINEMENTS = 2
 
 
 @dataclass
-class AgeingStats:
+class SubspaceStats:
     """What a basis has cost so far, and how good it is.
 
     Attributes:
@@ -46,6 +46,10 @@ class AgeingStats:
             a probability of at most 5 %.
         estimate: of that sine at the last update: measured there, or carried forward since. Both
             are known for ``refresh="auto"`` alone, and are 1 where there is no gap.
+        failures: refreshes and probes that failed, and left the last basis in use.
+        products: curvature products of all refreshes and probes.
+        gradients: gradients over the data that the kept graphs of all of these began with.
+        seconds: wall time of all of these.
     """
 
     refreshes: int = 0
@@ -53,6 +57,10 @@ class AgeingStats:
     probes: int = 0
     bound: float | None = None
     estimate: float | None = None
+    failures: int = 0
+    products: int = 0
+    gradients: int = 0
+    seconds: float = 0.0
 
 
 class AgeingBasis:
@@ -64,10 +72,10 @@ class AgeingBasis:
         tol: relative residual of a solve.
         max_angle: the sine up to which the basis is good; ``None`` to follow no angle.
         seed: of the random vectors.
-        stats: where to count.
 
     Attributes:
         basis: the pairs; ``None`` before the first solve.
+        stats: the counts of refreshes and probes are kept here, the costs by who holds it.
         gapless: ``λ_k`` and ``λ_{k+1}`` could not be told apart, so that no angle is defined.
     """
 
@@ -79,11 +87,10 @@ class AgeingBasis:
         tol: float,
         max_angle: float | None,
         seed: int,
-        stats: AgeingStats,
     ) -> None:
         self.operator, self.k = operator, k
         self.tol, self.max_angle, self.seed = tol, max_angle, seed
-        self.stats = stats
+        self.stats = SubspaceStats()
         self.basis: EigenBasis | None = None
         self.gapless = False
         self._guard: EigenBasis | None = None  # the pair that comes next

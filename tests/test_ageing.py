@@ -6,7 +6,6 @@ The true angles are those to ``torch.linalg.eigh`` of dense Hessians in float64,
 from __future__ import annotations
 
 import copy
-import io
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 import subspace_optim as so
 from subspace_optim._validation import NoGapWarning
 from subspace_optim.linalg.refinement import largest_sine
+from tests.checkpoints import through_a_file
 from tests.optim.naive import DenseOperator, Quartic, flat, landscape
 
 MAX_ANGLE = 0.05
@@ -269,13 +269,6 @@ def test_parameters_that_are_not_finite_leave_the_basis_in_use_with_a_warning():
     assert subspace.update() is basis
     assert subspace.stats.failures == 1
     assert subspace.stats.estimate < MAX_ANGLE
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("saved_at", [1, 2, 7, 12])

@@ -7,7 +7,6 @@ of the basis itself and of what a refresh leaves behind also differentiate a net
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import math
 import pickle
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 import subspace_optim as so
 from subspace_optim.linalg import EigenBasis
+from tests.checkpoints import through_a_file
 from tests.dense import LOSSES, MODELS, make_problem
 from tests.optim.naive import DenseOperator, Quartic, assert_near, flat, landscape, projector
 
@@ -537,13 +537,6 @@ def test_data_that_changed_raise_at_a_later_refresh() -> None:
 
 
 # Saved, loaded, copied.
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 ORDERS = list(itertools.permutations(range(3)))

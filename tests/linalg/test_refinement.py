@@ -65,30 +65,20 @@ def outside(dense: Tensor, basis: EigenBasis) -> Tensor:
     return V @ dense - (V @ dense @ V.T) @ V
 
 
+def ends(dense: Tensor) -> dict[str, float]:
+    """What is known of the whole spectrum."""
+    values = torch.linalg.eigvalsh(dense)
+    return {"lowest": float(values[0]), "mean": float(values.mean())}
+
+
 def look(
     dense: Tensor, basis: EigenBasis, guard: EigenBasis, seed: int = 0, vectors: int = 1
 ) -> Probe:
-    values = torch.linalg.eigvalsh(dense)
-    return probe(
-        lambda rows: rows @ dense,
-        basis,
-        guard,
-        lowest=float(values[0]),
-        mean=float(values.mean()),
-        seed=seed,
-        vectors=vectors,
-    )
+    return probe(lambda rows: rows @ dense, basis, guard, seed=seed, vectors=vectors, **ends(dense))
 
 
 def renew(dense: Tensor, basis: EigenBasis, guard: EigenBasis) -> Refinement:
-    values = torch.linalg.eigvalsh(dense)
-    return refine(
-        lambda rows: rows @ dense,
-        basis,
-        guard,
-        lowest=float(values[0]),
-        mean=float(values.mean()),
-    )
+    return refine(lambda rows: rows @ dense, basis, guard, **ends(dense))
 
 
 def sine(first: Tensor, second: Tensor) -> float:

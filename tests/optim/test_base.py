@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import math
 import pickle
 import re
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import subspace_optim as so
+from tests.checkpoints import through_a_file
 from tests.optim.naive import (
     OPTIONS,
     DenseOperator,
@@ -50,13 +50,6 @@ def values(model: nn.Module) -> list[Tensor]:
 
 def same(left: Any, right: Any) -> bool:
     return all(map(torch.equal, left, right))
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # The step.
