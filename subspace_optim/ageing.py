@@ -25,6 +25,8 @@ from subspace_optim.pace import Pace
 
 _MARGIN = 1.75
 """What an estimate is multiplied by: probes scatter, and the ratio of sine to ageing drifts."""
+_SCATTER = 1.25
+"""The part of it that stands for probes alone."""
 _ROOM = 0.8
 """A basis that a probe finds this near to ``max_angle`` is refreshed at once."""
 _REFINABLE = 0.5
@@ -97,8 +99,8 @@ class AgeingBasis:
         self._lowest = self._mean = 0.0  # of all eigenvalues
         self._anchor: Tensor | None = None  # the parameters of the last refresh
         self._pace = Pace()
-        self._unevenness = min(1.0, k - 1.0)  # of the rows of the ageing, at the last refinement
-        self._ratios = [1 / _MARGIN]  # the sine over the ageing, at the last refinements
+        self._unevenness: float | None = None  # of the rows of the ageing, as last seen
+        self._ratios: list[float] = []  # the sine over the ageing, at the last refinements
         self._probe_at = (0.0, math.inf)  # the estimate and the distance from which on it is probed
         self._warned = False
 
@@ -127,6 +129,8 @@ class AgeingBasis:
         basis, _ = self._present()
         result, moved = self._probed(guarded=True), self._moved()
         self._guard, found = result.guard, result.ageing
+        if result.unevenness is not None and not self._ratios:
+            self._unevenness = result.unevenness
         if math.isfinite(found):
             self._pace.observe(*moved, found)
             found = self._pace.growth(*moved)
@@ -148,7 +152,7 @@ class AgeingBasis:
             lowest=self._lowest,
             mean=self._mean,
             seed=self.seed + self.stats.probes,
-            vectors=vectors_needed(self.k, self._unevenness),
+            vectors=vectors_needed(self.k, 1.0 if self._unevenness is None else self._unevenness),
             guarded=guarded,
         )
 
@@ -193,7 +197,7 @@ class AgeingBasis:
             after, bound = measured.ageing, min(bound, measured.bound)
         if 0 < result.before < math.inf:
             # The old basis was off by the angle to the new one and what that one is off by.
-            off = result.sine + max(self._ratios) * after
+            off = result.sine + self._ratio() * after
             self._ratios = [*self._ratios[-1:], min(1.0, off / result.before)]
             self._unevenness = result.unevenness
         self._certify(after, bound=bound)
@@ -245,14 +249,24 @@ class AgeingBasis:
         assert self._guard is not None  # noqa: S101
         return self.basis, self._guard
 
+    def _ratio(self) -> float:
+        """The largest sine over what the ageing has grown by, on the safe side.
+
+        The ageing adds up k rows, and divides by the gaps to ``λ_{k+1}`` what is mostly further
+        down: the largest sine is a third of it or less, as the last refinements tell. Before
+        there is one, it is bounded by how evenly the ageing is spread over the subspace.
+        """
+        if self._ratios:
+            return _MARGIN * max(self._ratios)
+        u = self.k - 1.0 if self._unevenness is None else self._unevenness
+        return min(1.0, _SCATTER * math.sqrt(math.sqrt((1 + u) / self.k)))
+
     def _sine(self, growth: float) -> float:
         """The sine that goes with an ageing that has grown by so much, on the safe side.
 
-        The ageing adds up k rows, and divides by the gaps to ``λ_{k+1}`` what is mostly further
-        down: of what has grown, the largest sine is a third or less, as the last refinements
-        tell. What a refresh has left is near ``λ_{k+1}``: it counts in full.
+        What a refresh has left is near ``λ_{k+1}``: it counts in full.
         """
-        sine = math.hypot(self._pace.start, _MARGIN * max(self._ratios) * growth)
+        sine = math.hypot(self._pace.start, self._ratio() * growth)
         return min(1.0, sine) if math.isfinite(sine) else 1.0
 
     def _moved(self) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from benchmarks.speed import (
     apply,
     cold,
     environment,
+    estimates,
     memory,
     products,
     runs,
@@ -59,17 +61,18 @@ class Plan:
     sections: tuple[str, ...] = ("products", "cold", "runs")
 
 
-PER_MODEL: Final = ("products", "cold", "warm", "runs", "memory", "synchronisations")
+PER_MODEL: Final = ("products", "cold", "warm", "runs", "memory", "synchronisations", "estimates")
+_DEFAULT: Final = PER_MODEL[:-1]  # without the estimates, which take longer than all the rest
 GLOBAL: Final = ("apply", "scaling")
 _ALL: Final = {name: scenario.steps for name, scenario in runs.SCENARIOS.items()}
 _FEW: Final = {"late": 30, "early": 10}
 PLANS: Final = {
-    "mlp": Plan(2000, 5, 10, _ALL, PER_MODEL),
+    "mlp": Plan(2000, 5, 10, _ALL, _DEFAULT),
     "cnn": Plan(500, 1, 2, _FEW),
     "cnn-5k": Plan(500, 1, 2, _FEW),
     "transformer": Plan(500, 1, 2, _FEW),
-    "resnet18": Plan(500, 5, 4, _FEW, PER_MODEL),
-    "gpt2": Plan(50, 3, 2, {}, PER_MODEL),
+    "resnet18": Plan(500, 5, 4, _FEW, _DEFAULT),
+    "gpt2": Plan(50, 3, 2, {}, _DEFAULT),
 }
 _QUICK: Final = Plan(20, 1, 2, dict.fromkeys(_ALL, 4), PER_MODEL)
 _QUICK_EXAMPLES: Final = 100
@@ -107,11 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     default = ["mlp", "cnn", "transformer"]
     add("--models", nargs="+", choices=tuple(PROBLEMS), default=default, metavar="MODEL")
-    sections = f"of {', '.join(PER_MODEL + GLOBAL)} (default: all of the MLP, fewer of the others)"
+    every = ", ".join(PER_MODEL + GLOBAL)
+    sections = f"of {every} (default: all but estimates of the MLP, fewer of the others)"
     add("--sections", nargs="+", choices=PER_MODEL + GLOBAL, metavar="SECTION", help=sections)
     add("--scenarios", nargs="+", choices=tuple(_ALL), help="of the runs (default: the plan's)")
     add("--k", type=int, help="dimension of the subspace (default: the classes)")
     add("--rounds", type=int, help="repetitions (default: 5 of the MLP, one of slower models)")
+    add("--examples", type=int, help="of the data (default: all of the problem's)")
     add("--limit", type=float, default=120.0, help="seconds a solve that a peer may take")
     add("--quick", action="store_true", help="tiny sizes, to see that it works")
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -145,7 +150,13 @@ def _runs(
 
 
 def _sections(
-    made: Problem, k: int, plan: Plan, limit: float, console: Console, measured: dict[str, Any]
+    made: Problem,
+    again: Callable[..., Problem],
+    k: int,
+    plan: Plan,
+    limit: float,
+    console: Console,
+    measured: dict[str, Any],
 ) -> dict[str, Callable[[], dict[str, Any] | None]]:
     """What each section of a model does; ``None`` is a section that does not apply."""
     rounds = plan.rounds
@@ -164,6 +175,7 @@ def _sections(
         "runs": lambda: _runs(made, k, plan, console, measured) or None,
         "memory": late(lambda: memory.measure(made, k)),
         "synchronisations": lambda: synchronisations.measure(made, k) if made.x.is_cuda else None,
+        "estimates": lambda: estimates.measure(again, k, plan.late, quick=plan is _QUICK),
     }
 
 
@@ -191,17 +203,19 @@ def _run(options: argparse.Namespace, console: Console) -> None:
             plan = replace(
                 plan, scenarios={s: plan.scenarios.get(s, 30) for s in options.scenarios}
             )
-        made = problem(
+        again = partial(
+            problem,
             name,
             root=options.data_root,
             device=options.device,
-            examples=_QUICK_EXAMPLES if options.quick else None,
+            examples=_QUICK_EXAMPLES if options.quick else options.examples,
         )
+        made = again()
         k = options.k or made.k
         console.print(f"[bold]{name}[/]: P = {made.size:,}, N = {len(made.x)}, k = {k}")
         measured = {"parameters": made.size, "examples": len(made.x), "k": k, "late": plan.late}
         results.data["models"][name] = measured
-        sections = _sections(made, k, plan, options.limit, console, measured)
+        sections = _sections(made, again, k, plan, options.limit, console, measured)
         chosen = options.sections or plan.sections
         for section in (s for s in PER_MODEL if s in chosen):
             outcome = sections[section]()

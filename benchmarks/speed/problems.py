@@ -46,6 +46,7 @@ class Problem:
         y: all class numbers.
         k: dimension of the subspace.
         lr: learning rate of SGD.
+        seed: of the order of its minibatches.
         states: parameters after so many steps of SGD, as far as they were asked for.
     """
 
@@ -55,6 +56,7 @@ class Problem:
     y: Tensor
     k: int
     lr: float
+    seed: int = 0
     states: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -88,7 +90,7 @@ class Problem:
         """One step of training: on the minibatch of that number, or on all the data."""
         batch: Tensor | slice = slice(None)
         if not full:
-            batch = minibatch(len(self.x), BATCH_SIZE, step, seed=0).to(self.x.device)
+            batch = minibatch(len(self.x), BATCH_SIZE, step, seed=self.seed).to(self.x.device)
         optimizer.zero_grad()
         mse(self.model(self.x[batch]), self.y[batch]).backward()
         optimizer.step()
@@ -112,24 +114,24 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
-def _named(model: str) -> Callable[[Dataset], nn.Module]:
-    return lambda data: build(model, data, num_outputs=data.num_classes, seed=0)
+def _named(model: str) -> Callable[[Dataset, int], nn.Module]:
+    return lambda data, seed: build(model, data, num_outputs=data.num_classes, seed=seed)
 
 
-def _resnet18(data: Dataset) -> nn.Module:
+def _resnet18(data: Dataset, _: int) -> nn.Module:
     from torchvision.models import resnet18  # noqa: PLC0415 (comes with the peers)
 
     model: nn.Module = resnet18(num_classes=data.num_classes)
     return model
 
 
-def _gpt2(data: Dataset) -> nn.Module:
+def _gpt2(data: Dataset, _: int) -> nn.Module:
     """GPT-2's vocabulary, width, heads and layers; the sentences use a part of the vocabulary."""
     length = data.x_train.shape[1]
     return Transformer(50_257, length, data.num_classes, width=768, heads=12, layers=12)
 
 
-PROBLEMS: Final[dict[str, tuple[str, int, Callable[[Dataset], nn.Module]]]] = {
+PROBLEMS: Final[dict[str, tuple[str, int, Callable[[Dataset, int], nn.Module]]]] = {
     "mlp": ("mnist-5k", 5000, _named("mlp")),
     "cnn": ("cifar10-5k", 1000, _named("cnn")),
     "cnn-5k": ("cifar10-5k", 5000, _named("cnn")),
@@ -141,9 +143,14 @@ PROBLEMS: Final[dict[str, tuple[str, int, Callable[[Dataset], nn.Module]]]] = {
 
 
 def problem(
-    name: str, *, root: str | None = None, device: str = "cpu", examples: int | None = None
+    name: str,
+    *,
+    root: str | None = None,
+    device: str = "cpu",
+    examples: int | None = None,
+    seed: int = 0,
 ) -> Problem:
-    """Returns the problem of that name at its initial parameters, drawn from seed 0.
+    """Returns the problem of that name at its initial parameters.
 
     The subspace has as many dimensions as there are classes, as in the paper.
 
@@ -152,6 +159,7 @@ def problem(
         root: folder of the data sets, as ``benchmarks.data.load`` has it.
         device: where to compute.
         examples: drawn evenly from the data (default: as the table says).
+        seed: of the initial parameters and the minibatches.
 
     Returns:
         The problem.
@@ -163,8 +171,8 @@ def problem(
     if dataset == "mnist-5k":  # sorted by class: the first ones would be zeros
         chosen = chosen * len(data.x_train) // len(chosen)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        model = make(data).eval().to(device)
+        torch.default_generator.manual_seed(seed)
+        model = make(data, seed).eval().to(device)
     made = Problem(
         name,
         model,
@@ -172,6 +180,7 @@ def problem(
         data.y_train[chosen].to(device),
         data.num_classes,
         default_lr(dataset, "mse"),
+        seed,
     )
     made.states[0] = made.theta()
     return made

@@ -113,6 +113,23 @@ def runs(name: str, result: dict[str, Any]) -> Table:
     return table
 
 
+def estimates(name: str, result: dict[str, Any]) -> Table:
+    """One row a trajectory, of all seeds; the last one pools them."""
+    columns = ("trajectory", "samples", "below estimate", "within", "est./true", "rank", "target")
+    title = f"{name}: true sines beside estimates, seeds {result['seeds']}"
+    table = _table(title, *columns)
+    for row in [*result["trajectories"], result["all"]]:
+        agree = row["agreement"]
+        shown = [row["within_max_angle"], *list(agree.values())[1:]]
+        table.add_row(
+            row["title"],
+            str(len(row["samples"])),
+            *("-" if v is None else f"{v:.3g}" for v in (agree["true_below_estimate"], *shown)),
+            _bar(row.get("met")),
+        )
+    return table
+
+
 def memory(name: str, result: dict[str, Any]) -> Table:
     """Peaks in vectors."""
     columns = ("graphs", "peak MiB", "graph MiB", "vectors of P", "beyond one product", "target")
@@ -177,6 +194,7 @@ TABLES: Final[dict[str, Callable[[str, dict[str, Any]], Table]]] = {
     "runs": runs,
     "memory": memory,
     "synchronisations": synchronisations,
+    "estimates": estimates,
     "apply": apply,
     "scaling": scaling,
 }

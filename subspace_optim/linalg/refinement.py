@@ -39,11 +39,14 @@ class Probe:
         bound: at least ``(Σ ‖r_i‖²/g_i²)^½`` along every direction of the subspace, and so the
             largest sine to first order, but with ``FAILURE_PROBABILITY``.
         guard: the guard after one step of power iteration, with its Rayleigh quotient.
+        unevenness: an estimate of ``u = k tr(M²)/(tr M)² − 1``, ``M_ij = ⟨r_i, r_j⟩/(g_i g_j)``;
+            ``None`` from a single vector. The largest sine is at most ``A ((1 + u)/k)^¼``.
     """
 
     ageing: float
     bound: float
     guard: EigenBasis
+    unevenness: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,19 @@ def _ageing(residuals: NDArray[np.float64], gaps: NDArray[np.float64]) -> float:
     return float(np.linalg.norm(residuals / gaps)) if gaps.min() > 0 else math.inf
 
 
-def _unevenness(gram: NDArray[np.float64]) -> float:
-    """Returns ``k tr(M²)/(tr M)² − 1``."""
-    trace, squares = float(np.trace(gram)), float(np.square(gram).sum())
-    return len(gram) * squares / trace**2 - 1 if trace > 0 else 0.0
+def _unevenness(gram: NDArray[np.float64], k: int) -> float | None:
+    """Returns ``u = k tr(M²)/(tr M)² − 1``, or an estimate from ``Q M Qᵀ`` of m random rows.
+
+    With ``D``, what of ``Q M Qᵀ`` is no multiple of the identity,
+    ``E‖D‖² = (m−1)(m+2)/((k−1)(k+2)) · (tr M² − (tr M)²/k)``.
+    """
+    m, trace = len(gram), float(np.trace(gram))
+    if m == 1 < k:
+        return None
+    if k == 1 or not trace > 0:
+        return 0.0
+    uneven = float(np.square(gram - trace / m * np.eye(m)).sum())
+    return k * (k - 1) * (k + 2) / ((m - 1) * (m + 2)) * uneven / (k / m * trace) ** 2
 
 
 def _pair(guard: EigenBasis) -> tuple[float, float]:
@@ -176,14 +188,16 @@ def probe(
     rows = rotation.to(basis.vectors) @ basis.vectors
     products = matmat(torch.cat([rows, guard.vectors]) if guarded else rows)
     basis.project_out(products, out=products)
-    found = float(torch.linalg.matrix_norm(products[:vectors]))
+    gram = _gram(products[:vectors], products[:vectors]).cpu().numpy()
+    found = math.sqrt(np.trace(gram))
     if not math.isfinite(found):
         raise NonFiniteError(_NOT_FINITE)
     if guarded:
         shift = _shift(values, mean, lowest, float(guard.eigenvalues), basis.size)
         guard = _power_step(guard.vectors[0], products[-1], shift)
     bound = found / math.sqrt(least_overlap(k, vectors, FAILURE_PROBABILITY))
-    return Probe(math.sqrt(k / vectors) * found, min(1.0, bound), guard)
+    unevenness = _unevenness(gram, k)
+    return Probe(math.sqrt(k / vectors) * found, min(1.0, bound), guard, unevenness)
 
 
 def _power_step(vector: Tensor, product: Tensor, shift: float) -> EigenBasis:
@@ -271,7 +285,7 @@ def refine(
         _ageing(residuals[:k], gaps),
         _ageing(remaining[:k], gaps),
         largest_sine(basis.vectors, vectors),
-        _unevenness(overlaps[:k, :k] / np.outer(gaps, gaps)),
+        _unevenness(overlaps[:k, :k] / np.outer(gaps, gaps), k) or 0.0,
     )
 
 

@@ -159,6 +159,24 @@ def test_the_square_of_a_probe_has_the_square_of_the_ageing_as_its_mean():
     assert error < 0.02 * expected  # or the line above says nothing
 
 
+@pytest.mark.parametrize("vectors", [2, 3, K])
+def test_a_probe_of_several_vectors_tells_how_uneven_the_ageing_is(vectors):
+    """``u A⁴`` is a polynomial of the Gram matrix, estimated without bias."""
+    dense = matrix()
+    basis, guard = pairs(dense)
+    moved = perturbed(dense, 0.1)
+    rows = outside(moved, basis) / (basis.eigenvalues - guard.eigenvalues)[:, None]
+    squares = torch.linalg.svdvals(rows) ** 2
+    expected = float(K * (squares**2).sum() - squares.sum() ** 2)
+    probes = [look(moved, basis, guard, seed, vectors) for seed in range(2000)]
+    found = np.array([p.unevenness * p.ageing**4 for p in probes])
+    error = found.std() / math.sqrt(len(found))
+    assert abs(found.mean() - expected) <= 4 * error + 1e-9 * expected
+    assert error < 0.05 * expected
+    assert squares[0].sqrt() <= (expected / K + squares.sum() ** 2 / K) ** 0.25
+    assert look(moved, basis, guard, 0, 1).unevenness is None
+
+
 @pytest.mark.parametrize("rank", [1, K])
 def test_the_bound_of_a_probe_fails_no_more_often_than_stated(rank):
     """Rank 1: one direction of the subspace alone has turned, in any way it likes."""
