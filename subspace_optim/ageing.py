@@ -31,6 +31,8 @@ _ROOM = 0.8
 """A basis that a probe finds this near to ``max_angle`` is refreshed at once."""
 _REFINABLE = 0.5
 """The sine above which a cold solve costs no more than refinements."""
+_SHRUNK = 0.5
+"""Gaps that are less than this times what they were: the eigenvalues are no longer known."""
 _REFINEMENTS = 2
 """Refinements at one parameter state, at most; a cold solve comes after them."""
 
@@ -115,17 +117,32 @@ class AgeingBasis:
 
     def renew(self) -> None:
         """Probes the basis; refines it, or solves for it anew, until its angle is small enough."""
-        refinable = not self.gapless and (self.probe() or self._estimate <= _REFINABLE)
+        if not self.gapless:
+            self.probe()
+        self._improve()
+
+    def refresh(self) -> None:
+        """Refines the basis, due or not, and goes on as ``renew`` where that is not enough."""
+        if self.basis is None or self.max_angle is None or self.gapless:
+            self.solve()
+            return
+        self.refine()
+        self._improve()
+
+    def _improve(self) -> None:
         for _ in range(_REFINEMENTS):
-            if not refinable or self._has_room():
+            if self.gapless or self._estimate > _REFINABLE or self._has_room():
                 break
             self.refine(verify=True)
-            refinable = self._estimate <= _REFINABLE
         if not self._has_room():
             self.solve()
 
-    def probe(self) -> bool:
-        """Estimates the angle. Returns whether a direction of the bulk has come to the top."""
+    def probe(self) -> None:
+        """Estimates the angle: 1 where the pairs are others than were known.
+
+        They are if a direction of the bulk has come to the top, or the gaps have shrunk to less
+        than half. Which pair comes next is then not known either.
+        """
         basis, _ = self._present()
         result, moved = self._probed(guarded=True), self._moved()
         self._guard, found = result.guard, result.ageing
@@ -135,12 +152,13 @@ class AgeingBasis:
             self._pace.observe(*moved, found)
             found = self._pace.growth(*moved)
         entered = bool((result.guard.eigenvalues >= basis.eigenvalues[-1]).any())
+        entered = entered or result.shrunk < _SHRUNK
         self.stats.bound = 1.0 if entered else result.bound
         self.stats.estimate = 1.0 if entered else self._sine(found)
         # Next at twice the distance, at the latest: rates drift, and what enters from the bulk is
-        # in no estimate.
-        self._probe_at = self._limit, 2 * math.hypot(*moved)
-        return entered
+        # in no estimate. Sooner where the gaps shrink to half before.
+        further = min(2.0, (1 - _SHRUNK) / max(1 - result.shrunk, 1e-12))
+        self._probe_at = self._limit, max(1.0, further) * math.hypot(*moved)
 
     def _probed(self, *, guarded: bool) -> Probe:
         basis, guard = self._present()
@@ -170,6 +188,7 @@ class AgeingBasis:
             seed=self.seed,
             dtype=operator.dtype,
             device=operator.device,
+            accuracy=operator.accuracy,
         )
         self.stats.cold += 1
         self._lowest, self._mean = solution.lowest, solution.mean
@@ -181,20 +200,28 @@ class AgeingBasis:
     def refine(self, *, verify: bool = False) -> None:
         """Refines the basis that is there by one step of subspace iteration.
 
+        One that turns by a large angle is not taken: the estimate is then 1.
+
         Args:
-            verify: probe what has become of it, instead of the bound of subspace iteration.
+            verify: probe what has become of it, also where the bound of subspace iteration would
+                do: that one takes the smallest eigenvalue to be no lower than it was last seen.
         """
         basis, guard = self._present()
         result = refine(self.operator.matmat, basis, guard, lowest=self._lowest, mean=self._mean)
+        if result.sine > _REFINABLE:  # too far, or the guard has changed places: nothing to keep
+            self.stats.bound = self.stats.estimate = 1.0
+            return
         if 0 < result.before < math.inf:
             self._pace.observe(*self._moved(), result.before)
         self._settle(result.basis, result.guard)
         if self.gapless:
             return
         after, bound = result.after, result.after
-        if verify:
+        if verify or after > _ROOM * self._limit:
             measured = self._probed(guarded=False)
-            after, bound = measured.ageing, min(bound, measured.bound)
+            # A bound that the probe is above was made with a smallest eigenvalue of long ago.
+            bound = measured.bound if measured.ageing > after else min(after, measured.bound)
+            after = measured.ageing
         if 0 < result.before < math.inf:
             # The old basis was off by the angle to the new one and what that one is off by.
             off = result.sine + self._ratio() * after
@@ -304,8 +331,20 @@ class AgeingBasis:
             "probe_at": list(self._probe_at),
         }
 
+    def fits(self) -> bool:
+        """Whether there is a basis, in the dtype and on the device that the parameters have now."""
+        basis, operator = self.basis, self.operator
+        return basis is not None and (basis.dtype, basis.device) == (
+            operator.dtype,
+            operator.device,
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what ``state_dict()`` returned, to the operator's device."""
+        """Takes what ``state_dict()`` returned, to the operator's device.
+
+        A basis whose age is not known, of a run with ``refresh=n``, is dropped where an angle is
+        followed: the next update is a solve.
+        """
 
         def take(name: str) -> Tensor:
             tensor: Tensor = state_dict[name].detach()
@@ -317,11 +356,13 @@ class AgeingBasis:
                 return None
             return EigenBasis(*map(take, names))
 
-        self.basis, self._guard = pairs(""), pairs("guard_")
+        basis, guard, pace = pairs(""), pairs("guard_"), Pace(**state_dict["pace"])
         self._anchor = None if state_dict["anchor"] is None else take("anchor")
+        aged = self.max_angle is not None and self._anchor is None
+        self.basis, self._guard = (None, None) if aged else (basis, guard)
         self.gapless = state_dict["gapless"]
         self._lowest, self._mean = state_dict["lowest"], state_dict["mean"]
-        self._pace = Pace(**state_dict["pace"])
+        self._pace = pace
         self._ratios = list(state_dict["ratios"])
         self._unevenness = state_dict["unevenness"]
         self._probe_at = tuple(state_dict["probe_at"])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
 
 from subspace_optim._validation import (
     ArgumentError,
@@ -15,11 +18,22 @@ from subspace_optim._validation import (
     check_number,
 )
 from subspace_optim.ageing import AgeingBasis, SubspaceStats
+from subspace_optim.curvature.objective import unwrapped
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.lanczos import column_blocks, orthonormalise_
+from subspace_optim.linalg.low_rank import LowRankCurvature
 
-__all__ = ["DominantSubspace", "EigenBasis", "Subspace", "SubspaceStats"]
+__all__ = [
+    "DominantSubspace",
+    "EigenBasis",
+    "FixedSubspace",
+    "LowRankCurvature",
+    "Subspace",
+    "SubspaceStats",
+    "projector_of",
+]
 
 _FAILURES_IN_A_ROW = 3
 
@@ -32,8 +46,22 @@ class Subspace(Protocol):
     def parameters(self) -> ParameterSpace:
         """The coordinates of the basis."""
 
-    def update(self) -> EigenBasis:
+    def update(self) -> EigenBasis | LowRankCurvature:
         """Returns the basis to use at the present parameters."""
+
+
+def projector_of(subspace: Subspace) -> EigenBasis:
+    """Returns the basis at the present parameters, of a subspace to project onto.
+
+    Raises:
+        ArgumentError: its vectors are not orthogonal, so that it is no projector.
+    """
+    basis = subspace.update()
+    if not isinstance(basis, EigenBasis):
+        remedy = "Use ClassGradientSubspace(..., orthogonal=True)."
+        found = f"a {type(basis).__name__}, whose vectors are not orthogonal"
+        raise ArgumentError("the subspace's basis", found, "an EigenBasis, to project", remedy)
+    return basis
 
 
 class DominantSubspace:
@@ -44,7 +72,8 @@ class DominantSubspace:
 
     (`song_2024`, Definition 1.) Whoever asks first at a parameter state pays for the refresh,
     if one is due; others get the same basis. A parameter state is what the parameters hold: a
-    digest of them tells one from the next, whichever way they were written.
+    digest of them tells one from the next, whichever way they were written. Train or eval mode and
+    buffers are not part of it: give the operator a ``mode`` if they change between steps.
 
     With ``refresh="auto"`` a basis is kept while the sine of the largest angle between it and the
     true subspace is estimated to be at most ``max_angle``. The estimate is carried forward by how
@@ -151,7 +180,7 @@ class DominantSubspace:
         ``StaleBasisWarning`` and leaves the last basis in use; the third in a row raises.
         """
         state, held = self._look(), self._held
-        if held.basis is None:
+        if held.basis is None or not held.fits():
             return self._attempt(state, held.solve)
         if state == self._attempted:
             return held.basis
@@ -164,12 +193,11 @@ class DominantSubspace:
     def refresh(self) -> EigenBasis:
         """Returns a new basis for the present parameters, whether one is due or not.
 
-        With ``refresh="auto"`` it is the basis that is there, refined by one step, if there is
-        one and a gap below it.
+        With ``refresh="auto"`` it is the basis that is there, refined, if there is one, a gap
+        below it, and that is enough.
         """
         held = self._held
-        warm = self.refresh_every == "auto" and held.basis is not None and not held.gapless
-        return self._attempt(self._look(), held.refine if warm else held.solve)
+        return self._attempt(self._look(), held.refresh if held.fits() else held.solve)
 
     def _look(self) -> int:
         """Returns the present parameter state, and counts it if it is new."""
@@ -240,6 +268,13 @@ class DominantSubspace:
         Raises:
             ArgumentError: its basis has another dimension, or belongs to another model.
         """
+        missing = self.state_dict().keys() - state_dict.keys()
+        if missing:
+            found = f"without {', '.join(sorted(missing))}"
+            remedy = (
+                "Pass what `subspace.state_dict()` returned, not the optimizer's or the model's."
+            )
+            raise ArgumentError("the loaded state", found, "that of a subspace", remedy)
         vectors = state_dict["vectors"]
         if vectors is not None:
             shape, own = tuple(vectors.shape), (self.k, self.operator.size)
@@ -254,3 +289,90 @@ class DominantSubspace:
         self._state_clock = state_dict["state_clock"]
         self._attempted = state_dict["attempted"]
         self._failures = state_dict["failures_in_a_row"]
+
+
+class FixedSubspace:
+    """The span of given vectors, whatever the parameters are: a basis that never changes.
+
+    For a basis of one's own: that of another network, of the start of training, of random
+    directions. Vectors that are orthonormal up to rounding are made so to a few units in the last
+    place, and pairs are put in descending order of their eigenvalues; the user's tensors are
+    left as they are.
+
+    Args:
+        model: owns the parameters. ``DistributedDataParallel`` and ``torch.compile`` wrappers are
+            taken off.
+        vectors: ``(k, P)``, orthonormal rows, in the coordinates of ``params``.
+        eigenvalues: ``(k,)``, the curvatures along them (default: ones). Projections do not look
+            at them; optimizers that divide by the curvature, as Newton's method does, need them.
+        params: the parameters (default: all that require a gradient).
+
+    Attributes:
+        parameters: the coordinates of the basis.
+        basis: the basis; its residuals are 0.
+
+    Raises:
+        ArgumentError: an argument is of the wrong shape, not finite or not orthonormal.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vectors: Tensor,
+        eigenvalues: Tensor | None = None,
+        *,
+        params: Iterable[Tensor] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
+        space = ParameterSpace(unwrapped(model), params)
+        if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
+            kind = vectors.dtype if isinstance(vectors, Tensor) else type(vectors).__name__
+            raise ArgumentError("vectors", kind, "a tensor of real numbers")
+        shape = tuple(vectors.shape)
+        if vectors.dim() != 2 or shape[1] != space.size or not 1 <= shape[0] <= space.size:
+            allowed = f"(k, {space.size}), one vector a row, k from 1 to {space.size}"
+            raise ArgumentError("the shape of vectors", shape, allowed)
+        if eigenvalues is None:
+            eigenvalues = torch.ones(len(vectors))
+        eigenvalues = torch.as_tensor(eigenvalues).detach().to(space.device, space.dtype)
+        if tuple(eigenvalues.shape) != shape[:1]:
+            found, allowed = tuple(eigenvalues.shape), f"{shape[:1]}, one value a vector"
+            raise ArgumentError("the shape of eigenvalues", found, allowed)
+        eigenvalues, order = eigenvalues.sort(descending=True, stable=True)
+        rows = vectors.detach().to(space.device, space.dtype)[order]  # a copy
+        for name, tensor in (("vectors", rows), ("eigenvalues", eigenvalues)):
+            if not bool(tensor.isfinite().all()):
+                raise ArgumentError(name, "not finite", "finite", "Look for NaN in them.")
+        _check_orthonormal(rows, max(torch.finfo(t.dtype).eps for t in (vectors, rows)))
+        orthonormalise_(rows)
+        self.parameters = space
+        self.basis = EigenBasis(eigenvalues, rows, torch.zeros_like(eigenvalues))
+
+    def update(self) -> EigenBasis:
+        """Returns the basis, always the same."""
+        return self.basis
+
+
+def _check_orthonormal(rows: Tensor, accuracy: float) -> None:
+    """Checks ``|⟨v_i, v_j⟩ − δ_ij|``, up to what rounding makes of k vectors of P numbers.
+
+    LAPACK's QR in float32 is off by 1300 ε for P = 2,000,000 and k = 5 (measured): k √P ε allows
+    for it.
+
+    Raises:
+        ArgumentError: they are not orthonormal.
+    """
+    k, size = rows.shape
+    gram = torch.zeros(k, k, dtype=torch.float64, device=rows.device)
+    for columns in column_blocks(size):
+        piece = rows[:, columns].double()
+        gram.addmm_(piece, piece.T)
+    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    deviation = float((gram - identity).abs().max())
+    tolerance = min(2 * k * size**0.5 * accuracy, 0.01)
+    if deviation > tolerance:
+        found = f"off by {deviation:.3g}"
+        allowed = f"orthonormal rows, up to {tolerance:.3g} in every inner product"
+        remedy = "Their span has such a basis: torch.linalg.qr(vectors.T).Q.T"
+        raise ArgumentError("vectors", found, allowed, remedy)

@@ -106,6 +106,20 @@ def test_the_estimate_is_above_the_true_sine_and_tells_of_it(kind):
     assert scipy.stats.spearmanr(true, estimated).statistic >= 0.7
 
 
+class Separable(nn.Module):
+    """With the loss Σ θ⁴/12 the Hessian is diag(θ²), and its eigenvectors never turn."""
+
+    def __init__(self, theta: Tensor) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(theta.double())
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.theta
+
+
+NO_DATA = (torch.zeros(1, 1), torch.zeros(1))
+
+
 def test_a_basis_that_hardly_ages_is_kept_and_costs_a_few_probes():
     problem = Problem("cnn", 0)
     subspace = so.DominantSubspace(problem.hessian, 2)
@@ -186,7 +200,87 @@ def test_a_direction_that_enters_from_the_bulk_is_noticed_though_no_residual_sho
     model.values = values.index_fill(0, torch.tensor([2]), 8.0)  # from 3 to above 7
     nudge(model)
     assert true_sine(model.hessian(values), subspace.update().vectors) < MAX_ANGLE
-    assert (subspace.stats.cold, subspace.stats.refreshes) == (1, 2)
+    assert (subspace.stats.cold, subspace.stats.refreshes) == (2, 2)
+
+
+def test_eigenvalues_that_fall_though_no_vector_turns_are_noticed():
+    """Two of the top three shrink by 3 % a step, until others pass them: no ageing ever shows."""
+    model = Separable(torch.linspace(2, 0.5, 8))
+    hessian = so.HessianOperator(model, lambda out, _: (out**4).sum() / 12, NO_DATA)
+    subspace = so.DominantSubspace(hessian, 3)
+    wrong = 0
+    for _ in range(80):
+        subspace.update()
+        sine = true_sine(torch.diag(model.theta.detach() ** 2), subspace.basis.vectors)
+        wrong += sine > subspace.stats.estimate + 1e-6
+        with torch.no_grad():
+            model.theta[:2] *= 0.97
+    assert subspace.stats.refreshes >= 3, "the order has changed twice"
+    assert wrong <= 8, "between two probes nothing is known"
+
+
+def test_a_forced_refresh_is_as_good_as_an_update_after_a_leap():
+    for seed in range(4):
+        problem = Problem("mlp", seed)
+        subspace = so.DominantSubspace(problem.hessian, 3)
+        subspace.update()
+        with torch.no_grad():
+            for p in problem.model.parameters():
+                p.copy_(torch.randn(p.shape, generator=problem.random))
+        basis = subspace.refresh()
+        assert true_sine(problem.matrix(), basis.vectors) < MAX_ANGLE
+        assert subspace.stats.estimate < MAX_ANGLE
+
+
+def test_a_state_of_a_run_without_angles_is_solved_anew():
+    problem = Problem("cnn", 0)
+    fixed = so.DominantSubspace(problem.hessian, 2, refresh=5)
+    fixed.update()
+    subspace = so.DominantSubspace(problem.hessian, 2)
+    subspace.load_state_dict(fixed.state_dict())
+    problem.step(sgd(problem, subspace))
+    subspace.update()
+    assert true_sine(problem.matrix(), subspace.basis.vectors) < MAX_ANGLE
+    assert subspace.stats.refreshes == 2
+
+
+def test_what_is_no_state_of_a_subspace_is_named_and_changes_nothing():
+    problem = Problem("cnn", 0)
+    subspace = so.DominantSubspace(problem.hessian, 2)
+    basis = subspace.update()
+    for other in ({}, sgd(problem, subspace).state_dict()):
+        with pytest.raises(so.ArgumentError, match=r"without .*vectors.*subspace\.state_dict\(\)"):
+            subspace.load_state_dict(other)
+    with pytest.raises(TypeError):
+        subspace.load_state_dict(subspace.state_dict() | {"pace": None})
+    assert subspace.basis is basis
+
+
+def test_parameters_in_another_dtype_get_a_basis_in_it():
+    problem = Problem("cnn", 0)
+    problem.model.float()
+    batch = [(problem.x.float(), problem.y)]
+    subspace = so.DominantSubspace(so.HessianOperator(problem.model, F.cross_entropy, batch), 2)
+    subspace.update()
+    problem.model.double()
+    batch[0] = (problem.x, problem.y)
+    assert subspace.update().vectors.dtype == torch.float64
+    assert true_sine(problem.matrix(), subspace.basis.vectors) < MAX_ANGLE
+
+
+def test_another_default_device_does_not_matter():
+    problem = Problem("cnn", 0)
+    subspace = so.DominantSubspace(problem.hessian, 2)
+    optimizer = sgd(problem, subspace)
+    torch.set_default_device("meta")
+    try:
+        for _ in range(3):
+            subspace.update()
+            with torch.device("cpu"):
+                problem.step(optimizer)
+    finally:
+        torch.set_default_device(None)
+    assert subspace.stats.products > 0
 
 
 def test_without_a_gap_there_is_one_warning_and_a_solve_for_each_state():
@@ -250,8 +344,9 @@ def test_a_forced_refresh_refines_the_basis_that_is_there():
     before = subspace.stats.products
     basis = subspace.refresh()
     assert true_sine(problem.matrix(), basis.vectors) < aged / 2
-    assert subspace.stats.products - before == 3  # k and the guard
-    assert (subspace.stats.cold, subspace.stats.refreshes) == (1, 2)
+    assert subspace.stats.products - before <= 9  # k and the guard, twice, and a look
+    assert subspace.stats.cold == 1
+    assert subspace.stats.estimate <= MAX_ANGLE
 
 
 def test_parameters_that_are_not_finite_leave_the_basis_in_use_with_a_warning():

@@ -1,14 +1,19 @@
 """A model's loss as a linear operator: it knows no eigensolver, subspace or optimizer."""
 
+from subspace_optim.curvature.class_gradients import ClassGradientStats, ClassGradientSubspace
 from subspace_optim.curvature.finite_difference import FiniteDifferenceHessian
+from subspace_optim.curvature.gauss_newton import GaussNewtonOperator
 from subspace_optim.curvature.hessian import HessianOperator
 from subspace_optim.curvature.mean_loss import MeanLossOperator
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats
 from subspace_optim.curvature.parameters import ParameterSpace
 
 __all__ = [
+    "ClassGradientStats",
+    "ClassGradientSubspace",
     "CurvatureOperator",
     "FiniteDifferenceHessian",
+    "GaussNewtonOperator",
     "HessianOperator",
     "MeanLossOperator",
     "OperatorStats",

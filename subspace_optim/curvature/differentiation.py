@@ -50,9 +50,9 @@ def first_order(loss_at: LossAt, leaves: Sequence[Tensor]) -> Linearisation:
 
 def double_backward(loss_at: LossAt, leaves: Sequence[Tensor]) -> Linearisation:
     """Returns loss, gradient, and products by a second backward pass through the first one."""
-    with _explained():
+    with explained():
         loss, weight = loss_at(leaves)
-        _refuse_functions_of_one_pass(loss)
+        refuse_functions_of_one_pass(loss)
         slopes = _gradient(loss, leaves, create_graph=True)
     return _twice(loss, weight, slopes, leaves)
 
@@ -64,9 +64,9 @@ def func(loss_at: LossAt, leaves: Sequence[Tensor]) -> Linearisation:
         loss, weight = loss_at(leaves)
         return loss, (loss, weight)
 
-    with _explained():
+    with explained():
         slopes, (loss, weight) = grad(valued, has_aux=True)(tuple(leaves))
-        _refuse_functions_of_one_pass(loss)
+        refuse_functions_of_one_pass(loss)
     return _twice(loss, weight, slopes, leaves)
 
 
@@ -93,7 +93,7 @@ def _twice(loss: Tensor, weight: Tensor, slopes: Slopes, leaves: Sequence[Tensor
         if not ends:
             return (None,) * len(leaves)
         directions = [v[i].to(dtype) for i, dtype in zip(curved, dtypes, strict=True)]
-        with _explained():
+        with explained():
             return torch.autograd.grad(
                 ends, leaves, directions, retain_graph=True, allow_unused=True
             )
@@ -103,7 +103,7 @@ def _twice(loss: Tensor, weight: Tensor, slopes: Slopes, leaves: Sequence[Tensor
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """Tells of the way out where torch tells that it has no second derivative.
 
     Raises:
@@ -118,7 +118,7 @@ def _explained() -> Iterator[None]:
         raise
 
 
-def _refuse_functions_of_one_pass(loss: Tensor) -> None:
+def refuse_functions_of_one_pass(loss: Tensor) -> None:
     """Looks for functions marked ``once_differentiable`` among those that made the loss.
 
     Torch's own error for them is lost: it lies beside the path from gradient to parameters, so

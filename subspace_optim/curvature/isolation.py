@@ -78,11 +78,17 @@ def in_mode(model: nn.Module, mode: Mode | None) -> Iterator[None]:
             module.training = flag
 
 
-def _precision_settings(device: torch.device) -> Iterable[Any]:
+def _precision_settings(device: torch.device) -> Iterable[tuple[Any, Any]]:
+    """Settings by operation, each with the backend's, which it follows while it is "none"."""
     backends: Any = torch.backends  # its annotations lack the settings by operation
     if device.type == "cuda":
-        return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
-    return backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn
+        return [
+            (backends.cuda.matmul, backends),
+            (backends.cudnn.conv, backends.cudnn),
+            (backends.cudnn.rnn, backends.cudnn),
+        ]
+    mkldnn = backends.mkldnn
+    return [(mkldnn.matmul, mkldnn), (mkldnn.conv, mkldnn), (mkldnn.rnn, mkldnn)]
 
 
 @contextmanager
@@ -95,7 +101,11 @@ def full_precision(device: torch.device, *, fused: bool = False) -> Iterator[Non
             mathematical form, since fused kernels have no second derivative.
     """
     settings = list(_precision_settings(device))
-    saved = [setting.fp32_precision for setting in settings]
+    # A setting reads as what is in force: one that equals its backend's goes on following it.
+    saved = [
+        "none" if setting.fp32_precision == above.fp32_precision else setting.fp32_precision
+        for setting, above in settings
+    ]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
@@ -103,9 +113,9 @@ def full_precision(device: torch.device, *, fused: bool = False) -> Iterator[Non
         if not fused:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         try:
-            for setting in settings:
+            for setting, _ in settings:
                 setting.fp32_precision = "ieee"
             yield
         finally:
-            for setting, value in zip(settings, saved, strict=True):
+            for (setting, _), value in zip(settings, saved, strict=True):
                 setting.fp32_precision = value

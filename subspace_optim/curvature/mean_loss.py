@@ -250,6 +250,7 @@ class MeanLossOperator(CurvatureOperator):
             keep: keeps what products need, as long as it fits the budget.
 
         Raises:
+            ArgumentError: the data have no examples.
             NonFiniteError: the loss or a weight is not finite.
         """
         budget = self._budget() if keep else 0.0
@@ -274,6 +275,8 @@ class MeanLossOperator(CurvatureOperator):
                 del batch  # before the graph of the next one is built
 
         total, weight = self._total(point, (2,), torch.float64, add_to).tolist()
+        if weight == 0:
+            raise ArgumentError("data", "of no examples", "at least one example of weight above 0")
         loss = total / weight if weight > 0 else math.nan
         if not math.isfinite(loss):
             message = (
@@ -356,9 +359,17 @@ class MeanLossOperator(CurvatureOperator):
         return result
 
     def _add(self, slopes: Slopes, weight: Tensor, into: Tensor) -> None:
-        """Adds one batch's weighted term to the vector ``into: (P,)``."""
-        for total, slope in zip(self.parameters.unflatten(into), slopes, strict=True):
+        """Adds one batch's weighted term to the vector ``into: (P,)``.
+
+        Raises:
+            ArgumentError: a gradient is sparse.
+        """
+        pieces = zip(self.parameters.unflatten(into), slopes, self.parameters.names, strict=True)
+        for total, slope, name in pieces:
             if slope is not None:
+                if slope.layout != torch.strided:
+                    label = f"the gradient of '{name}'"
+                    raise ArgumentError(label, slope.layout, "dense", "Use sparse=False.")
                 total.add_(_weighted(slope, weight))
 
     def _budget(self) -> float:

@@ -22,8 +22,24 @@ class OfBatch:
     function: BatchLoss
 
 
-class Objective(nn.Module):
-    """Holds the model for ``functional_call``, which puts other parameters into it for a while.
+class Holder(nn.Module):
+    """Holds a model for ``functional_call``, which puts other parameters into it for a while.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, action: Callable[[], Result]) -> Result:
+        """Returns ``action()``, done while other parameters are in the model."""
+        return action()
+
+
+class Objective(Holder):
+    """A model, and its loss of a batch.
 
     Args:
         model: the model.
@@ -31,13 +47,8 @@ class Objective(nn.Module):
     """
 
     def __init__(self, model: nn.Module, batch_loss: BatchLoss) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.batch_loss = batch_loss
-
-    def forward(self, action: Callable[[], Result]) -> Result:
-        """Returns ``action()``, done while other parameters are in the model."""
-        return action()
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Returns the mean loss of a batch and its weight, both scalars.

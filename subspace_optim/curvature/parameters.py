@@ -105,15 +105,18 @@ class ParameterSpace:
     def digest(self) -> int:
         """Returns a number that differs when any bit of any parameter does (but by 1 in 2³²).
 
-        Version counters do not tell: fused optimizers and writes through ``p.data`` leave them.
+        Of any of the model's, since the matrix depends on those that it is not differentiated by
+        too. Version counters do not tell: fused optimizers and writes through ``p.data`` leave
+        them.
         """
-        return int(digest(self.tensors))
+        return int(digest(self.model.parameters()))
 
 
 @lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(-(2**62), 2**62, (_PIECE,), generator=generator) * 2 + 1
+    generator = torch.Generator("cpu").manual_seed(0)
+    bounds = -(2**62), 2**62
+    odd = torch.randint(*bounds, (_PIECE,), generator=generator, device="cpu") * 2 + 1
     return odd.to(device)
 
 

@@ -38,7 +38,9 @@ _RESOLVED = 0.25
 _MISS_PROBABILITY = 1e-2
 """How likely the final search is to overlook a direction, if there is one to be found."""
 _LONGEST_SEARCH = 12
-"""Products of the final search where the spectrum has no gap to tell how many it needs."""
+"""Products of the final search where what it may find hardly differs from what was found."""
+_HARDLY = 10.0
+"""... by this many times the accuracy that was asked for."""
 _SMALL = 256
 """Up to this size all rows are kept: they take no memory to speak of, and end in exact pairs."""
 _LARGE = 1 << 12
@@ -203,8 +205,9 @@ class _Lanczos:
         self.projected[:n, j] = h
         if n == self.size:
             return
-        norm = torch.linalg.vector_norm(w)
-        broke_down = norm <= 4 * self.epsilon * torch.linalg.vector_norm(h)
+        # In float64: squares of float32 overflow from 1e19 on, and vanish below 1e-22.
+        norm = torch.linalg.vector_norm(w, dtype=torch.float64)
+        broke_down = norm <= 4 * self.epsilon * torch.linalg.vector_norm(h, dtype=torch.float64)
         other = self.spare.roll(n) if self.size >= _LARGE else self._random()
         direction = torch.where(broke_down, other, w.div_(norm))
         norm = torch.where(broke_down, 0.0, norm)
@@ -298,14 +301,15 @@ class _Lanczos:
         return bool(resolved and np.linalg.norm(residuals / gaps) <= max_angle)
 
     @property
-    def crowded(self) -> bool:
-        """Whether two of the top k Ritz values are so close that a third may hide there.
+    def crowded(self) -> NDArray[np.float64]:
+        """Those of the top k Ritz values that are so close to the one above that a third may hide.
 
         Only a third that would be among the top k itself matters.
         """
-        gaps = -np.diff(self.values[: max(1, self.k - 1)])
+        above = self.values[: max(1, self.k - 1)]
         width = max(_CROWDED * self.residuals.max(), 50 * self.epsilon * self.scale)
-        return bool((gaps <= width).any())
+        close: NDArray[np.float64] = above[1:][-np.diff(above) <= width]
+        return close
 
     def make_room(self, steps: int) -> None:
         """Restarts if there is no room for ``steps`` more rows: the best Ritz vectors stay."""
@@ -336,14 +340,17 @@ class _Lanczos:
         self.pending = list(range(keep, keep + stay))
         self.count = keep + stay
 
-    def search(self) -> float:
+    def search(self, accuracy: float) -> float:
         """Looks for a direction that the rows have missed, from a fresh random vector.
+
+        Args:
+            accuracy: ``tol · max|λ|``.
 
         Returns:
             By how much the sum of the top k Ritz values grew (Ky Fan: it never falls).
         """
         top = float(self.values[: self.k].sum())
-        steps = self._search_length()
+        steps = self._search_length(accuracy)
         # A direction that rounding has begun to bring in hides in the pending rows: multiply them.
         self.extend(len(self.pending))
         self.make_room(2)
@@ -357,23 +364,25 @@ class _Lanczos:
         self.rayleigh_ritz()
         return float(self.values[: self.k].sum()) - top
 
-    def _search_length(self) -> int:
+    def _search_length(self, accuracy: float) -> int:
         """How many products the search needs.
 
-        A Chebyshev polynomial that is bounded by 1 on the Ritz values below ``θ_k`` grows like
-        ``exp(degree · acosh x)/2`` at ``θ_k``. It must lift a missing eigenvector above the rest
-        from the overlap of about ``1/√P`` that a random vector has with it; an overlap that is
+        The rows hold all that was found, so that a direction which is missing stands beside the
+        rest of the spectrum, below ``θ_{k+1}``. It is at least as high as the lowest value that
+        may hide one. A Chebyshev polynomial that is bounded by 1 on the rest grows like
+        ``exp(degree · acosh x)/2`` there. It must lift the missing eigenvector above the rest from
+        the overlap of about ``1/√P`` that a random vector has with it; an overlap that is
         ``_MISS_PROBABILITY`` times as large is less likely than that.
         """
-        if len(self.values) <= self.k:
+        if len(self.values) <= self.k or self.scale == 0:
             return _LONGEST_SEARCH
-        kept, below, lowest = self.values[self.k - 1], self.values[self.k], self.values[-1]
+        hidden, below, lowest = self.crowded[-1], self.values[self.k], self.values[-1]
         spread = max(below - lowest, self.epsilon * self.scale)
-        if kept - below <= self.epsilon * self.scale:
-            return _LONGEST_SEARCH
-        growth = math.acosh(1 + 2 * (kept - below) / spread)
+        height = max(hidden - below, self.epsilon * self.scale)
+        growth = math.acosh(1 + 2 * height / spread)
         degree = math.log(2 * math.sqrt(self.size) / _MISS_PROBABILITY) / growth
-        return max(2, min(math.ceil(degree) + 1, _LONGEST_SEARCH))
+        length = max(2, math.ceil(degree) + 1)
+        return length if height > _HARDLY * accuracy else min(length, _LONGEST_SEARCH)
 
     def pairs(self) -> tuple[EigenBasis, EigenBasis]:
         """Returns the top k Ritz pairs, and the next one as the guard. The rows are used up."""
@@ -417,6 +426,7 @@ def top_eigenpairs(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    accuracy: float = 0.0,
 ) -> EigenSolution:
     r"""Returns the k largest (algebraic) eigenpairs of the symmetric matrix behind ``matmat``.
 
@@ -433,7 +443,8 @@ def top_eigenpairs(
 
     A third or later copy of an eigenvalue is searched for until overlooking it is less likely
     than 1 %, where there is a gap below ``λ_k``. Without one, what may be overlooked differs from
-    the pair that was found in its place by no more than a few ``tol``.
+    the pair that was found in its place by no more than a few ``tol``. (Where the negative end of
+    the spectrum is many times as large as ``λ_k``, restarts can make it likelier.)
 
     A ``k`` that is not from 1 to P raises ``ArgumentError``, a product that is NaN or infinite
     ``NonFiniteError``.
@@ -443,8 +454,8 @@ def top_eigenpairs(
             nothing of its argument.
         size: P.
         k: how many pairs, from 1 to P.
-        tol: the relative residual. Below the floor of the dtype (50 times its epsilon) the floor
-            holds, with a warning.
+        tol: the relative residual. Below the floor (50 times the epsilon of the dtype, and
+            ``accuracy``) the floor holds, with a warning.
         max_angle: if given, the solve also goes on until ``√Σ(‖r_i‖ / (λ_i − λ_{k+1}))²``, which
             bounds the sine of the largest angle to the true subspace, is no more than this, and
             ``λ_{k+1}`` is known to a quarter of the gap above it; unless that gap is below the
@@ -453,6 +464,7 @@ def top_eigenpairs(
         seed: of the random vectors.
         dtype: of the vectors.
         device: of the vectors.
+        accuracy: relative error of the products, where it is more than the dtype's.
 
     Returns:
         The pairs, what they cost, and whether they converged.
@@ -463,7 +475,7 @@ def top_eigenpairs(
     check_integer("k", k, minimum=1, maximum=size, remedy=f"The matrix has {size} rows.")
     if max_products is None:
         max_products = 200 + 20 * k
-    floor = 50 * torch.finfo(dtype).eps
+    floor = max(50 * torch.finfo(dtype).eps, accuracy)
     target = max(tol, floor)
     cycle = max(2, k // 4)
 
@@ -471,9 +483,9 @@ def top_eigenpairs(
     solver.extend(k + cycle)
     while not (accurate := solver.converged(target, max_angle)) or not solver.complete:
         if accurate and not solver.exhausted:
-            if not solver.crowded:
+            if not len(solver.crowded):
                 break
-            grown = solver.search()
+            grown = solver.search(target * solver.scale)
             accurate = solver.converged(target, max_angle) and not solver.exhausted
             if accurate and grown <= target * solver.scale:
                 break
@@ -486,7 +498,7 @@ def top_eigenpairs(
     converged = accurate and tol >= floor
     if not converged:
         reason = (
-            f"tol={tol:g} is below the floor {floor:.1e} of {dtype}"
+            f"tol={tol:g} is below the floor {floor:.1e} of {dtype} products"
             if accurate
             else f"max_products={max_products} was reached before tol={tol:g}"
         )

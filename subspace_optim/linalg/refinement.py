@@ -39,6 +39,9 @@ class Probe:
         bound: at least ``(Σ ‖r_i‖²/g_i²)^½`` along every direction of the subspace, and so the
             largest sine to first order, but with ``FAILURE_PROBABILITY``.
         guard: the guard after one step of power iteration, with its Rayleigh quotient.
+        shrunk: the gaps ``g_i`` at present over those that are known, in the mean that the probe
+            weighs them in: eigenvalues fall or rise, though no vector turns. Ageing and bound are
+            with the present ones; 0 or less means that the subspace has lost its gap.
         unevenness: an estimate of ``u = k tr(M²)/(tr M)² − 1``, ``M_ij = ⟨r_i, r_j⟩/(g_i g_j)``;
             ``None`` from a single vector. The largest sine is at most ``A ((1 + u)/k)^¼``.
     """
@@ -46,6 +49,7 @@ class Probe:
     ageing: float
     bound: float
     guard: EigenBasis
+    shrunk: float = 1.0
     unevenness: float | None = None
 
 
@@ -180,13 +184,16 @@ def probe(
     if guard.k == 0:  # k = P: the subspace is all of the space
         return Probe(0.0, 0.0, guard)
     k, values = basis.k, basis.eigenvalues.double().cpu().numpy()
-    gaps = values - _top_of_bulk(values, *_pair(guard))
+    below = _top_of_bulk(values, *_pair(guard))
+    gaps = values - below
     if gaps.min() <= 0:
-        return Probe(math.inf, 1.0, guard)
-    draws = torch.randn(k, vectors, generator=torch.Generator().manual_seed(seed)).double()
+        return Probe(math.inf, 1.0, guard, 0.0)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    draws = torch.randn(k, vectors, generator=generator, device="cpu").double()
     rotation = torch.linalg.qr(draws).Q.T / torch.from_numpy(gaps)
     rows = rotation.to(basis.vectors) @ basis.vectors
     products = matmat(torch.cat([rows, guard.vectors]) if guarded else rows)
+    quotients = torch.linalg.vecdot(rows, products[:vectors]).double().cpu()
     basis.project_out(products, out=products)
     gram = _gram(products[:vectors], products[:vectors]).cpu().numpy()
     found = math.sqrt(np.trace(gram))
@@ -195,9 +202,16 @@ def probe(
     if guarded:
         shift = _shift(values, mean, lowest, float(guard.eigenvalues), basis.size)
         guard = _power_step(guard.vectors[0], products[-1], shift)
+    weights = rotation.square()  # Σ_i weights (λ_i − μ) is what the quotients tell anew
+    below = max(below, float(guard.eigenvalues))
+    known = float((weights @ torch.from_numpy(gaps)).sum())
+    shrunk = float(quotients.sum() - weights.sum() * below) / known
+    if shrunk <= 0:
+        return Probe(math.inf, 1.0, guard, shrunk)
+    found /= min(1.0, shrunk)
     bound = found / math.sqrt(least_overlap(k, vectors, FAILURE_PROBABILITY))
-    unevenness = _unevenness(gram, k)
-    return Probe(math.sqrt(k / vectors) * found, min(1.0, bound), guard, unevenness)
+    ageing = math.sqrt(k / vectors) * found
+    return Probe(ageing, min(1.0, bound), guard, shrunk, _unevenness(gram, k))
 
 
 def _power_step(vector: Tensor, product: Tensor, shift: float) -> EigenBasis:

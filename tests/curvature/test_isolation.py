@@ -180,7 +180,6 @@ def test_float32_is_float32_inside_and_what_the_user_set_outside(kind, users, re
 
 
 @pytest.mark.usefixtures("settings_put_back")
-@pytest.mark.xfail(reason="what was inherited is written back as a setting of its own")
 def test_settings_that_follow_a_general_one_still_do_afterwards():
     problem = make_problem()
     operator = HessianOperator(problem.model, problem.loss_fn, problem.batches)

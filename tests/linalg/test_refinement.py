@@ -140,7 +140,7 @@ def test_as_many_vectors_as_rows_are_exact_and_never_fewer_than_needed():
     basis, guard = pairs(dense)
     moved = perturbed(dense, 0.1)
     gaps = (basis.eigenvalues - guard.eigenvalues)[:, None]
-    exact = float(torch.linalg.matrix_norm(outside(moved, basis) / gaps))
+    exact = float(torch.linalg.matrix_norm(outside(moved, basis) / gaps)) / shrinkage(moved)
     assert look(moved, basis, guard, 0, K).ageing == pytest.approx(exact, rel=1e-12)
     assert look(moved, basis, guard, 0, K).bound == pytest.approx(exact, rel=1e-12)
     assert [vectors_needed(K, u) for u in (0.0, 0.1, 0.5, K - 1.0)] == [1, 1, 2, K]
@@ -169,7 +169,7 @@ def test_a_probe_of_several_vectors_tells_how_uneven_the_ageing_is(vectors):
     squares = torch.linalg.svdvals(rows) ** 2
     expected = float(K * (squares**2).sum() - squares.sum() ** 2)
     probes = [look(moved, basis, guard, seed, vectors) for seed in range(2000)]
-    found = np.array([p.unevenness * p.ageing**4 for p in probes])
+    found = np.array([p.unevenness * (p.ageing * min(1, p.shrunk)) ** 4 for p in probes])
     error = found.std() / math.sqrt(len(found))
     assert abs(found.mean() - expected) <= 4 * error + 1e-9 * expected
     assert error < 0.05 * expected
@@ -194,6 +194,32 @@ def test_the_bound_of_a_probe_fails_no_more_often_than_stated(rank):
     assert failed <= allowed
     if rank == 1:
         assert failed >= FAILURE_PROBABILITY / 2, "the bound is wider than it need be"
+
+
+def shrinkage(moved: Tensor) -> float:
+    """How much smaller the gaps of `pairs(matrix())` are at ``moved``, weighed by 1/g_i²."""
+    basis, guard = pairs(matrix())
+    gaps = basis.eigenvalues - guard.eigenvalues
+    quotients = torch.einsum("ip,pq,iq->i", basis.vectors, moved, basis.vectors)
+    last = guard.vectors[0] @ moved @ guard.vectors[0]
+    below = max(float(guard.eigenvalues), float(last))
+    return min(1.0, float(((quotients - below) / gaps**2).sum() / (1 / gaps).sum()))
+
+
+def test_a_probe_sees_eigenvalues_fall_though_no_vector_turns():
+    dense = matrix()
+    basis, guard = pairs(dense)
+    V = basis.vectors
+    shift = torch.diag(torch.tensor([0.0, 0.0, -1.5, -1.5], dtype=torch.float64))
+    moved = dense + V.T @ shift @ V
+    exact = look(moved, basis, guard, 0, K)
+    assert exact.shrunk == pytest.approx(shrinkage(moved), rel=1e-10)
+    assert exact.shrunk < 0.71
+    assert exact.ageing < 1e-12
+    seen = [look(moved, basis, guard, seed).shrunk for seed in range(200)]
+    assert np.median(seen) == pytest.approx(exact.shrunk, abs=0.1)
+    gone = look(dense - 4 * V.T @ V, basis, guard)  # λ_4 = 1, below the guard's 2
+    assert gone.shrunk < 0.5
 
 
 def test_a_probe_takes_two_products_and_leaves_the_basis_as_it_was():
