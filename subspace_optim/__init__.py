@@ -8,32 +8,63 @@ from subspace_optim._validation import (
     ConvergenceWarning,
     DataChangedError,
     EngineWarning,
+    NoGapWarning,
     NonFiniteError,
     SecondDerivativeError,
     StaleBasisWarning,
 )
-from subspace_optim.curvature import FiniteDifferenceHessian, HessianOperator
+from subspace_optim.curvature import (
+    ClassGradientSubspace,
+    CurvatureOperator,
+    FiniteDifferenceHessian,
+    GaussNewtonOperator,
+    HessianOperator,
+    ParameterSpace,
+)
 from subspace_optim.diagnostics import Monitor
-from subspace_optim.linalg import EigenBasis
-from subspace_optim.optim import BulkSGD, DomSGD
-from subspace_optim.subspace import DominantSubspace
+from subspace_optim.linalg import EigenBasis, LowRankCurvature
+from subspace_optim.optim import (
+    SAM,
+    BulkSAM,
+    BulkSGD,
+    ClassGradientQuasiNewton,
+    DomSAM,
+    DomSGD,
+    LowRankNewton,
+    project_updates,
+)
+from subspace_optim.subspace import DominantSubspace, FixedSubspace, Subspace
 
 __version__ = version("subspace_optim")
 
 __all__ = [
+    "SAM",
     "ArgumentError",
+    "BulkSAM",
     "BulkSGD",
+    "ClassGradientQuasiNewton",
+    "ClassGradientSubspace",
     "ConvergenceWarning",
+    "CurvatureOperator",
     "DataChangedError",
+    "DomSAM",
     "DomSGD",
     "DominantSubspace",
     "EigenBasis",
     "EngineWarning",
     "FiniteDifferenceHessian",
+    "FixedSubspace",
+    "GaussNewtonOperator",
     "HessianOperator",
+    "LowRankCurvature",
+    "LowRankNewton",
     "Monitor",
+    "NoGapWarning",
     "NonFiniteError",
+    "ParameterSpace",
     "SecondDerivativeError",
     "StaleBasisWarning",
+    "Subspace",
     "diagnostics",
+    "project_updates",
 ]

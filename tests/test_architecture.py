@@ -24,11 +24,19 @@ ALLOWED: dict[str, set[str]] = {
     ".pace": set(),  # numbers alone
     ".ageing": {"._validation", ".linalg", ".curvature", ".pace"},
     ".subspace": {"._validation", ".linalg", ".curvature", ".ageing", ".subspace"},
+    ".joint_steps": {"._validation", ".curvature"},
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.
     ".optim._base": {"._validation", ".curvature", ".subspace"},
-    ".optim": {"._validation", ".curvature", ".subspace", ".optim._base"},
+    ".optim": {"._validation", ".curvature", ".subspace", ".joint_steps", ".optim._base"},
     ".optim.__init__": {".optim._base", ".optim"},
-    ".diagnostics": {"._validation", ".linalg", ".curvature", ".subspace", ".diagnostics"},
+    ".diagnostics": {
+        "._validation",
+        ".linalg",
+        ".curvature",
+        ".subspace",
+        ".joint_steps",
+        ".diagnostics",
+    },
     ".__init__": {"._validation", ".linalg", ".curvature", ".subspace", ".optim", ".diagnostics"},
     "benchmarks": {
         ".",

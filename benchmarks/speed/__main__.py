@@ -30,9 +30,11 @@ from benchmarks.speed import (
     environment,
     estimates,
     memory,
+    observation,
     products,
     runs,
     scaling,
+    step,
     synchronisations,
     warm,
 )
@@ -58,12 +60,21 @@ class Plan:
     rounds: int
     samples: int
     scenarios: dict[str, int]
-    sections: tuple[str, ...] = ("products", "cold", "runs")
+    sections: tuple[str, ...] = ("products", "cold", "runs", "observation")
 
 
-PER_MODEL: Final = ("products", "cold", "warm", "runs", "memory", "synchronisations", "estimates")
+PER_MODEL: Final = (
+    "products",
+    "cold",
+    "warm",
+    "runs",
+    "memory",
+    "observation",
+    "synchronisations",
+    "estimates",
+)
 _DEFAULT: Final = PER_MODEL[:-1]  # without the estimates, which take longer than all the rest
-GLOBAL: Final = ("apply", "scaling")
+GLOBAL: Final = ("apply", "step", "scaling")
 _ALL: Final = {name: scenario.steps for name, scenario in runs.SCENARIOS.items()}
 _FEW: Final = {"late": 30, "early": 10}
 PLANS: Final = {
@@ -174,6 +185,7 @@ def _sections(
         "warm": lambda: warm.measure(made, k, rounds, plan.late, 50 if plan.late > 50 else 5),
         "runs": lambda: _runs(made, k, plan, console, measured) or None,
         "memory": late(lambda: memory.measure(made, k)),
+        "observation": late(lambda: observation.measure(made, max(rounds, 10))),
         "synchronisations": lambda: synchronisations.measure(made, k) if made.x.is_cuda else None,
         "estimates": lambda: estimates.measure(again, k, plan.late, quick=plan is _QUICK),
     }
@@ -227,6 +239,9 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     if "apply" in chosen:
         outcome = apply.measure(size, 10, rounds, options.device)
         keep(results.data, "apply", "", outcome)
+    if "step" in chosen:
+        outcome = step.measure(size, 10, rounds, options.device)
+        keep(results.data, "step", "", outcome)
     if "scaling" in chosen:
         outcome = scaling.measure(options.data_root, options.device, quick=options.quick)
         keep(results.data, "scaling", "", outcome)

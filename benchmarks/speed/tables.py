@@ -169,6 +169,33 @@ def apply(_: str, result: dict[str, Any]) -> Table:
     return table
 
 
+def observation(name: str, result: dict[str, Any]) -> Table:
+    """Costs in gradients of the minibatch."""
+    title = f"{name}: class gradients of a minibatch of {result['batch']}, C = {result['classes']}"
+    table = _table(title, "what", "minibatch gradients", "ms", "target")
+    for what, times in result["seconds"].items():
+        met = result["met"].get(what)
+        verdict = "" if met is None else f"{result['bar']:g} {_bar(met)}"
+        milliseconds = str(spread([1000 * t for t in times]))
+        table.add_row(what, str(spread(result["gradients"][what])), milliseconds, verdict)
+    return table
+
+
+def step(_: str, result: dict[str, Any]) -> Table:
+    """Times of steps."""
+    title = f"One step while the basis serves, P = {result['size']:,}, k = {result['k']}"
+    table = _table(title, "what", "ms", "more than SGD, in double reads of the basis", "target")
+    for name, times in result["seconds"].items():
+        reads, met = result["double_reads"].get(name), result["met"].get(name)
+        table.add_row(
+            name,
+            str(spread([1000 * t for t in times])),
+            "" if reads is None else str(spread(reads)),
+            "" if met is None else f"{result['bar']:g} {_bar(met)}",
+        )
+    return table
+
+
 def scaling(_: str, result: dict[str, Any]) -> Table:
     """Measured rows, exponents, and the model."""
     columns = ("P", "N", "k", "gradient s", "product s", "solve s", "products", "apply s")
@@ -195,6 +222,8 @@ TABLES: Final[dict[str, Callable[[str, dict[str, Any]], Table]]] = {
     "memory": memory,
     "synchronisations": synchronisations,
     "estimates": estimates,
+    "observation": observation,
     "apply": apply,
+    "step": step,
     "scaling": scaling,
 }

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from subspace_optim._validation import ArgumentError, check_integer
 from subspace_optim.diagnostics.alignment import alignment
 from subspace_optim.diagnostics.effective_lr import bulk_lr, dom_lr
+from subspace_optim.joint_steps import JointSteps, optimizers_of
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.subspace import DominantSubspace
 
@@ -35,12 +36,6 @@ COLUMNS = (
     "eigenvalues",
     "products",
 )
-
-
-def _moves(optimizer: Optimizer) -> bool:
-    """Whether a step can change anything: one with all rates zero prepares a checkpoint."""
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    return any(rate is None or float(rate) != 0 for rate in rates)
 
 
 @dataclass
@@ -99,46 +94,23 @@ class Monitor:
         *,
         every: int = 1,
     ) -> None:
-        optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-        for each in optimizers:
-            if not isinstance(each, Optimizer):
-                kind = type(each).__name__
-                raise ArgumentError("optimizer", kind, "a torch.optim.Optimizer, or several")
-        if not optimizers:
-            raise ArgumentError("optimizer", "an empty sequence", "at least one optimizer")
         if not isinstance(subspace, DominantSubspace):
             raise ArgumentError("subspace", type(subspace).__name__, "a DominantSubspace")
+        optimizers = optimizers_of(optimizer, subspace.parameters)
         self.every = check_integer("every", every, minimum=1)
         space = subspace.parameters
-        known = {id(p) for p in space.tensors}
-        for each in optimizers:
-            if any(id(p) in known for group in each.param_groups for p in group["params"]):
-                continue
-            remedy = "Build operator and subspace from the model that the optimizer trains."
-            raise ArgumentError("optimizer", "of another model", "one of the subspace's", remedy)
         self.subspace = subspace
         self.history: dict[str, list[Any]] = {column: [] for column in COLUMNS}
-        self._optimizers = optimizers
         self._start = space.flatten(space.tensors)
         self._steps = 0
         self._clock: int | None = None  # the subspace's, at the last step
         self._before: _Before | None = None
-        self._round: set[int] = set()  # optimizers that step in this round ...
-        self._waiting: set[int] = set()  # ... and those of them that have still to
-        self._handles = [
-            handle
-            for each in optimizers
-            for handle in (
-                each.register_step_pre_hook(self._before_step),
-                each.register_step_post_hook(self._after_step),
-            )
-        ]
+        # Last: a projection that was attached later must have been applied.
+        self._joint = JointSteps(optimizers, self._begin, self._end, last=True)
 
     def detach(self) -> None:
         """Removes the monitor from its optimizers. The history stays."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._joint.remove()
         self._before = None
 
     def __enter__(self) -> Self:
@@ -148,11 +120,7 @@ class Monitor:
         self.detach()
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
-        if not _moves(optimizer) or (self._waiting and self._waiting != self._round):
-            return
-        self._round = {id(each) for each in self._optimizers if _moves(each)}
-        self._waiting = set(self._round)
+    def _begin(self) -> None:
         self._before = None
         if self._clock is not None:  # the lower one, if an earlier state was loaded since
             self.subspace.advance(min(self._clock, self.subspace.clock) + 1)
@@ -168,12 +136,7 @@ class Monitor:
         return _Before(space.flatten(space.tensors), basis, gradient, operator.loss())
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        if id(optimizer) not in self._waiting:
-            return
-        self._waiting.discard(id(optimizer))
-        if self._waiting:
-            return
+    def _end(self) -> None:
         if self._before is not None:
             self._record(self._before)
             self._before = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,55 +13,29 @@ from torch.optim.optimizer import ParamsT
 
 from subspace_optim._validation import ArgumentError, check_number
 from subspace_optim.curvature.parameters import ParameterSpace
-from subspace_optim.subspace import EigenBasis, Subspace
+from subspace_optim.subspace import EigenBasis, Subspace, check_subspace, projector_of
+
+Basis = TypeVar("Basis")
 
 
-class SubspaceSGD(torch.optim.Optimizer):
-    r"""SGD whose whole update passes through a restriction to a subspace or its complement.
+class CheckedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose options are checked wherever they are given.
 
-    .. math:: \theta_{t+1} = \theta_t + R_t\, u_t
-
-    where :math:`u_t` is the update of ``torch.optim.SGD``, with its momentum, weight decay and
-    rates, over all parameter groups together. The momentum buffers see the raw gradients.
+    ``step`` evaluates the closure and then takes the step that ``_descend`` writes.
     """
 
-    subspace: Subspace | None = None  # an optimizer that was pickled or copied alone has none
+    @staticmethod
+    @abstractmethod
+    def _check_options(group: dict[str, Any]) -> None:
+        """Checks the options of one parameter group.
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        subspace: Subspace,
-    ) -> None:
-        if isinstance(subspace, type) or not isinstance(subspace, Subspace):
-            allowed = "a subspace, such as DominantSubspace(hessian, k=10)"
-            raise ArgumentError("subspace", type(subspace).__name__, allowed)
-        self.subspace = subspace
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        Raises:
+            ArgumentError: one is out of range, or not supported, with the reason.
+        """
 
     @abstractmethod
-    def _restrict(self, basis: EigenBasis, update: Tensor) -> Tensor:
-        """Returns ``R u`` for the update ``u: (P,)``, whose memory it may use for the result."""
+    def _descend(self) -> None:
+        """Moves the parameters, by the gradients that are there."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -73,22 +47,11 @@ class SubspaceSGD(torch.optim.Optimizer):
         Returns:
             What ``closure`` returned.
         """
-        subspace = self._subspace()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        index = self._coordinates(subspace.parameters)
-        if not any(p.grad is not None for p in index):
-            return loss
-        # Where every rate is 0, nothing moves: no reason to pay for a basis.
-        moves = any(float(group["lr"]) != 0 for group in self.param_groups)
-        basis = subspace.update() if moves else None
-        update = self._gather(subspace.parameters, index)
-        if basis is not None:
-            moved = subspace.parameters.unflatten(self._restrict(basis, update))
-            for p, i in index.items():
-                p.add_(moved[i])
+        self._descend()
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -97,26 +60,96 @@ class SubspaceSGD(torch.optim.Optimizer):
         Raises:
             ArgumentError: an option is out of range, or a parameter is none of the subspace's.
         """
-        super().add_param_group(dict(param_group))
-        group = self.param_groups[-1]
+        mapping = isinstance(param_group, dict)  # torch writes the defaults into what it is given
+        super().add_param_group(dict(param_group) if mapping else param_group)
         try:
-            _check_options(group)
-            self._check_membership(group["params"], self._subspace().parameters)
+            self._check_group(self.param_groups[-1])
         except ArgumentError:
             self.param_groups.pop()
             raise
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_options(group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads options and momentum buffers, of ``torch.optim.SGD`` too.
+        """Loads options and state; those of ``torch.optim.SGD`` too, where the options are its.
 
         The subspace has a ``state_dict`` of its own.
         """
-        for group in state_dict["param_groups"]:
-            _check_options(self.defaults | group)
         super().load_state_dict(state_dict)
         for group in self.param_groups:  # checkpoints of older torch have fewer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Of copies and of load_state_dict(), after the hooks that may mend what is loaded.
+        defaults = state.get("defaults", getattr(self, "defaults", {}))
+        for group in state.get("param_groups", []):
+            self._check_options(defaults | group)
+        super().__setstate__(state)
+
+    def _check_gradients(self) -> None:
+        """Checks that the gradients are dense.
+
+        Raises:
+            ArgumentError: one is not.
+        """
+        for p in self._parameters():
+            if p.grad is not None and p.grad.layout != torch.strided:
+                label = f"the gradient of a parameter of shape {tuple(p.shape)}"
+                raise ArgumentError(label, p.grad.layout, "dense", "Use sparse=False.")
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def _moves(self) -> bool:
+        """Whether a rate is above 0: steps that prepare a checkpoint have none."""
+        return any(float(group["lr"]) != 0 for group in self.param_groups)
+
+
+class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
+    """An optimizer whose update is a function of all groups' direction and of a basis."""
+
+    subspace: Subspace | None = None  # an optimizer that was pickled or copied alone has none
+    _memory: Tensor | None = None  # of the update
+    _projects = False
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], subspace: Subspace) -> None:
+        check_subspace(subspace, projects=self._projects)
+        self.subspace = subspace
+        super().__init__(params, defaults)
+
+    @abstractmethod
+    def _update(self, index: dict[Tensor, int], basis: Basis | None) -> Tensor:
+        """Returns what is added to the parameters, ``(P,)``, and moves the buffers on.
+
+        Args:
+            index: where each parameter is among the subspace's.
+            basis: at the present parameters; ``None`` where every rate is 0, so that the result
+                is not used.
+        """
+
+    def _descend(self) -> None:
+        subspace = self._subspace()
+        index = self._coordinates(subspace.parameters)
+        if not any(p.grad is not None for p in index):
+            return
+        # Where every rate is 0, nothing moves: no reason to pay for a basis.
+        basis = self._basis(subspace) if self._moves() else None
+        update = self._update(index, basis)
+        if basis is not None:
+            moved = subspace.parameters.unflatten(update)
+            for p, i in index.items():
+                p.add_(moved[i])
+
+    @abstractmethod
+    def _basis(self, subspace: Subspace) -> Basis:
+        """Returns the basis at the present parameters."""
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_membership(group["params"], self._subspace().parameters)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # With `deepcopy((model, subspace, optimizer))` the copies belong together. Alone, a copy
@@ -127,6 +160,9 @@ class SubspaceSGD(torch.optim.Optimizer):
         optimizer.subspace = memo.get(id(self.subspace))
         return optimizer
 
+    def _check_gradients(self) -> None:
+        self._coordinates(self._subspace().parameters)
+
     def _subspace(self) -> Subspace:
         if self.subspace is None:
             remedy = (
@@ -136,17 +172,6 @@ class SubspaceSGD(torch.optim.Optimizer):
             raise ArgumentError("subspace", None, "set before step()", remedy)
         return self.subspace
 
-    def _parameters(self) -> Iterator[Tensor]:
-        for group in self.param_groups:
-            yield from group["params"]
-
-    @staticmethod
-    def _check_membership(params: list[Tensor], space: ParameterSpace) -> None:
-        members = {id(p) for p in space.tensors}
-        for p in params:
-            if p.requires_grad and id(p) not in members:
-                raise _not_a_member(p, space)
-
     def _coordinates(self, space: ParameterSpace) -> dict[Tensor, int]:
         """Returns where each parameter is in ``space``, after a check that both hold the same.
 
@@ -154,86 +179,134 @@ class SubspaceSGD(torch.optim.Optimizer):
             ArgumentError: a parameter is missing on either side, was frozen since, or has a
                 sparse gradient.
         """
-        own = list(self._parameters())
-        self._check_membership(own, space)
-        held = {id(p) for p in own if p.requires_grad}
+        check_same(list(self._parameters()), space)
         for p, name in zip(space.tensors, space.names, strict=True):
-            if id(p) not in held:
-                raise ArgumentError(
-                    f"parameter '{name}' of the operator",
-                    "in no group of the optimizer" if p.requires_grad else "frozen since",
-                    "trained by this optimizer",
-                    "The projection is over all of the operator's parameters together: give it "
-                    "only those with `params=`, or add the others to the optimizer.",
-                )
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ArgumentError(
                     f"the gradient of '{name}'", p.grad.layout, "dense", "Use sparse=False."
                 )
         return {p: i for i, p in enumerate(space.tensors)}
 
-    def _gather(self, space: ParameterSpace, index: dict[Tensor, int]) -> Tensor:
-        """Returns the update of ``torch.optim.SGD`` as a vector; buffers are moved on."""
-        update = torch.zeros(space.size, dtype=space.dtype, device=space.device)
-        views = space.unflatten(update)
-        for group in self.param_groups:
-            lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-            params = [p for p in group["params"] if p in index and p.grad is not None]
-            together = group["foreach"] is None or group["foreach"]
-            for some in [params] if together and params else [[p] for p in params]:
-                for p, direction in zip(some, self._directions(some, group), strict=True):
-                    views[index[p]].copy_(direction).mul_(-lr)
-        return update
+    def _direction(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Returns those options of a group that make its direction."""
+        return group
 
-    def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Returns the direction of ``torch.optim.SGD`` for some parameters of one group.
+    def _gather(
+        self, index: dict[Tensor, int], factor: Callable[[dict[str, Any]], float | Tensor]
+    ) -> Tensor:
+        """Returns each group's direction times its factor, as one vector; buffers are moved on.
 
-        With gradient g, weight decay w, momentum μ, dampening τ and buffer b: ``d = g + wθ``
-        (``−g + wθ`` to maximize), ``b ← μb + (1 − τ)d`` (at first ``b = d``), and the direction
-        is b, or ``d + μb`` for Nesterov; d itself without momentum. ``p.grad`` is only read.
+        The memory is kept for the next step: fresh memory for millions of numbers would cost as
+        much as all of the arithmetic.
         """
-        directions = [p.grad for p in params if p.grad is not None]
-        momentum, decay = group["momentum"], group["weight_decay"]
-        if group["maximize"]:
-            directions = list(torch._foreach_neg(directions))
-        if decay != 0:
-            directions = list(torch._foreach_add(directions, params, alpha=decay))
-        if momentum == 0:
-            return directions
-        buffers = [self.state[p].get("momentum_buffer") for p in params]
-        for p, direction, buffer in zip(params, directions, buffers, strict=True):
-            if buffer is None:
-                self.state[p]["momentum_buffer"] = direction.detach().clone()
-        old = [(b, d) for b, d in zip(buffers, directions, strict=True) if b is not None]
-        if old:
-            running, fresh = [b for b, _ in old], [d for _, d in old]
-            torch._foreach_mul_(running, momentum)
-            torch._foreach_add_(running, fresh, alpha=1 - group["dampening"])
-        current = [self.state[p]["momentum_buffer"] for p in params]
-        if group["nesterov"]:
-            return list(torch._foreach_add(directions, current, alpha=momentum))
-        return current
+        space = self._subspace().parameters
+        vector = self._memory
+        kind = (space.size,), space.dtype, space.device
+        if vector is None or (tuple(vector.shape), vector.dtype, vector.device) != kind:
+            vector = torch.empty(space.size, dtype=space.dtype, device=space.device)
+            self._memory = vector
+        views = space.unflatten(vector)
+        for p, i in index.items():
+            if p.grad is None:
+                views[i].zero_()
+        for group in self.param_groups:
+            scale = factor(group)
+            scale = scale.reshape(()) if isinstance(scale, Tensor) else scale
+            params = [p for p in group["params"] if p in index and p.grad is not None]
+            for p, direction in sgd_directions(params, self._direction(group), self.state):
+                view = views[index[p]]
+                if direction.dtype == view.dtype:
+                    torch.mul(direction, scale, out=view)
+                else:
+                    view.copy_(direction).mul_(scale)
+        return vector
 
 
-def _not_a_member(parameter: Tensor, space: ParameterSpace) -> ArgumentError:
-    """Returns the error for a parameter of the optimizer that the operator does not have."""
-    name = space.name_in_model(parameter)
-    if name is None:
-        label, remedy = (
-            f"parameter of shape {tuple(parameter.shape)}",
-            "Build operator and subspace from the model that the optimizer trains.",
-        )
-    else:
-        label, remedy = (
-            f"parameter '{name}'",
-            "Add it to the `params` of the operator, or leave it out of the optimizer.",
-        )
-    value = "of another model" if name is None else "not the operator's"
-    return ArgumentError(label, value, "one that the operator differentiates by", remedy)
+class RestrictedSGD(SubspaceOptimizer[EigenBasis]):
+    r"""SGD whose whole update passes through a restriction to a subspace or its complement.
+
+    .. math:: \theta_{t+1} = \theta_t + R_t\, u_t
+
+    where :math:`u_t` is the update of ``torch.optim.SGD``, with its momentum, weight decay and
+    rates, over all parameter groups together. The momentum buffers see the raw gradients.
+    """
+
+    _projects = True
+
+    @staticmethod
+    def _check_options(group: dict[str, Any]) -> None:
+        check_sgd_options(group)
+
+    @abstractmethod
+    def _restrict(self, basis: EigenBasis, update: Tensor) -> Tensor:
+        """Returns ``R u`` for the update ``u: (P,)``, whose memory it may use for the result."""
+
+    def _basis(self, subspace: Subspace) -> EigenBasis:
+        return projector_of(subspace)
+
+    def _update(self, index: dict[Tensor, int], basis: EigenBasis | None) -> Tensor:
+        update = self._gather(index, lambda group: -group["lr"])
+        return update if basis is None else self._restrict(basis, update)
 
 
-def _check_options(group: dict[str, Any]) -> None:
-    """Checks the options of one parameter group.
+_PLAIN = {
+    "dampening": 0,
+    "weight_decay": 0,
+    "nesterov": False,
+    "maximize": False,
+    "foreach": None,
+}
+"""What a group without these options means."""
+
+
+def sgd_directions(
+    params: list[Tensor], group: dict[str, Any], state: dict[Tensor, Any]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields each parameter with the direction of ``torch.optim.SGD``, and moves buffers on.
+
+    With gradient g, weight decay w, momentum μ, dampening τ and buffer b: ``d = g + wθ``
+    (``−g + wθ`` to maximize), ``b ← μb + (1 − τ)d`` (at first ``b = d``), and the direction
+    is b, or ``d + μb`` for Nesterov; d itself without momentum. ``p.grad`` is only read.
+
+    Args:
+        params: of one group, with gradients.
+        group: its options.
+        state: of the optimizer, where the buffers are.
+    """
+    group = _PLAIN | group
+    together = group["foreach"] is None or group["foreach"]
+    for some in [params] if together and params else [[p] for p in params]:
+        yield from zip(some, _directions(some, group, state), strict=True)
+
+
+def _directions(
+    params: list[Tensor], group: dict[str, Any], state: dict[Tensor, Any]
+) -> list[Tensor]:
+    directions = [p.grad for p in params if p.grad is not None]
+    momentum, decay = group["momentum"], group["weight_decay"]
+    if group["maximize"]:
+        directions = list(torch._foreach_neg(directions))
+    if decay != 0:
+        directions = list(torch._foreach_add(directions, params, alpha=decay))
+    if momentum == 0:
+        return directions
+    buffers = [state[p].get("momentum_buffer") for p in params]
+    for p, direction, buffer in zip(params, directions, buffers, strict=True):
+        if buffer is None:
+            state[p]["momentum_buffer"] = direction.detach().clone()
+    old = [(b, d) for b, d in zip(buffers, directions, strict=True) if b is not None]
+    if old:
+        running, fresh = [b for b, _ in old], [d for _, d in old]
+        torch._foreach_mul_(running, momentum)
+        torch._foreach_add_(running, fresh, alpha=1 - group["dampening"])
+    current = [state[p]["momentum_buffer"] for p in params]
+    if group["nesterov"]:
+        return list(torch._foreach_add(directions, current, alpha=momentum))
+    return current
+
+
+def check_sgd_options(group: dict[str, Any]) -> None:
+    """Checks the options of ``torch.optim.SGD`` in one parameter group.
 
     Raises:
         ArgumentError: one is out of range, or not supported, with the reason.
@@ -257,3 +330,47 @@ def _check_options(group: dict[str, Any]) -> None:
     if group["differentiable"]:
         remedy = "The eigenbasis is a constant to autograd, so its derivative would be missing."
         raise ArgumentError("differentiable", True, "False", remedy)
+
+
+def check_membership(params: Iterable[Tensor], space: ParameterSpace) -> None:
+    """Checks that the operator differentiates by all parameters that are trained.
+
+    Raises:
+        ArgumentError: it does not by one.
+    """
+    members = {id(p) for p in space.tensors}
+    for p in params:
+        if p.requires_grad and id(p) not in members:
+            raise ArgumentError(*_not_a_member(p, space))
+
+
+def check_same(params: list[Tensor], space: ParameterSpace) -> None:
+    """Checks that optimizers train the parameters of the operator, and no others.
+
+    Raises:
+        ArgumentError: one is missing on either side, or was frozen since.
+    """
+    check_membership(params, space)
+    held = {id(p) for p in params if p.requires_grad}
+    for p, name in zip(space.tensors, space.names, strict=True):
+        if id(p) not in held:
+            raise ArgumentError(
+                f"parameter '{name}' of the operator",
+                "in no group of the optimizer" if p.requires_grad else "frozen since",
+                "trained by this optimizer",
+                "The projection is over all of the operator's parameters together: give it only "
+                "those with `params=`, or add the others to the optimizer. Optimizers that share "
+                "them are projected together: project_updates([muon, adamw], subspace, onto=...).",
+            )
+
+
+def _not_a_member(parameter: Tensor, space: ParameterSpace) -> tuple[str, str, str, str]:
+    """Returns what to say of a parameter of the optimizer that the operator does not have."""
+    name = space.name_in_model(parameter)
+    allowed = "one that the operator differentiates by"
+    if name is None:
+        label = f"parameter of shape {tuple(parameter.shape)}"
+        remedy = "Build operator and subspace from the model that the optimizer trains."
+        return label, "of another model", allowed, remedy
+    remedy = "Add it to the `params` of the operator, or leave it out of the optimizer."
+    return f"parameter '{name}'", "not the operator's", allowed, remedy

@@ -3,9 +3,42 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
-from subspace_optim.optim._base import SubspaceSGD
-from subspace_optim.subspace import EigenBasis
+from subspace_optim.optim._base import RestrictedSGD
+from subspace_optim.subspace import EigenBasis, Subspace
+
+
+class SubspaceSGD(RestrictedSGD):
+    """The arguments of ``torch.optim.SGD``, and ``subspace``."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        subspace: Subspace,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, subspace)
 
 
 class DomSGD(SubspaceSGD):

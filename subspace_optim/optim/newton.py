@@ -1,0 +1,184 @@
+"""``LowRankNewton`` and ``ClassGradientQuasiNewton``: Newton in a subspace, SGD outside."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from subspace_optim._validation import check_number
+from subspace_optim.optim._base import SubspaceOptimizer
+from subspace_optim.subspace import EigenBasis, LowRankCurvature, Subspace, basis_of
+
+Curvature = EigenBasis | LowRankCurvature
+
+
+def _factors(basis: Curvature, inside: float, outside: float, damping: float) -> Tensor:
+    r"""Returns ``r/(λ_i + δ) − η`` for each pair: what replaces the rate outside by that inside.
+
+    Pairs with ``λ_i + δ ≤ ε max|λ|``, ε of the dtype, belong to the complement: along them Newton's
+    method would climb, or leap. Their factor is 0.
+    """
+    values = basis.eigenvalues.double()
+    curvature = values + damping
+    safe = curvature > torch.finfo(basis.dtype).eps * values.abs().max()
+    newton = inside / torch.where(safe, curvature, 1.0) - outside
+    return torch.where(safe, newton, 0.0).to(basis.dtype)
+
+
+class SubspaceNewton(SubspaceOptimizer[Curvature]):
+    r"""Newton's method in the subspace, SGD in its complement, along the direction :math:`d_t`.
+
+    .. math:: \theta_{t+1} = \theta_t - \eta\, d_t
+              - \sum_i \Big(\frac{r}{\lambda_i + \delta} - \eta\Big) (v_i^\top d_t)\, v_i
+
+    (`class_gradient_2020`, eq. 15), with the rate r inside and the rate η outside of each group.
+    """
+
+    @abstractmethod
+    def _rates(self, group: dict[str, Any]) -> tuple[float, float, float]:
+        """Returns r, η and δ of a group."""
+
+    def _direction(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"momentum": group["momentum"]}
+
+    def _basis(self, subspace: Subspace) -> Curvature:
+        return basis_of(subspace)
+
+    def _update(self, index: dict[Tensor, int], basis: Curvature | None) -> Tensor:
+        update = self._gather(index, lambda _: 1.0)
+        if basis is None:
+            return update
+        rates = {p: self._rates(group) for group in self.param_groups for p in group["params"]}
+        runs = [
+            (sum(p.numel() for p in members), of_run)
+            for of_run, members in groupby(index, key=rates.__getitem__)
+        ]  # neighbours with the same rates are one piece: all of the vector, if there is one group
+        coefficients = basis.coefficients(update)
+        lengths = [length for length, _ in runs]
+        pieces = zip(update.split(lengths), basis.vectors.split(lengths, dim=1), runs, strict=True)
+        for piece, vectors, (_, (inside, outside, damping)) in pieces:
+            factors = _factors(basis, inside, outside, damping)
+            piece.mul_(-outside).addmv_(vectors.T, factors * coefficients, alpha=-1)
+        return update
+
+
+class LowRankNewton(SubspaceNewton):
+    r"""Newton's method in the dominant subspace.
+
+    .. math:: \theta_{t+1} = \theta_t
+              - \eta \sum_{i=1}^k \frac{u_i^\top d_t}{\lambda_i + \delta}\, u_i
+              - \eta \beta\, P_k^\perp d_t
+
+    with :math:`d_t` the momentum buffer of the raw gradients (the gradient itself without
+    momentum). With :math:`\beta = \delta = 0` it is eq. 11 of `gur_ari_2018`, which moves in the
+    subspace alone. Pairs with :math:`\lambda_i + \delta \le \epsilon \max|\lambda|`, ε of the
+    dtype, count as complement: along them Newton's method would climb.
+
+    The eigenvalues are those of the basis's last refresh: as the basis of ``refresh="auto"`` may
+    serve for many steps, a rate well below 1 or some damping is safer there than eq. 11.
+
+    Args:
+        params: parameters or groups: together those of the subspace's operator.
+        lr: η, a number or a tensor of one element; 1 is a full Newton step.
+        damping: δ, in the unit of the eigenvalues.
+        bulk_ratio: β: SGD outside of the subspace has the rate ηβ.
+        momentum: μ.
+        subspace: where the pairs come from, such as ``DominantSubspace``.
+
+    Raises:
+        ArgumentError: an option is out of range, or a parameter is none of the subspace's.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        damping: float = 0.0,
+        bulk_ratio: float = 0.0,
+        momentum: float = 0.0,
+        *,
+        subspace: Subspace,
+    ) -> None:
+        defaults = {"lr": lr, "damping": damping, "bulk_ratio": bulk_ratio, "momentum": momentum}
+        super().__init__(params, defaults, subspace)
+
+    @staticmethod
+    def _check_options(group: dict[str, Any]) -> None:
+        check_number("lr", group["lr"], tensor=True)
+        for name in ("damping", "bulk_ratio", "momentum"):
+            check_number(name, group[name])
+
+    def _rates(self, group: dict[str, Any]) -> tuple[float, float, float]:
+        lr = float(group["lr"])
+        return lr, lr * group["bulk_ratio"], group["damping"]
+
+
+class ClassGradientQuasiNewton(SubspaceNewton):
+    r"""Newton's method along the class gradients, SGD outside of them.
+
+    .. math:: \theta_{t+1} = \theta_t - \eta\, d_t
+              - \sum_{k=1}^C \Big(\frac{r}{\lambda_k + \delta} - \eta\Big) (v_k^\top d_t)\, v_k
+
+    (`class_gradient_2020`, eq. 15 with :math:`r = 1, \delta = 0`), with :math:`d_t` the momentum
+    buffer of the raw gradients. The rate inside follows the schedule of the rate outside:
+    :math:`r` is ``newton_lr`` times ``lr`` over the ``lr`` that the group was made with. Momentum
+    is 0.9 by default, as in appendix D there. Classes with :math:`\lambda_k + \delta` of 0, to
+    rounding, have SGD's rate.
+
+    In the loop, ``subspace.observe(x, y)`` comes before ``step()``. The paper's tables show it
+    ahead of SGD and its text behind, and diverging above η = 0.1; as its λ_k go to 0 where all
+    examples of a class are fitted, some damping helps.
+
+    Args:
+        params: parameters or groups: together those of the subspace.
+        lr: η, a number above 0 or a tensor of one element. It may become 0 later.
+        newton_lr: r at the start.
+        damping: δ, in the unit of the λ_k.
+        momentum: μ.
+        subspace: ``ClassGradientSubspace``, as printed or orthogonal, or any other.
+
+    Raises:
+        ArgumentError: an option is out of range, or a parameter is none of the subspace's.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.1,
+        newton_lr: float = 1.0,
+        damping: float = 0.0,
+        momentum: float = 0.9,
+        *,
+        subspace: Subspace,
+    ) -> None:
+        defaults = {"lr": lr, "newton_lr": newton_lr, "damping": damping, "momentum": momentum}
+        super().__init__(params, defaults, subspace)
+
+    @staticmethod
+    def _check_options(group: dict[str, Any]) -> None:
+        check_number("lr", group["lr"], tensor=True)
+        for name in ("newton_lr", "damping", "momentum"):
+            check_number(name, group[name])
+        check_number("first_lr", group.get("first_lr", 1.0), exclusive=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads options and state. A group of another optimizer keeps the first ``lr`` it has."""
+        first = [group["first_lr"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, lr in zip(self.param_groups, first, strict=True):
+            group.setdefault("first_lr", lr)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        remedy = "newton_lr is scaled with lr over this first one: a schedule may go to 0 later."
+        check_number("lr", group["lr"], exclusive=True, tensor=True, remedy=remedy)
+        group.setdefault("first_lr", float(group["lr"]))
+
+    def _rates(self, group: dict[str, Any]) -> tuple[float, float, float]:
+        lr = float(group["lr"])
+        return group["newton_lr"] * lr / group["first_lr"], lr, group["damping"]
