@@ -1,4 +1,4 @@
-"""The main job: compare SGD, DomSGD and BulkSGD from the moment the gradient is dominant.
+"""The main job: compare optimizers from the moment the gradient of SGD is dominant.
 
 ``python -m benchmarks.compare`` runs the critical experiment of `song_2024` (sections 3.2 and
 3.3) and writes ``results/<run>/``: ``comparison.png``, ``history.csv`` and ``summary.json``. As a
@@ -18,13 +18,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import subspace_optim as so
 from benchmarks import report
 from benchmarks.data import DATASETS, DataUnavailableError, load
 from benchmarks.experiment import OPTIMIZERS, WARMUP, Settings, compare
 from benchmarks.losses import LOSSES
 from benchmarks.models import DEFAULT_MODEL, MODELS, build, default_lr
+from benchmarks.optimizers import DEFAULT, Recipe, recipes
 
-__all__ = ["OPTIMIZERS", "Settings", "compare", "main"]
+__all__ = ["OPTIMIZERS", "Settings", "compare", "main", "recipes"]
 
 _NO_RUN_OPTIONS = ("resume", "results", "run", "data_root", "device")
 """Options that a resumed run may change: they do not change what it computes, but for rounding."""
@@ -42,8 +44,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-root", help="folder of data sets (default: $SUBSPACE_OPTIM_DATA, else the hub)")
     add("--model", choices=MODELS, help="default: what the paper trains on the data")
     add("--loss", choices=tuple(LOSSES), default="mse", help="mse: half the sum over classes")
-    add("--optimizers", nargs="+", choices=tuple(OPTIMIZERS), default=list(OPTIMIZERS))
-    add("--lr", type=float, help="default: the paper's")
+    add(
+        "--optimizers",
+        nargs="+",
+        metavar="NAME",
+        default=list(DEFAULT),
+        help="sgd, domsgd, ..., newton, quasinewton; one of torch.optim, such as adamw; "
+        "module:Class; a+b: a pair, of which a takes the parameters with exactly two dimensions "
+        "and b the rest; dom:NAME and bulk:NAME: projected",
+    )
+    add(
+        "--set",
+        action="append",
+        metavar="NAME.option=value",
+        default=[],
+        help="an option of an optimizer, such as adamw.lr=1e-3; can be repeated",
+    )
+    add(
+        "--lr",
+        type=float,
+        help="of SGD, and of all that have no default of their own (default: the paper's)",
+    )
     add("--batch-size", type=int, default=defaults.batch_size)
     add("--k", type=int, help="dimension of the subspace (default: the classes)")
     add("--steps", type=int, default=defaults.steps, help="steps after the switch")
@@ -52,7 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup-measure", type=int, default=defaults.warmup_measure, help="measure every N steps")
     add("--warmup-refresh", type=int, default=defaults.warmup_refresh, help="renew every N steps")
     add("--measure", type=int, default=defaults.measure, help="the same, after the switch")
-    add("--refresh", type=int, default=defaults.refresh, help="the same, after the switch")
+    add(
+        "--refresh",
+        type=_refresh,
+        default=defaults.refresh,
+        help="the same after the switch: N, or auto: when it has aged",
+    )
     add("--spectrum", type=int, default=defaults.spectrum, help="top 2k eigenvalues every N steps")
     add("--tol", type=float, default=defaults.tol, help="relative residual of the eigenpairs")
     add("--seed", type=int, default=defaults.seed)
@@ -62,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--run", help="name of the run's folder (default: from the options)")
     add("--resume", action="store_true", help="go on with the unfinished run of these options")
     return parser
+
+
+def _refresh(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _settings(options: argparse.Namespace, num_classes: int) -> Settings:
@@ -111,6 +141,7 @@ class _Recorder:
     def __call__(self, experiment: Any, measured: bool) -> None:
         """Takes note of one step."""
         result, phase = experiment.result, experiment.phase
+        self.folder.mkdir(parents=True, exist_ok=True)
         if phase not in self.bars:
             name = "SGD to the switch" if phase == WARMUP else phase
             total = experiment.planned_steps
@@ -156,6 +187,7 @@ def _resume(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _run(options: argparse.Namespace, console: Console) -> int:
     """Runs the comparison; returns the exit status."""
+    chosen: dict[str, Recipe] = recipes(options.optimizers, options.set)
     device = _device(options.device)
     data = load(options.data, root=options.data_root)
     name = options.model or DEFAULT_MODEL[options.data]
@@ -164,14 +196,13 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     arguments = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(options).items()
-    } | {"model": name, "lr": settings.lr, "k": settings.k}
+    } | {"model": name, "lr": settings.lr, "k": settings.k, "optimizers": list(chosen)}
     folder = _folder(options, name)
     state = _resume(folder, arguments) if options.resume else None
-    folder.mkdir(parents=True, exist_ok=True)
     console.print(f"{data.description}\n{name}, {options.loss}, lr {settings.lr:g}, on {device}")
 
     columns = (
-        TextColumn("{task.description:<18}"),
+        TextColumn("{task.description:<24}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -183,12 +214,13 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             model,
             LOSSES[options.loss],
             (data.x_train, data.y_train),
-            options.optimizers,
+            chosen,
             settings=settings,
             test_data=test,
             resume_from=state,
             on_progress=_Recorder(folder, arguments, progress),
         )
+    folder.mkdir(parents=True, exist_ok=True)
     report.write_history(result, folder / "history.csv")
     report.write_summary(result, folder / "summary.json", arguments)
     title = f"{options.data}, {name}, {options.loss}, lr {settings.lr:g}, seed {settings.seed}"
@@ -223,10 +255,10 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     # Where there is no terminal (a file, a log), lines are as long as the table needs.
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     try:
         return _run(options, console)
-    except (DataUnavailableError, ValueError) as error:
+    except (DataUnavailableError, ValueError, so.NonFiniteError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -8,10 +8,11 @@ taken up again, to the same end.
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.losses import accuracy
+from benchmarks.optimizers import BUILT_IN, PAPERS, Recipe, recipes, takes_closure
 from subspace_optim._validation import check_integer, check_number
 from subspace_optim.ageing import AgeingBasis
 from subspace_optim.curvature.isolation import in_mode, seeded
@@ -26,12 +28,12 @@ from subspace_optim.linalg import EigenBasis, top_eigenpairs
 from subspace_optim.subspace import DominantSubspace
 
 WARMUP = "warmup"
-OptimizerFactory = Callable[[Iterable[Tensor], float, DominantSubspace], Optimizer]
-OPTIMIZERS: dict[str, OptimizerFactory] = {
-    "SGD": lambda params, lr, _: torch.optim.SGD(params, lr=lr),
-    "DomSGD": lambda params, lr, subspace: so.DomSGD(params, lr=lr, subspace=subspace),
-    "BulkSGD": lambda params, lr, subspace: so.BulkSGD(params, lr=lr, subspace=subspace),
-}
+OptimizerFactory = Callable[
+    [Iterable[Tensor], float, DominantSubspace], Optimizer | Sequence[Optimizer]
+]
+OPTIMIZERS: dict[str, Recipe] = dict(BUILT_IN)
+_OF_RANDOM = 10
+"""Steps that random directions serve for where the basis has to tell its own age."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Settings:
 
     Attributes:
         k: dimension of the subspace.
-        lr: the constant learning rate of every optimizer.
+        lr: the constant learning rate of SGD before the switch, and of all optimizers after it
+            that have no default of their own.
         batch_size: examples a minibatch.
         steps: steps of each branch.
         switch_at: the step to branch at; ``None``: where the average of χ_k reaches
@@ -51,7 +54,8 @@ class Settings:
         warmup_measure: measure every so many steps before the switch.
         warmup_refresh: renew the basis after so many steps before the switch.
         measure: measure every so many steps of a branch.
-        refresh: renew the basis after so many steps of a branch.
+        refresh: renew the basis after so many steps of a branch; ``"auto"`` keeps it for as long
+            as it serves (random directions for 10 steps).
         spectrum: compute the top 2k eigenvalues of SGD every so many steps (0: never).
         tol: relative residual of the eigenpairs.
         seed: of minibatches and random subspaces.
@@ -68,8 +72,8 @@ class Settings:
     average: float = 0.9
     warmup_measure: int = 50
     warmup_refresh: int = 1
-    measure: int = 10
-    refresh: int = 10
+    measure: int = 20
+    refresh: int | Literal["auto"] = 20
     spectrum: int = 200
     tol: float = 1e-3
     seed: int = 0
@@ -84,8 +88,10 @@ class Settings:
             raise so.ArgumentError("control", self.control, "'random' or None")
         for name in ("k", "batch_size", "steps", "warmup_measure", "warmup_refresh", "measure"):
             check_integer(name, getattr(self, name), minimum=1)
-        for name in ("refresh", "last_switch", "spectrum", "seed"):
-            check_integer(name, getattr(self, name), minimum=int(name == "refresh"))
+        for name in ("last_switch", "spectrum", "seed"):
+            check_integer(name, getattr(self, name), minimum=0)
+        if self.refresh != "auto":
+            check_integer("refresh", self.refresh, minimum=1, remedy="Or 'auto'.")
         if self.switch_at is not None:
             check_integer("switch_at", self.switch_at, minimum=0)
 
@@ -95,7 +101,8 @@ class Branch:
     """What one optimizer did after the switch.
 
     Losses (in the model's mode) and accuracies (in eval mode) are over all the data; targets that
-    are no classes have no accuracy. The distance is from the switch.
+    are no classes have no accuracy. The distance is from the switch. ``options`` are those of each
+    of its optimizers, as its first group has them; ``stopped`` says why it did not take all steps.
     """
 
     steps: int = 0
@@ -105,6 +112,8 @@ class Branch:
     train_loss: float = float("nan")
     train_accuracy: float | None = None
     test_accuracy: float | None = None
+    options: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str = ""
 
 
 @dataclass
@@ -174,6 +183,13 @@ def _accuracy(output: Tensor, target: Tensor) -> float | None:
     return accuracy(output, target) if classes else None
 
 
+def _options(optimizer: Optimizer) -> dict[str, Any]:
+    """The options of the first group that a summary can hold."""
+    plain = (bool, int, float, str, tuple, type(None))
+    group = optimizer.param_groups[0]
+    return {name: value for name, value in group.items() if isinstance(value, plain)}
+
+
 class _Experiment:
     """The state between two steps; ``state_dict`` is all that a resumed run needs."""
 
@@ -182,7 +198,7 @@ class _Experiment:
         model: nn.Module,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         data: tuple[Tensor, Tensor],
-        optimizers: Mapping[str, OptimizerFactory],
+        optimizers: Mapping[str, OptimizerFactory | Recipe],
         settings: Settings,
         test_data: tuple[Tensor, Tensor] | None,
     ) -> None:
@@ -194,48 +210,112 @@ class _Experiment:
         self.operator = so.HessianOperator(model, loss_fn, (self.x, self.y))
         self.result = Comparison(settings)
         self.switch_model: dict[str, Tensor] = {}
+        self.classes = self._number_of_classes()
         self.begin(WARMUP)
+        for recipe in optimizers.values():  # what cannot be made is told before anything runs
+            if isinstance(recipe, Recipe):
+                self._made(recipe)
 
     def begin(self, phase: str) -> None:
         """Sets up a phase at the present parameters."""
         settings = self.settings
         warm = phase == WARMUP
-        kind = RandomSubspace if settings.control == "random" else DominantSubspace
+        control = settings.control == "random"
+        kind = RandomSubspace if control else DominantSubspace
+        refresh = _OF_RANDOM if control and settings.refresh == "auto" else settings.refresh
         self.phase = phase
         self.step = 0 if warm else self.result.switch_step or 0
         self.subspace = kind(
             self.operator,
             settings.k,
-            refresh=settings.warmup_refresh if warm else settings.refresh,
+            refresh=settings.warmup_refresh if warm else refresh,
             tol=settings.tol,
             seed=settings.seed,
         )
-        make = OPTIMIZERS["SGD"] if warm else self.optimizers[phase]
-        self.optimizer = make(self.model.parameters(), settings.lr, self.subspace)
+        self.trained = self._made(BUILT_IN["SGD"] if warm else self.optimizers[phase])
+        self.options = [_options(each) for each in self.trained]  # loading a state adds to them
+        inner = [getattr(each, "subspace", None) for each in self.trained]
+        self.observers = [each for each in inner if isinstance(each, so.ClassGradientSubspace)]
         every = settings.warmup_measure if warm else settings.measure
-        self.monitor = so.Monitor(self.optimizer, self.subspace, every=every)
+        self.monitor = so.Monitor(self.trained, self.subspace, every=every)
         self.average: float | None = None
         self.seconds = 0.0
+        self.stopped = ""
+
+    def _made(self, make: OptimizerFactory | Recipe) -> list[Optimizer]:
+        """Returns new optimizers at the present parameters; they step one after the other."""
+        params, lr = self.model.parameters(), self.settings.lr
+        if isinstance(make, Recipe):
+            return make.build(params, lr, self.subspace, self.classes)
+        made = make(params, lr, self.subspace)
+        return [made] if isinstance(made, Optimizer) else list(made)
+
+    def _number_of_classes(self) -> int | None:
+        """C of outputs ``(N, C)`` and targets that are classes; ``None`` of others."""
+        if self.y.dim() != 1 or self.y.is_floating_point():
+            return None
+        with torch.no_grad(), in_mode(self.model, "eval"):
+            output = self.model(self.x[: self.settings.batch_size])
+        return output.shape[1] if output.dim() == 2 else None
 
     def advance(self) -> bool:
-        """Takes one training step; returns whether it was measured."""
+        """Takes one training step; returns whether it was measured.
+
+        Raises:
+            NonFiniteError: SGD diverged before the switch. Later, it ends the branch.
+        """
         start = time.perf_counter()
         batch = minibatch(len(self.x), self.settings.batch_size, self.step, self.settings.seed).to(
             self.x.device
         )
         next_eigenvalues = self._next_eigenvalues()
         recorded = len(self.monitor.history["step"])
-        # Dropout draws the same in every branch, and in a run that was taken up again.
-        with seeded(self.x.device, self.settings.seed + self.step):
-            self.optimizer.zero_grad()
-            self.loss_fn(self.model(self.x[batch]), self.y[batch]).backward()
-            self.optimizer.step()
+        try:
+            self._train(batch)
+        except so.NonFiniteError as error:
+            if self.phase == WARMUP:
+                raise
+            self.stopped = f"step {self.step}: {error}"
         measured = len(self.monitor.history["step"]) > recorded
         if measured:
             self._add_row(next_eigenvalues)
         self.step += 1
         self.seconds += time.perf_counter() - start
         return measured
+
+    def _train(self, batch: Tensor) -> None:
+        """Lets the optimizers take a step on a minibatch.
+
+        Raises:
+            NonFiniteError: its loss is not finite.
+        """
+        x, y, seed = self.x[batch], self.y[batch], self.settings.seed + self.step
+        losses = []
+
+        def closure() -> Tensor:
+            # Dropout draws the same in every branch, in each evaluation of a step, and in a run
+            # that was taken up again.
+            with torch.enable_grad(), seeded(self.x.device, seed):
+                for each in self.trained:
+                    each.zero_grad()
+                loss = self.loss_fn(self.model(x), y)
+                loss.backward()
+            losses.append(loss.detach())
+            return losses[-1]
+
+        with seeded(self.x.device, seed):
+            for observer in self.observers:
+                observer.observe(x, y)
+            if len(self.trained) == 1 and takes_closure(self.trained[0]):
+                self.trained[0].step(cast(Any, closure))  # torch's annotation: a float
+            else:
+                closure()
+                for each in self.trained:
+                    each.step()
+        if not all(math.isfinite(float(loss)) for loss in losses):
+            raise so.NonFiniteError(
+                "The loss of the minibatch is not finite. Lower the learning rate."
+            )
 
     def _next_eigenvalues(self) -> list[float]:
         """Eigenvalues k + 1 to 2k along SGD, in the steps that ask for them."""
@@ -309,7 +389,10 @@ class _Experiment:
     @torch.no_grad()
     def keep_branch(self) -> None:
         """Evaluates the branch as it stands."""
-        loss = self.operator.loss()
+        try:
+            loss = self.operator.loss()
+        except so.NonFiniteError:  # the optimizer diverged
+            loss = math.inf
         with in_mode(self.model, "eval"):
             output = self.model(self.x)
             tested = None if self.test is None else self.model(self.test[0])
@@ -327,6 +410,8 @@ class _Experiment:
             test_accuracy=(
                 None if self.test is None or tested is None else _accuracy(tested, self.test[1])
             ),
+            options=self.options,
+            stopped=self.stopped,
         )
 
     @property
@@ -342,7 +427,9 @@ class _Experiment:
         """The next step belongs to another phase."""
         if self.phase == WARMUP:
             return bool(self.switch_reason())
-        return self.step - (self.result.switch_step or 0) >= self.settings.steps
+        return (
+            bool(self.stopped) or self.step - (self.result.switch_step or 0) >= self.settings.steps
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that the next steps depend on, of built-in types and tensors."""
@@ -352,7 +439,9 @@ class _Experiment:
             "phase": self.phase,
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [each.state_dict() for each in self.trained],
+            "observers": [each.state_dict() for each in self.observers],
+            "stopped": self.stopped,
             "subspace": self.subspace.state_dict(),
             "monitor": self.monitor.state_dict(),
             "average": self.average,
@@ -375,8 +464,11 @@ class _Experiment:
         self.model.load_state_dict(state["model"])
         self.begin(state["phase"])
         self.step, self.average = state["step"], state["average"]
-        self.seconds = state["seconds"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.seconds, self.stopped = state["seconds"], state["stopped"]
+        for each, inner in zip(self.trained, state["optimizers"], strict=True):
+            each.load_state_dict(inner)
+        for observer, inner in zip(self.observers, state["observers"], strict=True):
+            observer.load_state_dict(inner)
         self.subspace.load_state_dict(state["subspace"])
         self.monitor.load_state_dict(state["monitor"])
 
@@ -385,7 +477,7 @@ def compare(
     model: nn.Module,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     data: tuple[Tensor, Tensor],
-    optimizers: Iterable[str] | Mapping[str, OptimizerFactory] = tuple(OPTIMIZERS),
+    optimizers: Iterable[str] | Mapping[str, OptimizerFactory | Recipe] = PAPERS,
     *,
     settings: Settings | None = None,
     test_data: tuple[Tensor, Tensor] | None = None,
@@ -402,8 +494,11 @@ def compare(
             are cleared.
         loss_fn: ``loss_fn(output, target)``, a mean over examples.
         data: ``(x, y)``, all training examples as two tensors.
-        optimizers: names of ``OPTIMIZERS``, or a mapping from a name to
-            ``make(params, lr, subspace)``. Those beside SGD are compared with it.
+        optimizers: names, spelled as for ``--optimizers``, or a mapping from a name to a recipe
+            (of ``benchmarks.optimizers.recipes``, or a value of ``OPTIMIZERS``) or to
+            ``make(params, lr, subspace)``, which returns one optimizer, or several that step one
+            after the other. Those beside SGD are compared with it. A ``ClassGradientSubspace``
+            of an optimizer observes each minibatch before the step.
         settings: what to do; or give its fields as ``options``, of which ``k`` is needed.
         test_data: for the test accuracy.
         resume_from: what ``on_progress`` took from ``state_dict()`` in an earlier run.
@@ -413,19 +508,10 @@ def compare(
     Returns:
         The comparison.
 
-    Raises:
-        ValueError: an unknown optimizer.
+    ``ValueError`` for an optimizer that is unknown, or cannot be made, before anything runs.
     """
     settings = Settings(**options) if settings is None else replace(settings, **options)
-    if isinstance(optimizers, Mapping):
-        chosen = dict(optimizers)
-    else:
-        names = list(optimizers)
-        unknown = [name for name in names if name not in OPTIMIZERS]
-        if unknown or not names:
-            message = f"optimizers are {names}, but must be some of {list(OPTIMIZERS)}."
-            raise ValueError(message)
-        chosen = {name: OPTIMIZERS[name] for name in names}
+    chosen = dict(optimizers) if isinstance(optimizers, Mapping) else recipes(list(optimizers))
     experiment = _Experiment(model, loss_fn, data, chosen, settings, test_data)
     before = copy.deepcopy(model.state_dict())
     if resume_from is not None:

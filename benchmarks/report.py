@@ -20,20 +20,41 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.experiment import WARMUP, Comparison
+from benchmarks.experiment import WARMUP, Branch, Comparison
+from benchmarks.optimizers import PAPERS, kinship
 from subspace_optim.diagnostics.plots import BULK, DOMINANT
 
-STYLES: tuple[tuple[str, str], ...] = (
-    ("black", "-"),
-    (DOMINANT, "--"),
-    (BULK, "-."),
-    ("#009E73", ":"),
-    ("#CC79A7", "-"),
-    ("#56B4E9", "--"),
-    ("#E69F00", "-."),
-    ("#999999", ":"),
-)
-"""Colours of Okabe and Ito's palette; the dashes tell the branches apart in black and white."""
+COLOURS = {"plain": "black", "dominant": DOMINANT, "bulk": BULK, "newton": "#009E73"}
+"""A family's colour, of Okabe and Ito's palette, which colour-blind readers tell apart."""
+
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+MARKERS = ("", "o", "s", "^", "D", "v")
+"""An optimizer's line, the same for all its versions: dashes first, and then markers too."""
+
+
+def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns how to draw each of the optimizers: colour by family, line by what is projected.
+
+    Optimizers of one family that are projected versions of nothing else are told apart by their
+    lines too.
+    """
+    kin = {name: kinship(name) for name in names}
+    # Newton's methods are versions of nothing: they count their lines by themselves.
+    ranks: dict[bool, list[str]] = {True: [], False: []}
+    for family, base in kin.values():
+        if base not in ranks[family == "newton"]:
+            ranks[family == "newton"].append(base)
+    drawn = {}
+    for name, (family, base) in kin.items():
+        rank = ranks[family == "newton"].index(base)
+        drawn[name] = {
+            "color": COLOURS[family],
+            "linestyle": DASHES[rank % len(DASHES)],
+            "marker": MARKERS[rank // len(DASHES) % len(MARKERS)],
+            # What projections fall together with is still seen beneath them.
+            "linewidth": 2.4 if family == "plain" else 1.3,
+        }
+    return drawn
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float]:
@@ -47,7 +68,8 @@ def figures(result: Comparison) -> dict[str, dict[str, Any]]:
     """Returns the figures of each branch; the means are over its measured steps.
 
     ``step_norm`` is of the minibatch steps that were taken, ``expected_step_norm`` of the step
-    that the full gradient at the same points would take in the branch's subspace.
+    that the full gradient at the same points would take in the branch's subspace, for SGD and its
+    projections without momentum and weight decay.
     """
     reference = result.branches.get("SGD")
     table = {}
@@ -58,7 +80,7 @@ def figures(result: Comparison) -> dict[str, dict[str, Any]]:
         bulk_mean, bulk_std = _moments([row["bulk_lr"] for row in rows])
         chi, _ = _moments([row["chi_gradient"] for row in rows])
         step_norm, _ = _moments([row["update_norm"] for row in rows])
-        lr = result.settings.lr
+        lr = _rate_of_gradient(name, branch)
         expected, _ = _moments(
             [lr * row["gradient_norm"] * _share(name, row["chi_gradient"]) for row in rows]
         )
@@ -80,6 +102,15 @@ def figures(result: Comparison) -> dict[str, dict[str, Any]]:
     return table
 
 
+def _rate_of_gradient(name: str, branch: Branch) -> float:
+    """The rate at which a branch follows its gradient alone; NaN where it does not."""
+    if name not in PAPERS or len(branch.options) != 1:
+        return math.nan
+    options = branch.options[0]
+    changed = any(options.get(option) for option in ("momentum", "weight_decay", "maximize"))
+    return math.nan if changed else float(options["lr"])
+
+
 def _share(name: str, chi: float) -> float:
     """The fraction of a vector's norm that the branch's projection leaves of it."""
     if name == "DomSGD":
@@ -90,10 +121,16 @@ def _share(name: str, chi: float) -> float:
 def claims(result: Comparison) -> list[dict[str, Any]]:
     """Returns the paper's claims as inequalities, with the figures that decide them.
 
-    Only for a comparison that is finished and holds SGD, DomSGD and BulkSGD.
+    Only for a comparison that is finished and holds SGD, DomSGD and BulkSGD, without momentum and
+    weight decay.
     """
     table = figures(result)
-    if not result.finished or not {"SGD", "DomSGD", "BulkSGD"} <= set(table):
+    plain = all(
+        not math.isnan(_rate_of_gradient(*item))
+        for item in result.branches.items()
+        if item[0] in PAPERS
+    )
+    if not result.finished or not set(PAPERS) <= set(table) or not plain:
         return []
     sgd, dom, bulk = table["SGD"], table["DomSGD"], table["BulkSGD"]
     k = result.settings.k
@@ -130,6 +167,10 @@ def _percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
+def _rounded(rate: float) -> str:
+    return f"{round(rate, 4) + 0.0:.4f}"  # adding zero turns a rounded -0.0000 into 0.0000
+
+
 def print_report(result: Comparison, console: Console) -> None:
     """Prints the table and the claims."""
     if result.switch_step is None:
@@ -151,8 +192,8 @@ def print_report(result: Comparison, console: Console) -> None:
             _percent(row["train_accuracy"]),
             _percent(row["test_accuracy"]),
             _percent(row["fraction_of_sgd"]),
-            f"{row['dom_lr_mean']:.2g} ± {row['dom_lr_std']:.1g}",
-            f"{row['bulk_lr_mean']:.2g} ± {row['bulk_lr_std']:.1g}",
+            f"{_rounded(row['dom_lr_mean'])} ± {_rounded(row['dom_lr_std'])}",
+            f"{_rounded(row['bulk_lr_mean'])} ± {_rounded(row['bulk_lr_std'])}",
             f"{row['distance']:.3f}",
             f"{row['seconds_per_step']:.3f}",
             str(row["products"]),
@@ -164,6 +205,9 @@ def print_report(result: Comparison, console: Console) -> None:
         "Seconds per step and Hessian products include the measurements.",
         style="dim",
     )
+    for name, branch in result.branches.items():
+        if branch.stopped:
+            console.print(f"  {name} was stopped: {branch.stopped}", highlight=False)
     for claim in claims(result):
         mark = "yes" if claim["holds"] else "NO "
         console.print(
@@ -262,60 +306,135 @@ def _label(axes: Axes, title: str, ylabel: str) -> None:
     axes.grid(alpha=0.25)
 
 
+def _folded(name: str) -> str:
+    """A long name on two lines, broken before a capital letter."""
+    breaks = [i for i in range(1, len(name)) if name[i].isupper() and name[i - 1].islower()]
+    if len(name) <= 16 or not breaks:
+        return name
+    middle = min(breaks, key=lambda i: abs(i - len(name) / 2))
+    return f"{name[:middle]}\n{name[middle:]}"
+
+
+def _labels_at_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
+    """Writes the names at the right edge, in the order of the curves' ends and apart.
+
+    Args:
+        axes: whose limits are final.
+        ends: the last point of each curve, and its colour.
+    """
+    inverse = axes.transAxes.inverted()
+    heights = {
+        name: float(inverse.transform(axes.transData.transform((x, y)))[1])
+        for name, (x, y, _) in ends.items()
+    }
+    order = sorted(ends, key=heights.__getitem__)
+    apart = 0.048
+    placed: list[float] = []
+    for name in order:  # upwards, each above the one before ...
+        placed.append(
+            max(min(max(heights[name], 0.0), 1.0), *(p + apart for p in placed[-1:]), 0.0)
+        )
+    over = max(0.0, placed[-1] - 1.0) if placed else 0.0
+    for i in range(len(placed) - 1, -1, -1):  # ... and down again from the upper edge
+        highest = 1.0 if i == len(placed) - 1 else placed[i + 1] - apart
+        placed[i] = min(placed[i], highest) if over else placed[i]
+    for name, height in zip(order, placed, strict=True):
+        x, _, color = ends[name]
+        edge = float(inverse.transform(axes.transData.transform((x, 1.0)))[0])
+        axes.annotate(
+            _folded(name),
+            (edge, heights[name]),
+            (1.03, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            fontsize=8,
+            color=color,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6},
+        )
+
+
+def _rates(axes: Axes, result: Comparison, column: str, drawn: dict[str, dict[str, Any]]) -> None:
+    """Draws mean and standard deviation of a rate, a line for each optimizer."""
+    for height, (name, style) in enumerate(drawn.items()):
+        mean, deviation = _moments([row[column] for row in result.of(name)])
+        if math.isnan(mean):
+            continue
+        axes.errorbar(mean, height, xerr=deviation, color=style["color"], marker="o", markersize=4)
+        axes.annotate(
+            _rounded(mean),
+            (1.02, height),
+            xycoords=("axes fraction", "data"),
+            fontsize=8,
+            color=style["color"],
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set_yticks(range(len(drawn)), map(_folded, drawn), fontsize=8)
+    axes.set_ylim(len(drawn) - 0.4, -0.6)
+    axes.grid(alpha=0.25, axis="x")
+    axes.tick_params(axis="x", labelsize=8)
+
+
 def picture(result: Comparison, title: str) -> Figure:
-    """Draws loss, alignment, eigenvalues, effective rates and distance."""
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    """Draws loss, alignment, eigenvalues, effective rates and distance.
+
+    The colour is the optimizer's family, the line what it is a version of; one key for all panels.
+    """
+    figure = Figure(figsize=(14, 9), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    (loss, chi, spectrum), (dom, bulk, distance) = figure.subplots(2, 3)
+    grid = figure.add_gridspec(6, 3, width_ratios=(1.25, 1, 1))
+    whole, after = figure.add_subplot(grid[:2, 0]), figure.add_subplot(grid[2:, 0])
+    chi, spectrum = figure.add_subplot(grid[:2, 1]), figure.add_subplot(grid[:2, 2])
+    dom, bulk = figure.add_subplot(grid[2:4, 1]), figure.add_subplot(grid[2:4, 2])
+    distance, key = figure.add_subplot(grid[4:, 1]), figure.add_subplot(grid[4:, 2])
     warm, k = result.of(WARMUP), result.settings.k
     present = [name for name in result.branches if result.of(name)]
-    styles = {name: STYLES[i % len(STYLES)] for i, name in enumerate(present)}
-    tight = {"linewidth": 1.4, "markersize": 2.5}
+    drawn = styles(present)
+    tight = {"linewidth": 1.4, "markersize": 3, "markevery": 0.2}
 
     def curve(axes: Axes, rows: list[dict[str, Any]], column: str, **style: Any) -> None:
         axes.plot([r["step"] for r in rows], [r[column] for r in rows], **(tight | style))
 
-    curve(loss, warm, "loss", color="0.55", label="SGD, before the switch")
-    curve(chi, warm, "chi_gradient", color="0.75", linestyle="", marker="o", label="measured")
-    curve(chi, warm, "chi_average", color="0.3", label="moving average, before")
+    curve(whole, warm, "loss", color="0.55", label="SGD, before the switch")
+    dots: dict[str, Any] = {"color": "0.75", "linestyle": "", "marker": "o", "markevery": 1}
+    curve(chi, warm, "chi_gradient", **dots, label="measured")
+    curve(chi, warm, "chi_average", color="0.3", label="moving average")
+    ends = {}
     for name in present:
-        rows, (color, dash) = result.of(name), styles[name]
-        style = {"color": color, "linestyle": dash, "label": name}
-        curve(loss, rows, "loss", **style)
+        rows, style = result.of(name), drawn[name]
+        last = result.branches[name]
+        path = [(row["step"], row["loss"]) for row in rows]
+        path.append(((result.switch_step or 0) + last.steps, last.train_loss))
+        path = [point for point in path if math.isfinite(point[1])]
+        for axes in (whole, after):
+            axes.plot(*zip(*path, strict=True), **(tight | style))
+        ends[name] = (*path[-1], style["color"])
         curve(chi, rows, "chi_average", **style)
         curve(distance, rows, "distance", **style)
-        for axes, column in ((dom, "dom_lr"), (bulk, "bulk_lr")):
-            mean, _ = _moments([row[column] for row in rows])
-            curve(axes, rows, column, color=color, linestyle=dash, alpha=0.45, linewidth=0.8)
-            # Adding zero turns a rounded -0.0000 into 0.0000.
-            label = f"{name}, mean {round(mean, 4) + 0.0:.4f}"
-            axes.axhline(mean, color=color, linestyle=dash, label=label)
-    loss.set_yscale("log")
-    losses = [row["loss"] for row in result.rows]
-    if losses:  # room for the legend below the curves
-        loss.set_ylim(min(losses) / 1.9, max(losses) * 1.1)
-    loss.legend(fontsize=7, loc="lower left")
+    whole.set_yscale("log")
+    _label(whole, "a  training loss", "loss (log scale)")
+    if warm:
+        whole.legend(fontsize=8, loc="upper right")
+    _label(after, "b  training loss after the switch", "loss")
     if present:
-        close = loss.inset_axes((0.47, 0.52, 0.5, 0.44))
-        for name in present:
-            color, dash = styles[name]
-            curve(close, result.of(name), "loss", color=color, linestyle=dash)
-        close.tick_params(labelsize=7)
-        close.grid(alpha=0.25)
-    _label(loss, "a  training loss", "loss (log scale)")
+        _limit_loss(after, result, present)
+        _labels_at_ends(after, ends)
     chi.axhline(result.settings.switch_chi, color="0.5", linewidth=0.8, linestyle=":")
     chi.set_ylim(0, 1.02)
-    chi.legend(fontsize=8, loc="lower right")
-    _label(chi, "b  alignment of the gradient", rf"$\chi_{{{k}}}(\nabla L)$")
+    if warm:
+        chi.legend(fontsize=8, loc="lower right")
+    _label(chi, "c  alignment of the gradient", rf"$\chi_{{{k}}}(\nabla L)$")
 
-    path = warm + (result.of("SGD") if "SGD" in present else [])
-    top = [row for row in path if row["eigenvalues"]]
+    path_of_sgd = warm + (result.of("SGD") if "SGD" in present else [])
+    top = [row for row in path_of_sgd if row["eigenvalues"]]
     if top:
         steps = [row["step"] for row in top]
         values = [row["eigenvalues"] for row in top]
         spectrum.plot(steps, values, color=DOMINANT, linewidth=0.9)
         spectrum.plot([], [], color=DOMINANT, label=rf"$\lambda_1$ to $\lambda_{{{k}}}$")
-    following = [row for row in path if row["next_eigenvalues"]]
+    following = [row for row in path_of_sgd if row["next_eigenvalues"]]
     if following:
         steps = [row["step"] for row in following]
         values = [row["next_eigenvalues"] for row in following]
@@ -325,17 +444,42 @@ def picture(result: Comparison, title: str) -> Figure:
     if top:
         spectrum.legend(fontsize=8)
     kind = "Ritz values, random subspace" if result.settings.control else "Hessian eigenvalues, SGD"
-    _label(spectrum, f"c  {kind}", r"$\lambda$")
-    for axes, letter, name in ((dom, "d", "Dom-LR"), (bulk, "e", "Bulk-LR")):
-        _label(axes, f"{letter}  {name} after the switch", "effective learning rate")
-        if present:
-            low, high = axes.get_ylim()
-            axes.set_ylim(low, high + 0.12 * (len(present) + 1) * (high - low))
-            axes.legend(fontsize=8, loc="upper left")
-    _label(distance, "f  distance from the switch", r"$\|\theta_t - \theta_{\mathrm{switch}}\|$")
+    _label(spectrum, f"d  {kind}", r"$\lambda$")
+    for axes, letter, column, name in (
+        (dom, "e", "dom_lr", "Dom-LR"),
+        (bulk, "f", "bulk_lr", "Bulk-LR"),
+    ):
+        _rates(axes, result, column, drawn)
+        axes.set_title(f"{letter}  {name} after the switch", fontsize=10, loc="left")
+        axes.set_xlabel("effective learning rate: mean ± standard deviation", fontsize=8)
+        axes.locator_params(axis="x", nbins=5)
+    bulk.tick_params(labelleft=False)  # the rows of the panel beside it
+    _label(distance, "g  distance from the switch", r"$\|\theta_t - \theta_{\mathrm{switch}}\|$")
+    key.axis("off")
+    for name in present:
+        key.plot([], [], **(tight | drawn[name]), label=name)
     if present:
-        distance.legend(fontsize=8)
+        key.legend(
+            title="all panels: colour by family, line by optimizer",
+            title_fontsize=8,
+            fontsize=9,
+            loc="center",
+            handlelength=4,
+            frameon=False,
+        )
     if result.switch_step is not None:
-        for axes in (loss, chi, spectrum):
+        for axes in (whole, chi, spectrum):
             axes.axvline(result.switch_step, color="0.5", linewidth=0.8, linestyle=":")
     return figure
+
+
+def _limit_loss(axes: Axes, result: Comparison, names: Sequence[str]) -> None:
+    """Sets the limits of the loss: what diverges leaves at the top, and squeezes no other curve."""
+    losses = [row["loss"] for name in names for row in result.of(name)]
+    losses += [result.branches[name].train_loss for name in names]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    start = result.switch_loss
+    low = min([*finite, start])
+    high = min(max([*finite, start]), max(1.6 * start, start + 2 * (start - low)))
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)

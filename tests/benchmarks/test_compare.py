@@ -13,6 +13,7 @@ import matplotlib.image
 import pytest
 
 from benchmarks.compare import main
+from benchmarks.optimizers import DEFAULT
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--data", "digits", "--steps", "6", "--switch-at", "4", "--warmup-measure", "2"]
@@ -31,13 +32,13 @@ def test_writes_picture_history_and_summary(tmp_path, capsys):
     summary, rows = files(folder)
     assert summary["finished"]
     assert summary["switch"]["step"] == 4
-    assert set(summary["branches"]) == {"SGD", "DomSGD", "BulkSGD"}
+    assert list(summary["branches"]) == list(summary["arguments"]["optimizers"]) == list(DEFAULT)
     assert summary["arguments"]["lr"] == 0.01
     assert summary["versions"]["torch"]
     assert summary["machine"]["cores"] == os.cpu_count()
     assert [c["claim"] for c in summary["claims"]]
     phases = [row["phase"] for row in rows]
-    assert phases == ["warmup"] * 2 + ["SGD"] * 2 + ["DomSGD"] * 2 + ["BulkSGD"] * 2
+    assert phases == ["warmup"] * 2 + [name for name in DEFAULT for _ in range(2)]
     assert [row["step"] for row in rows[:4]] == ["0", "2", "4", "7"]
     assert rows[0]["eigenvalue_20"]
     assert rows[3]["eigenvalue_10"]
@@ -47,8 +48,56 @@ def test_writes_picture_history_and_summary(tmp_path, capsys):
     assert image[..., :3].std() > 0.05
     assert not (folder / "checkpoint.pt").exists()
     out = capsys.readouterr().out
-    assert "BulkSGD" in out
+    assert all(name in out for name in DEFAULT)
     assert "98.5 %" in out
+
+
+def test_any_optimizer_takes_part_with_its_options(tmp_path, capsys):
+    chosen = ["sgd", "dom:adamw", "bulk:muon+adamw", "torch.optim:NAdam"]
+    options = ["--set", "adamw.lr=1e-4", "--set", "torch.optim:NAdam.betas=(0.8, 0.9)"]
+    options = [*QUICK, "--optimizers", *chosen, *options]
+    assert main([*options, "--results", str(tmp_path)]) == 0
+    folder = tmp_path / "digits-mlp-mse-seed0"
+    summary, _ = files(folder)
+    names = ["SGD", "dom:AdamW", "bulk:Muon+AdamW", "torch.optim:NAdam"]
+    assert list(summary["branches"]) == names
+    taken = {name: branch["options"] for name, branch in summary["branches"].items()}
+    assert taken["SGD"][0]["lr"] == 0.01
+    assert taken["dom:AdamW"][0]["lr"] == taken["bulk:Muon+AdamW"][1]["lr"] == 1e-4
+    assert taken["bulk:Muon+AdamW"][0]["lr"] == 0.005
+    assert taken["torch.optim:NAdam"][0]["betas"] == [0.8, 0.9]
+    assert summary["claims"] == []
+    assert "bulk:Muon+AdamW" in capsys.readouterr().out
+
+
+def test_what_diverges_is_in_all_files(tmp_path, capsys):
+    options = ["--optimizers", "sgd", "adamw", "--set", "adamw.lr=1e30"]
+    assert main([*QUICK, *options, "--results", str(tmp_path)]) == 0
+    folder = tmp_path / "digits-mlp-mse-seed0"
+    summary, rows = files(folder)
+    assert summary["finished"]
+    assert "not finite" in summary["branches"]["AdamW"]["stopped"]
+    assert summary["branches"]["AdamW"]["train_loss"] is None
+    assert summary["branches"]["SGD"]["steps"] == 6
+    assert [row["phase"] for row in rows].count("SGD") == 2
+    assert (folder / "comparison.png").stat().st_size > 1000
+    assert "AdamW was stopped: step" in capsys.readouterr().out
+
+
+def test_the_random_control_takes_all_of_them(tmp_path):
+    quick = [*QUICK[:-4], "--refresh", "auto", "--spectrum", "0", "--control", "random"]
+    assert main([*quick, "--results", str(tmp_path)]) == 0
+    summary, _ = files(tmp_path / "digits-mlp-mse-random-seed0")
+    assert set(summary["branches"]) == set(DEFAULT)
+
+
+def test_claims_are_about_the_papers_optimizers(tmp_path):
+    options = [*QUICK, "--optimizers", "sgd", "domsgd", "bulksgd", "--set", "sgd.momentum=0.9"]
+    assert main([*options, "--results", str(tmp_path)]) == 0
+    summary, _ = files(tmp_path / "digits-mlp-mse-seed0")
+    assert summary["claims"] == []
+    assert summary["branches"]["SGD"]["expected_step_norm"] is None
+    assert summary["branches"]["BulkSGD"]["expected_step_norm"] > 0
 
 
 def test_a_second_run_takes_a_folder_of_its_own(tmp_path):
@@ -66,13 +115,21 @@ def figures(summary):
     }
 
 
+LONG = [*QUICK, "--steps", "30", "--optimizers", "SGD", "DomSGD", "quasinewton"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert main([*LONG, "--results", str(folder)]) == 0
+    return files(folder / "digits-mlp-mse-seed0")
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_measured_is_lost_to_a_signal(tmp_path, how):
+def test_nothing_measured_is_lost_to_a_signal(tmp_path, uninterrupted, how):
     """Stopped from outside in the middle, by any signal, a run goes on to the same end."""
-    options = [*QUICK, "--steps", "30", "--results", str(tmp_path)]
-    whole = tmp_path / "whole"
-    assert main([*QUICK, "--steps", "30", "--results", str(whole)]) == 0
-    expected, expected_rows = files(whole / "digits-mlp-mse-seed0")
+    options = [*LONG, "--results", str(tmp_path)]
+    expected, expected_rows = uninterrupted
 
     command = [sys.executable, "-m", "benchmarks.compare", *options]
     folder = tmp_path / "digits-mlp-mse-seed0"
@@ -109,6 +166,11 @@ def test_nothing_measured_is_lost_to_a_signal(tmp_path, how):
         (["--k", "100000000"], "k is 100000000, but must be an integer from 1 to"),
         (["--lr", "-1"], "lr is -1.0, but must be a finite number above 0"),
         (["--measure", "0"], "measure is 0"),
+        (["--refresh", "0"], "refresh is 0, but must be an integer of at least 1. Or 'auto'"),
+        (["--optimizers", "foo"], "unknown optimizer 'foo'"),
+        (["--optimizers", "sgd", "--set", "adamw.lr=1"], "'adamw' is not among"),
+        (["--optimizers", "muon"], "Muon cannot be made with its defaults"),
+        (["--lr", "1e30", "--switch-at", "30"], "not finite"),
     ],
 )
 def test_bad_options_end_in_one_sentence(tmp_path, capsys, options, message):
@@ -116,6 +178,7 @@ def test_bad_options_end_in_one_sentence(tmp_path, capsys, options, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert "--lr" in options or not any(tmp_path.iterdir())  # nothing has run
 
 
 def test_resuming_with_other_options_is_refused(tmp_path, capsys):

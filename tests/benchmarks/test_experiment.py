@@ -189,5 +189,5 @@ def test_own_optimizers_take_part():
 
 def test_unknown_optimizer_is_refused():
     model, loss_fn, data = small_problem()
-    with pytest.raises(ValueError, match=r"'Foo'.*must be some of"):
+    with pytest.raises(ValueError, match=r"'Foo'.*allowed are"):
         compare(model, loss_fn, data, ["SGD", "Foo"], settings=SMALL)
