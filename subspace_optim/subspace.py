@@ -376,7 +376,11 @@ class FixedSubspace:
             raise ArgumentError("the shape of vectors", shape, allowed)
         if eigenvalues is None:
             eigenvalues = torch.ones(len(vectors))
-        eigenvalues = torch.as_tensor(eigenvalues).detach().to(space.device, space.dtype)
+        if not isinstance(eigenvalues, Tensor) or eigenvalues.is_complex():
+            raise ArgumentError(
+                "eigenvalues", type(eigenvalues).__name__, "a tensor of real numbers"
+            )
+        eigenvalues = eigenvalues.detach().to(space.device, space.dtype)
         if tuple(eigenvalues.shape) != shape[:1]:
             found, allowed = tuple(eigenvalues.shape), f"{shape[:1]}, one value a vector"
             raise ArgumentError("the shape of eigenvalues", found, allowed)

@@ -21,7 +21,7 @@ from subspace_optim._validation import (
     check_integer,
     check_number,
 )
-from subspace_optim.curvature.differentiation import Slopes
+from subspace_optim.curvature.differentiation import Slopes, refuse_reentrant_checkpoints
 from subspace_optim.curvature.isolation import full_precision, random_state_kept
 from subspace_optim.curvature.objective import Holder, unwrapped
 from subspace_optim.curvature.parameters import ParameterSpace, digest
@@ -292,6 +292,8 @@ class ClassGradientSubspace:
 
         def add(x: Any, y: Tensor, present: list[int]) -> None:
             logits = self._logits(x, len(y))
+            if not seen:
+                refuse_reentrant_checkpoints(logits)
             seen.append((logits.detach(), y))
             own = logits.gather(1, y[:, None])[:, 0]
             scores = own.new_zeros(len(spreads)).index_add(0, y, own)

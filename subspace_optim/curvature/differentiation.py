@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.func import grad
+from torch.utils.checkpoint import CheckpointFunction
 
 from subspace_optim._validation import SecondDerivativeError
 
@@ -45,6 +46,7 @@ class Linearisation:
 def first_order(loss_at: LossAt, leaves: Sequence[Tensor]) -> Linearisation:
     """Returns loss and gradient."""
     loss, weight = loss_at(leaves)
+    refuse_reentrant_checkpoints(loss)
     return Linearisation(loss.detach(), weight, _gradient(loss, leaves))
 
 
@@ -129,6 +131,8 @@ def refuse_functions_of_one_pass(loss: Tensor) -> None:
     """
     for node in _nodes(loss):
         function: Any = getattr(node, "_forward_cls", None)
+        if function is CheckpointFunction:
+            raise SecondDerivativeError(_REENTRANT)
         backward = getattr(function, "backward", None)
         while backward is not None:
             if getattr(backward, "__code__", None) is _ONCE:
@@ -137,6 +141,20 @@ def refuse_functions_of_one_pass(loss: Tensor) -> None:
             backward = getattr(backward, "__wrapped__", None)
 
 
+def refuse_reentrant_checkpoints(output: Tensor) -> None:
+    """Looks for checkpointed parts whose backward pass leads to no parameter but by ``.grad``.
+
+    Raises:
+        SecondDerivativeError: there is one: derivatives by its parameters would be missing.
+    """
+    if any(getattr(node, "_forward_cls", None) is CheckpointFunction for node in _nodes(output)):
+        raise SecondDerivativeError(_REENTRANT)
+
+
+_REENTRANT = (
+    "A part of the model is checkpointed with use_reentrant=True, which gives no derivatives but "
+    "in loss.backward(): those by its parameters would be missing. Use use_reentrant=False."
+)
 _ONCE: Any = once_differentiable(lambda ctx: ctx).__code__  # that of the wrapper it returns
 
 

@@ -104,6 +104,7 @@ class Monitor:
         self._start = space.flatten(space.tensors)
         self._steps = 0
         self._clock: int | None = None  # the subspace's, at the last step
+        self._seen = False  # whether that was recorded
         self._before: _Before | None = None
         # Last: a projection that was attached later must have been applied.
         self._joint = JointSteps(optimizers, self._begin, self._end, last=True)
@@ -122,11 +123,14 @@ class Monitor:
     @torch.no_grad()
     def _begin(self) -> None:
         self._before = None
-        if self._clock is not None:  # the lower one, if an earlier state was loaded since
+        recorded = self._steps % self.every == 0
+        # From one row to the next step's the subspace itself sees whether the parameters changed.
+        if self._clock is not None and not (recorded and self._seen):
+            # The lower one, if an earlier state was loaded since.
             self.subspace.advance(min(self._clock, self.subspace.clock) + 1)
-        if self._steps % self.every == 0:
+        if recorded:
             self._before = self._look()
-        self._clock = self.subspace.clock
+        self._clock, self._seen = self.subspace.clock, recorded
 
     def _look(self) -> _Before:
         """Measures what a row needs before the step."""
@@ -173,6 +177,7 @@ class Monitor:
             "start": self._start,
             "steps": self._steps,
             "clock": self._clock,
+            "seen": self._seen,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -193,6 +198,7 @@ class Monitor:
         self._start = start.to(self._start, copy=True)
         self._steps = state_dict["steps"]
         self._clock = state_dict["clock"]
+        self._seen = state_dict.get("seen", False)
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the history row by row, with a column for each eigenvalue."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,6 +61,11 @@ class EigenBasis:
     def device(self) -> torch.device:
         """The device that holds the vectors."""
         return self.vectors.device
+
+    @cached_property
+    def largest(self) -> float:
+        """``max|λ_i|``; 0 without any."""
+        return float(self.eigenvalues.abs().max()) if self.k else 0.0
 
     def coefficients(self, v: Tensor) -> Tensor:
         """Returns ``⟨u_i, v⟩``: ``(k,)`` for ``v`` of shape ``(P,)``, ``(j, k)`` for ``(j, P)``."""

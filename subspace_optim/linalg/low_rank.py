@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,6 +64,12 @@ class LowRankCurvature:
     def device(self) -> torch.device:
         """The device that holds the vectors."""
         return self.vectors.device
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest ``λ_k`` of the terms that are there; 0 without any."""
+        there = torch.linalg.vector_norm(self.vectors, dim=1) > 0
+        return float(torch.where(there, self.eigenvalues, 0.0).max()) if self.k else 0.0
 
     def coefficients(self, v: Tensor) -> Tensor:
         """Returns ``⟨v_k, v⟩``: ``(C,)`` for ``v`` of shape ``(P,)``, ``(j, C)`` for ``(j, P)``."""

@@ -25,7 +25,7 @@ def _factors(basis: Curvature, inside: float, outside: float, damping: float) ->
     """
     values = basis.eigenvalues.double()
     curvature = values + damping
-    safe = curvature > torch.finfo(basis.dtype).eps * values.abs().max()
+    safe = curvature > torch.finfo(basis.dtype).eps * basis.largest
     newton = inside / torch.where(safe, curvature, 1.0) - outside
     return torch.where(safe, newton, 0.0).to(basis.dtype)
 
@@ -138,8 +138,8 @@ class ClassGradientQuasiNewton(SubspaceNewton):
         params: parameters or groups: together those of the subspace.
         lr: η, a number above 0 or a tensor of one element. It may become 0 later.
         newton_lr: r at the start.
-        damping: δ, in the unit of the λ_k.
         momentum: μ.
+        damping: δ, in the unit of the λ_k.
         subspace: ``ClassGradientSubspace``, as printed or orthogonal, or any other.
 
     Raises:
@@ -151,9 +151,9 @@ class ClassGradientQuasiNewton(SubspaceNewton):
         params: ParamsT,
         lr: float | Tensor = 0.1,
         newton_lr: float = 1.0,
-        damping: float = 0.0,
         momentum: float = 0.9,
         *,
+        damping: float = 0.0,
         subspace: Subspace,
     ) -> None:
         defaults = {"lr": lr, "newton_lr": newton_lr, "damping": damping, "momentum": momentum}

@@ -35,6 +35,8 @@ class Projection:
     def _begin(self) -> None:
         space = self.subspace.parameters
         check_same(_parameters(self._optimizers), space)
+        if self._before is not None:  # the step before raised, somewhere between its moves
+            self._forget_pairs()
         self._before = space.flatten(space.tensors), projector_of(self.subspace)
 
     @torch.no_grad()
@@ -50,9 +52,13 @@ class Projection:
             basis.project_out(update, out=update)
         for p, value in zip(space.tensors, space.unflatten(theta.add_(update)), strict=True):
             p.copy_(value)
+        self._forget_pairs()
+
+    def _forget_pairs(self) -> None:
+        """Lets LBFGS begin anew: its pairs tell of moves that were not made."""
         for each in self._optimizers:
             if isinstance(each, LBFGS):
-                for state in each.state.values():  # its pairs tell of moves that were not made
+                for state in each.state.values():
                     state["n_iter"] = 0
 
 

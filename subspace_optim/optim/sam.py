@@ -73,6 +73,10 @@ class _TwoSteps(CheckedOptimizer):
             self._descend()
         return loss
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._before = None  # another state was loaded: there is no way back to the old θ_t
+
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Moves from θ_t to ``θ_t + e``, by the gradients that are there.
@@ -102,7 +106,7 @@ class _TwoSteps(CheckedOptimizer):
             for p, group in moving:
                 slope = p.grad.to(torch.promote_types(p.dtype, torch.float32)) / norm
                 if group["adaptive"]:
-                    slope.mul_(p.square())
+                    slope.mul_(p.abs().square())
                 p.add_(slope, alpha=-group["rho"] if group["maximize"] else group["rho"])
         if zero_grad:
             self.zero_grad()
@@ -113,7 +117,8 @@ class _TwoSteps(CheckedOptimizer):
 
         With a ``GradScaler``, ``scaler.unscale_(optimizer)`` comes before and
         ``scaler.update()`` after it. If a gradient of either pass is not finite, there is no step:
-        the parameters are θ_t, and step hooks are not called.
+        the parameters are θ_t, and step hooks are not called. The scaler knows of the gradients
+        of this pass alone: an overflow in the first one alone does not lower its scale.
 
         Args:
             zero_grad: clears the gradients afterwards.
@@ -150,7 +155,8 @@ def _norm(tensors: list[Tensor]) -> float:
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     norm = float(torch.nn.utils.get_total_norm(wide))
     if norm == 0 or math.isinf(norm):  # squares of float32 vanish, or overflow from 1e19 on
-        norm = float(torch.nn.utils.get_total_norm([t.double() for t in wide]))
+        double = [t.to(torch.promote_types(t.dtype, torch.float64)) for t in wide]
+        norm = float(torch.nn.utils.get_total_norm(double))
     return norm
 
 

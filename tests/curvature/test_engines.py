@@ -14,7 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import subspace_optim as so
 from subspace_optim import ArgumentError, EngineWarning, SecondDerivativeError
-from subspace_optim.curvature import FiniteDifferenceHessian, HessianOperator
+from subspace_optim.curvature import (
+    ClassGradientSubspace,
+    FiniteDifferenceHessian,
+    HessianOperator,
+)
 from tests.dense import (
     LOSSES,
     MODELS,
@@ -368,3 +372,27 @@ def test_a_subspace_of_a_model_of_one_pass_comes_from_differences():
     torch.testing.assert_close(found.eigenvalues, expected.eigenvalues, rtol=1e-6, atol=0)
     overlap = found.vectors @ expected.vectors.T
     assert torch.linalg.svdvals(overlap).min() > 1 - 1e-8
+
+
+@pytest.mark.parametrize("what", ["matvec", "gradient", "class gradients"])
+def test_reentrant_checkpoints_are_refused_where_derivatives_would_be_missing(what: str) -> None:
+    """With inputs that require a gradient torch raises nothing, and leaves the part out."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            return self.b(checkpoint(self.a, x, use_reentrant=True))
+
+    model, x, y = Checkpointed(), torch.randn(6, 3), torch.arange(6) % 2
+    operator = HessianOperator(model, F.cross_entropy, (x, y))
+    actions: dict[str, Callable[[], Any]] = {
+        "matvec": lambda: operator.matvec(torch.ones(operator.size)),
+        "gradient": operator.gradient,
+        "class gradients": lambda: ClassGradientSubspace(model, 2).observe(x, y),
+    }
+    with pytest.raises(SecondDerivativeError, match="use_reentrant=False"):
+        actions[what]()

@@ -6,6 +6,7 @@ import copy
 import csv
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -545,3 +546,38 @@ def test_what_is_neither_an_optimizer_nor_a_sequence_is_named(value: Any) -> Non
 def test_the_cases_are_well_conditioned() -> None:
     """The dense rows divide by this gap."""
     assert relative_gap(Quartic().hessian(flat(Quartic().parameters())), 2) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["not finite", "raises", "no gradient"])
+def test_steps_that_move_nothing_count_no_more_with_a_monitor(kind: str) -> None:
+    """With refresh=3 a step that was counted twice would bring the next basis forward."""
+    ends = []
+    for watched in (False, True):
+        model, _, subspace = make(refresh=3)
+        cls = so.DomSAM if kind == "not finite" else so.BulkSGD
+        optimizer = cls(model.parameters(), lr=0.05, subspace=subspace)
+        if watched:
+            so.Monitor(optimizer, subspace)
+        failing = [False]
+
+        def closure(
+            model: Any = model, optimizer: Any = optimizer, failing: list[bool] = failing
+        ) -> Any:
+            optimizer.zero_grad()
+            if failing[0] and kind == "raises":
+                raise RuntimeError("interrupted")
+            loss = model()
+            loss.backward()
+            if failing[0] and kind == "not finite":
+                next(model.parameters()).grad.view(-1)[0] = torch.nan
+            if failing[0] and kind == "no gradient":
+                optimizer.zero_grad()
+            return loss
+
+        for t in range(8):
+            failing[0] = t in (2, 4)
+            with suppress(RuntimeError):
+                optimizer.step(closure)
+        ends.append((flat(model.parameters()), subspace.stats.refreshes, subspace.clock))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]

@@ -305,3 +305,43 @@ def test_what_has_no_projector_is_refused_where_one_is_needed() -> None:
             step(model, optimizer)
         assert not optimizer.state
     assert torch.equal(flat(model.parameters()), before)
+
+
+@pytest.mark.parametrize("name", ["quasi", "newton"])
+def test_a_basis_without_pairs_leaves_sgd(name: str) -> None:
+    """What is left of class gradients whose curvature vanished."""
+    model = Quartic()
+    empty = torch.zeros(0, dtype=torch.float64)
+    subspace = Held(model, EigenBasis(empty, torch.zeros(0, 9, dtype=torch.float64), empty))
+    optimizer: torch.optim.Optimizer
+    if name == "quasi":
+        optimizer = so.ClassGradientQuasiNewton(
+            model.parameters(), lr=0.1, momentum=0.0, damping=1.0, subspace=subspace
+        )
+    else:
+        optimizer = so.LowRankNewton(model.parameters(), lr=1.0, bulk_ratio=0.1, subspace=subspace)
+    theta = flat(model.parameters())
+    step(model, optimizer)
+    assert_near(flat(model.parameters()), theta - 0.1 * model.gradient(theta), 1e-14)
+
+
+def test_a_class_that_was_never_seen_does_not_change_the_others() -> None:
+    """Its λ of 1 stands for nothing: those of the others may be far below the dtype's epsilon."""
+    moves = []
+    for extra in (0, 1):
+        model = Quartic()
+        rows = torch.eye(9, dtype=torch.float64)[:2]
+        rows = torch.cat([rows, torch.zeros(extra, 9, dtype=torch.float64)])
+        values = torch.tensor([2e-18, 1e-18, 1.0][: 2 + extra], dtype=torch.float64)
+        optimizer = so.ClassGradientQuasiNewton(
+            model.parameters(),
+            lr=0.1,
+            newton_lr=1e-18,
+            momentum=0.0,
+            subspace=Held(model, so.LowRankCurvature(values, rows)),
+        )
+        before = flat(model.parameters())
+        step(model, optimizer)
+        moves.append(flat(model.parameters()) - before)
+    assert torch.equal(moves[0], moves[1])
+    assert float(moves[0][0] / -model.gradient(before)[0]) == pytest.approx(0.5)

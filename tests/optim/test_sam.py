@@ -344,3 +344,22 @@ def test_the_basis_is_that_of_the_point_it_steps_from() -> None:
     assert subspace.stats.refreshes == 4
     assert len(monitor.history["step"]) == 4
     assert min(monitor.history["chi_update"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_complex_parameters_step_as_their_moduli_say(adaptive: bool) -> None:
+    """L = |z|²/2 at z = 3 + 4i: g = z, |g| = 5, and |z|² g / ‖|z| g‖ is 5 times as long."""
+    z = nn.Parameter(torch.tensor([3.0 + 4.0j], dtype=torch.complex128))
+    optimizer = so.SAM([z], lr=0.1, rho=0.5, adaptive=adaptive)
+    for _ in range(2):
+        z.grad = z.detach().clone()
+        optimizer.first_step() if optimizer._before is None else optimizer.second_step()
+    factor = 1 - 0.1 * (1 + 0.5 * (5 if adaptive else 1) / 5)
+    torch.testing.assert_close(
+        z.detach(), factor * torch.tensor([3.0 + 4.0j]).to(z), rtol=1e-12, atol=0
+    )
+    before = z.detach().clone()
+    z.grad = torch.tensor([complex(1.0, math.inf)], dtype=torch.complex128)
+    optimizer.first_step()
+    optimizer.second_step()
+    assert torch.equal(z, before)
