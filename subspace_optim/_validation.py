@@ -54,6 +54,10 @@ class NoGapWarning(UserWarning):
     """A subspace that is not defined: ``λ_k`` and ``λ_{k+1}`` cannot be told apart."""
 
 
+class LogWarning(UserWarning):
+    """A row of a monitor that a file or a logger did not take."""
+
+
 def check_integer(
     argument: str, value: Any, *, minimum: int, maximum: int | None = None, remedy: str = ""
 ) -> int:

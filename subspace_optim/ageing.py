@@ -106,6 +106,13 @@ class AgeingBasis:
         self._probe_at = (0.0, math.inf)  # the estimate and the distance from which on it is probed
         self._warned = False
 
+    @property
+    def gap(self) -> float | None:
+        """``λ_k − λ_{k+1}`` as the last refresh left them; ``None`` for k = P."""
+        if self.basis is None or self._guard is None or self._guard.k == 0:
+            return None
+        return float(self.basis.eigenvalues[-1] - self._guard.eigenvalues[0])
+
     # --- while the parameters move ---------------------------------------------------------------
 
     def serves(self) -> bool:

@@ -33,6 +33,7 @@ __all__ = [
     "Subspace",
     "SubspaceStats",
     "basis_of",
+    "check_orthonormal",
     "check_subspace",
     "projector_of",
 ]
@@ -195,6 +196,14 @@ class DominantSubspace:
     def basis(self) -> EigenBasis | None:
         """The basis of the last refresh; ``None`` before the first."""
         return self._held.basis
+
+    @property
+    def gap(self) -> float | None:
+        """``λ_k − λ_{k+1}`` as the last refresh knows it: ``λ_{k+1}`` is approached from below.
+
+        ``None`` before the first refresh, and for k = P.
+        """
+        return self._held.gap
 
     @property
     def stats(self) -> SubspaceStats:
@@ -389,7 +398,7 @@ class FixedSubspace:
         for name, tensor in (("vectors", rows), ("eigenvalues", eigenvalues)):
             if not bool(tensor.isfinite().all()):
                 raise ArgumentError(name, "not finite", "finite", "Look for NaN in them.")
-        _check_orthonormal(rows, max(torch.finfo(t.dtype).eps for t in (vectors, rows)))
+        check_orthonormal("vectors", rows, max(torch.finfo(t.dtype).eps for t in (vectors, rows)))
         orthonormalise_(rows)
         self.parameters = space
         self.basis = EigenBasis(eigenvalues, rows, torch.zeros_like(eigenvalues))
@@ -399,11 +408,16 @@ class FixedSubspace:
         return self.basis
 
 
-def _check_orthonormal(rows: Tensor, accuracy: float) -> None:
+def check_orthonormal(name: str, rows: Tensor, accuracy: float) -> None:
     """Checks ``|⟨v_i, v_j⟩ − δ_ij|``, up to what rounding makes of k vectors of P numbers.
 
     LAPACK's QR in float32 is off by 1300 ε for P = 2,000,000 and k = 5 (measured): k √P ε allows
     for it.
+
+    Args:
+        name: of the argument.
+        rows: ``(k, P)``.
+        accuracy: ε of what they were computed in.
 
     Raises:
         ArgumentError: they are not orthonormal.
@@ -420,4 +434,4 @@ def _check_orthonormal(rows: Tensor, accuracy: float) -> None:
         found = f"off by {deviation:.3g}"
         allowed = f"orthonormal rows, up to {tolerance:.3g} in every inner product"
         remedy = "Their span has such a basis: torch.linalg.qr(vectors.T).Q.T"
-        raise ArgumentError("vectors", found, allowed, remedy)
+        raise ArgumentError(name, found, allowed, remedy)
