@@ -8,6 +8,7 @@ from subspace_optim._validation import (
     ConvergenceWarning,
     DataChangedError,
     EngineWarning,
+    LogWarning,
     NoGapWarning,
     NonFiniteError,
     SecondDerivativeError,
@@ -20,6 +21,7 @@ from subspace_optim.curvature import (
     GaussNewtonOperator,
     HessianOperator,
     ParameterSpace,
+    ResidualOperator,
 )
 from subspace_optim.diagnostics import Monitor
 from subspace_optim.linalg import EigenBasis, LowRankCurvature
@@ -56,12 +58,14 @@ __all__ = [
     "FixedSubspace",
     "GaussNewtonOperator",
     "HessianOperator",
+    "LogWarning",
     "LowRankCurvature",
     "LowRankNewton",
     "Monitor",
     "NoGapWarning",
     "NonFiniteError",
     "ParameterSpace",
+    "ResidualOperator",
     "SecondDerivativeError",
     "StaleBasisWarning",
     "Subspace",

@@ -7,6 +7,7 @@ from subspace_optim.curvature.hessian import HessianOperator
 from subspace_optim.curvature.mean_loss import MeanLossOperator
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats
 from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.curvature.residual import ResidualOperator
 
 __all__ = [
     "ClassGradientStats",
@@ -18,4 +19,5 @@ __all__ = [
     "MeanLossOperator",
     "OperatorStats",
     "ParameterSpace",
+    "ResidualOperator",
 ]

@@ -1,7 +1,78 @@
-"""What the papers measure: pure functions of vectors and a basis, and a monitor on top."""
+"""What the papers measure: pure functions of vectors and bases, and a monitor on top."""
 
-from subspace_optim.diagnostics.alignment import alignment
-from subspace_optim.diagnostics.effective_lr import bulk_lr, dom_lr
+from subspace_optim.diagnostics.alignment import (
+    alignment,
+    eigenvector_fractions,
+    expected_overlap,
+    gradient_fraction,
+    hessian_gradient_overlap,
+)
+from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
 from subspace_optim.diagnostics.monitor import Monitor
+from subspace_optim.diagnostics.overlap import (
+    ClassGradientCosines,
+    chance_cosine,
+    class_gradient_cosines,
+    intersection_rank,
+    overlap_matrix,
+    principal_angles,
+    subspace_overlap,
+)
+from subspace_optim.diagnostics.spectrum import (
+    OutlierCount,
+    count_outliers,
+    exact_spectrum,
+    marchenko_pastur_atom,
+    marchenko_pastur_density,
+    marchenko_pastur_edges,
+    outlier_threshold,
+    spectral_density,
+    spectrum_edges,
+    spiked_eigenvalue,
+    trace,
+    trivial_eigenvalues,
+)
+from subspace_optim.diagnostics.stability import (
+    adam_stability_threshold,
+    preconditioned_sharpness,
+    sam_edge,
+    stability_threshold,
+)
+from subspace_optim.linalg.spectral_density import Estimate, SpectralDensity
 
-__all__ = ["Monitor", "alignment", "bulk_lr", "dom_lr"]
+__all__ = [
+    "ClassGradientCosines",
+    "Estimate",
+    "Monitor",
+    "OutlierCount",
+    "SpectralDensity",
+    "adam_stability_threshold",
+    "alignment",
+    "bulk_lr",
+    "chance_cosine",
+    "class_gradient_cosines",
+    "count_outliers",
+    "distance",
+    "dom_lr",
+    "eigenvector_fractions",
+    "exact_spectrum",
+    "expected_overlap",
+    "gradient_fraction",
+    "hessian_gradient_overlap",
+    "intersection_rank",
+    "marchenko_pastur_atom",
+    "marchenko_pastur_density",
+    "marchenko_pastur_edges",
+    "outlier_threshold",
+    "overlap_matrix",
+    "preconditioned_sharpness",
+    "principal_angles",
+    "sam_edge",
+    "spectral_density",
+    "spectrum_edges",
+    "spiked_eigenvalue",
+    "stability_threshold",
+    "subspace_overlap",
+    "trace",
+    "trivial_eigenvalues",
+]

@@ -1,4 +1,4 @@
-"""Effective learning rates: how far an update goes along each part of the gradient."""
+"""How far an update goes along each part of the gradient, and how far training has come."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from subspace_optim._validation import ArgumentError
 from subspace_optim.linalg.eigenbasis import EigenBasis
 
 
@@ -58,6 +59,32 @@ def bulk_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
         `song_2024`, Definition 4.
     """
     return _rate(update, basis.project_out(gradient), gradient, basis.k)
+
+
+def distance(theta: Tensor, start: Tensor) -> Tensor:
+    r"""Returns how far the parameters have come.
+
+    .. math:: \|\theta_t - \theta_0\|
+
+    Args:
+        theta: ``(P,)``, as ``space.flatten(space.tensors)`` gives it of ``subspace.parameters``.
+        start: ``(P,)``, where the distance is counted from, such as the switch to another
+            optimizer.
+
+    Returns:
+        A scalar tensor.
+
+    Raises:
+        ArgumentError: the shapes differ.
+
+    Reference:
+        `song_2024`, Figures 19 and 22.
+    """
+    if theta.shape != start.shape:
+        found, allowed = tuple(start.shape), f"{tuple(theta.shape)}, as that of theta"
+        raise ArgumentError("the shape of start", found, allowed)
+    norm: Tensor = torch.linalg.vector_norm(theta - start)
+    return norm
 
 
 def _rate(update: Tensor, component: Tensor, gradient: Tensor, k: int) -> Tensor:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import math
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
-from subspace_optim._validation import ArgumentError, check_integer
+from subspace_optim._validation import (
+    ArgumentError,
+    LogWarning,
+    NonFiniteError,
+    check_integer,
+)
 from subspace_optim.diagnostics.alignment import alignment
-from subspace_optim.diagnostics.effective_lr import bulk_lr, dom_lr
+from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
+from subspace_optim.diagnostics.logs import logs
+from subspace_optim.diagnostics.stability import preconditioned_sharpness, thresholds
 from subspace_optim.joint_steps import JointSteps, optimizers_of
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.subspace import DominantSubspace
@@ -34,8 +43,17 @@ COLUMNS = (
     "distance",
     "sharpness",
     "eigenvalues",
+    "next_eigenvalues",
+    "gap",
+    "threshold",
+    "sam_edge",
+    "adam_threshold",
+    "preconditioned_sharpness",
+    "angle_estimate",
+    "gradients",
     "products",
 )
+_LISTS = {"eigenvalues": "eigenvalue", "next_eigenvalues": "next_eigenvalue"}
 
 
 @dataclass
@@ -45,7 +63,7 @@ class _Before:
     theta: Tensor
     basis: EigenBasis
     gradient: Tensor
-    loss: float
+    row: dict[str, Any]  # what is known already
 
 
 class Monitor:
@@ -54,37 +72,67 @@ class Monitor:
     A row of step t tells of the update :math:`\theta_{t+1} - \theta_t` and of loss, gradient and
     Hessian at :math:`\theta_t`, over all data of the subspace's operator:
 
-    ================  =====================================================================
-    ``step``          t, counted from the attachment
-    ``loss``          ``L(θ_t)``
-    ``gradient_norm`` ``‖∇L(θ_t)‖``
-    ``update_norm``   ``‖θ_{t+1} − θ_t‖``
-    ``chi_gradient``  χ_k of the gradient: the fraction in the dominant subspace
-    ``chi_update``    χ_k of the update
-    ``dom_lr``        effective learning rate in the dominant subspace (`song_2024`, Def. 4)
-    ``bulk_lr``       the same in the bulk
-    ``distance``      ``‖θ_t − θ_0‖``, from the parameters at the attachment
-    ``sharpness``     λ_1
-    ``eigenvalues``   λ_1 … λ_k, a list
-    ``products``      curvature products of the subspace so far
-    ================  =====================================================================
+    ============================ ===================================================================
+    ``step``                     t, counted from the attachment
+    ``loss``                     ``L(θ_t)``
+    ``gradient_norm``            ``‖∇L(θ_t)‖``
+    ``update_norm``              ``‖θ_{t+1} − θ_t‖``
+    ``chi_gradient``             χ_k of the gradient: the fraction in the dominant subspace
+    ``chi_update``               χ_k of the update
+    ``dom_lr``                   effective learning rate in the dominant subspace
+                                 (`song_2024`, Def. 4)
+    ``bulk_lr``                  the same in the bulk
+    ``distance``                 ``‖θ_t − θ_0‖``, from the parameters at the attachment
+    ``sharpness``                λ_1
+    ``eigenvalues``              λ_1 … λ_k, a list
+    ``next_eigenvalues``         λ_{k+1} …, as many as ``next_k``
+    ``gap``                      λ_k − λ_{k+1}; without ``next_k`` from the last refresh, which has
+                                 λ_{k+1} from below
+    ``threshold``                sharpness above which gradient descent with SGD's options diverges
+                                 (``stability_threshold``): 2/η for plain steps
+    ``sam_edge``                 the same of SAM, at this gradient
+    ``adam_threshold``           the same of Adam, for ``preconditioned_sharpness``
+    ``preconditioned_sharpness`` λ_1 of Adam's preconditioned Hessian, if it was asked for
+    ``angle_estimate``           of the sine of the largest angle between the basis and the true
+                                 subspace, with ``refresh="auto"``
+    ``gradients``                what the row took: gradients over all data, one of them a forward
+                                 and a backward pass ...
+    ``products``                 ... and curvature products, each a backward pass through the
+                                 gradient's graph
+    ============================ ===================================================================
+
+    What does not apply is NaN. The cost is of the row alone, with the refresh of a shared basis
+    if the monitor was the first to ask for it.
 
     Training does not change by a bit: nothing is written to parameters, gradients, buffers or
     random states. A step that is not recorded costs a counter; steps with all rates zero, such as
-    those with which checkpoints are prepared, are no steps.
+    those with which checkpoints are prepared, are no steps. A loss or a curvature that is not
+    finite makes a row of NaN and a warning: a training that diverges goes on to do so.
 
     Args:
         optimizer: any optimizer, or a sequence of optimizers that step in turn: one row for one
             step of each.
         subspace: the subspace to measure in; its basis is refreshed as it is due, at most once
             for each parameter state, whether an optimizer or a monitor asks first.
-        every: record one step in so many.
+        every: record one step in so many, or those at which ``every(step)`` is true.
+        next_k: further eigenvalues to record. They take a solve of their own at each row, for
+            ``k + next_k`` pairs, which leaves the subspace's basis as it is.
+        preconditioned: record ``preconditioned_sharpness``, a solve for one eigenvalue at each
+            row, for Adam and AdamW.
+        log: where rows go as they come: a path that ends in .csv or .jsonl, an object with
+            ``add_scalar`` such as TensorBoard's ``SummaryWriter``, or a callable that takes a row
+            as a dict, such as ``wandb.log``; or a sequence of these. A row is in its file before
+            the next step, and outlives a kill. What a log does not take is a ``LogWarning``,
+            never an end of the training.
+        append: adds to files that are there already, of a run that is taken up again. A step that
+            was recorded after the checkpoint is then in the file twice.
 
     Attributes:
         history: a list for each column.
 
     Raises:
-        ArgumentError: an argument is of the wrong type, or an optimizer is of another model.
+        ArgumentError: an argument is of the wrong type or out of range, an optimizer is of
+            another model, or a file cannot be written or is there already.
     """
 
     def __init__(
@@ -92,20 +140,41 @@ class Monitor:
         optimizer: Optimizer | Iterable[Optimizer],
         subspace: DominantSubspace,
         *,
-        every: int = 1,
+        every: int | Callable[[int], bool] = 1,
+        next_k: int = 0,
+        preconditioned: bool = False,
+        log: Any = None,
+        append: bool = False,
     ) -> None:
         if not isinstance(subspace, DominantSubspace):
             raise ArgumentError("subspace", type(subspace).__name__, "a DominantSubspace")
         optimizers = optimizers_of(optimizer, subspace.parameters)
-        self.every = check_integer("every", every, minimum=1)
-        space = subspace.parameters
+        if not callable(every):
+            remedy = "Or a function of the step that tells whether it is recorded."
+            every = check_integer("every", every, minimum=1, remedy=remedy)
+        space, k = subspace.parameters, subspace.k
+        next_k = check_integer("next_k", next_k, minimum=0, maximum=space.size - k)
+        if preconditioned and not all(isinstance(each, Adam | AdamW) for each in optimizers):
+            remedy = "The thresholds of other optimizers are for the sharpness itself."
+            raise ArgumentError("preconditioned", True, "False, but for Adam and AdamW", remedy)
+        self.every = every
         self.subspace = subspace
         self.history: dict[str, list[Any]] = {column: [] for column in COLUMNS}
+        self._preconditioned = preconditioned
+        self._next = (
+            DominantSubspace(
+                subspace.operator, k + next_k, refresh=1, tol=subspace.tol, seed=subspace.seed
+            )
+            if next_k
+            else None
+        )
+        self._counts = {"eigenvalues": k, "next_eigenvalues": next_k}
         self._start = space.flatten(space.tensors)
         self._steps = 0
         self._clock: int | None = None  # the subspace's, at the last step
         self._seen = False  # whether that was recorded
         self._before: _Before | None = None
+        self._logs = logs(log, list(self._flat(self._empty_row())), append=append)
         # Last: a projection that was attached later must have been applied.
         self._joint = JointSteps(optimizers, self._begin, self._end, last=True)
 
@@ -113,6 +182,8 @@ class Monitor:
         """Removes the monitor from its optimizers. The history stays."""
         self._joint.remove()
         self._before = None
+        for log in self._logs:
+            log.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -123,30 +194,55 @@ class Monitor:
     @torch.no_grad()
     def _begin(self) -> None:
         self._before = None
-        recorded = self._steps % self.every == 0
+        recorded = self._is_recorded()
         # From one row to the next step's the subspace itself sees whether the parameters changed.
         if self._clock is not None and not (recorded and self._seen):
             # The lower one, if an earlier state was loaded since.
             self.subspace.advance(min(self._clock, self.subspace.clock) + 1)
         if recorded:
-            self._before = self._look()
+            try:
+                self._before = self._look()
+            except NonFiniteError as error:
+                message = f"The row of step {self._steps} is NaN: {error}"
+                warnings.warn(message, LogWarning, stacklevel=2)
+                self._add(self._empty_row())
         self._clock, self._seen = self.subspace.clock, recorded
+
+    def _is_recorded(self) -> bool:
+        every, step = self.every, self._steps
+        return bool(every(step)) if callable(every) else step % every == 0
 
     def _look(self) -> _Before:
         """Measures what a row needs before the step."""
-        basis = self.subspace.update()
-        space, operator = self.subspace.parameters, self.subspace.operator
+        subspace = self.subspace
+        space, operator = subspace.parameters, subspace.operator
+        gradients, products = operator.stats.gradients, operator.stats.products
+        basis = subspace.update()
         gradient = operator.gradient()
-        return _Before(space.flatten(space.tensors), basis, gradient, operator.loss())
+        row = self._empty_row() | {"loss": operator.loss()}
+        if subspace.gap is not None:
+            row["gap"] = subspace.gap
+        if subspace.stats.estimate is not None:
+            row["angle_estimate"] = subspace.stats.estimate
+        if self._next is not None:
+            last, *following = self._next.update().eigenvalues[subspace.k - 1 :].tolist()
+            row |= {"next_eigenvalues": following, "gap": last - following[0]}
+        if self._preconditioned and any(each.state for each in self._joint.optimizers):
+            row["preconditioned_sharpness"] = preconditioned_sharpness(
+                operator, self._joint.optimizers, tol=subspace.tol, seed=subspace.seed
+            )
+        row["gradients"] = operator.stats.gradients - gradients
+        row["products"] = operator.stats.products - products
+        return _Before(space.flatten(space.tensors), basis, gradient, row)
 
     @torch.no_grad()
     def _end(self) -> None:
         if self._before is not None:
-            self._record(self._before)
+            self._add(self._row(self._before))
             self._before = None
         self._steps += 1
 
-    def _record(self, before: _Before) -> None:
+    def _row(self, before: _Before) -> dict[str, Any]:
         space, basis, gradient = self.subspace.parameters, before.basis, before.gradient
         update = space.flatten(space.tensors) - before.theta
         measured = {
@@ -156,19 +252,31 @@ class Monitor:
             "chi_update": alignment(update, basis),
             "dom_lr": dom_lr(update, gradient, basis),
             "bulk_lr": bulk_lr(update, gradient, basis),
-            "distance": torch.linalg.vector_norm(before.theta - self._start),
+            "distance": distance(before.theta, self._start),
         }
         # One synchronisation for the row.
         values = torch.cat([torch.stack(list(measured.values())), basis.eigenvalues]).tolist()
-        row = dict(zip(measured, values, strict=False)) | {
-            "step": self._steps,
-            "loss": before.loss,
-            "sharpness": values[len(measured)],
-            "eigenvalues": values[len(measured) :],
-            "products": self.subspace.stats.products,
-        }
+        row = before.row | dict(zip(measured, values, strict=False))
+        row |= {"sharpness": values[len(measured)], "eigenvalues": values[len(measured) :]}
+        return row | thresholds(self._joint.optimizers, row["gradient_norm"])
+
+    def _empty_row(self) -> dict[str, Any]:
+        """A row of which nothing is known but the step."""
+        row: dict[str, Any] = dict.fromkeys(COLUMNS, math.nan) | {"step": self._steps}
+        return row | {name: [math.nan] * count for name, count in self._counts.items()}
+
+    def _add(self, row: dict[str, Any]) -> None:
         for column in COLUMNS:
             self.history[column].append(row[column])
+        for log in self._logs:
+            log(self._flat(row))
+
+    def _flat(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns the row with a column for each eigenvalue, at the end."""
+        flat = {column: value for column, value in row.items() if column not in _LISTS}
+        for column, name in _LISTS.items():
+            flat |= {f"{name}_{i + 1}": value for i, value in enumerate(row[column])}
+        return flat
 
     def state_dict(self) -> dict[str, Any]:
         """Returns history and counters, for ``torch.save``: a resumed run goes on with them."""
@@ -187,8 +295,13 @@ class Monitor:
             state_dict: what ``state_dict()`` returned.
 
         Raises:
-            ArgumentError: it is of another model.
+            ArgumentError: it is of another model, or no monitor's.
         """
+        missing = self.state_dict().keys() - state_dict.keys()
+        missing |= self.history.keys() - state_dict.get("history", {}).keys()
+        if missing:
+            found = f"without {', '.join(sorted(missing))}"
+            raise ArgumentError("the loaded state", found, "that of a monitor of this version")
         start = state_dict["start"]
         if start.shape != self._start.shape:
             raise ArgumentError(
@@ -198,16 +311,15 @@ class Monitor:
         self._start = start.to(self._start, copy=True)
         self._steps = state_dict["steps"]
         self._clock = state_dict["clock"]
-        self._seen = state_dict.get("seen", False)
+        self._seen = state_dict["seen"]
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the history row by row, with a column for each eigenvalue."""
-        table = []
-        for values in zip(*(self.history[column] for column in COLUMNS), strict=True):
-            row = dict(zip(COLUMNS, values, strict=True))
-            eigenvalues = row.pop("eigenvalues")
-            table.append(row | {f"eigenvalue_{i + 1}": v for i, v in enumerate(eigenvalues)})
-        return table
+        columns = (self.history[column] for column in COLUMNS)
+        return [
+            self._flat(dict(zip(COLUMNS, values, strict=True)))
+            for values in zip(*columns, strict=True)
+        ]
 
     def to_frame(self) -> pd.DataFrame:
         """Returns the history as a ``pandas.DataFrame``, one row a recorded step.
@@ -220,19 +332,17 @@ class Monitor:
         except ImportError as error:
             message = "to_frame() needs pandas: pip install 'subspace_optim[plots]'"
             raise ImportError(message) from error
-        return pd.DataFrame(self.rows())
+        return pd.DataFrame(self.rows(), columns=list(self._flat(self._empty_row())))
 
     def to_csv(self, path: str | Path) -> None:
         """Writes the history as a table, one row a recorded step."""
-        rows = self.rows()
-        names = list(rows[0]) if rows else [c for c in COLUMNS if c != "eigenvalues"]
         with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
+            writer = csv.DictWriter(file, list(self._flat(self._empty_row())))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows())
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draws loss, alignment, eigenvalues and effective rates.
+        """Draws the training dashboard: loss, sharpness, alignment, rates and distance.
 
         Args:
             path: where to write the picture; its ending chooses the format.

@@ -1,4 +1,4 @@
-"""Dom-LR and Bulk-LR against Definition 4, written out with the dense projector."""
+"""Dom-LR and Bulk-LR against Definition 4, written out with the dense projector; distances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subspace_optim.diagnostics import bulk_lr, dom_lr
+from subspace_optim import ArgumentError
+from subspace_optim.diagnostics import bulk_lr, distance, dom_lr
 from tests.optim.naive import dense_eigenbasis
 
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-12}
@@ -103,3 +104,11 @@ def test_vectors_of_another_dtype_are_taken_in_that_of_the_basis(rate: object) -
     found = rate(update.double(), gradient.double(), basis)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
+
+
+def test_distance_is_the_norm_of_the_difference() -> None:
+    theta, start = draw_pair(30, 0, torch.float64)
+    assert distance(theta, start).item() == pytest.approx(sum((theta - start) ** 2) ** 0.5)
+    assert distance(start, start).item() == 0
+    with pytest.raises(ArgumentError, match=r"^the shape of start is \(29,\)"):
+        distance(theta, start[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.utils.data import DataLoader, TensorDataset
 
 import subspace_optim as so
 from tests.optim.naive import (
@@ -39,6 +39,14 @@ COLUMNS = [
     "distance",
     "sharpness",
     "eigenvalues",
+    "next_eigenvalues",
+    "gap",
+    "threshold",
+    "sam_edge",
+    "adam_threshold",
+    "preconditioned_sharpness",
+    "angle_estimate",
+    "gradients",
     "products",
 ]
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -70,7 +78,7 @@ def dense_row(
     g, H, u = problem.gradient(theta), problem.hessian(theta), following - theta
     P = projector(H, k)
     dominant, bulk = P @ g, g - P @ g
-    eigenvalues = torch.linalg.eigvalsh(H).flip(0)[:k]
+    eigenvalues = torch.linalg.eigvalsh(H).flip(0)
     return {
         "loss": float(problem.loss(theta)),
         "gradient_norm": float(g.norm()),
@@ -81,7 +89,9 @@ def dense_row(
         "bulk_lr": float(-(u @ bulk) / (bulk @ bulk)),
         "distance": float((theta - start).norm()),
         "sharpness": float(eigenvalues[0]),
-        "eigenvalues": eigenvalues.tolist(),
+        "eigenvalues": eigenvalues[:k].tolist(),
+        "next_eigenvalues": eigenvalues[k : k + 3].tolist(),
+        "gap": float(eigenvalues[k - 1] - eigenvalues[k]),
     }
 
 
@@ -101,15 +111,16 @@ OPTIMIZERS: dict[str, Make] = {
 def test_every_column_of_every_row_is_that_of_a_dense_computation(
     name: str, dtype: torch.dtype
 ) -> None:
-    model, _, subspace = make(dtype)
+    model, operator, subspace = make(dtype)
     optimizer = OPTIMIZERS[name](model.parameters(), subspace=subspace)
     train(model, optimizer)  # the monitor comes later: distances count from there
-    monitor = so.Monitor(optimizer, subspace)
+    monitor = so.Monitor(optimizer, subspace, next_k=3)
     path, products = [flat(model.parameters())], []
     for _ in range(10):
+        before = operator.stats.products
         train(model, optimizer)
         path.append(flat(model.parameters()))
-        products.append(subspace.stats.products)
+        products.append(operator.stats.products - before)
     history = monitor.history
     assert list(history) == COLUMNS
     assert history["step"] == list(range(10))
@@ -197,7 +208,7 @@ def test_parameters_that_the_optimizer_does_not_train_are_measured_too() -> None
     """The gradient is the operator's, over all of its parameters, not what is in `.grad`."""
     model, _, subspace = make()
     optimizer = torch.optim.SGD([model.weights[0]], lr=0.01)
-    monitor = so.Monitor(optimizer, subspace)
+    monitor = so.Monitor(optimizer, subspace, next_k=3)
     theta = flat(model.parameters())
     train(model, optimizer)
     row = dense_row(model, theta, flat(model.parameters()), theta, 2)
@@ -213,77 +224,9 @@ def test_rows_are_of_the_basis_in_use_when_it_serves_for_several_steps() -> None
         train(model, optimizer)
     sharpness, products = monitor.history["sharpness"], monitor.history["products"]
     assert sharpness[0] == sharpness[1] == sharpness[2] != sharpness[3] == sharpness[5]
-    assert products[0] == products[2] < products[3] == products[5]
+    assert [count > 0 for count in products] == [True, False, False] * 2
+    assert monitor.history["gradients"] == [1] * 6
     assert len(set(monitor.history["loss"])) == 6
-
-
-# No trace in the training.
-
-
-class Noisy(nn.Module):
-    """Dropout and batch norm, and a shuffled loader: all that draws numbers or keeps statistics."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-def lbfgs(p: Any) -> torch.optim.Optimizer:
-    return torch.optim.LBFGS(p, lr=0.1, max_iter=3)
-
-
-TRAINED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, foreach=False),
-    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
-    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-    "LBFGS": lbfgs,
-}
-
-
-@pytest.mark.parametrize(("name", "every"), [*((name, 1) for name in TRAINED), ("Adam", 2)])
-def test_training_does_not_change_by_a_bit(name: str, every: int) -> None:
-    """The monitor's data come from a loader of their own, whose passes draw numbers too."""
-
-    def run(*, monitored: bool) -> tuple[list[Tensor], Any, int]:
-        torch.manual_seed(0)
-        model = Noisy()
-        x, y = torch.randn(24, 2), torch.randn(24, 1)
-        loader = DataLoader(TensorDataset(x, y), batch_size=6, shuffle=True)
-        optimizer = TRAINED[name](model.parameters())
-        rows = 0
-        if monitored:
-            batches = DataLoader(TensorDataset(x, y), batch_size=24)
-            hessian = so.HessianOperator(model, nn.functional.mse_loss, batches)
-            monitor = so.Monitor(optimizer, so.DominantSubspace(hessian, 1, tol=0.1), every=every)
-        path: list[Tensor] = []
-        for inputs, targets in loader:
-
-            def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                optimizer.zero_grad()
-                loss = nn.functional.mse_loss(model(inputs), targets)
-                loss.backward()
-                return loss
-
-            loss = optimizer.step(closure)
-            path += [loss.detach(), torch.get_rng_state()]
-            path += [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
-            path += [p.grad.clone() for p in model.parameters()]
-        if monitored:
-            rows = len(monitor.history["step"])
-        return path, optimizer.state_dict()["state"], rows
-
-    plain, state, _ = run(monitored=False)
-    observed, other, rows = run(monitored=True)
-    assert rows == 4 // every
-    assert len(plain) == len(observed)
-    assert all(map(torch.equal, plain, observed))
-    torch.testing.assert_close(state, other, rtol=0, atol=0)
 
 
 # Which steps make a row.
@@ -331,7 +274,7 @@ def test_two_optimizers_make_one_row_a_round() -> None:
     first, *others = model.parameters()
     sgd = torch.optim.SGD([first], lr=0.01, momentum=0.9)
     adam = torch.optim.Adam(others, lr=0.02)
-    monitor = so.Monitor([sgd, adam], subspace)
+    monitor = so.Monitor([sgd, adam], subspace, next_k=3)
     path = [flat(model.parameters())]
     for order in ((sgd, adam), (adam, sgd), (sgd, adam)):
         train(model, *order)
@@ -367,7 +310,7 @@ def test_a_step_that_raised_leaves_the_next_row_right() -> None:
     """After an error in the closure the loop is resumed, from other parameters."""
     model, _, subspace = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    monitor = so.Monitor(optimizer, subspace)
+    monitor = so.Monitor(optimizer, subspace, next_k=3)
 
     def closure() -> float:
         raise MemoryError
@@ -439,7 +382,8 @@ def test_monitors_do_not_disturb_each_other() -> None:
     for _ in range(4):
         train(model, optimizer)
     for column, values in outer.history.items():
-        assert values == inner.history[column][::2]
+        if column not in ("gradients", "products"):  # who asks first pays
+            assert str(values) == str(inner.history[column][::2])
 
 
 # Out of the house.
@@ -448,23 +392,25 @@ def test_monitors_do_not_disturb_each_other() -> None:
 def recorded(steps: int = 3) -> so.Monitor:
     model, _, subspace = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    monitor = so.Monitor(optimizer, subspace)
+    monitor = so.Monitor(optimizer, subspace, next_k=1)
     for _ in range(steps):
         train(model, optimizer)
     return monitor
 
 
-NAMES = [c for c in COLUMNS if c not in ("eigenvalues", "products")]
+NAMES = [c for c in COLUMNS if "eigenvalues" not in c]
+EIGENVALUES = ["eigenvalue_1", "eigenvalue_2", "next_eigenvalue_1"]
 
 
 def assert_table(rows: Iterator[dict[str, Any]], history: dict[str, list[Any]]) -> None:
+    """Each number is in the table without loss; what JSON writes as null is NaN."""
     count = 0
     for t, row in enumerate(rows):
-        assert list(row) == [*NAMES, "products", "eigenvalue_1", "eigenvalue_2"]
-        for column in (*NAMES, "products"):
-            assert float(row[column]) == history[column][t]
-        found = [float(row["eigenvalue_1"]), float(row["eigenvalue_2"])]
-        assert found == history["eigenvalues"][t]
+        assert list(row) == [*NAMES, *EIGENVALUES]
+        values = [math.nan if row[name] is None else float(row[name]) for name in row]
+        lists = [*history["eigenvalues"][t], *history["next_eigenvalues"][t]]
+        expected = [*(history[column][t] for column in NAMES), *lists]
+        assert values == [pytest.approx(v, rel=0, abs=0, nan_ok=True) for v in expected]
         count += 1
     assert count == len(history["step"])
 
@@ -479,7 +425,7 @@ def test_to_csv_writes_the_history_without_loss(tmp_path: Path, kind: Any) -> No
 
 def test_to_csv_without_rows_writes_the_names(tmp_path: Path) -> None:
     recorded(0).to_csv(tmp_path / "run.csv")
-    assert (tmp_path / "run.csv").read_text().split() == [",".join([*NAMES, "products"])]
+    assert (tmp_path / "run.csv").read_text().split() == [",".join([*NAMES, *EIGENVALUES])]
 
 
 def test_to_frame_holds_the_history() -> None:
@@ -505,7 +451,14 @@ def test_without_pandas_the_message_says_what_to_install(monkeypatch: pytest.Mon
     [
         ({"every": 0}, "^every is 0, but must be an integer of at least 1"),
         ({"every": 1.5}, "^every is 1.5, but must be an integer of at least 1"),
-        ({"every": True}, "^every is True, but must be an integer of at least 1"),
+        ({"every": True}, "^every is True, but must be an integer of at least 1.* Or a function"),
+        ({"next_k": -1}, "^next_k is -1, but must be an integer from 0 to 7"),
+        ({"next_k": 8}, "^next_k is 8, but must be an integer from 0 to 7"),
+        ({"preconditioned": True}, "^preconditioned is True, but must be False, but for Adam"),
+        ({"log": 3}, "^log is 'int', but must be a path that ends in .csv or .jsonl"),
+        ({"log": "run.txt"}, "^log is 'run.txt', but must be a path that ends"),
+        ({"log": [print, None]}, "^log is 'NoneType', but must be a path"),
+        ({"log": "no/such/folder/run.csv"}, r"^log is 'no/such/folder/run.csv \(No such file"),
         ({"optimizer": nn.Linear(2, 2).parameters()}, "^optimizer is 'Parameter', but must be a"),
         ({"optimizer": []}, "^optimizer is 'an empty sequence', but must be at least one"),
         (

@@ -1,0 +1,138 @@
+"""``ResidualOperator``: the part of the Hessian that the curvature of the model makes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.gauss_newton import GaussNewtonOperator
+from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats
+
+
+class ResidualOperator(CurvatureOperator):
+    r"""The Hessian less its Gauss-Newton matrix.
+
+    .. math::
+        R = H - G, \qquad
+        R v = \frac{1}{N} \sum_b n_b \sum_c \frac{\partial \ell}{\partial f_c} \,
+        \nabla_\theta^2 f_c(x_b) \, v
+
+    The Gauss-Newton matrix is what the curvature of the loss makes of a model that is taken to be
+    linear, the residual what the curvature of the model adds. It vanishes where the model is
+    linear in θ, or fits its data exactly, and where it is not zero it may have any signs: all
+    negative curvature of a loss that is convex in the output is in it.
+
+    It is a difference: its products have the rounding errors of those of H and G, which are no
+    smaller where R is. Loss and gradient are the Hessian's. Each product is one with H and one
+    with G, and ``stats`` counts both: what was asked of the two in its name, and nothing that was
+    asked of them otherwise.
+
+    Args:
+        hessian: H, of any kind.
+        gauss_newton: G, of the same loss, data and parameters. That the loss is the same is looked
+            at with the first product.
+
+    Products raise what those of H and G do, and ``ArgumentError`` where their losses differ.
+
+    Raises:
+        ArgumentError: an argument is no such operator, or they are of different parameters.
+
+    Reference:
+        `sagun_2017`, section 2: the two terms of its decomposition.
+    """
+
+    def __init__(self, hessian: CurvatureOperator, gauss_newton: GaussNewtonOperator) -> None:
+        if not isinstance(hessian, CurvatureOperator):
+            remedy = "Use HessianOperator(model, loss_fn, data)."
+            raise ArgumentError("hessian", type(hessian).__name__, "a CurvatureOperator", remedy)
+        if not isinstance(gauss_newton, GaussNewtonOperator):
+            remedy = "The order is ResidualOperator(hessian, gauss_newton)."
+            found = type(gauss_newton).__name__
+            raise ArgumentError("gauss_newton", found, "a GaussNewtonOperator", remedy)
+        ours, theirs = hessian.parameters, gauss_newton.parameters
+        if list(map(id, ours.tensors)) != list(map(id, theirs.tensors)):
+            allowed = f"the Hessian's parameters, in its order: {ours.names}"
+            if ours.names == theirs.names:
+                allowed = "those of the model that the Hessian is of, and not of a copy"
+            remedy = "Give both operators the same model and `params`."
+            raise ArgumentError("parameters of gauss_newton", theirs.names, allowed, remedy)
+        self.hessian, self.gauss_newton = hessian, gauss_newton
+        self.parameters = ours
+        self.stats = OperatorStats()
+        self._compared = False
+
+    @property
+    def accuracy(self) -> float:
+        """Relative error of the products of H and G: of theirs, not of the difference."""
+        return max(self.hessian.accuracy, self.gauss_newton.accuracy)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Returns the product with ``v: (P,)``, a new ``(P,)``."""
+        return self.matmat(v[None])[0]
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``."""
+        with self._counted():
+            products = self.hessian.matmat(vectors)
+            products = products.sub_(self.gauss_newton.matmat(vectors))
+            if not self._compared:
+                self._compare_losses()
+        return products
+
+    def gradient(self) -> Tensor:
+        """Returns the gradient of the mean loss over all of the data, ``(P,)``."""
+        with self._counted():
+            return self.hessian.gradient()
+
+    def loss(self) -> float:
+        """Returns the mean loss over all of the data."""
+        with self._counted():
+            return self.hessian.loss()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Promises that the parameters do not change inside: both look at them on entry only."""
+        with self.hessian.frozen(), self.gauss_newton.frozen():
+            yield
+
+    def release(self) -> None:
+        """Frees what both keep for further products at the present parameters."""
+        self.hessian.release()
+        self.gauss_newton.release()
+
+    def _compare_losses(self) -> None:
+        """Checks that both are of one loss. It is known: a product's pass over the data tells it.
+
+        Raises:
+            ArgumentError: they are not.
+        """
+        loss, other = self.hessian.loss(), self.gauss_newton.loss()
+        epsilon = torch.finfo(self.dtype).eps
+        if not math.isclose(loss, other, rel_tol=math.sqrt(epsilon), abs_tol=100 * epsilon):
+            remedy = "Give both operators the same loss, data, mode and seed."
+            allowed = f"the Hessian's, {loss:.6g}"
+            raise ArgumentError("the loss of gauss_newton", other, allowed, remedy)
+        self._compared = True
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Adds what both spend inside to ``stats``, and takes over how they work at present."""
+        stats, both = self.stats, (self.hessian.stats, self.gauss_newton.stats)
+        before = [copy.copy(of) for of in both]
+        try:
+            yield
+        finally:
+            for of, was in zip(both, before, strict=True):
+                stats.products += of.products - was.products
+                stats.gradients += of.gradients - was.gradients
+                stats.passes += of.passes - was.passes
+            stats.graphs_kept = sum(of.graphs_kept for of in both)
+            stats.graphs_streamed = sum(of.graphs_streamed for of in both)
+            stats.graph_bytes = sum(of.graph_bytes for of in both)
+            stats.engine = " - ".join(of.engine for of in both)
