@@ -30,6 +30,7 @@ from benchmarks.speed import (
     environment,
     estimates,
     memory,
+    monitoring,
     observation,
     products,
     runs,
@@ -70,6 +71,7 @@ PER_MODEL: Final = (
     "runs",
     "memory",
     "observation",
+    "monitor",
     "synchronisations",
     "estimates",
 )
@@ -186,6 +188,9 @@ def _sections(
         "runs": lambda: _runs(made, k, plan, console, measured) or None,
         "memory": late(lambda: memory.measure(made, k)),
         "observation": late(lambda: observation.measure(made, max(rounds, 10))),
+        "monitor": lambda: monitoring.measure(
+            made, k, rounds, plan.late, 8 if plan is _QUICK else 200
+        ),
         "synchronisations": lambda: synchronisations.measure(made, k) if made.x.is_cuda else None,
         "estimates": lambda: estimates.measure(again, k, plan.late, quick=plan is _QUICK),
     }

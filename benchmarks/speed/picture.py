@@ -55,6 +55,7 @@ def _runs(axes: Axes, models: dict[str, Any]) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(1, 2 * axes.get_xlim()[1])  # room for the last label
     axes.set_xlabel("times cheaper than the recipe at every step (line: target)")
     axes.set_title("(b) whole runs, max_angle 0.05", fontsize=10, loc="left")
 
@@ -71,9 +72,10 @@ def _sines(axes: Axes, models: dict[str, Any]) -> None:
             markersize=4,
             label=label,
         )
-    axes.plot([1e-3, 1], [1e-3, 1], color="black", linewidth=0.8)
+    axes.axline((1e-3, 1e-3), (1, 1), color="black", linewidth=0.8)
     axes.axhline(0.05, color="black", linestyle="--", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="estimate", ylabel="true sine")
+    axes.set(xlim=(None, 1), ylim=(None, 1))
     axes.set_title("(c) the estimate, and the truth", fontsize=10, loc="left")
     axes.legend(fontsize=7)
 

@@ -196,6 +196,25 @@ def step(_: str, result: dict[str, Any]) -> Table:
     return table
 
 
+def monitor(name: str, result: dict[str, Any]) -> Table:
+    """Overheads."""
+    table = _table(f"{name}: a monitor of SGD late, {result['steps']} steps", "what", "", "target")
+    what = {
+        "over_columns": "time of rows, over the gradients and products that they report",
+        "row_gradients": "a row, in gradients",
+        "unrecorded": "a step that is not recorded, over one without a monitor",
+    }
+    for key, text in what.items():
+        bar = f"{result['bars'][key]:g} {_bar(result['met'][key])}"
+        table.add_row(text, str(spread(result[key])), bar)
+    table.add_row(
+        f"every, for {result['slowdown']:g} times the training time",
+        str(spread(result["every"])),
+        "",
+    )
+    return table
+
+
 def scaling(_: str, result: dict[str, Any]) -> Table:
     """Measured rows, exponents, and the model."""
     columns = ("P", "N", "k", "gradient s", "product s", "solve s", "products", "apply s")
@@ -223,6 +242,7 @@ TABLES: Final[dict[str, Callable[[str, dict[str, Any]], Table]]] = {
     "synchronisations": synchronisations,
     "estimates": estimates,
     "observation": observation,
+    "monitor": monitor,
     "apply": apply,
     "step": step,
     "scaling": scaling,

@@ -164,7 +164,6 @@ def test_beside_an_optimizer_on_the_same_subspace(kind: str, refresh: Any, next_
             so.Monitor(optimizer, subspace, next_k=next_k, every=1 if next_k else 3)
         path = []
         for t in range(25):
-
             x, y = (part[t % 5 :: 5] for part in data)
 
             def closure(
