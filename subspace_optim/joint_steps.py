@@ -77,9 +77,10 @@ class JointSteps:
         self._before, self._after, self._waiting = [], {}, set()
 
     def _pre(self, optimizer: Optimizer, *_: object) -> None:
-        if not _moves(optimizer) or _is_nested(optimizer):
+        moving = {id(each) for each in self.optimizers if _moves(each)}
+        if id(optimizer) not in moving or _is_nested(optimizer):
             return
-        if self._last:  # hooks run in the order of their registration
+        if self._last and not self._comes_last(optimizer):
             self._after[id(optimizer)].remove()
             self._after[id(optimizer)] = optimizer.register_step_post_hook(self._post)
         if self._waiting and self._waiting != self._round:
@@ -87,13 +88,18 @@ class JointSteps:
                 return
             self._waiting = set()
             self._end()
-        self._round = {id(each) for each in self.optimizers if _moves(each)}
+        self._round = moving
         self._waiting = set(self._round)
         try:
             self._begin()
         except BaseException:
             self._waiting = set()
             raise
+
+    def _comes_last(self, optimizer: Optimizer) -> bool:
+        """Whether no hook was registered after ours: they run in the order of registration."""
+        hooks = optimizer._optimizer_step_post_hooks  # noqa: SLF001 (no public way to look)
+        return next(reversed(hooks), None) == self._after[id(optimizer)].id
 
     def _post(self, optimizer: Optimizer, *_: object) -> None:
         if id(optimizer) not in self._waiting or _is_nested(optimizer):

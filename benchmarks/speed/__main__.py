@@ -130,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--k", type=int, help="dimension of the subspace (default: the classes)")
     add("--rounds", type=int, help="repetitions (default: 5 of the MLP, one of slower models)")
     add("--examples", type=int, help="of the data (default: all of the problem's)")
+    add("--seeds", type=int, default=3, help="of the estimates' trajectories")
+    add("--samples", type=int, default=15, help="of each of these trajectories")
     add("--limit", type=float, default=120.0, help="seconds a solve that a peer may take")
     add("--quick", action="store_true", help="tiny sizes, to see that it works")
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -167,7 +169,7 @@ def _sections(
     again: Callable[..., Problem],
     k: int,
     plan: Plan,
-    limit: float,
+    options: argparse.Namespace,
     console: Console,
     measured: dict[str, Any],
 ) -> dict[str, Callable[[], dict[str, Any] | None]]:
@@ -183,7 +185,7 @@ def _sections(
 
     return {
         "products": late(lambda: products.measure(made, k, rounds)),
-        "cold": late(lambda: cold.measure(made, k, rounds, limit, console)),
+        "cold": late(lambda: cold.measure(made, k, rounds, options.limit, console)),
         "warm": lambda: warm.measure(made, k, rounds, plan.late, 50 if plan.late > 50 else 5),
         "runs": lambda: _runs(made, k, plan, console, measured) or None,
         "memory": late(lambda: memory.measure(made, k)),
@@ -192,7 +194,14 @@ def _sections(
             made, k, rounds, plan.late, 8 if plan is _QUICK else 200
         ),
         "synchronisations": lambda: synchronisations.measure(made, k) if made.x.is_cuda else None,
-        "estimates": lambda: estimates.measure(again, k, plan.late, quick=plan is _QUICK),
+        "estimates": lambda: estimates.measure(
+            again,
+            k,
+            plan.late,
+            seeds=options.seeds,
+            samples=options.samples,
+            quick=plan is _QUICK,
+        ),
     }
 
 
@@ -232,7 +241,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         console.print(f"[bold]{name}[/]: P = {made.size:,}, N = {len(made.x)}, k = {k}")
         measured = {"parameters": made.size, "examples": len(made.x), "k": k, "late": plan.late}
         results.data["models"][name] = measured
-        sections = _sections(made, again, k, plan, options.limit, console, measured)
+        sections = _sections(made, again, k, plan, options, console, measured)
         chosen = options.sections or plan.sections
         for section in (s for s in PER_MODEL if s in chosen):
             outcome = sections[section]()

@@ -21,11 +21,16 @@ BARS: Final = {
     "median_estimate_over_true": 5.0,
     "rank_correlation": 0.7,
 }
-_SAMPLES: Final = 15
 
 
 def measure(
-    again: Callable[..., Problem], k: int, late: int, *, quick: bool = False
+    again: Callable[..., Problem],
+    k: int,
+    late: int,
+    *,
+    seeds: int = 3,
+    samples: int = 15,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Follows the trajectories, and finds the true sine at evenly spaced steps of each.
 
@@ -33,19 +38,21 @@ def measure(
         again: ``again(seed=s)`` is the problem from another seed.
         k: dimension of the subspace.
         late: steps of SGD before a late start.
+        seeds: how many, from 0 on.
+        samples: of each trajectory.
         quick: one seed and few steps.
 
     Returns:
         For each trajectory and for all together: samples, how estimates agree with the truth
         (``runs.agreement``), and how often the true sine was at most ``max_angle``.
     """
-    seeds = [0] if quick else [0, 1, 2]
+    chosen = range(1 if quick else seeds)
     rows: list[dict[str, Any]] = [{"title": t.title, "samples": []} for t in TRAJECTORIES]
-    for seed in seeds:
+    for seed in chosen:
         problem = again(seed=seed)
         for trajectory, row in zip(TRAJECTORIES, rows, strict=True):
             scenario = replace(trajectory, steps=4) if quick else trajectory
-            row["samples"] += _follow(problem, k, scenario, late, 2 if quick else _SAMPLES)
+            row["samples"] += _follow(problem, k, scenario, late, 2 if quick else samples)
     rows = [_summary(row["title"], row["samples"]) for row in rows]
     pooled = _summary("all", [sample for row in rows for sample in row["samples"]])
     found = {**pooled["agreement"], "within_max_angle": pooled["within_max_angle"]}
@@ -55,7 +62,7 @@ def measure(
         for name, bar in BARS.items()
     )
     return {
-        "seeds": seeds,
+        "seeds": list(chosen),
         "max_angle": MAX_ANGLE,
         "bars": BARS,
         "trajectories": rows,

@@ -207,11 +207,9 @@ def monitor(name: str, result: dict[str, Any]) -> Table:
     for key, text in what.items():
         bar = f"{result['bars'][key]:g} {_bar(result['met'][key])}"
         table.add_row(text, str(spread(result[key])), bar)
-    table.add_row(
-        f"every, for {result['slowdown']:g} times the training time",
-        str(spread(result["every"])),
-        "",
-    )
+    for every, row in result["spaced"].items():
+        text = f"every={every}: a row in gradients, by its columns; times the training time"
+        table.add_row(text, f"{row['row_in_gradients']:.1f}; {row['slowdown']:.3g}", "")
     return table
 
 

@@ -191,7 +191,6 @@ class Monitor:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    @torch.no_grad()
     def _begin(self) -> None:
         self._before = None
         recorded = self._is_recorded()
@@ -212,6 +211,7 @@ class Monitor:
         every, step = self.every, self._steps
         return bool(every(step)) if callable(every) else step % every == 0
 
+    @torch.no_grad()
     def _look(self) -> _Before:
         """Measures what a row needs before the step."""
         subspace = self.subspace
@@ -235,13 +235,13 @@ class Monitor:
         row["products"] = operator.stats.products - products
         return _Before(space.flatten(space.tensors), basis, gradient, row)
 
-    @torch.no_grad()
     def _end(self) -> None:
         if self._before is not None:
             self._add(self._row(self._before))
             self._before = None
         self._steps += 1
 
+    @torch.no_grad()
     def _row(self, before: _Before) -> dict[str, Any]:
         space, basis, gradient = self.subspace.parameters, before.basis, before.gradient
         update = space.flatten(space.tensors) - before.theta

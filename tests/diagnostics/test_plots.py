@@ -1,20 +1,1053 @@
-"""The dashboard shows what the monitor recorded, under names."""
+"""The pictures show what was measured, and can be read: checked in what the renderer draws."""
 
 from __future__ import annotations
 
+import functools
+import io
+import itertools
+import math
+import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from scipy.stats import norm
 
 import subspace_optim as so
+from subspace_optim.diagnostics import SpectralDensity, class_gradient_cosines, plots
+from subspace_optim.diagnostics.plots.style import THEMES
+from subspace_optim.linalg import EigenBasis
 from tests.optim.naive import DenseOperator, Quartic
 
+nan, inf = math.nan, math.inf
+NUMBERS = (
+    "loss",
+    "gradient_norm",
+    "update_norm",
+    "chi_gradient",
+    "chi_update",
+    "dom_lr",
+    "bulk_lr",
+    "distance",
+    "sharpness",
+    "gap",
+    "threshold",
+    "sam_edge",
+    "adam_threshold",
+    "preconditioned_sharpness",
+    "angle_estimate",
+    "gradients",
+    "products",
+)
 
-def recorded(steps: int = 4, k: int = 3) -> so.Monitor:
+
+def history(rows: int = 30, k: int = 4, more: int = 3, seed: int = 0) -> dict[str, list[Any]]:
+    """A run that could be: all columns are there, and no two of them are equal."""
+    random = np.random.default_rng(seed)
+    t = np.arange(rows)
+    noise = 1 + 0.05 * random.standard_normal((len(NUMBERS), rows))
+    top = 3.0 * 1.6 ** np.arange(k, 0, -1) * (1 + t[:, None] / 100)
+    following = 0.8 * 0.7 ** np.arange(more) * (1 + t[:, None] / 200)
+    typical = {
+        "loss": 0.5 * np.exp(-t / 10),
+        "update_norm": 0.02,
+        "chi_gradient": 0.9,
+        "chi_update": 0.7,
+        "dom_lr": 0.01,
+        "bulk_lr": 0.1,
+        "distance": 0.3 * np.sqrt(t),
+        "threshold": 40.0,
+        "sam_edge": 33.0,
+        "adam_threshold": 3800.0,
+        "preconditioned_sharpness": 3000.0,
+    }
+    columns: dict[str, list[Any]] = {
+        name: (typical.get(name, 1.0) * noise[i]).tolist() for i, name in enumerate(NUMBERS)
+    }
+    return columns | {
+        "step": (20 * t).tolist(),
+        "eigenvalues": top.tolist(),
+        "next_eigenvalues": following.tolist(),
+        "sharpness": top[:, 0].tolist(),
+        "gap": (top[:, -1] - following[:, 0] if more else top[:, -1] / 2).tolist(),
+    }
+
+
+def spectrum(probes: int = 4, nodes: int = 12, seed: int = 0) -> SpectralDensity:
+    """A bulk around 0 and one eigenvalue at 8."""
+    random = np.random.default_rng(seed)
+    places = np.sort(random.normal(0, 0.5, (probes, nodes)), axis=1)
+    places[:, -1] = 8.0
+    weights = random.uniform(0.5, 1, (probes, nodes))
+    weights[:, -1] = 1e-3
+    weights /= weights.sum(axis=1, keepdims=True)
+    return SpectralDensity(torch.tensor(places), torch.tensor(weights), 1000, probes * nodes)
+
+
+def cosines(classes: int = 6, k: int = 7) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-1, 1, (classes, k))
+
+
+OVERLAPS = 0.4 + 0.6 * np.exp(-np.abs(np.subtract.outer(np.arange(9), np.arange(9))) / 3)
+ASSIGNMENT = [3, 1, 0, 6, 2, -1]
+RATES = {
+    "GD": history(seed=1),
+    "Adam, no momentum": history(seed=2) | {"bulk_lr": np.geomspace(0.05, 3, 30).tolist()},
+    "an optimizer of a long name": history(seed=3) | {"dom_lr": [nan] * 30},
+}
+PICTURES: dict[str, Callable[..., Figure]] = {
+    "dashboard": lambda **options: plots.dashboard(history(), **options),
+    "eigenvalue_history": lambda **options: plots.eigenvalue_history(history(), **options),
+    "overlap_heatmap": lambda **options: plots.overlap_heatmap(
+        OVERLAPS, [0, 5, 10, 20, 50, 100, 1000, 10000, 100000], **options
+    ),
+    "density": lambda **options: plots.density(spectrum(), [8.0, 8.3], **options),
+    "effective_rates": lambda **options: plots.effective_rates(RATES, **options),
+    "cosine_matrix": lambda **options: plots.cosine_matrix(cosines(), ASSIGNMENT, **options),
+}
+# Other pictures of the same functions, in which other labels could collide.
+MORE: dict[str, Callable[..., Figure]] = {
+    "dashboard, empty": lambda **options: plots.dashboard({}, **options),
+    "dashboard, one row": lambda **options: plots.dashboard(history(1), **options),
+    "dashboard, spikes, late": lambda **options: plots.dashboard(
+        spiked() | {"step": list(range(0, 6_000_000, 200_000))}, **options
+    ),
+    "dashboard, negative": lambda **options: plots.dashboard(negative(), **options),
+    "eigenvalue_history, flat": lambda **options: plots.eigenvalue_history(
+        history() | {"threshold": [7.0] * 30, "eigenvalues": [[6.5, 6.0]] * 30}, **options
+    ),
+    "overlap_heatmap, empty": lambda **options: plots.overlap_heatmap(np.empty((0, 0)), **options),
+    "overlap_heatmap, one": lambda **options: plots.overlap_heatmap([[1.0]], **options),
+    "overlap_heatmap, many": lambda **options: plots.overlap_heatmap(np.eye(200), **options),
+    "effective_rates, empty": lambda **options: plots.effective_rates({}, **options),
+    "effective_rates, signs": lambda **options: plots.effective_rates(
+        {"a": negative(), "b": history()}, **options
+    ),
+    "effective_rates, equal": lambda **options: plots.effective_rates(
+        {"a": {"step": [0], "dom_lr": [0.1], "bulk_lr": [0.1]}}, **options
+    ),
+    "cosine_matrix, many": lambda **options: plots.cosine_matrix(
+        cosines(100, 40), list(range(40)) + [-1] * 60, **options
+    ),
+    "density, no outliers": lambda **options: plots.density(spectrum(), **options),
+}
+ALL = PICTURES | MORE
+CASES = [(name, "light") for name in ALL] + [(name, "dark") for name in PICTURES]
+
+
+def spiked() -> dict[str, list[Any]]:
+    changed = history()
+    changed["dom_lr"][4], changed["dom_lr"][9], changed["bulk_lr"][20] = 1e6, -1e6, 1e3
+    return changed
+
+
+def negative() -> dict[str, list[Any]]:
+    changed = history()
+    changed["dom_lr"] = [-0.02 + 0.002 * i for i in range(30)]
+    changed["next_eigenvalues"] = [[0.1, -0.1, -2.0]] * 30
+    changed["loss"] = [-1.0 - i for i in range(30)]
+    return changed
+
+
+# --- what the renderer draws ---------------------------------------------------------------------
+
+
+@dataclass
+class Written:
+    """A text as it was drawn: where, in pixels, and on what colour."""
+
+    text: str
+    box: Bbox
+    color: str
+    background: str
+    axes: Axes | None
+
+
+@contextmanager
+def watched(drawn: list[tuple[Text, Bbox]]) -> Iterator[None]:
+    """Notes each text that is drawn: those that are not (outside, hidden) do not count."""
+    original = Text.draw
+
+    def draw(self: Text, renderer: Any) -> None:
+        original(self, renderer)
+        if self.get_visible() and self.get_text().strip():
+            drawn.append((self, self.get_window_extent(renderer)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Text, "draw", draw)
+        yield
+
+
+def render(figure: Figure) -> tuple[np.ndarray, list[Written]]:
+    """Draws the figure: pixels (height, width, 3) from the lower left, and all texts."""
+    drawn: list[tuple[Text, Bbox]] = []
+    canvas = FigureCanvasAgg(figure)
+    figure.draw_without_rendering()  # as `savefig` does
+    with watched(drawn):
+        canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[::-1, :, :3]
+    written = []
+    for text, box in drawn:
+        x0, y0, x1, y1 = (round(end) for end in box.extents)
+        inside = pixels[max(y0, 0) : y1, max(x0, 0) : x1].reshape(-1, 3)
+        ((most, _),) = Counter(map(tuple, inside.tolist())).most_common(1)
+        color = to_hex(text.get_color())
+        background = to_hex([channel / 255 for channel in most])
+        written.append(Written(text.get_text(), box, color, background, text.axes))
+    return pixels, written
+
+
+@functools.cache
+def picture(name: str, theme: str = "light") -> tuple[Figure, list[Written]]:
+    """A picture that was drawn once, for all tests that only look at it."""
+    figure = ALL[name](theme=theme)
+    return figure, render(figure)[1]
+
+
+def overlap(a: Bbox, b: Bbox) -> bool:
+    both = Bbox.intersection(a, b)
+    return both is not None and both.width > 1 and both.height > 1
+
+
+def panels_of(figure: Figure) -> list[Axes]:
+    """Panels, with their colour bars."""
+    return [axes for panel in figure.axes for axes in (panel, *panel.child_axes)]
+
+
+@pytest.mark.parametrize(("name", "theme"), CASES)
+def test_no_text_is_clipped_or_lies_on_another(name: str, theme: str) -> None:
+    figure, written = picture(name, theme)
+    assert written
+    for text in written:
+        x0, y0, x1, y1 = text.box.extents
+        inside = x0 >= 0 and y0 >= 0 and x1 <= figure.bbox.width and y1 <= figure.bbox.height
+        assert inside, f"{text.text!r} leaves the figure"
+    for a, b in itertools.combinations(written, 2):
+        assert not overlap(a.box, b.box), f"{a.text!r} lies on {b.text!r}"
+    for text, axes in itertools.product(written, panels_of(figure)):
+        if text.axes is not axes:
+            assert not overlap(text.box, axes.bbox), f"{text.text!r} lies in another panel"
+
+
+@pytest.mark.parametrize(("name", "theme"), CASES)
+def test_text_can_be_read(name: str, theme: str) -> None:
+    """Contrast as the web's guidelines (WCAG 2.1) compute it and ask for it, and 6 points."""
+    figure, written = picture(name, theme)
+    for text in written:
+        assert contrast(text.color, text.background) >= 4.5, text
+    for text in figure.findobj(Text):
+        assert text.get_fontsize() >= 6 or not text.get_text()
+
+
+def luminance(color: str) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_is_that_of_the_guidelines() -> None:
+    assert contrast("black", "white") == pytest.approx(21)
+    assert contrast("#777777", "white") == pytest.approx(4.48, abs=0.005)  # their own example
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_lines_stand_out(name: str, theme: str) -> None:
+    figure, _ = picture(name, theme)
+    for axes in figure.axes:
+        assert to_hex(axes.get_facecolor()) == to_hex(figure.get_facecolor())
+        for line in axes.get_lines():
+            assert line.get_alpha() is None
+            assert contrast(to_hex(line.get_color()), to_hex(axes.get_facecolor())) >= 3
+
+
+# Linear maps of linear RGB to what is seen without one kind of cones: Machado, Oliveira & Fernandes
+# 2009, severity 1.
+BLINDNESS = {
+    "none": np.eye(3),
+    "protanopia": np.array(
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
+    ),
+    "deuteranopia": np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    ),
+    "tritanopia": np.array(
+        [
+            [1.255528, -0.076749, -0.178779],
+            [-0.078411, 0.930809, 0.147602],
+            [0.004733, 0.691367, 0.303900],
+        ]
+    ),
+}
+
+
+def lab(color: str, blindness: str) -> np.ndarray:
+    """CIELAB (D65) of a colour as it is seen: distances of 2 can just be told apart."""
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(BLINDNESS[blindness] @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ linear / [0.9505, 1.0, 1.089]
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_lab_of_known_colours() -> None:
+    np.testing.assert_allclose(lab("white", "none"), [100, 0, 0], atol=0.05)
+    np.testing.assert_allclose(lab("red", "none"), [53.24, 80.09, 67.20], atol=0.1)
+    # Red and green of one lightness are one colour without the cones for one of them.
+    red, green = ("#b05a32", "#6e7d32")
+    far = np.linalg.norm(lab(red, "none") - lab(green, "none"))
+    near = np.linalg.norm(lab(red, "deuteranopia") - lab(green, "deuteranopia"))
+    assert near < far / 2
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_lines_of_a_panel_differ_for_every_eye(name: str, theme: str, blindness: str) -> None:
+    for axes in picture(name, theme)[0].axes:
+        colors = {to_hex(line.get_color()) for line in axes.get_lines()}
+        for a, b in itertools.combinations(colors, 2):
+            assert np.linalg.norm(lab(a, blindness) - lab(b, blindness)) >= 15, (a, b)
+
+
+@pytest.mark.parametrize("name", ["dashboard", "eigenvalue_history", "dashboard, one row"])
+def test_lines_of_a_panel_differ_in_grey_print(name: str) -> None:
+    """By their dashes, or by their markers where there are points alone."""
+    for axes in picture(name)[0].axes:
+        styles = {}
+        for line in axes.get_lines():
+            dashes = line._unscaled_dash_pattern if line.get_linestyle() != "None" else None
+            styles.setdefault((str(dashes), line.get_marker()), set()).add(line.get_color())
+        assert all(len(colors) == 1 for colors in styles.values()), styles
+
+
+def test_the_two_themes_differ_in_ink_and_ground_alone_where_both_can_show_a_colour() -> None:
+    light, dark = THEMES["light"], THEMES["dark"]
+    assert luminance(light.background) > 0.9
+    assert luminance(dark.background) < 0.1
+    for theme in (light, dark):
+        # Blue stays blue, vermillion stays vermillion.
+        assert to_rgb(theme.dominant)[2] == max(to_rgb(theme.dominant))
+        assert to_rgb(theme.bulk)[0] == max(to_rgb(theme.bulk))
+    assert (light.dominant, light.bulk) == (plots.DOMINANT, plots.BULK)
+
+
+# --- labels and scales ---------------------------------------------------------------------------
+
+LABELS = {
+    "dashboard": [
+        ("step", "training loss"),
+        ("step", r"sharpness $\lambda_1$"),
+        ("step", r"eigenvalues $\lambda_i$"),
+        ("step", r"alignment $\chi_k$"),
+        ("step", "effective learning rate"),
+        ("step", "norm"),
+    ],
+    "eigenvalue_history": [("step", r"eigenvalues $\lambda_i$")],
+    "overlap_heatmap": [("saved at step", "saved at step"), ("", "subspace overlap")],
+    "density": [(r"eigenvalue $\lambda$", "spectral density")],
+    "effective_rates": [
+        ("Dom-LR: mean, and 10 to 90 % of the steps", ""),
+        ("Bulk-LR: mean, and 10 to 90 % of the steps", ""),
+    ],
+    "cosine_matrix": [("eigenvector", "class"), ("", "|cosine|")],
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_axis_says_what_it_is(name: str) -> None:
+    figure, _ = picture(name)
+    assert [(a.get_xlabel(), a.get_ylabel()) for a in panels_of(figure)] == LABELS[name]
+
+
+def keys_of(figure: Figure) -> list[list[str]]:
+    legends = [axes.get_legend() for axes in figure.axes]
+    return [[t.get_text() for t in legend.get_texts()] if legend else [] for legend in legends]
+
+
+def test_keys_name_the_lines() -> None:
+    assert keys_of(picture("dashboard")[0]) == [
+        [],
+        [
+            r"$\lambda_{1}$",
+            "stability threshold",
+            "SAM-edge",
+            r"preconditioned $\lambda_1$",
+            "Adam's threshold",
+        ],
+        [r"$\lambda_{1}$ to $\lambda_{4}$", r"$\lambda_{5}$ to $\lambda_{7}$", "gap"],
+        ["gradient", "update"],
+        ["Dom-LR", "Bulk-LR"],
+        [r"distance from $\theta_0$", "update"],
+    ]
+    one = plots.eigenvalue_history(history(k=1, more=1))
+    assert keys_of(one) == [
+        [r"$\lambda_{1}$", r"$\lambda_{2}$", "stability threshold", "SAM-edge", "gap"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dashboard",
+        "dashboard, negative",
+        "eigenvalue_history",
+        "eigenvalue_history, flat",
+        "effective_rates",
+        "effective_rates, signs",
+        "effective_rates, equal",
+        "density",
+    ],
+)
+def test_every_scale_has_labels(name: str) -> None:
+    """At least two numbers an axis, which a logarithmic one does not have by itself."""
+    figure, _ = picture(name)
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            labels = axis.get_ticklabels()
+            shown = [
+                t.get_text()
+                for t, at in zip(labels, axis.get_ticklocs(), strict=False)
+                if low <= at <= high
+            ]
+            hidden = name.startswith("effective_rates") and axis is axes.yaxis
+            assert hidden or sum(map(bool, shown)) >= 2, (axes.get_ylabel(), shown)
+
+
+def test_steps_are_whole_numbers() -> None:
+    for rows, expected in ((1, ["0"]), (3, ["0", "10", "20", "30", "40"])):
+        (axes,) = plots.eigenvalue_history(history(rows)).axes
+        axes.figure.draw_without_rendering()
+        low, high = axes.get_xlim()
+        labels = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        assert [t.get_text() for at, t in labels if low <= at <= high] == expected
+
+
+def test_scales_are_logarithmic_where_positive_values_span_a_decade() -> None:
+    def scales(changed: dict[str, list[Any]]) -> list[str]:
+        return [axes.get_yscale() for axes in plots.dashboard(history() | changed).axes]
+
+    assert scales({}) == ["log", "log", "log", "linear", "linear", "log"]
+    assert scales({"loss": [1 + i / 30 for i in range(30)]})[0] == "linear"
+    assert scales({"loss": [0.0] + [1.5**i for i in range(29)]})[0] == "linear"
+    assert scales({"next_eigenvalues": [[-1.0]] * 30})[2] == "linear"
+    # A distance of 0 at the start is left out; where there is nothing else it is shown.
+    still = {"distance": [0.0] * 30, "update_norm": [0.0] * 30}
+    assert scales(still)[5] == "linear"
+    assert "nothing recorded" not in said(plots.dashboard(history() | still))
+
+
+def said(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+# --- the data ------------------------------------------------------------------------------------
+
+
+def drawn(axes: Axes) -> list[list[float]]:
+    """What the lines show; for each the steps are those of the history."""
+    return [np.asarray(line.get_ydata(), float).tolist() for line in axes.get_lines()]
+
+
+def columns_of(table: list[list[float]]) -> list[list[float]]:
+    return [list(column) for column in zip(*table, strict=True)]
+
+
+def test_dashboard_draws_every_column() -> None:
+    recorded = history()
+    panels = picture("dashboard")[0].axes
+    expected = [
+        [recorded["loss"]],
+        [
+            recorded[name]
+            for name in (
+                "sharpness",
+                "threshold",
+                "sam_edge",
+                "preconditioned_sharpness",
+                "adam_threshold",
+            )
+        ],
+        columns_of(recorded["eigenvalues"]) + columns_of(recorded["next_eigenvalues"]),
+        [recorded["chi_gradient"], recorded["chi_update"]],
+        [recorded["dom_lr"], recorded["bulk_lr"]],
+        [[nan, *recorded["distance"][1:]], recorded["update_norm"]],
+    ]
+    for axes, columns in zip(panels, expected, strict=True):
+        np.testing.assert_array_equal(drawn(axes), columns)
+        for line in axes.get_lines():
+            np.testing.assert_array_equal(line.get_xdata(), recorded["step"])
+
+
+def test_eigenvalue_history_draws_eigenvalues_and_thresholds() -> None:
+    recorded = history()
+    (axes,) = plots.eigenvalue_history(recorded).axes
+    expected = columns_of(recorded["eigenvalues"]) + columns_of(recorded["next_eigenvalues"])
+    np.testing.assert_array_equal(
+        drawn(axes), [*expected, recorded["threshold"], recorded["sam_edge"]]
+    )
+    lines = axes.get_lines()
+    top, following = lines[0], lines[4]
+    assert top.get_linestyle() == "-"
+    assert following.get_linestyle() == "--"
+    assert following.get_linewidth() < top.get_linewidth()
+
+
+def band(axes: Axes) -> np.ndarray:
+    """Lower and upper edge of the filled band, at each step."""
+    (filled,) = axes.collections
+    (path,) = filled.get_paths()
+    edges: dict[float, set[float]] = {}
+    for x, y in path.vertices:
+        edges.setdefault(x, set()).add(y)
+    return np.array([(x, min(ys), max(ys)) for x, ys in sorted(edges.items())])
+
+
+@pytest.mark.parametrize("more", [0, 3])
+def test_the_band_is_the_gap(more: int) -> None:
+    """Down to the eigenvalue that was recorded; without it, as far as ``gap`` says."""
+    recorded = history(more=more)
+    upper = [row[-1] for row in recorded["eigenvalues"]]
+    if more:
+        lower = [row[0] for row in recorded["next_eigenvalues"]]
+        recorded["gap"] = [nan] * 30
+    else:
+        lower = [last - gap for last, gap in zip(upper, recorded["gap"], strict=True)]
+    (axes,) = plots.eigenvalue_history(recorded).axes
+    expected = np.transpose([recorded["step"], lower, upper])
+    np.testing.assert_allclose(band(axes), expected, rtol=1e-12)
+
+
+def test_a_gap_to_below_zero_ends_at_the_edge_of_a_logarithmic_scale() -> None:
+    (axes,) = plots.eigenvalue_history(history(k=8, more=0) | {"gap": [100.0] * 30}).axes
+    assert axes.get_yscale() == "log"
+    assert (band(axes)[:, 1] > 0).all()
+
+
+def test_what_was_not_recorded_is_not_drawn() -> None:
+    """Thresholds that do not apply, and Adam's without the sharpness that it is for."""
+    recorded = history(more=0) | {
+        "threshold": [nan] * 30,
+        "sam_edge": [None] * 30,
+        "preconditioned_sharpness": [nan] * 30,
+    }
+    panels = plots.dashboard(recorded).axes
+    assert drawn(panels[1]) == [recorded["sharpness"]]
+    assert keys_of(plots.dashboard(recorded))[1] == []
+    assert len(drawn(panels[2])) == 4
+
+
+def test_histories_without_the_later_columns_are_drawn() -> None:
+    old = {
+        name: column
+        for name, column in history().items()
+        if name in ("step", "loss", "dom_lr", "eigenvalues")
+    }
+    panels = plots.dashboard(old).axes
+    assert drawn(panels[0]) == [old["loss"]]
+    assert drawn(panels[2]) == columns_of(old["eigenvalues"])
+    assert drawn(panels[4]) == [old["dom_lr"]]
+    assert keys_of(panels[0].figure) == [[]] * 6  # no gap either
+    assert [bool(axes.texts) for axes in panels] == [False, True, False, True, False, True]
+
+
+@pytest.mark.parametrize("empty", [{}, {"step": [], "loss": [], "eigenvalues": []}])
+def test_an_empty_history_is_an_empty_picture(empty: dict[str, list[Any]]) -> None:
+    for figure, panels in (
+        (plots.dashboard(empty), 6),
+        (plots.eigenvalue_history(empty), 1),
+        (plots.effective_rates({}), 2),
+        (plots.effective_rates({"a": empty}), 2),
+        (plots.overlap_heatmap(np.empty((0, 0))), 1),
+        (plots.cosine_matrix(np.empty((0, 3))), 1),
+    ):
+        assert said(figure) == ["nothing recorded"] * panels
+        _, written = render(figure)
+        # No numbers on scales that measure nothing.
+        assert {text.text for text in written} <= {
+            "nothing recorded",
+            *(axes.get_xlabel() for axes in figure.axes),
+            *(axes.get_ylabel() for axes in figure.axes),
+        }
+
+
+def count(pixels: np.ndarray, axes: Axes, color: str) -> int:
+    """Pixels of a colour in a panel."""
+    x0, y0, x1, y1 = (round(end) for end in axes.bbox.extents)
+    wanted = np.round(np.array(to_rgb(color)) * 255)
+    near = np.abs(pixels[y0 - 3 : y1 + 3, x0 - 3 : x1 + 3] - wanted).max(axis=2) <= 2
+    return int(near.sum())
+
+
+def test_a_single_row_can_be_seen() -> None:
+    figure, look = plots.dashboard(history(1) | {"distance": [2.0]}), THEMES["light"]
+    colors = [
+        [look.ink],
+        [look.dominant, look.ink, look.third, look.fourth],
+        [look.dominant, look.bulk],
+        [look.dominant, look.bulk],
+        [look.dominant, look.bulk],
+        [look.ink, look.third],
+    ]
+    pixels, _ = render(figure)
+    for axes, expected in zip(figure.axes, colors, strict=True):
+        for color in expected:
+            assert count(pixels, axes, color) >= 8, (axes.get_ylabel(), color)
+
+
+def test_a_value_between_gaps_is_a_point() -> None:
+    loss = [1.0, nan, 2.0, inf, 3.0, 4.0, None, 1e300]
+    figure = plots.dashboard({"step": list(range(8)), "loss": loss})
+    line, points = figure.axes[0].get_lines()
+    np.testing.assert_array_equal(line.get_ydata(), [1, nan, 2, nan, 3, 4, nan, nan])
+    np.testing.assert_array_equal(points.get_xdata(), [0, 2])
+    np.testing.assert_array_equal(points.get_ydata(), [1, 2])
+    assert points.get_marker() != "None"
+
+
+anything = st.none() | st.floats() | st.sampled_from([0.0, nan, inf, -inf, 1e-300, 5e-324, 1e99])
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> dict[str, list[Any]]:
+    rows = draw(st.integers(0, 4))
+    names = draw(st.sets(st.sampled_from(NUMBERS)))
+    table = {name: draw(st.lists(anything, min_size=rows, max_size=rows)) for name in names}
+    for name in draw(st.sets(st.sampled_from(["eigenvalues", "next_eigenvalues"]))):
+        lists = st.lists(anything, max_size=3)
+        table[name] = draw(st.lists(lists, min_size=rows, max_size=rows))
+    return table | {"step": draw(st.lists(st.integers(0, 10**7), min_size=rows, max_size=rows))}
+
+
+@given(histories(), st.sampled_from([plots.dashboard, plots.eigenvalue_history, "rates"]))
+@settings(max_examples=20)
+def test_no_history_breaks_a_picture(table: dict[str, list[Any]], picture: Any) -> None:
+    """Warnings are errors, in drawing too."""
+    figure = plots.effective_rates({"a": table}) if picture == "rates" else picture(table)
+    figure.set_dpi(30)
+    FigureCanvasAgg(figure).draw()
+
+
+def test_a_spike_flattens_nothing_and_is_counted() -> None:
+    recorded = spiked()
+    axes = plots.dashboard(recorded).axes[4]
+    low, high = axes.get_ylim()
+    normal = [v for name in ("dom_lr", "bulk_lr") for v in history()[name]]
+    assert low <= 0 <= max(normal) <= high < 2 * max(normal)
+    assert low > -0.5 * max(normal)
+    assert axes.get_ylabel() == "effective learning rate\n(3 beyond the limits: triangles)"
+    dom, bulk, *edges = axes.get_lines()
+    np.testing.assert_array_equal(dom.get_ydata(), recorded["dom_lr"])
+    np.testing.assert_array_equal(bulk.get_ydata(), recorded["bulk_lr"])
+    shown = [(e.get_marker(), *e.get_xdata(), *e.get_ydata(), e.get_color()) for e in edges]
+    assert shown == [
+        ("^", 80, high, plots.DOMINANT),
+        ("v", 180, low, plots.DOMINANT),
+        ("^", 400, high, plots.BULK),
+    ]
+    assert not any(edge.get_clip_on() for edge in edges)
+
+
+def test_rates_near_their_median_are_all_inside() -> None:
+    """Equal rates, as of gradient descent, or all but equal ones; and negative ones."""
+    nearly = [0.1] * 20 + [0.14] * 10  # their median deviation is 0
+    for rates in ([0.1] * 30, nearly, [-0.1] * 30, np.linspace(-1, 1, 30).tolist(), [0.0] * 30):
+        axes = plots.dashboard(history() | {"dom_lr": rates, "bulk_lr": rates}).axes[4]
+        low, high = axes.get_ylim()
+        assert low < min(rates) <= max(rates) < high
+        assert low < 0 < high
+        assert "beyond" not in axes.get_ylabel()
+
+
+# --- effective rates of several ------------------------------------------------------------------
+
+
+def test_effective_rates_are_means_and_quantiles() -> None:
+    dom, bulk = plots.effective_rates(RATES).axes
+    means = []
+    for axes, column, marker in ((dom, "dom_lr", "o"), (bulk, "bulk_lr", "s")):
+        lines = axes.get_lines()
+        assert len(lines) == 2 * len(RATES)
+        for row, table in enumerate(RATES.values()):
+            bar, point = lines[2 * row : 2 * row + 2]
+            values = np.array(table[column])
+            np.testing.assert_allclose(bar.get_xdata(), np.quantile(values, [0.1, 0.9]))
+            np.testing.assert_allclose(point.get_xdata(), [values.mean()])
+            assert point.get_marker() == marker
+            means.append("none" if np.isnan(values).all() else f"{values.mean():.3g}")
+            assert set(bar.get_ydata()) == set(point.get_ydata()) == {row}
+    assert [label.get_text() for label in dom.get_yticklabels()] == list(RATES)
+    assert said(dom.figure) == means
+    assert dom.get_ylim() == (2.5, -0.5)  # the first on top
+
+
+def test_effective_rates_leave_out_what_is_not_finite() -> None:
+    table = {"step": [0, 1, 2, 3], "dom_lr": [1.0, nan, inf, 3.0], "bulk_lr": [None, 2.0, 2.0, 2.0]}
+    dom, bulk = plots.effective_rates({"a": table}).axes
+    assert dom.get_lines()[1].get_xdata() == [2.0]
+    assert bulk.get_lines()[1].get_xdata() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("rates", "scale"),
+    [([0.1, 0.2], "log"), ([0.1], "log"), ([-0.1, 0.2], "symlog"), ([0.0, 0.0], "symlog")],
+)
+def test_scale_of_effective_rates(rates: list[float], scale: str) -> None:
+    """Both panels have the scale, and the limits, of all that is shown."""
+    positive = {"step": [0, 1], "dom_lr": [2.0, 2.0], "bulk_lr": [5.0, 5.0]}
+    steps = list(range(len(rates)))
+    other = {"step": steps, "dom_lr": rates, "bulk_lr": [2.0] * len(rates)}
+    figure = plots.effective_rates({"positive": positive, "other": other})
+    dom, bulk = figure.axes
+    assert dom.get_xscale() == bulk.get_xscale() == scale
+    assert dom.get_xlim() == bulk.get_xlim()
+    for axes in (dom, bulk):
+        for line in axes.get_lines():
+            low, high = axes.get_xlim()
+            assert low < min(line.get_xdata()) <= max(line.get_xdata()) < high
+
+
+# --- matrices ------------------------------------------------------------------------------------
+
+
+def test_overlap_heatmap_has_a_fixed_scale_and_the_steps() -> None:
+    matrix = torch.tensor([[1.0, 0.6, nan], [0.6, 1.0, 0.5], [nan, 0.5, 1.0]])
+    figure = plots.overlap_heatmap(matrix.requires_grad_(), [0, 50, 1000])
+    (axes,) = figure.axes
+    (image,) = axes.get_images()
+    np.testing.assert_array_equal(image.get_array().filled(nan), matrix.detach().numpy())
+    assert image.get_clim() == (0, 1)
+    assert image.origin == "lower"
+    assert image.get_cmap().name == "viridis"
+    for axis in (axes.xaxis, axes.yaxis):
+        assert [label.get_text() for label in axis.get_ticklabels()] == ["0", "50", "1000"]
+        assert axis.get_ticklocs().tolist() == [0, 1, 2]
+    (bar,) = axes.child_axes
+    assert bar.get_ylim() == (0, 1)
+    (numbered,) = plots.overlap_heatmap(matrix.detach()).axes
+    assert [label.get_text() for label in numbered.get_xticklabels()] == ["0", "1", "2"]
+
+
+def test_many_steps_are_labelled_in_part() -> None:
+    (axes,) = plots.overlap_heatmap(np.eye(50), [10 * i for i in range(50)]).axes
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert 3 <= len(labels) <= 6
+    assert [10 * place for place in axes.get_xticks()] == [float(label) for label in labels]
+
+
+def test_cosine_matrix_frames_the_assignment() -> None:
+    values = cosines()
+    figure = plots.cosine_matrix(torch.tensor(values), torch.tensor(ASSIGNMENT))
+    (axes,) = figure.axes
+    (image,) = axes.get_images()
+    np.testing.assert_array_equal(image.get_array(), np.abs(values))
+    assert image.get_clim() == (0, 1)
+    assert image.origin == "upper"
+    pairs = {(row, column) for row, column in enumerate(ASSIGNMENT) if column >= 0}
+    centres = {
+        (round(p.get_y() + p.get_height() / 2, 9), round(p.get_x() + p.get_width() / 2, 9))
+        for p in axes.patches
+    }
+    assert centres == pairs
+    numbers = {text.get_position()[::-1]: text.get_text() for text in axes.texts[:-1]}
+    assert numbers == {pair: f"{abs(values[pair]):.2f}" for pair in pairs}
+    mean = np.mean([abs(values[pair]) for pair in pairs])
+    assert axes.texts[-1].get_text() == f"marked: the optimal assignment, mean {mean:.2f}"
+    assert [label.get_text() for label in axes.get_xticklabels()] == list("1234567")
+    assert [label.get_text() for label in axes.get_yticklabels()] == list("012345")
+
+
+def test_cosine_matrix_without_an_assignment_and_with_too_many_for_numbers() -> None:
+    (axes,) = plots.cosine_matrix(cosines()).axes
+    assert not axes.patches
+    assert not axes.texts
+    (axes,) = plots.cosine_matrix(cosines(13, 5), [3, 1, 2, 0, 4] + [-1] * 8).axes
+    assert not axes.patches
+    assert len(axes.texts) == 1
+    dots = [(*dot.get_ydata(), *dot.get_xdata()) for dot in axes.get_lines()]
+    assert dots == [(0, 3), (1, 1), (2, 2), (3, 0), (4, 4)]
+
+
+def test_cosine_matrix_draws_what_the_diagnostic_returns() -> None:
+    """A class gradient that is an eigenvector: cosine 1, and framed."""
+    basis = EigenBasis(torch.tensor([2.0, 1.0]), torch.eye(2, 5), torch.zeros(2))
+    found = class_gradient_cosines(torch.eye(2, 5).flip(0) * 3, basis)
+    (axes,) = plots.cosine_matrix(found.cosines, found.assignment).axes
+    assert [text.get_text() for text in axes.texts[:2]] == ["1.00", "1.00"]
+    assert {p.get_x() + 0.43 for p in axes.patches if p.get_y() < 0} == {1.0}
+
+
+def test_matrices_that_do_not_fit_are_refused() -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    for bad, call in {
+        "the shape of matrix": lambda: plots.overlap_heatmap(np.ones((2, 3)), axes=axes),
+        "the shape of matrix is (2,)": lambda: plots.overlap_heatmap([1.0, 2.0], axes=axes),
+        "the length of steps is 3": lambda: plots.overlap_heatmap(np.eye(2), [1, 2, 3], axes=axes),
+        "the shape of cosines": lambda: plots.cosine_matrix(np.ones(3), axes=axes),
+        "assignment is [0, 3]": lambda: plots.cosine_matrix(np.eye(2, 3), [0, 3], axes=axes),
+        "assignment is [-2, 0]": lambda: plots.cosine_matrix(np.eye(2, 3), [-2, 0], axes=axes),
+        "assignment is [0]": lambda: plots.cosine_matrix(np.eye(2, 3), [0], axes=axes),
+    }.items():
+        with pytest.raises(so.ArgumentError) as caught:
+            call()
+        assert str(caught.value).startswith(bad)
+    assert not axes.get_xlabel()
+    assert not axes.has_data()
+
+
+# --- the density ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [None, 0.2])
+def test_density_is_the_mixture_with_its_standard_error(width: float | None) -> None:
+    measured = spectrum()
+    (axes,) = plots.density(measured, width=width).axes
+    (line,) = axes.get_lines()
+    grid = line.get_xdata()
+    nodes, weights = measured.nodes.numpy(), measured.weights.numpy()
+    sigma = width or measured.width
+    each = (norm.pdf(grid[:, None, None], nodes, sigma) * weights).sum(axis=2)
+    mean, error = each.mean(axis=1), each.std(axis=1, ddof=1) / np.sqrt(len(nodes))
+    seen = mean > axes.get_ylim()[0]
+    assert seen.sum() > 300
+    np.testing.assert_allclose(line.get_ydata()[seen], mean[seen], rtol=1e-9)
+    edges = band(axes)
+    at = np.isin(edges[:, 0], grid[seen])
+    np.testing.assert_allclose(edges[at, 2], (mean + error)[seen], rtol=1e-9)
+    lower = np.maximum((mean - error)[seen], axes.get_ylim()[0] / 10)
+    np.testing.assert_allclose(edges[at, 1], lower, rtol=1e-9)
+    # Every node is on the grid, and every peak in sight.
+    assert np.isin(nodes, grid).all()
+    assert axes.get_ylim()[0] < mean[np.isin(grid, nodes)].min()
+    assert axes.get_ylim()[1] > mean.max()
+    assert axes.get_yscale() == "log"
+    assert keys_of(axes.figure)[0] == ["mean of 4 probes", "± standard error"]
+
+
+def test_tails_of_the_kernel_do_not_stretch_the_scale() -> None:
+    measured = spectrum()
+    measured.weights[:, 0] = 0  # of copies, where a Krylov space was complete
+    low, high = plots.density(measured, width=0.01).axes[0].get_ylim()
+    assert high / low < 1e9
+
+
+def test_outliers_are_marked_and_counted() -> None:
+    (axes,) = plots.density(spectrum(), torch.tensor([8.0, 9.5, nan])).axes
+    _, rug = axes.get_lines()
+    np.testing.assert_array_equal(rug.get_xdata(), [8.0, 9.5])
+    assert rug.get_marker() == "^"
+    assert axes.get_xlim()[1] > 9.5
+    assert keys_of(axes.figure)[0][-1] == "2 outliers"
+    assert keys_of(plots.density(spectrum(), [8.0]))[0][-1] == "1 outlier"
+    assert keys_of(plots.density(spectrum(), []))[0][-1] == "± standard error"
+
+
+def test_density_of_one_value() -> None:
+    """All nodes at 0, as of a zero matrix."""
+    zero = SpectralDensity(torch.zeros(2, 3).double(), torch.full((2, 3), 1 / 3).double(), 5, 6)
+    render(plots.density(zero))
+
+
+# --- the user's figure, settings and files -------------------------------------------------------
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    return np.array(render(figure)[0])
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_axes_are_drawn_into_and_nothing_else_changes(name: str) -> None:
+    count = {"dashboard": 6, "effective_rates": 2}.get(name, 1)
+    figure = Figure(figsize=(12, 9), facecolor="#abcdef")
+    panels = figure.subplots(3, 3)
+    untouched = figure.add_axes((0.9, 0.9, 0.05, 0.05))
+    before = pixels(figure)
+    given = list(panels.flat)[:count]
+    drawing = PICTURES[name](axes=given[0] if count == 1 else given, theme="dark")
+    assert drawing is figure
+    assert figure.axes == [*panels.flat, untouched]
+    assert to_hex(figure.get_facecolor()) == "#abcdef"
+    assert figure.get_layout_engine() is None
+    for axes in given:
+        assert to_hex(axes.get_facecolor()) == THEMES["dark"].background
+    after = pixels(figure)
+    for axes in [untouched, *list(panels.flat)[count:]]:
+        x0, y0, x1, y1 = (round(end) for end in axes.bbox.extents)
+        np.testing.assert_array_equal(before[y0:y1, x0:x1], after[y0:y1, x0:x1])
+    alone = PICTURES[name]()
+    assert [(a.get_xlabel(), a.get_ylabel()) for a in given] == [
+        (a.get_xlabel(), a.get_ylabel()) for a in alone.axes
+    ]
+
+
+def test_panels_come_as_matplotlib_gives_them() -> None:
+    """An array of 2 by 3; and of a subfigure, whose figure is returned."""
+    figure = Figure()
+    part, _ = figure.subfigures(1, 2)
+    panels = part.subplots(2, 3)
+    assert plots.dashboard(history(), axes=panels) is figure
+    assert [axes.get_ylabel() for axes in panels.flat] == [
+        label for _, label in LABELS["dashboard"]
+    ]
+
+
+def test_wrong_panels_and_themes_are_refused_before_anything_is_drawn() -> None:
+    figure = Figure()
+    panels = list(figure.subplots(2, 3).flat)
+    for call in (
+        lambda: plots.dashboard(history(), axes=panels[:5]),
+        lambda: plots.dashboard(history(), axes=panels[0]),
+        lambda: plots.eigenvalue_history(history(), axes=panels[:2]),
+        lambda: plots.effective_rates(RATES, axes=panels[:3]),
+        lambda: plots.overlap_heatmap(OVERLAPS, axes=figure),
+    ):
+        with pytest.raises(so.ArgumentError, match=r"axes is .* of matplotlib's Axes"):
+            call()
+    for name, picture in PICTURES.items():
+        some = {"dashboard": panels, "effective_rates": panels[:2]}.get(name, panels[0])
+        with pytest.raises(so.ArgumentError, match="theme is 'sepia', but must be 'light' or 'da"):
+            picture(axes=some, theme="sepia")
+    with pytest.raises(so.ArgumentError, match=r"Pass `monitor.history`"):
+        plots.dashboard(watch(0), axes=panels)
+    with pytest.raises(so.ArgumentError, match=r"history\['loss'\] is 2, but must be 3"):
+        plots.dashboard({"step": [0, 1, 2], "loss": [1.0, 2.0]}, axes=panels)
+    assert not any(axes.has_data() or axes.get_xlabel() for axes in panels)
+
+
+STRANGE = {
+    "figure.facecolor": "green",
+    "figure.dpi": 37,
+    "savefig.facecolor": "pink",
+    "savefig.dpi": 41,
+    "axes.facecolor": "red",
+    "axes.edgecolor": "red",
+    "axes.labelcolor": "yellow",
+    "axes.grid": True,
+    "axes.grid.which": "both",
+    "axes.labelsize": 30,
+    "axes.spines.top": True,
+    "axes.linewidth": 4,
+    "grid.color": "red",
+    "grid.linestyle": ":",
+    "grid.alpha": 0.2,
+    "legend.facecolor": "red",
+    "legend.frameon": True,
+    "legend.fontsize": 30,
+    "lines.linewidth": 9,
+    "lines.marker": "x",
+    "lines.linestyle": ":",
+    "text.color": "yellow",
+    "font.size": 25,
+    "image.cmap": "jet",
+    "image.origin": "lower",
+    "image.interpolation": "bilinear",
+    "xtick.color": "red",
+    "xtick.direction": "in",
+    "xtick.labelsize": 30,
+    "xtick.top": True,
+    "xtick.labeltop": True,
+    "xtick.major.size": 12,
+    "ytick.right": True,
+    "ytick.minor.visible": True,
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_settings_are_neither_changed_nor_read(name: str) -> None:
+    def saved() -> bytes:
+        file = io.BytesIO()
+        PICTURES[name](theme="dark").savefig(file, format="png", dpi=60)
+        return file.getvalue()
+
+    before = dict(mpl.rcParams)
+    expected = saved()
+    assert dict(mpl.rcParams) == before
+    with mpl.rc_context(STRANGE):
+        strange = dict(mpl.rcParams)
+        assert saved() == expected
+        assert dict(mpl.rcParams) == strange
+
+
+def test_matplotlib_is_not_imported_with_the_package_nor_pyplot_with_the_pictures() -> None:
+    code = """
+import sys
+import subspace_optim
+assert "matplotlib" not in sys.modules
+from subspace_optim.diagnostics import plots
+plots.dashboard({})
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_text_stays_text_in_vector_files(tmp_path: Path) -> None:
+    for name in ("run.svg", "again.svg"):
+        figure = plots.eigenvalue_history(history(5))
+        figure.savefig(tmp_path / name, metadata={"Date": None})
+    svg = (tmp_path / "run.svg").read_text()
+    assert "stability threshold</text>" in svg
+    assert svg.count("<text") > 10
+    assert (tmp_path / "again.svg").read_text() == svg
+    figure.savefig(tmp_path / "run.pdf")
+    pdf = (tmp_path / "run.pdf").read_bytes()
+    assert b"/FontFile2" in pdf  # a font, of which the text can be copied and edited
+    assert b"/Type3" not in pdf
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_background_is_saved(tmp_path: Path, theme: str) -> None:
+    from matplotlib.image import imread
+
+    path = tmp_path / "run.png"
+    figure = plots.eigenvalue_history(history(5), theme=theme)
+    with mpl.rc_context({"savefig.facecolor": "pink"}):
+        figure.savefig(path)
+    image = imread(path)
+    assert to_hex(image[0, 0]) == THEMES[theme].background
+    assert image.shape[:2] == (480, 840)  # 4 by 7 inches at 120
+    figure.savefig(path, dpi=50, facecolor="#123456")
+    image = imread(path)
+    assert to_hex(image[0, 0]) == "#123456"
+    assert image.shape[:2] == (200, 350)
+
+
+# --- the monitor's own picture -------------------------------------------------------------------
+
+
+def watch(steps: int = 4, k: int = 3) -> so.Monitor:
     model = Quartic()
     model.b.mul_(0.01)  # with c > 0 and a shift, the loss is positive along the path
     subspace = so.DominantSubspace(DenseOperator(model), k)
@@ -27,54 +1060,35 @@ def recorded(steps: int = 4, k: int = 3) -> so.Monitor:
     return monitor
 
 
-def test_each_panel_shows_its_columns() -> None:
-    monitor = recorded()
-    history = monitor.history
-    assert min(history["loss"]) > 0
+def test_the_monitor_draws_its_history() -> None:
+    monitor = watch()
     panels = monitor.plot().axes
-    shown = [[line.get_ydata() for line in axes.get_lines()] for axes in panels]
-    expected: list[list[Any]] = [
-        [history["loss"]],
-        [history["chi_gradient"], history["chi_update"]],
-        [list(column) for column in zip(*history["eigenvalues"], strict=True)],
-        [history["dom_lr"], history["bulk_lr"]],
-    ]
-    for lines, columns in zip(shown, expected, strict=True):
-        assert len(lines) == len(columns)
-        for line, column in zip(lines, columns, strict=True):
-            np.testing.assert_array_equal(line, column)
-    for axes in panels:
-        assert axes.get_ylabel()
-        for line in axes.get_lines():
-            np.testing.assert_array_equal(line.get_xdata(), history["step"])
-    assert [axes.get_xlabel() for axes in panels] == ["", "", "step", "step"]
-    legends = [axes.get_legend() for axes in panels]
-    names = [[text.get_text() for text in legend.get_texts()] for legend in legends if legend]
-    assert names == [["gradient", "update"], ["Dom-LR", "Bulk-LR"]]
+    assert drawn(panels[0]) == [monitor.history["loss"]]
+    assert drawn(panels[1])[:2] == [monitor.history["sharpness"], monitor.history["threshold"]]
+    assert drawn(panels[4]) == [monitor.history["dom_lr"], monitor.history["bulk_lr"]]
 
 
-@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG\r\n"), ("pdf", b"%PDF")])
-def test_the_ending_chooses_the_format(tmp_path: Path, ending: str, magic: bytes) -> None:
-    path = tmp_path / f"run.{ending}"
-    recorded().plot(path)
-    assert path.read_bytes().startswith(magic)
-    recorded().plot(str(path))
+@pytest.mark.parametrize(("kind", "magic"), [(Path, b"\x89PNG\r\n"), (str, b"%PDF")])
+def test_the_ending_chooses_the_format(
+    tmp_path: Path, kind: Callable[[Path], Path | str], magic: bytes
+) -> None:
+    path = tmp_path / ("run.png" if kind is Path else "run.pdf")
+    watch().plot(kind(path))
     assert path.read_bytes().startswith(magic)
 
 
-@pytest.mark.parametrize(("steps", "k"), [(0, 3), (1, 3), (3, 9), (3, 1)])
-def test_short_histories_and_missing_rates_can_be_drawn(tmp_path: Path, steps: int, k: int) -> None:
-    """No row; one row; k = P, where every Bulk-LR is NaN; a single eigenvalue."""
-    path = tmp_path / "run.png"
-    recorded(steps, k).plot(path)
-    assert path.stat().st_size > 1000
+@pytest.mark.parametrize(("steps", "k"), [(0, 3), (3, 9), (3, 1)])
+def test_short_histories_and_missing_rates_can_be_drawn(steps: int, k: int) -> None:
+    """No row; k = P, where every Bulk-LR is NaN; a single eigenvalue."""
+    watch(steps, k).plot().draw_without_rendering()
 
 
 def test_without_matplotlib_the_message_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monitor = recorded(1)
+    monitor = watch(1)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "subspace_optim.diagnostics.plots", raising=False)
+    for module in [name for name in sys.modules if ".diagnostics.plots" in name]:
+        monkeypatch.delitem(sys.modules, module)
     with pytest.raises(ImportError, match=r"pip install 'subspace_optim\[plots\]'"):
         monitor.plot()
