@@ -53,6 +53,10 @@ class JointSteps:
         begin: before anything of the round has moved.
         end: after all of it has.
         last: ``end`` comes after the hooks that others have registered, in whatever order.
+
+    Attributes:
+        watchful: whether a round may end early, where the scaler will skip what is left of it. To
+            see that takes a pass over the gradients.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class JointSteps:
     ) -> None:
         self.optimizers = optimizers
         self._begin, self._end, self._last = begin, end, last
+        self.watchful = True
         self._round: set[int] = set()  # those that step in this round ...
         self._waiting: set[int] = set()  # ... and those of them that have still to
         self._before = [each.register_step_pre_hook(self._pre) for each in optimizers]
@@ -76,6 +81,12 @@ class JointSteps:
             handle.remove()
         self._before, self._after, self._waiting = [], {}, set()
 
+    def finish(self) -> None:
+        """Ends a round of which some have stepped."""
+        if self._waiting and self._waiting != self._round:
+            self._waiting = set()
+            self._end()
+
     def _pre(self, optimizer: Optimizer, *_: object) -> None:
         moving = {id(each) for each in self.optimizers if _moves(each)}
         if id(optimizer) not in moving or _is_nested(optimizer):
@@ -86,8 +97,7 @@ class JointSteps:
         if self._waiting and self._waiting != self._round:
             if id(optimizer) in self._waiting:
                 return
-            self._waiting = set()
-            self._end()
+            self.finish()
         self._round = moving
         self._waiting = set(self._round)
         try:
@@ -106,6 +116,8 @@ class JointSteps:
             return
         self._waiting.discard(id(optimizer))
         waiting = [each for each in self.optimizers if id(each) in self._waiting]
+        if waiting and not self.watchful:
+            return
         if not any(_is_finite(each) for each in waiting):
             self._waiting = set()
             self._end()

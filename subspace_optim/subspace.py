@@ -138,6 +138,7 @@ class DominantSubspace:
         operator: as given.
         k: as given.
         stats: what the basis has cost, and how good it is.
+        asked: how often it was asked for a basis.
 
     Raises:
         ArgumentError: an argument is of the wrong type or out of range.
@@ -180,6 +181,7 @@ class DominantSubspace:
             max_angle=max_angle if auto else None,
             seed=self.seed,
         )
+        self.asked = 0
         self._clock = 0
         self._refreshed_at = 0
         self._state: int | None = None  # the parameters at the last update
@@ -252,6 +254,7 @@ class DominantSubspace:
     def _look(self) -> int:
         """Returns the present parameter state, and counts it if it is new."""
         state = self.parameters.digest()
+        self.asked += 1
         if state != self._state:
             self._state = state
             self._clock = max(self._clock, self._state_clock + 1)
@@ -430,7 +433,7 @@ def check_orthonormal(name: str, rows: Tensor, accuracy: float) -> None:
     identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
     deviation = float((gram - identity).abs().max())
     tolerance = min(2 * k * size**0.5 * accuracy, 0.01)
-    if deviation > tolerance:
+    if not deviation <= tolerance:  # NaN too
         found = f"off by {deviation:.3g}"
         allowed = f"orthonormal rows, up to {tolerance:.3g} in every inner product"
         remedy = "Their span has such a basis: torch.linalg.qr(vectors.T).Q.T"

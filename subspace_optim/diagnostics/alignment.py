@@ -26,9 +26,10 @@ def alignment(v: Tensor, basis: EigenBasis) -> Tensor:
     Reference:
         `song_2024`, Definition 2.
     """
-    norm = torch.linalg.vector_norm(v.to(basis.dtype))
-    fraction = torch.linalg.vector_norm(basis.coefficients(v)) / norm
-    return torch.where(norm > 0, fraction.clamp(max=1.0), 0.0)
+    # In float64: the squares of tiny and of huge float32 numbers are zeros and infinities.
+    norm = torch.linalg.vector_norm(v.to(basis.dtype), dtype=torch.float64)
+    fraction = torch.linalg.vector_norm(basis.coefficients(v), dtype=torch.float64) / norm
+    return torch.where(norm == 0, 0.0, fraction.clamp(max=1.0)).to(basis.dtype)
 
 
 def gradient_fraction(gradient: Tensor, basis: EigenBasis) -> Tensor:
@@ -67,10 +68,9 @@ def eigenvector_fractions(gradient: Tensor, basis: EigenBasis) -> Tensor:
     Reference:
         `gur_ari_2018`, eq. 12.
     """
-    norm = torch.linalg.vector_norm(gradient.to(basis.dtype))
-    # The quotient is squared, not the gradient, whose square may underflow.
+    norm = torch.linalg.vector_norm(gradient.to(basis.dtype), dtype=torch.float64)
     fractions = (basis.coefficients(gradient) / norm).square().clamp(max=1.0)
-    return torch.where(norm > 0, fractions, 0.0)
+    return torch.where(norm == 0, 0.0, fractions).to(basis.dtype)
 
 
 def hessian_gradient_overlap(gradient: Tensor, product: Tensor) -> Tensor:
@@ -97,7 +97,9 @@ def hessian_gradient_overlap(gradient: Tensor, product: Tensor) -> Tensor:
     if gradient.shape != product.shape:
         found, allowed = tuple(product.shape), f"{tuple(gradient.shape)}, as the gradient's"
         raise ArgumentError("the shape of product", found, allowed)
-    units = [v / torch.linalg.vector_norm(v) for v in (gradient.to(product.dtype), product)]
+    both = gradient.to(product.dtype), product
+    norms = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in both]
+    units = [(v / norm).to(v.dtype) for v, norm in zip(both, norms, strict=True)]
     return torch.dot(*units).clamp(-1.0, 1.0)
 
 

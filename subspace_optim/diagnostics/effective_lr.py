@@ -33,7 +33,9 @@ def dom_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
     Reference:
         `song_2024`, Definition 4.
     """
-    return _rate(update, basis.project(gradient), gradient, basis.k)
+    # ⟨Δθ, P g⟩ = ⟨U Δθ, U g⟩, in the k coordinates of the subspace.
+    inside = basis.coefficients(gradient)
+    return _rate(basis.coefficients(update), inside, gradient, basis.k)
 
 
 def bulk_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
@@ -58,7 +60,10 @@ def bulk_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
     Reference:
         `song_2024`, Definition 4.
     """
-    return _rate(update, basis.project_out(gradient), gradient, basis.k)
+    # Twice, and of the update too: what rounding leaves of a large dominant part in a small bulk
+    # part would be multiplied by the large dominant part of the update.
+    outside = basis.project_out(basis.project_out(gradient))
+    return _rate(basis.project_out(update), outside, gradient, basis.k)
 
 
 def distance(theta: Tensor, start: Tensor) -> Tensor:
@@ -83,15 +88,16 @@ def distance(theta: Tensor, start: Tensor) -> Tensor:
     if theta.shape != start.shape:
         found, allowed = tuple(start.shape), f"{tuple(theta.shape)}, as that of theta"
         raise ArgumentError("the shape of start", found, allowed)
-    norm: Tensor = torch.linalg.vector_norm(theta - start)
-    return norm
+    norm: Tensor = torch.linalg.vector_norm(theta - start, dtype=torch.float64)
+    return norm.to(theta.dtype)
 
 
 def _rate(update: Tensor, component: Tensor, gradient: Tensor, k: int) -> Tensor:
     """Returns ``−⟨update, component⟩ / ‖component‖²``, NaN for a component that is rounding."""
-    norm = torch.linalg.vector_norm(component)
+    # Norms in float64: the squares of tiny and of huge float32 numbers are zeros and infinities.
+    norm = torch.linalg.vector_norm(component, dtype=torch.float64)
     noise = (10 + math.sqrt(k)) * torch.finfo(component.dtype).eps
-    seen = norm > noise * torch.linalg.vector_norm(gradient)
-    unit = component / norm
+    seen = norm > noise * torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    unit = (component / norm).to(component.dtype)
     rate = -torch.dot(update.to(component.dtype), unit) / norm
-    return torch.where(seen, rate, torch.nan)
+    return torch.where(seen, rate, torch.nan).to(component.dtype)

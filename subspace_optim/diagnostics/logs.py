@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ Send = Callable[[Row], None]
 
 
 class Log:
-    """Sends rows to one place, in order, and keeps those that did not arrive for the next time.
+    """Sends rows to one place, in order.
 
-    Training is worth more than its record: a place that fails (a full disk, a lost connection) is
-    a ``LogWarning``, and what it missed is sent before the next row.
+    Training is worth more than its record: a place that fails is a ``LogWarning``, once until it
+    takes a row again. What could not arrive (an ``OSError``: a full disk, a lost connection) is
+    sent before the next row; a row that was refused is left out.
 
     Args:
         name: of the place, for the warning.
@@ -31,6 +33,7 @@ class Log:
     def __init__(self, name: str, send: Send) -> None:
         self.name, self._send = name, send
         self._pending: list[Row] = []
+        self._failing = False
 
     def __call__(self, row: Row) -> None:
         """Sends the row, after those that wait."""
@@ -43,13 +46,21 @@ class Log:
             while self._pending:
                 self._send(self._pending[0])
                 del self._pending[0]
+                self._failing = False
+        except OSError as error:
+            self._warn(error, "Rows wait until it does")
         except Exception as error:  # noqa: BLE001 (whatever a place of the user's raises)
+            del self._pending[0]
+            self._warn(error, "Rows that it refuses are left out")
+
+    def _warn(self, error: Exception, consequence: str) -> None:
+        if not self._failing:
+            self._failing = True
             message = (
-                f"{self.name} did not take a row of the monitor "
-                f"({type(error).__name__}: {error}). Training goes on; {len(self._pending)} "
-                "rows wait for the next one, and all are in the monitor's history."
+                f"{self.name} did not take a row of the monitor ({type(error).__name__}: {error}). "
+                f"{consequence}, training goes on, and all rows are in the monitor's history."
             )
-            warnings.warn(message, LogWarning, stacklevel=2)
+            warnings.warn(message, LogWarning, stacklevel=3)
 
 
 def logs(targets: Any, columns: Sequence[str], *, append: bool) -> list[Log]:
@@ -70,29 +81,52 @@ def logs(targets: Any, columns: Sequence[str], *, append: bool) -> list[Log]:
     one = isinstance(targets, str | Path) or callable(targets) or hasattr(targets, "add_scalar")
     if not one and not isinstance(targets, Iterable):
         raise ArgumentError("log", type(targets).__name__, _ALLOWED)
-    return [_log(target, columns, append) for target in ([targets] if one else targets)]
+    chosen = [targets] if one else list(targets)
+    for target in chosen:
+        _check(target, append)
+    return [_log(target, columns) for target in chosen]
 
 
 _ALLOWED = "a path that ends in .csv or .jsonl, a SummaryWriter, a callable, or a list of these"
 
 
-def _log(target: Any, columns: Sequence[str], append: bool) -> Log:
+def _check(target: Any, append: bool) -> None:
+    """Checks a target before any file is made.
+
+    Raises:
+        ArgumentError: it is no log, or a file that is there or cannot be.
+    """
+    if not isinstance(target, str | Path):
+        if not callable(target) and not hasattr(target, "add_scalar"):
+            raise ArgumentError("log", type(target).__name__, _ALLOWED)
+        return
+    path = Path(target)
+    if path.suffix not in _FORMATS:
+        raise ArgumentError("log", str(path), _ALLOWED)
+    if not path.absolute().parent.is_dir():
+        remedy = "Make its folder, or choose another."
+        raise ArgumentError("log", f"{path} (no such folder)", "a file in a folder", remedy)
+    if path.exists() and path.stat().st_size and not append:
+        remedy = "Choose another name, or append=True to add the rows of a resumed run."
+        raise ArgumentError("log", str(path), "a file that is not there yet", remedy)
+
+
+def _log(target: Any, columns: Sequence[str]) -> Log:
     if isinstance(target, str | Path):
-        path = Path(target)
-        if path.suffix not in _FORMATS:
-            raise ArgumentError("log", str(path), _ALLOWED)
-        header, line = _FORMATS[path.suffix]
-        _begin(path, header(columns), append)
-        return Log(str(path), lambda row: _write(path, line(row)))
+        path = Path(target).absolute()  # the working directory may change
+        make_header, line = _FORMATS[path.suffix]
+        header = make_header(columns)
+        _begin(path, header)
+        return Log(str(path), lambda row: _write(path, header, line(row)))
     if hasattr(target, "add_scalar"):
         return Log(type(target).__name__, lambda row: _scalars(target, row))
-    if callable(target):
-        return Log(getattr(target, "__qualname__", type(target).__name__), target)
-    raise ArgumentError("log", type(target).__name__, _ALLOWED)
+    return Log(getattr(target, "__qualname__", type(target).__name__), target)
 
 
-def _begin(path: Path, header: str, append: bool) -> None:
+def _begin(path: Path, header: str) -> None:
     """Makes the file, or sees to it that the one that is there can be continued.
+
+    A last line that a kill has cut off is no row: it is taken off.
 
     Raises:
         ArgumentError: it cannot be.
@@ -101,32 +135,34 @@ def _begin(path: Path, header: str, append: bool) -> None:
         if not path.exists() or path.stat().st_size == 0:
             path.write_text(header, encoding="utf-8")
             return
-        if not append:
-            remedy = "Choose another name, or append=True to add the rows of a resumed run."
-            raise ArgumentError("log", str(path), "a file that is not there yet", remedy)
-        with path.open("r+", encoding="utf-8", newline="") as file:
-            first = file.readline()
-            if header and first != header:
-                allowed, remedy = "a table of the same columns", "Choose another name."
-                raise ArgumentError("log", str(path), allowed, remedy)
-            _end_last_line(file)
+        content = path.read_bytes()
+        if not content.startswith(header.encode()):
+            allowed, remedy = "a table of the same columns", "Choose another name."
+            raise ArgumentError("log", str(path), allowed, remedy)
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
     except OSError as error:
-        remedy = "Make its folder, or choose another."
+        remedy = "Choose another."
         found = f"{path} ({error.strerror})"
         raise ArgumentError("log", found, "a file that can be written", remedy) from error
 
 
-def _end_last_line(file: io.TextIOWrapper) -> None:
-    """Ends a line that a kill has cut off, so that the next row does not continue it."""
-    text = file.read()
-    if text and not text.endswith("\n"):
-        file.write("\n")
+def _write(path: Path, header: str, line: str) -> None:
+    """Adds a line, or nothing: what is left of one on a full disk is taken off again.
 
-
-def _write(path: Path, line: str) -> None:
+    Raises:
+        OSError: the file cannot be written.
+    """
     # Opened for each row: what is written is the system's, and outlives a kill.
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(line)
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(line if size else header + line)
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
 
 
 def _csv(values: Iterable[Any]) -> str:

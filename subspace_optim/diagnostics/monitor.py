@@ -6,6 +6,7 @@ import csv
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -83,8 +84,8 @@ class Monitor:
                                  (`song_2024`, Def. 4)
     ``bulk_lr``                  the same in the bulk
     ``distance``                 ``‖θ_t − θ_0‖``, from the parameters at the attachment
-    ``sharpness``                λ_1
-    ``eigenvalues``              λ_1 … λ_k, a list
+    ``sharpness``                λ_1 of the last refresh; with ``next_k``, of θ_t
+    ``eigenvalues``              λ_1 … λ_k, a list, of the same
     ``next_eigenvalues``         λ_{k+1} …, as many as ``next_k``
     ``gap``                      λ_k − λ_{k+1}; without ``next_k`` from the last refresh, which has
                                  λ_{k+1} from below
@@ -173,6 +174,9 @@ class Monitor:
         self._steps = 0
         self._clock: int | None = None  # the subspace's, at the last step
         self._seen = False  # whether that was recorded
+        self._asked = 0  # how often the subspace had been asked by then
+        self._moved = True  # whether that came to its end, as far as is known with a change
+        self._unmeasured: dict[str, Any] | None = None
         self._before: _Before | None = None
         self._logs = logs(log, list(self._flat(self._empty_row())), append=append)
         # Last: a projection that was attached later must have been applied.
@@ -180,6 +184,7 @@ class Monitor:
 
     def detach(self) -> None:
         """Removes the monitor from its optimizers. The history stays."""
+        self._joint.finish()
         self._joint.remove()
         self._before = None
         for log in self._logs:
@@ -192,20 +197,24 @@ class Monitor:
         self.detach()
 
     def _begin(self) -> None:
-        self._before = None
-        recorded = self._is_recorded()
-        # From one row to the next step's the subspace itself sees whether the parameters changed.
-        if self._clock is not None and not (recorded and self._seen):
+        self._before = self._unmeasured = None
+        subspace, recorded = self.subspace, self._is_recorded()
+        self._joint.watchful = recorded
+        # Who asks sees for himself whether the parameters have changed: that is from one row to
+        # the next step's, and where an optimizer has asked. A step that raised is none.
+        alone = self._moved and subspace.asked == self._asked
+        if self._clock is not None and alone and not (recorded and self._seen):
             # The lower one, if an earlier state was loaded since.
-            self.subspace.advance(min(self._clock, self.subspace.clock) + 1)
+            subspace.advance(min(self._clock, subspace.clock) + 1)
+        self._moved = False
         if recorded:
             try:
                 self._before = self._look()
             except NonFiniteError as error:
                 message = f"The row of step {self._steps} is NaN: {error}"
                 warnings.warn(message, LogWarning, stacklevel=2)
-                self._add(self._empty_row())
-        self._clock, self._seen = self.subspace.clock, recorded
+                self._unmeasured = self._empty_row()
+        self._clock, self._seen, self._asked = subspace.clock, recorded, subspace.asked
 
     def _is_recorded(self) -> bool:
         every, step = self.every, self._steps
@@ -220,45 +229,50 @@ class Monitor:
         basis = subspace.update()
         gradient = operator.gradient()
         row = self._empty_row() | {"loss": operator.loss()}
+        norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+        # Now: a scheduler may change the rate before several optimizers have all stepped.
+        row |= {"gradient_norm": norm} | thresholds(self._joint.optimizers, norm)
+        eigenvalues = basis.eigenvalues.tolist()
         if subspace.gap is not None:
             row["gap"] = subspace.gap
         if subspace.stats.estimate is not None:
             row["angle_estimate"] = subspace.stats.estimate
         if self._next is not None:
-            last, *following = self._next.update().eigenvalues[subspace.k - 1 :].tolist()
-            row |= {"next_eigenvalues": following, "gap": last - following[0]}
-        if self._preconditioned and any(each.state for each in self._joint.optimizers):
-            row["preconditioned_sharpness"] = preconditioned_sharpness(
-                operator, self._joint.optimizers, tol=subspace.tol, seed=subspace.seed
-            )
+            every = self._next.update().eigenvalues.tolist()
+            eigenvalues, following = every[: subspace.k], every[subspace.k :]
+            row |= {"next_eigenvalues": following, "gap": eigenvalues[-1] - following[0]}
+        row |= {"eigenvalues": eigenvalues, "sharpness": eigenvalues[0]}
+        if self._preconditioned:
+            with suppress(ArgumentError):  # before the first step there are no moments
+                row["preconditioned_sharpness"] = preconditioned_sharpness(
+                    operator, self._joint.optimizers, tol=subspace.tol, seed=subspace.seed
+                )
         row["gradients"] = operator.stats.gradients - gradients
         row["products"] = operator.stats.products - products
         return _Before(space.flatten(space.tensors), basis, gradient, row)
 
     def _end(self) -> None:
-        if self._before is not None:
-            self._add(self._row(self._before))
-            self._before = None
+        row = self._unmeasured if self._before is None else self._row(self._before)
+        self._before = self._unmeasured = None
+        self._moved = row is None or row["update_norm"] != 0
         self._steps += 1
+        if row is not None:
+            self._add(row)
 
     @torch.no_grad()
     def _row(self, before: _Before) -> dict[str, Any]:
         space, basis, gradient = self.subspace.parameters, before.basis, before.gradient
         update = space.flatten(space.tensors) - before.theta
         measured = {
-            "gradient_norm": torch.linalg.vector_norm(gradient),
-            "update_norm": torch.linalg.vector_norm(update),
+            "update_norm": distance(update, torch.zeros_like(update)),
             "chi_gradient": alignment(gradient, basis),
             "chi_update": alignment(update, basis),
             "dom_lr": dom_lr(update, gradient, basis),
             "bulk_lr": bulk_lr(update, gradient, basis),
             "distance": distance(before.theta, self._start),
         }
-        # One synchronisation for the row.
-        values = torch.cat([torch.stack(list(measured.values())), basis.eigenvalues]).tolist()
-        row = before.row | dict(zip(measured, values, strict=False))
-        row |= {"sharpness": values[len(measured)], "eigenvalues": values[len(measured) :]}
-        return row | thresholds(self._joint.optimizers, row["gradient_norm"])
+        values = torch.stack(list(measured.values())).tolist()
+        return before.row | dict(zip(measured, values, strict=True))
 
     def _empty_row(self) -> dict[str, Any]:
         """A row of which nothing is known but the step."""
@@ -307,11 +321,17 @@ class Monitor:
             raise ArgumentError(
                 "the loaded state", f"of {start.numel()} parameters", f"of {len(self._start)}"
             )
+        for column, count in self._counts.items():
+            if any(len(values) != count for values in state_dict["history"][column]):
+                allowed = f"{count} in each row"
+                remedy = "It is of another k or next_k."
+                raise ArgumentError("the loaded state", f"of other {column}", allowed, remedy)
         self.history = {column: list(state_dict["history"][column]) for column in COLUMNS}
         self._start = start.to(self._start, copy=True)
         self._steps = state_dict["steps"]
         self._clock = state_dict["clock"]
         self._seen = state_dict["seen"]
+        self._asked = self.subspace.asked
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the history row by row, with a column for each eigenvalue."""
@@ -336,10 +356,11 @@ class Monitor:
 
     def to_csv(self, path: str | Path) -> None:
         """Writes the history as a table, one row a recorded step."""
+        rows, names = self.rows(), list(self._flat(self._empty_row()))
         with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(self._flat(self._empty_row())))
+            writer = csv.DictWriter(file, names)
             writer.writeheader()
-            writer.writerows(self.rows())
+            writer.writerows(rows)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draws the training dashboard: loss, sharpness, alignment, rates and distance.

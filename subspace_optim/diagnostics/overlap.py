@@ -197,7 +197,7 @@ def intersection_rank(
 
     .. math:: \mathrm{rank}\,[v_1, \dots, v_C, u_1, \dots, u_k]
 
-    From ``max(C, k)`` where one span holds the other to ``C + k`` where they share nothing. The
+    From k, where the eigenvectors span all of it, to ``C + k``, where nothing is shared. The
     paper's matrix ends at ``e_C`` but begins at ``e_0``; its text counts to 2C, so that C
     eigenvectors are meant. Vectors of another length than these raise ``ArgumentError``.
 
@@ -205,8 +205,9 @@ def intersection_rank(
         vectors: class gradients ``(C, P)``, of any length, or what a ``ClassGradientSubspace``
             returns. They count at length 1; those of length 0 do not count.
         basis: the eigenvectors.
-        rtol: singular values count from this times the largest one on (default: NumPy's,
-            ``max(C + k, P)`` units in the last place, below which they are rounding).
+        rtol: class gradients add to the rank as far as the singular values of what they have,
+            at length 1, outside the eigenvectors are above this: the sine of their angle
+            (default: ``10 (C + k)`` units in the last place, below which it is rounding).
 
     Returns:
         The rank.
@@ -216,11 +217,12 @@ def intersection_rank(
     """
     if rtol is not None:
         check_number("rtol", rtol)
-    rows = torch.cat([_class_rows(vectors, basis), basis.vectors])
+    rows, span = _class_rows(vectors, basis).double(), basis.vectors.double()
     if rtol is None:
-        rtol = max(rows.shape) * torch.finfo(rows.dtype).eps
-    singular = torch.linalg.svdvals(rows)
-    return int((singular > rtol * singular[0]).sum())
+        rtol = 10 * (len(rows) + len(span)) * torch.finfo(basis.dtype).eps
+    for _ in range(2):  # the eigenvectors are orthonormal to their own rounding
+        rows = rows - (rows @ span.T) @ span
+    return basis.k + int((torch.linalg.svdvals(rows) > rtol).sum())
 
 
 def _rows(name: str, basis: EigenBasis | Tensor) -> Tensor:
@@ -264,5 +266,5 @@ def _class_rows(vectors: Tensor | LowRankCurvature | EigenBasis, basis: EigenBas
     rows = rows.to(basis.vectors)
     # By the largest first: the squares of tiny and huge numbers are zeros and infinities.
     largest = rows.abs().amax(dim=1, keepdim=True)
-    rows = torch.where(largest > 0, rows / largest, 0.0)
+    rows = torch.where(largest == 0, 0.0, rows / largest)
     return torch.nn.functional.normalize(rows)

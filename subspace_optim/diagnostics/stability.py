@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -160,8 +161,10 @@ def preconditioned_sharpness(
               D = \mathrm{diag}\Big( (1 - \beta_1^t)
               \big( \sqrt{\nu_t / (1 - \beta_2^t)} + \epsilon \big) \Big)
 
-    with the second moments ν_t and the count t of Adam's state. (These are those of the last step:
-    the next one moves them by its own gradient first.) Parameters that no optimizer moves do not
+    with the second moments ν_t and the count t of Adam's state. These are those of the last step:
+    the next one moves them by its own gradient first, and its ``1 − β_1^t`` is larger (at the
+    second step by a factor of two). Adam's ``weight_decay``, which is part of its gradient, adds w
+    to H; with ``amsgrad`` ν_t is the largest so far. Parameters that no optimizer moves do not
     count: for them 1/D is 0. It costs a solve for one eigenvalue.
 
     Args:
@@ -183,10 +186,13 @@ def preconditioned_sharpness(
     for each in optimizers:
         if not isinstance(each, Adam | AdamW):
             raise ArgumentError("optimizer", type(each).__name__, "Adam or AdamW of torch.optim")
-    scale = _inverse_root(operator, optimizers)
+        if any(group.get("maximize") for group in each.param_groups):
+            raise ArgumentError("maximize", True, "False: a maximum has no such threshold")
+    scale, decay = _inverse_root(operator, optimizers)
 
     def product(rows: Tensor) -> Tensor:
-        return operator.matmat(rows * scale).mul_(scale)
+        scaled = rows * scale
+        return operator.matmat(scaled).addcmul_(decay, scaled).mul_(scale)
 
     try:
         with operator.frozen():
@@ -215,40 +221,56 @@ def thresholds(optimizers: Iterable[Optimizer], gradient_norm: float) -> dict[st
     Returns:
         ``threshold`` of gradient descent, with SGD's options; ``sam_edge``; ``adam_threshold``.
     """
-    groups = [
-        (each, group)
-        for each in optimizers
-        for group in each.param_groups
-        if float(group.get("lr", 1)) != 0  # at a rate of 0 it does not move
-    ]
-    found: dict[str, set[float]] = {"threshold": set(), "sam_edge": set(), "adam_threshold": set()}
-    for each, group in groups:
-        values = dict.fromkeys(found, math.nan)
-        lr = float(group.get("lr", math.nan))
-        options = {name: group[name] for name in _SGD_OPTIONS if name in group}
-        if group.get("maximize"):
-            pass
-        elif isinstance(each, Adam | AdamW):
-            values["adam_threshold"] = adam_stability_threshold(lr, float(group["betas"][0]))
-        elif len(options) == len(_SGD_OPTIONS):
-            values["threshold"] = stability_threshold(lr, **options)
-            if "rho" in group and not group.get("adaptive"):
-                values["sam_edge"] = float(sam_edge(gradient_norm, lr, group["rho"], **options))
-        for name, value in values.items():
-            found[name].add(value)
+    found: dict[str, set[float]] = {name: set() for name in _KINDS}
+    for each in optimizers:
+        for group in each.param_groups:
+            rate = group.get("lr")
+            if rate is not None and float(rate) == 0:
+                continue  # it does not move
+            values = dict.fromkeys(_KINDS, math.nan)
+            # An optimizer may allow what has no threshold: a rate of its own, a schedule that
+            # begins without momentum, an infinite rate.
+            with suppress(ArgumentError):
+                values |= _of_group(each, group, gradient_norm)
+            for name, value in values.items():
+                found[name].add(value)
     return {name: values.pop() if len(values) == 1 else math.nan for name, values in found.items()}
 
 
+def _of_group(
+    optimizer: Optimizer, group: dict[str, Any], gradient_norm: float
+) -> dict[str, float]:
+    """Returns the thresholds that the options of a group have."""
+    if group.get("maximize") or group.get("lr") is None:
+        return {}
+    lr = float(group["lr"])
+    if isinstance(optimizer, Adam | AdamW):
+        return {"adam_threshold": adam_stability_threshold(lr, float(group["betas"][0]))}
+    if not all(name in group for name in _SGD_OPTIONS):
+        return {}
+    options: dict[str, Any] = {name: float(group[name]) for name in _SGD_OPTIONS}
+    options["nesterov"] = bool(options["nesterov"])
+    values = {"threshold": stability_threshold(lr, **options)}
+    if "rho" in group and not group.get("adaptive"):
+        edge = sam_edge(gradient_norm, lr, float(group["rho"]), **options)
+        values["sam_edge"] = float(edge)
+    return values
+
+
+_KINDS = ("threshold", "sam_edge", "adam_threshold")
 _SGD_OPTIONS = ("momentum", "nesterov", "dampening", "weight_decay")
 
 
-def _inverse_root(operator: CurvatureOperator, optimizers: list[Optimizer]) -> Tensor:
-    """Returns the diagonal of ``D^(-1/2)``, ``(P,)``.
+def _inverse_root(
+    operator: CurvatureOperator, optimizers: list[Optimizer]
+) -> tuple[Tensor, Tensor]:
+    """Returns the diagonal of ``D^(-1/2)``, ``(P,)``, and the decay that is part of the gradient.
 
     Raises:
         ArgumentError: there is no state yet.
     """
     pieces: dict[Tensor, Tensor] = {}
+    decays: dict[Tensor, float] = {}
     for each in optimizers:
         for group in each.param_groups:
             beta1, beta2 = (float(beta) for beta in group["betas"])
@@ -257,11 +279,15 @@ def _inverse_root(operator: CurvatureOperator, optimizers: list[Optimizer]) -> T
                 if "exp_avg_sq" not in state:
                     continue
                 t = float(state["step"])
-                second = state["exp_avg_sq"].to(torch.float64) / (1 - beta2**t)
+                second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+                second = second.to(torch.float64) / (1 - beta2**t)
+                coupled = not (isinstance(each, AdamW) or group.get("decoupled_weight_decay"))
+                decays[p] = float(group["weight_decay"]) if coupled else 0.0
                 pieces[p] = ((1 - beta1**t) * (second.sqrt() + group["eps"])).rsqrt()
     space = operator.parameters
     if not any(p in pieces for p in space.tensors):
         remedy = "Ask after the first step."
         raise ArgumentError("optimizer", "without second moments", "one that has stepped", remedy)
     rows = [pieces.get(p, torch.zeros_like(p, dtype=torch.float64)) for p in space.tensors]
-    return space.flatten(rows).to(operator.dtype)
+    added = [torch.full_like(p, decays.get(p, 0.0), dtype=torch.float64) for p in space.tensors]
+    return space.flatten(rows), space.flatten(added)

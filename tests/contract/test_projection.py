@@ -307,7 +307,8 @@ def test_a_monitor_has_the_same_rows_whether_it_came_before_or_after(case: Case)
         assert monitor.history["update_norm"] == pytest.approx(norms, rel=1e-9)
         if case.part == "dominant":
             assert monitor.history["chi_update"] == pytest.approx([1.0] * 3, abs=1e-9)
-        histories.append(monitor.history)
+        costs = ("gradients", "products")  # who asks first pays
+        histories.append({c: v for c, v in monitor.history.items() if c not in costs})
         assert run.subspace.stats.refreshes == 3
     assert histories[0] == histories[1]
 

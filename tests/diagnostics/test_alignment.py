@@ -103,10 +103,15 @@ def test_fractions_of_no_gradient_are_0_and_of_a_tiny_one_are_those_of_its_direc
     assert eigenvector_fractions(torch.zeros(12), basis).tolist() == [0.0, 0.0, 0.0]
     assert gradient_fraction(torch.zeros(12), basis).item() == 0.0
     g = torch.randn(12, generator=torch.Generator().manual_seed(0))
-    for scale in (1e-15, 1e15):
+    for scale in (1e-30, 1e-22, 1e-15, 1e15, 1e30):
         torch.testing.assert_close(
             eigenvector_fractions(scale * g, basis), eigenvector_fractions(g, basis)
         )
+        torch.testing.assert_close(alignment(scale * g, basis), alignment(g, basis))
+        torch.testing.assert_close(hessian_gradient_overlap(scale * g, g), torch.tensor(1.0))
+    nothing = torch.full((12,), torch.nan)
+    assert alignment(nothing, basis).isnan()
+    assert eigenvector_fractions(nothing, basis).isnan().all()
 
 
 @dtypes

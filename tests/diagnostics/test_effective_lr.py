@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subspace_optim import ArgumentError
+from subspace_optim import ArgumentError, EigenBasis
 from subspace_optim.diagnostics import bulk_lr, distance, dom_lr
 from tests.optim.naive import dense_eigenbasis
 
@@ -104,6 +104,30 @@ def test_vectors_of_another_dtype_are_taken_in_that_of_the_basis(rate: object) -
     found = rate(update.double(), gradient.double(), basis)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
+
+
+def test_a_small_bulk_part_keeps_its_rate_beside_a_large_dominant_update() -> None:
+    """In float32 rounding of the dominant part is no part of the bulk: down to 1e-4 of it."""
+    vectors = torch.linalg.qr(torch.randn(20_000, 10, generator=torch.Generator().manual_seed(0))).Q
+    basis = EigenBasis(torch.ones(10), vectors.T.contiguous(), torch.zeros(10))
+    v = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(1))
+    inside, outside = basis.project(v[0]), basis.project_out(basis.project_out(v[1]))
+    for share in (1e-2, 1e-3, 1e-4):
+        gradient = inside / inside.norm() + share * outside / outside.norm()
+        assert bulk_lr(-0.1 * gradient, gradient, basis).item() == pytest.approx(0.1, rel=1e-2)
+        dominant = -0.1 * basis.project(gradient)
+        assert bulk_lr(dominant, gradient, basis).item() == pytest.approx(0, abs=1e-2)
+        assert dom_lr(dominant, gradient, basis).item() == pytest.approx(0.1, rel=1e-4)
+
+
+def test_rates_and_distances_of_tiny_and_huge_vectors() -> None:
+    basis = dense_eigenbasis(20, 4, 0, torch.float32)
+    _, gradient = draw_pair(20, 0, torch.float32)
+    for scale in (1e-25, 1e25):
+        small = scale * gradient
+        for rate in (dom_lr, bulk_lr):
+            assert rate(-0.1 * small, small, basis).item() == pytest.approx(0.1, rel=1e-4)
+        assert distance(small, 0 * small).item() == pytest.approx(scale * gradient.norm().item())
 
 
 def test_distance_is_the_norm_of_the_difference() -> None:

@@ -458,7 +458,7 @@ def test_without_pandas_the_message_says_what_to_install(monkeypatch: pytest.Mon
         ({"log": 3}, "^log is 'int', but must be a path that ends in .csv or .jsonl"),
         ({"log": "run.txt"}, "^log is 'run.txt', but must be a path that ends"),
         ({"log": [print, None]}, "^log is 'NoneType', but must be a path"),
-        ({"log": "no/such/folder/run.csv"}, r"^log is 'no/such/folder/run.csv \(No such file"),
+        ({"log": "no/such/folder/run.csv"}, r"^log is 'no/such/folder/run.csv \(no such fold"),
         ({"optimizer": nn.Linear(2, 2).parameters()}, "^optimizer is 'Parameter', but must be a"),
         ({"optimizer": []}, "^optimizer is 'an empty sequence', but must be at least one"),
         (
@@ -501,8 +501,9 @@ def test_the_cases_are_well_conditioned() -> None:
     assert relative_gap(Quartic().hessian(flat(Quartic().parameters())), 2) > 0.01
 
 
+@pytest.mark.parametrize("every", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["not finite", "raises", "no gradient"])
-def test_steps_that_move_nothing_count_no_more_with_a_monitor(kind: str) -> None:
+def test_steps_that_move_nothing_count_no_more_with_a_monitor(kind: str, every: int) -> None:
     """With refresh=3 a step that was counted twice would bring the next basis forward."""
     ends = []
     for watched in (False, True):
@@ -510,7 +511,7 @@ def test_steps_that_move_nothing_count_no_more_with_a_monitor(kind: str) -> None
         cls = so.DomSAM if kind == "not finite" else so.BulkSGD
         optimizer = cls(model.parameters(), lr=0.05, subspace=subspace)
         if watched:
-            so.Monitor(optimizer, subspace)
+            so.Monitor(optimizer, subspace, every=every)
         failing = [False]
 
         def closure(

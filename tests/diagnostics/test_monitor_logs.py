@@ -107,10 +107,10 @@ def test_a_file_that_is_there_is_not_touched_unless_it_is_to_be_continued(
     monitor, step = watched(log=path, append=True)
     monitor.load_state_dict(first.state_dict())
     step()
-    kept = path.read_text().splitlines()
-    assert "\n".join(kept[:-2]) + "\n" == before
-    assert kept[-2] == "0,1,"
-    assert "2," in kept[-1]
+    kept = path.read_text().splitlines(keepends=True)
+    assert "".join(kept[:-1]) == before  # half a row is none
+    rows = table(path) if path.suffix == ".csv" else lines(path)
+    assert [int(row["step"]) for row in rows] == [0, 1, 2]
     (tmp_path / f"empty{path.suffix}").touch()
     watched(1, log=tmp_path / f"empty{path.suffix}")
 
@@ -182,9 +182,9 @@ def test_a_log_that_fails_gets_its_rows_later_and_training_goes_on() -> None:
     other: list[dict[str, Any]] = []
     monitor, step = watched(1, log=[log, other.append])
     broken[0] = True
-    for _ in range(2):
-        with pytest.warns(so.LogWarning, match=r"log.* \(ConnectionError: no route to host\)"):
-            step()
+    with pytest.warns(so.LogWarning, match=r"log.* \(ConnectionError: no route to host\)"):
+        step()
+    step()  # one warning, until it takes a row again: another would be an error here
     assert taken == [0]
     broken[0] = False
     step()
@@ -196,6 +196,75 @@ def test_a_log_that_fails_gets_its_rows_later_and_training_goes_on() -> None:
     broken[0] = False
     monitor.detach()
     assert taken == [0, 1, 2, 3, 4]
+
+
+def test_a_row_that_a_log_refuses_does_not_hold_up_the_others() -> None:
+    taken: list[int] = []
+
+    def log(row: dict[str, Any]) -> None:
+        if row["step"] in (1, 2):
+            raise ValueError("Out of range float values are not JSON compliant")
+        taken.append(row["step"])
+
+    monitor, step = watched(1, log=log)
+    with pytest.warns(so.LogWarning, match=r"ValueError: Out of range.* that it refuses are left"):
+        step()
+    for _ in range(3):
+        step()
+    assert taken == [0, 3, 4]
+    assert monitor.history["step"] == [0, 1, 2, 3, 4]
+
+
+def test_files_stay_where_they_are_when_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monitor, step = watched(1, log="run.csv")
+    monkeypatch.chdir(tmp_path / "other")
+    step()
+    assert_table(iter(table(tmp_path / "run.csv")), monitor.history)
+    (tmp_path / "run.csv").unlink()
+    step()  # with its header again
+    assert [row["step"] for row in table(tmp_path / "run.csv")] == ["2"]
+
+
+def test_no_file_is_made_where_another_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(so.ArgumentError, match="no such folder"):
+        watched(log=[tmp_path / "a.csv", tmp_path / "no" / "b.csv"])
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_half_a_row_on_a_full_disk_is_taken_off_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.csv"
+    monitor, step = watched(1, log=path)
+    whole = path.read_bytes()
+    opened = Path.open
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, text: str) -> None:
+            self.file.write(text[:5])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: Full(opened(self, *a, **k)))
+    with pytest.warns(so.LogWarning, match="No space left on device"):
+        step()
+    monkeypatch.setattr(Path, "open", opened)
+    assert path.read_bytes() == whole
+    step()
+    assert_table(iter(table(path)), monitor.history)
 
 
 def test_a_folder_that_goes_away_costs_no_row(tmp_path: Path) -> None:
@@ -367,6 +436,17 @@ def test_a_state_goes_through_a_file_and_on(tmp_path: Path) -> None:
     other, _ = watched(2)
     other.load_state_dict(torch.load(tmp_path / "monitor.pt", weights_only=True))
     assert str(other.history) == str({c: values[:3] for c, values in monitor.history.items()})
+
+
+def test_a_state_of_another_k_is_named() -> None:
+    monitor, _ = watched(1)
+    model, _, subspace = make(k=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    other = so.Monitor(optimizer, subspace, next_k=1)
+    train(model, optimizer)
+    with pytest.raises(so.ArgumentError, match="of other eigenvalues', but must be 2 in each row"):
+        monitor.load_state_dict(other.state_dict())
+    assert len(monitor.history["eigenvalues"][0]) == 2
 
 
 @pytest.mark.parametrize("missing", ["history", "seen", "gap"])

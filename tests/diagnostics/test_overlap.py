@@ -198,13 +198,14 @@ def test_rank_counts_what_is_not_shared(dtype: torch.dtype, shared: int) -> None
 
 
 def test_the_rank_s_tolerance_is_that_of_the_argument() -> None:
-    """A vector that leaves the span by a sine of 1e-3: a singular value of 7e-4, the largest √2."""
+    """A vector that leaves the span by a sine of 1e-3."""
     frame = torch.eye(5, dtype=torch.float64)
     vector = torch.tensor([[1.0, 0, 1e-3, 0, 0]], dtype=torch.float64)
     basis = basis_of(frame[:2])
     assert intersection_rank(vector, basis) == 3
     assert intersection_rank(vector, basis, rtol=1e-4) == 3
-    assert intersection_rank(vector, basis, rtol=6e-4) == 2  # relative to the largest
+    assert intersection_rank(1e6 * vector, basis, rtol=0.9e-3) == 3
+    assert intersection_rank(vector, basis, rtol=1.1e-3) == 2
     zero = torch.zeros(1, 5, dtype=torch.float64)
     assert intersection_rank(zero, basis) == 2
 

@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -240,6 +240,9 @@ def test_no_text_is_clipped_or_lies_on_another(name: str, theme: str) -> None:
         assert inside, f"{text.text!r} leaves the figure"
     for a, b in itertools.combinations(written, 2):
         assert not overlap(a.box, b.box), f"{a.text!r} lies on {b.text!r}"
+    for legend in filter(None, (axes.get_legend() for axes in figure.axes)):
+        box = legend.get_window_extent()
+        assert not any(overlap(box, axes.bbox) for axes in panels_of(figure)), "a key hides data"
     for text, axes in itertools.product(written, panels_of(figure)):
         if text.axes is not axes:
             assert not overlap(text.box, axes.bbox), f"{text.text!r} lies in another panel"
@@ -351,12 +354,16 @@ def test_lines_of_a_panel_differ_in_grey_print(name: str) -> None:
         assert all(len(colors) == 1 for colors in styles.values()), styles
 
 
-def test_the_two_themes_differ_in_ink_and_ground_alone_where_both_can_show_a_colour() -> None:
+OKABE_ITO = {"#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
+
+
+def test_themes_are_of_one_palette() -> None:
     light, dark = THEMES["light"], THEMES["dark"]
     assert luminance(light.background) > 0.9
     assert luminance(dark.background) < 0.1
     for theme in (light, dark):
-        # Blue stays blue, vermillion stays vermillion.
+        # Blue stays blue, vermillion stays vermillion, and all are of Okabe and Ito's palette.
+        assert {theme.dominant, theme.bulk, theme.third, theme.fourth} <= OKABE_ITO
         assert to_rgb(theme.dominant)[2] == max(to_rgb(theme.dominant))
         assert to_rgb(theme.bulk)[0] == max(to_rgb(theme.bulk))
     assert (light.dominant, light.bulk) == (plots.DOMINANT, plots.BULK)
@@ -650,6 +657,7 @@ def histories(draw: st.DrawFn) -> dict[str, list[Any]]:
     return table | {"step": draw(st.lists(st.integers(0, 10**7), min_size=rows, max_size=rows))}
 
 
+@example({"step": [0], "bulk_lr": [5e-324]}, "rates")
 @given(histories(), st.sampled_from([plots.dashboard, plots.eigenvalue_history, "rates"]))
 @settings(max_examples=20)
 def test_no_history_breaks_a_picture(table: dict[str, list[Any]], picture: Any) -> None:
@@ -755,6 +763,8 @@ def test_overlap_heatmap_has_a_fixed_scale_and_the_steps() -> None:
         assert axis.get_ticklocs().tolist() == [0, 1, 2]
     (bar,) = axes.child_axes
     assert bar.get_ylim() == (0, 1)
+    numbers = {text.text for text in picture("overlap_heatmap")[1]}
+    assert numbers >= {"0.0", "0.2", "0.4", "0.6", "0.8", "1.0"}
     (numbered,) = plots.overlap_heatmap(matrix.detach()).axes
     assert [label.get_text() for label in numbered.get_xticklabels()] == ["0", "1", "2"]
 
@@ -865,7 +875,8 @@ def test_tails_of_the_kernel_do_not_stretch_the_scale() -> None:
 
 def test_outliers_are_marked_and_counted() -> None:
     (axes,) = plots.density(spectrum(), torch.tensor([8.0, 9.5, nan])).axes
-    _, rug = axes.get_lines()
+    line, rug = axes.get_lines()
+    assert line.get_xdata().max() > 9.5
     np.testing.assert_array_equal(rug.get_xdata(), [8.0, 9.5])
     assert rug.get_marker() == "^"
     assert axes.get_xlim()[1] > 9.5
@@ -906,6 +917,8 @@ def test_axes_are_drawn_into_and_nothing_else_changes(name: str) -> None:
     for axes in [untouched, *list(panels.flat)[count:]]:
         x0, y0, x1, y1 = (round(end) for end in axes.bbox.extents)
         np.testing.assert_array_equal(before[y0:y1, x0:x1], after[y0:y1, x0:x1])
+    assert all(label.get_text() for axes in given for label in axes.get_yticklabels())
+    assert all(axes.get_yticklabels() for axes in given)
     alone = PICTURES[name]()
     assert [(a.get_xlabel(), a.get_ylabel()) for a in given] == [
         (a.get_xlabel(), a.get_ylabel()) for a in alone.axes
@@ -1033,7 +1046,7 @@ def test_the_background_is_saved(tmp_path: Path, theme: str) -> None:
 
     path = tmp_path / "run.png"
     figure = plots.eigenvalue_history(history(5), theme=theme)
-    with mpl.rc_context({"savefig.facecolor": "pink"}):
+    with mpl.rc_context({"savefig.facecolor": "pink", "savefig.dpi": 41}):
         figure.savefig(path)
     image = imread(path)
     assert to_hex(image[0, 0]) == THEMES[theme].background

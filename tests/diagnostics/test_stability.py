@@ -141,6 +141,9 @@ def adam_problem(kind: type[torch.optim.Adam] = torch.optim.Adam, **options: Any
         (torch.optim.Adam, {}),
         (torch.optim.Adam, {"betas": (0.5, 0.8), "eps": 0.1}),
         (torch.optim.AdamW, {"betas": (0.5, 0.8), "eps": 0.1}),
+        (torch.optim.AdamW, {"betas": (0.5, 0.8), "eps": 0.1, "weight_decay": 0.5}),
+        (torch.optim.Adam, {"betas": (0.5, 0.8), "eps": 0.1, "weight_decay": 0.5}),
+        (torch.optim.Adam, {"betas": (0.5, 0.3), "eps": 0.01, "amsgrad": True}),
     ],
 )
 def test_preconditioned_sharpness_is_that_of_the_dense_matrix(
@@ -151,16 +154,22 @@ def test_preconditioned_sharpness_is_that_of_the_dense_matrix(
     optimizer = kind(problem.model.parameters(), lr=0.05, **options)
     (beta1, beta2), eps = options.get("betas", (0.9, 0.999)), options.get("eps", 1e-8)
     second = torch.zeros(sum(p.numel() for p in problem.model.parameters()), dtype=torch.float64)
-    steps = 0
+    coupled = options.get("weight_decay", 0.0) if kind is torch.optim.Adam else 0.0
+    largest, steps = second, 0
     for x, y in problem.batches * 2:
         optimizer.zero_grad()
         problem.loss_fn(problem.model(x), y).backward()
+        theta = torch.cat([p.detach().reshape(-1) for p in problem.model.parameters()])
         gradient = torch.cat([p.grad.reshape(-1) for p in problem.model.parameters()])
+        gradient = gradient + coupled * theta
         second = beta2 * second + (1 - beta2) * gradient.square()
+        largest = torch.maximum(largest, second)
         steps += 1
         optimizer.step()
+    second = largest if options.get("amsgrad") else second
     scale = (1 - beta1**steps) * ((second / (1 - beta2**steps)).sqrt() + eps)
     H = problem.dense().hessian
+    H = H + coupled * torch.eye(len(H), dtype=H.dtype)
     expected = torch.linalg.eigvalsh(H / (scale.sqrt()[:, None] * scale.sqrt()))[-1]
     operator = so.HessianOperator(problem.model, problem.loss_fn, problem.batches)
     before = copy.deepcopy(optimizer.state_dict())
@@ -218,6 +227,12 @@ def parameters() -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
 
 
+def changed(optimizer: torch.optim.Optimizer, **options: Any) -> torch.optim.Optimizer:
+    """As a schedule, or an optimizer that finds its own rate, leaves them."""
+    optimizer.param_groups[0].update(options)
+    return optimizer
+
+
 def groups(params: list[nn.Parameter], lr: float) -> list[dict[str, Any]]:
     return [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": lr}]
 
@@ -240,6 +255,13 @@ CASES = [
     (lambda p: torch.optim.Adagrad(p, lr=0.1), (NAN, NAN, NAN)),
     (torch.optim.LBFGS, (NAN, NAN, NAN)),
     (lambda p: torch.optim.SGD(groups(p, 0.2)), (NAN, NAN, NAN)),
+    (lambda p: changed(torch.optim.SGD(p, lr=0.1), lr=None), (NAN, NAN, NAN)),
+    (lambda p: changed(torch.optim.SGD(p, lr=0.1), lr=math.inf), (NAN, NAN, NAN)),
+    (lambda p: changed(torch.optim.SGD(p, lr=0.1), lr=-0.1), (NAN, NAN, NAN)),
+    (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, dampening=1.0), (NAN, NAN, NAN)),
+    (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, dampening=-0.5), (NAN, NAN, NAN)),
+    (lambda p: changed(torch.optim.SGD(p, lr=0.1), nesterov=True), (NAN, NAN, NAN)),
+    (lambda p: changed(torch.optim.SGD(p, lr=0.1), momentum=torch.tensor(0.9)), (38.0, NAN, NAN)),
     (lambda p: torch.optim.SGD(groups(p, 0.0)), (20.0, NAN, NAN)),
 ]  # fmt: skip
 

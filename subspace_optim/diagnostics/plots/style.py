@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from subspace_optim._validation import ArgumentError
@@ -228,12 +228,9 @@ def number(value: float, _position: int | None = None) -> str:
 
 def label_powers(axis: Axis, low: float, high: float) -> None:
     """Labels a logarithmic axis from ``low`` to ``high``, so that there are at least two labels."""
-    narrow = high < 100 * low
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
     axis.set_major_formatter(FuncFormatter(number))
     axis.set_minor_formatter(NullFormatter())
-    if narrow:
-        axis.set_minor_locator(NullLocator())
 
 
 def colour_bar(axes: Axes, theme: Theme, image: ScalarMappable, label: str) -> None:
