@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--spectrum", type=int, default=defaults.spectrum, help="top 2k eigenvalues every N steps")
     add("--tol", type=float, default=defaults.tol, help="relative residual of the eigenpairs")
+    add("--chunk", type=int, help="examples at a time in passes over all data (default: all)")
     add("--seed", type=int, default=defaults.seed)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--control", choices=("random",), help="a random subspace in the dominant one's place")

@@ -58,6 +58,8 @@ class Settings:
             as it serves (random directions for 10 steps).
         spectrum: compute the top 2k eigenvalues of SGD every so many steps (0: never).
         tol: relative residual of the eigenpairs.
+        chunk: examples at a time, in passes over all data; ``None``: all at once. A convolutional
+            network on a CPU is faster in chunks of 50 to 100, and takes less memory.
         seed: of minibatches and random subspaces.
         control: ``"random"`` puts a random subspace in the place of the dominant one.
     """
@@ -76,6 +78,7 @@ class Settings:
     refresh: int | Literal["auto"] = 20
     spectrum: int = 200
     tol: float = 1e-3
+    chunk: int | None = None
     seed: int = 0
     control: str | None = None
 
@@ -94,6 +97,8 @@ class Settings:
             check_integer("refresh", self.refresh, minimum=1, remedy="Or 'auto'.")
         if self.switch_at is not None:
             check_integer("switch_at", self.switch_at, minimum=0)
+        if self.chunk is not None:
+            check_integer("chunk", self.chunk, minimum=1)
 
 
 @dataclass
@@ -207,7 +212,9 @@ class _Experiment:
         self.x, self.y = (t.to(device) for t in data)
         self.test = None if test_data is None else tuple(t.to(device) for t in test_data)
         self.optimizers = optimizers
-        self.operator = so.HessianOperator(model, loss_fn, (self.x, self.y))
+        size = settings.chunk or len(self.x)
+        chunks = list(zip(self.x.split(size), self.y.split(size), strict=True))
+        self.operator = so.HessianOperator(model, loss_fn, chunks)
         self.result = Comparison(settings)
         self.switch_model: dict[str, Tensor] = {}
         self.classes = self._number_of_classes()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -86,6 +87,21 @@ def test_rows_hold_the_closed_form():
         rates = {"DomSGD": (0.1, 0.0), "BulkSGD": (0.0, 0.1)}.get(row["phase"], (0.1, 0.1))
         assert row["dom_lr"] == pytest.approx(rates[0], abs=1e-9)
         assert row["bulk_lr"] == pytest.approx(rates[1], abs=1e-9)
+
+
+def test_all_data_are_passed_in_chunks():
+    class Counting(Quadratic):
+        sizes: ClassVar[set[int]] = set()
+
+        def forward(self, x):
+            self.sizes.add(len(x))
+            return super().forward(x)
+
+    whole, chunked = run(), run(model=Counting(), chunk=3)
+    # Minibatches of 4, chunks of 3, 3 and 2, and all 8 for the accuracies.
+    assert Counting.sizes == {2, 3, 4, 8}
+    for name, branch in whole.branches.items():
+        assert chunked.branches[name].train_loss == pytest.approx(branch.train_loss, rel=1e-9)
 
 
 def test_average_is_exponential_and_starts_at_the_first_value():
