@@ -18,7 +18,7 @@ pip_install = -m pip --disable-pip-version-check install
 .PHONY: help
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: ARGS (of compare, speed, gallery and test), PYTHON ($(PYTHON)), VENV ($(VENV)), TORCH ($(TORCH))"
+	@echo "Variables: ARGS (of compare, speed, gallery, papers and test), PYTHON ($(PYTHON)), VENV ($(VENV)), TORCH ($(TORCH))"
 
 # One stamp for each extra of pyproject.toml.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
@@ -37,6 +37,10 @@ speed: $(VENV)/.installed-bench  ## ours against the peers, which get an environ
 .PHONY: gallery
 gallery: $(VENV)/.installed-bench  ## measure and draw the pictures of the docs, docs/pictures
 	$(bin)/python -m benchmarks.gallery $(ARGS)
+
+.PHONY: papers
+papers: $(VENV)/.installed-bench  ## reproduce the four papers, hours; it goes on where it was stopped
+	$(bin)/python -m benchmarks.papers all $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.installed-test  ## run the tests; ARGS="-m 'not slow'" leaves out the slow ones

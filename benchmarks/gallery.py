@@ -230,14 +230,14 @@ def draw(
                 figure = drawing(theme=theme)
                 for ending in formats:
                     files.append(folder / f"{name}{suffix}.{ending}")
-                    _save(figure, files[-1])
+                    save(figure, files[-1])
         except Exception as error:  # noqa: BLE001 (whatever it is, the others are drawn)
             yield name, error
         else:
             yield name, files
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Saves a picture, a png with 256 colours: a third of the size, and nothing that is seen."""
     figure.savefig(path, metadata=_NO_DATE.get(path.suffix))
     if path.suffix == ".png":

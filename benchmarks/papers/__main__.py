@@ -1,0 +1,324 @@
+"""Figures, tables and claims of the four papers: ``python -m benchmarks.papers``.
+
+Without arguments it lists the papers; with a paper its figures, tables and claims; with figures or
+tables too, or ``all``, it measures what they need, as far as it is not on disk, draws them and says
+what holds. What was measured is kept run by run and seed by seed, in ``results/papers``; a run that
+was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gallery import save
+from benchmarks.papers.catalogue import PAPERS
+from benchmarks.papers.pages import RAW, publish
+from benchmarks.papers.reproduction import SCALES, Exhibit, Paper, Run, Scale
+from benchmarks.papers.results import Results
+from benchmarks.papers.verdicts import verdict
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+PAGES: Final = ROOT / "docs" / "papers"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run and a seed that is not on disk."""
+
+    paper: Paper
+    run: Run
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.paper.key} {self.run.name} seed {self.seed}"
+
+
+@dataclass
+class Queue:
+    """Runs tasks in processes of their own, several at a time.
+
+    Attributes:
+        options: of the command.
+        console: says what has ended.
+        failed: tasks that ended with an error.
+    """
+
+    options: argparse.Namespace
+    console: Console
+    failed: list[Task] = field(default_factory=list)
+
+    def __call__(self, tasks: Sequence[Task]) -> None:
+        """Runs all tasks; an interrupt ends those that run, which then can be taken up again."""
+        waiting = list(tasks)
+        running: dict[subprocess.Popen[bytes], tuple[Task, float]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.options.jobs:
+                    task = waiting.pop(0)
+                    running[self._start(task)] = (task, time.monotonic())
+                time.sleep(0.2)
+                for process in [p for p in running if p.poll() is not None]:
+                    task, start = running.pop(process)
+                    done = len(tasks) - len(waiting) - len(running)
+                    self._say(task, process.returncode, start, f"{done} of {len(tasks)}")
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+
+    def _start(self, task: Task) -> subprocess.Popen[bytes]:
+        with self._log(task).open("wb") as log:
+            return subprocess.Popen(  # noqa: S603 (our own command)
+                self._command(task), cwd=ROOT, env=_environment(), stdout=log, stderr=log
+            )
+
+    def _command(self, task: Task) -> list[str]:
+        options = self.options
+        command = [sys.executable, "-m", "benchmarks.papers.worker"]
+        command += [task.paper.key, task.run.name, str(task.seed), "--scale", options.scale]
+        command += ["--results", str(options.results.resolve()), "--device", options.device]
+        if options.device == "cpu":
+            command += ["--threads", str(max(1, (os.cpu_count() or 1) // options.jobs))]
+        if options.data_root:
+            command += ["--data-root", options.data_root]
+        return command
+
+    def _log(self, task: Task) -> Path:
+        results = Results(self.options.results)
+        path = results.path(task.paper.key, task.run.name, self.options.scale, task.seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.with_suffix(".log")
+
+    def _say(self, task: Task, code: int, start: float, progress: str) -> None:
+        minutes = (time.monotonic() - start) / 60
+        if code == 0:
+            self._log(task).unlink()
+            self.console.print(f"{task}: {minutes:.1f} min ({progress})", highlight=False)
+            return
+        self.failed.append(task)
+        log = self._log(task)
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1] if lines else f"exit status {code}"
+        self.console.print(f"{task} failed: {last} ({log})", style="red", highlight=False)
+
+
+def _environment() -> dict[str, str]:
+    """Threads are set by the worker; what is inherited would be for one process alone."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+
+
+# --- what there is, and what it takes ----------------------------------------------------------
+
+
+def tasks_of(
+    options: argparse.Namespace, wanted: dict[str, list[Exhibit]], results: Results
+) -> list[Task]:
+    """Returns what is not on disk, all of one seed before the next.
+
+    Runs that no exhibit shows are those of claims alone; they belong to all of the paper.
+    """
+    tasks = []
+    for seed in range(options.seeds):
+        for key, exhibits in wanted.items():
+            paper = PAPERS[key]
+            needed = {name for exhibit in exhibits for name in exhibit.runs}
+            if len(exhibits) == len(paper.exhibits):
+                needed = {run.name for run in paper.runs}
+            for run in paper.runs:
+                on_disk = results.read(key, run, options.scale, seed) is not None
+                if run.name in needed and not on_disk:
+                    tasks.append(Task(paper, run, seed))
+    return tasks
+
+
+def seconds_of(task: Task, scale: Scale, folders: Sequence[Results]) -> float | None:
+    """Returns what the run took for other seeds or where the pages were made; ``None``: unknown."""
+    for results in folders:
+        records = results.of(task.paper, task.run.name, scale).values()
+        if records:
+            return statistics.median(record.seconds for record in records)
+    return None
+
+
+def _estimate(tasks: Sequence[Task], options: argparse.Namespace, folders: Any) -> str:
+    known = [seconds_of(task, options.scale, folders) for task in tasks]
+    minutes = sum(seconds for seconds in known if seconds is not None) / 60 / options.jobs
+    unknown = known.count(None)
+    if unknown == len(tasks):
+        return f"{len(tasks)} runs; none was ever made at this size, so how long is not known"
+    more = f", and {unknown} that were never made at this size" if unknown else ""
+    return f"{len(tasks)} runs, about {minutes:.0f} minutes, {options.jobs} at a time{more}"
+
+
+def _list_papers(console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("paper", "figures and tables", "claims", "what"):
+        table.add_column(column)
+    for paper in PAPERS.values():
+        table.add_row(paper.key, str(len(paper.exhibits)), str(len(paper.claims)), paper.citation)
+    console.print(table)
+    console.print("python -m benchmarks.papers PAPER lists one; PAPER all reproduces it.")
+
+
+def _list_paper(paper: Paper, console: Console) -> None:
+    console.print(f"{paper.citation}, {paper.address}", highlight=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("figure or table", "what", "runs"):
+        table.add_column(column)
+    for exhibit in paper.exhibits:
+        table.add_row(exhibit.name, exhibit.title, ", ".join(exhibit.runs))
+    console.print(table)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("claim", "what", "holds if"):
+        table.add_column(column)
+    for claim in paper.claims:
+        table.add_row(claim.name, claim.says, claim.inequality)
+    console.print(table)
+
+
+# --- what came out -----------------------------------------------------------------------------
+
+
+def _show(
+    wanted: dict[str, list[Exhibit]], results: Results, scale: Scale, console: Console
+) -> None:
+    """Draws the figures, and prints the tables and the verdicts of claims about their runs."""
+    for key, exhibits in wanted.items():
+        paper = PAPERS[key]
+        runs = {name for exhibit in exhibits for name in exhibit.runs}
+        for exhibit in exhibits:
+            raws = results.raws(paper, exhibit.runs, scale)
+            if not any(raws.values()):
+                continue
+            if exhibit.draw is not None:
+                path = results.folder / scale / key / f"{exhibit.name}.png"
+                save(exhibit.draw(raws), path)
+                console.print(f"{exhibit.title}: {path}", highlight=False)
+            if exhibit.table is not None:
+                head, *rows = exhibit.table(raws)
+                table = Table(*head, box=None, header_style="bold", pad_edge=False)
+                for row in rows:
+                    table.add_row(*row)
+                console.print(exhibit.title, table)
+        for claim in paper.claims:
+            if runs.isdisjoint(claim.runs):
+                continue
+            found = verdict(results, paper, claim, scale)
+            figures = [value for seeds in found.figures.values() for value in seeds.values()]
+            texts = " ".join(f"{value:.3g}" for value in figures)
+            style = {"reproduced": "green", "not reproduced": "red"}.get(found.word, "dim")
+            console.print(f"{found.word}: {claim.says}", style=style, highlight=False)
+            console.print(f"    {claim.inequality}: {texts}", highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.papers",
+        description=(__doc__ or "").split("\n\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("paper", nargs="?", choices=(*PAPERS, "all"), help="which; all: all of every paper")
+    add("exhibits", nargs="*", metavar="FIGURE", help="such as figure-1 or table-2, or all")
+    add("--scale", choices=SCALES, default="small", help="paper: the paper's own size, for a GPU")
+    add("--seeds", type=int, default=3, help="how many, from 0 on")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--data-root", help="folder of data sets (default: $SUBSPACE_OPTIM_DATA, else the hub)")
+    add("--results", type=Path, default=Path("results/papers"), help="where raw figures are kept")
+    add("--publish", action="store_true", help="write docs/papers from what is in --results")
+    return parser
+
+
+def _wanted(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> dict[str, list[Exhibit]]:
+    if options.paper == "all":
+        if options.exhibits:
+            parser.error("all papers are run whole: name one paper to choose its figures")
+        return {key: list(paper.exhibits) for key, paper in PAPERS.items()}
+    paper = PAPERS[options.paper]
+    if options.exhibits == ["all"]:
+        return {paper.key: list(paper.exhibits)}
+    names = [exhibit.name for exhibit in paper.exhibits]
+    unknown = [name for name in options.exhibits if name not in names]
+    if unknown:
+        parser.error(f"{paper.key} has no {', '.join(unknown)}: it has {', '.join(names)}, or all")
+    return {paper.key: [paper.exhibit(name) for name in options.exhibits]}
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A polite kill ends the runs as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Lists, or measures and shows.
+
+    Args:
+        arguments: as on the command line.
+
+    Returns:
+        0, 1 where a run failed, 130 where it was interrupted.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = Console()
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    results = Results(options.results)
+    if options.paper is None:
+        if options.publish:
+            for path in publish(results, PAPERS, PAGES):
+                console.print(str(path), highlight=False)
+        else:
+            _list_papers(console)
+        return 0
+    if options.paper != "all" and not options.exhibits:
+        _list_paper(PAPERS[options.paper], console)
+        return 0
+
+    wanted = _wanted(parser, options)
+    tasks = tasks_of(options, wanted, results)
+    queue = Queue(options, console)
+    interrupted = False
+    if tasks:
+        console.print(_estimate(tasks, options, (results, Results(PAGES / RAW))), highlight=False)
+        try:
+            with _ended_by_signals():
+                queue(tasks)
+        except KeyboardInterrupt:
+            interrupted = True
+            console.print("Interrupted. The same command goes on from here.")
+    _show(wanted, results, options.scale, console)
+    if options.publish:
+        publish(results, PAPERS, PAGES)
+    return 130 if interrupted else int(bool(queue.failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,429 @@
+"""The paper's figures and tables, from the raw figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from benchmarks.papers.class_gradient_2020.claims import (
+    Curve,
+    assigned,
+    curvature_ratio,
+    final_accuracy,
+    final_loss,
+    late_rank,
+    mean_cosine_between,
+)
+from benchmarks.papers.class_gradient_2020.runs import UNDAMPED
+from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
+from subspace_optim.diagnostics import plots
+from subspace_optim.diagnostics.plots.style import (
+    LABEL,
+    LINES,
+    THEMES,
+    key,
+    label_powers,
+    paint,
+    panels_of,
+    say,
+)
+
+_LOOK: Final = THEMES["light"]
+_STYLES: Final = {
+    "sgd": ("SGD", _LOOK.ink, "solid"),
+    "printed": ("quasi-Newton as printed", _LOOK.bulk, "dashed"),
+    "orthogonal": ("with orthogonal vectors", _LOOK.dominant, "dotted"),
+    "damped": ("damped", _LOOK.third, "dash-dotted"),
+}
+_RATES: Final = ("resnet9", "resnet9-orthogonal", "resnet9-damped")
+_BATCHES: Final = ("batch-sizes", "batch-sizes-orthogonal", "batch-sizes-damped")
+_ROOM: Final = 3.0
+"""Losses above this multiple of the loss at the start are beyond the edge of a panel."""
+_ACCURACIES: Final = {"0.1": (88, 92), "0.05": (87, 92), "0.01": (82, 90)}
+"""Table 1 of the paper, in percent: SGD and quasi-Newton."""
+_LOSSES: Final = {"0.1": (0.3574, 0.3304), "0.05": (0.3985, 0.3346), "0.01": (0.5362, 0.3411)}
+"""Table 2 of the paper."""
+
+CurvesOfSeeds = Mapping[int, Curve]
+End = Callable[[Curve, int], float]
+"""What a curve ends at, given the number of classes."""
+
+
+def curves(raws: RawOfSeeds, runs: Iterable[str]) -> dict[str, dict[str, dict[int, Curve]]]:
+    """Returns the curves of several runs by rate or batch size, then by method and by seed."""
+    found: dict[str, dict[str, dict[int, Curve]]] = {}
+    for run in runs:
+        for seed, raw in raws[run].items():
+            for method, of_method in raw["curves"].items():
+                for name, curve in of_method.items():
+                    found.setdefault(name, {}).setdefault(method, {})[seed] = curve
+    return found
+
+
+def finished(raws: RawOfSeeds) -> dict[int, Raw]:
+    """Returns the runs of class gradients that did not diverge, by their seeds."""
+    return {seed: raw for seed, raw in raws["class-gradients"].items() if not raw["diverged"]}
+
+
+def over_seeds(values: Iterable[float], digits: int = 3) -> str:
+    """Returns the mean of the seeds, with the smallest and the largest, as a text."""
+    found = [float(value) for value in values]
+    if not found:
+        return "–"
+    mean = sum(found) / len(found)  # NaN, and no warning, for infinities of both signs
+    if math.isnan(mean) or len(found) == 1:
+        return f"{mean:.{digits}g}"
+    return f"{mean:.{digits}g} ({min(found):.{digits}g} to {max(found):.{digits}g})"
+
+
+def strength(seed: int) -> dict[str, Any]:
+    """Returns the style of a line: seed 0 is strong, the others are thin."""
+    return {"linewidth": 1.6, "alpha": 1.0} if seed == 0 else {"linewidth": 0.7, "alpha": 0.5}
+
+
+# --- figures 1 and 2 -----------------------------------------------------------------------------
+
+
+def draw_rates(raws: RawOfSeeds) -> Figure:
+    """Draws validation loss and accuracy over the epochs, a column for each rate."""
+    found = curves(raws, _RATES)
+    epoch = next((raw["epoch"] for name in _RATES for raw in raws[name].values()), 1)
+    rates = sorted(found, key=float, reverse=True)
+    columns = max(1, len(rates))
+    panels = panels_of(None, _LOOK, (3.3 * columns, 5.2), 2, columns)
+    for rate, above, below in zip(rates, panels, panels[columns:], strict=False):
+        _losses(above, found[rate], epoch, ("", "validation loss"))
+        above.set_title(f"η = {rate}", fontsize=LABEL, loc="right")
+        _lines(below, found[rate], "accuracy", epoch)
+        paint(below, _LOOK, "epoch", "validation accuracy")
+    return _keyed(panels)
+
+
+def draw_batches(raws: RawOfSeeds) -> Figure:
+    """Draws the validation loss over the steps, a panel for each batch size."""
+    found = curves(raws, _BATCHES)
+    examples = next((raw["examples"] for name in _BATCHES for raw in raws[name].values()), 0)
+    sizes = sorted(found, key=int)
+    columns = max(1, len(sizes))
+    panels = panels_of(None, _LOOK, (3.3 * columns, 3.2), 1, columns)
+    for panel, size in zip(panels, sizes, strict=False):
+        full = ", the full batch" if int(size) == examples else ""
+        _losses(panel, found[size], 1, ("step", "validation loss"))
+        panel.set_title(f"batches of {size}{full}", fontsize=LABEL, loc="right")
+    return _keyed(panels)
+
+
+def _lines(
+    panel: Axes, found: Mapping[str, CurvesOfSeeds], column: str, unit: int
+) -> list[tuple[Line2D, bool]]:
+    """Draws one column of all curves over steps in this unit; and returns them.
+
+    Returns:
+        Each line, and whether its training diverged.
+    """
+    drawn: list[tuple[Line2D, bool]] = []
+    for method, of_seeds in found.items():
+        label, colour, line = _STYLES[method]
+        for number, (seed, curve) in enumerate(sorted(of_seeds.items())):
+            x = np.array(curve["step"], dtype=float) / unit
+            y = np.array(curve[column], dtype=float)
+            style: dict[str, Any] = strength(seed) | {"color": colour}
+            style["linestyle"] = LINES[line][0]
+            (drawn_line,) = panel.plot(x, y, label="_" if number else label, **style)
+            drawn.append((drawn_line, bool(curve["diverged"])))
+    return drawn
+
+
+def _losses(
+    panel: Axes, found: Mapping[str, CurvesOfSeeds], unit: int, labels: tuple[str, str]
+) -> None:
+    """Draws losses up to a multiple of that at the start; a cross ends what diverged."""
+    drawn = _lines(panel, found, "loss", unit)
+    series = [np.asarray(line.get_ydata(), dtype=float) for line, _ in drawn]
+    values = np.concatenate([y[np.isfinite(y)] for y in series])
+    paint(panel, _LOOK, *labels)
+    if not len(values):
+        return
+    low, high = 0.8 * values.min(), _ROOM * max(np.nan_to_num(y[0]) for y in series)
+    for (line, diverged), y in zip(drawn, series, strict=True):
+        if diverged:  # where it leaves the panel, or ends in it
+            lost = np.flatnonzero(~(y < high))
+            end = lost[0] if len(lost) else -1
+            cross: dict[str, Any] = {"marker": "x", "color": line.get_color(), "clip_on": False}
+            panel.plot(np.asarray(line.get_xdata())[end], np.fmin(y[end], high), **cross)
+    panel.set_yscale("log")
+    panel.set_ylim(low, high)
+    label_powers(panel.yaxis, low, high)
+
+
+def _keyed(panels: list[Axes]) -> Figure:
+    """Returns the figure of the panels, with a key above the first, or saying that it is empty."""
+    figure = panels[0].figure.figure
+    handles, labels = panels[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+    for panel in panels:
+        say(panel, _LOOK, "nothing measured")
+    return figure
+
+
+# --- figures 3 and 4 -----------------------------------------------------------------------------
+
+
+def draw_eigenvalues(raws: RawOfSeeds) -> Figure:
+    """Draws the largest eigenvalues after training, and where C cuts them."""
+    (panel,) = panels_of(None, _LOOK, (5.6, 3.4))
+    for seed, raw in sorted(finished(raws).items()):
+        values = np.array(raw["eigenvalues"], dtype=float)
+        style: dict[str, Any] = strength(seed) | {"marker": "o", "markersize": 3}
+        panel.plot(np.arange(1, len(values) + 1), values, color=_LOOK.dominant, **style)
+        if seed == 0:
+            panel.axvline(raw["classes"] + 0.5, color=_LOOK.bulk, linestyle=LINES["dashed"][0])
+            panel.set_title("dashed: after the C-th", fontsize=LABEL, loc="right")
+    paint(panel, _LOOK, "number", r"eigenvalue $\lambda_i$")
+    say(panel, _LOOK, "nothing measured")
+    return panel.figure.figure
+
+
+def draw_intersection(raws: RawOfSeeds) -> Figure:
+    """Draws ranks along the training by tolerance, and the cosines of the last minibatch."""
+    found = finished(raws)
+    left, right = panels_of(None, _LOOK, (9.2, 4.2), 1, 2)
+    colours = (_LOOK.ink, _LOOK.dominant, _LOOK.bulk, _LOOK.third)
+    for number, (seed, raw) in enumerate(sorted(found.items())):
+        rows = zip(raw["tolerances"], raw["ranks"], colours, LINES.values(), strict=False)
+        for tolerance, ranks, colour, (dashes, _) in rows:
+            style: dict[str, Any] = strength(seed) | {"color": colour, "linestyle": dashes}
+            label = "_" if number else f"sine above {tolerance:.2g}"
+            left.plot(raw["step"], ranks, label=label, **style)
+    if found:
+        seed, raw = min(found.items())
+        left.set_ylim(raw["classes"] - 0.5, 2 * raw["classes"] + 0.5)
+        plots.cosine_matrix(raw["cosines"], raw["assignment"], axes=right)
+    paint(left, _LOOK, "step", "rank of class gradients and eigenvectors")
+    key(left, _LOOK, columns=4)
+    for panel in (left, right):
+        say(panel, _LOOK, "nothing measured")
+    return left.figure.figure
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def table_1(raws: RawOfSeeds) -> Rows:
+    """Returns accuracies in percent, the paper's and ours."""
+    return _beside(raws, _ACCURACIES, lambda curve, n: 100 * final_accuracy(curve, n))
+
+
+def table_2(raws: RawOfSeeds) -> Rows:
+    """Returns validation losses, the paper's and ours."""
+    return _beside(raws, _LOSSES, lambda curve, _: final_loss(curve))
+
+
+def _beside(raws: RawOfSeeds, printed: Mapping[str, tuple[float, float]], end: End) -> Rows:
+    """Returns a row for each rate and method, with what it gains on SGD."""
+    found = curves(raws, _RATES)
+    classes = next((raw["classes"] for name in _RATES for raw in raws[name].values()), 10)
+    rows = [["η", "method", "paper", "ours", "on SGD: paper", "on SGD: ours"]]
+    for rate, (sgd, newton) in printed.items():
+        ends = {
+            method: {seed: end(curve, classes) for seed, curve in of_seeds.items()}
+            for method, of_seeds in found.get(rate, {}).items()
+        }
+        ours = ends.get("sgd", {})
+        rows.append([rate, "SGD", f"{sgd:g}", over_seeds(ours.values()), "", ""])
+        for method in ("printed", "orthogonal", "damped"):
+            theirs = ends.get(method, {})
+            gains = [theirs[seed] - ours[seed] for seed in theirs if seed in ours]
+            paper = [f"{newton:g}", f"{newton - sgd:+.4g}"] if method == "printed" else ["–", "–"]
+            mine = [over_seeds(theirs.values()), over_seeds(gains)]
+            rows.append([rate, _STYLES[method][0], paper[0], mine[0], paper[1], mine[1]])
+    return rows
+
+
+def table_above(raws: RawOfSeeds) -> Rows:
+    """Returns how the trainings above η = 0.1 ended."""
+    found = curves(raws, ("above-0.1",))
+    classes = next((raw["classes"] for raw in raws["above-0.1"].values()), 10)
+    rows = [["η", "method", "accuracy at the end (%)", "loss at the end", "not finite"]]
+    for rate in sorted(found, key=float):
+        for method, of_seeds in found[rate].items():
+            ended = list(of_seeds.values())
+            lost = sum(curve["diverged"] for curve in ended)
+            rows.append(
+                [
+                    rate,
+                    _STYLES[method][0],
+                    over_seeds(100 * final_accuracy(curve, classes) for curve in ended),
+                    over_seeds(final_loss(curve) for curve in ended),
+                    f"{lost} of {len(ended)}",
+                ]
+            )
+    return rows
+
+
+def table_batches(raws: RawOfSeeds) -> Rows:
+    """Returns validation losses at the end, by batch size."""
+    found = curves(raws, _BATCHES)
+    rows = [["batch size", *(label for label, _, _ in _STYLES.values())]]
+    for size in sorted(found, key=int):
+        ends = [found[size].get(method, {}).values() for method in _STYLES]
+        rows.append([size, *(over_seeds(map(final_loss, each)) for each in ends)])
+    return rows
+
+
+def table_intersection(raws: RawOfSeeds) -> Rows:
+    """Returns the similarity of class gradients and top eigenvectors, the paper's and ours."""
+    found = list(finished(raws).values())
+    return [
+        ["quantity", "paper", "ours"],
+        ["assigned cosine of minibatches", "0.36", over_seeds(map(assigned, found))],
+        [
+            "assigned cosine of all examples",
+            "–",
+            over_seeds(raw["of_all"]["assigned"] for raw in found),
+        ],
+        [
+            "the same of random directions",
+            "order 0.001",
+            over_seeds(raw["chance"][0] for raw in found),
+        ],
+        ["rank, by the rule for single precision", "10 to 12", over_seeds(map(late_rank, found))],
+        *_late_ranks(found),
+        ["overlap of the spans", "–", over_seeds(raw["of_all"]["overlap"] for raw in found)],
+        [
+            "cosine of their smallest angle",
+            "–",
+            over_seeds(max(raw["of_all"]["angles"]) for raw in found),
+        ],
+        [
+            "cosine of their largest angle",
+            "–",
+            over_seeds(min(raw["of_all"]["angles"]) for raw in found),
+        ],
+    ]
+
+
+def _late_ranks(found: list[Raw]) -> Iterator[list[str]]:
+    """Yields the median ranks of the second half by the other tolerances."""
+    for number, tolerance in enumerate(found[0]["tolerances"] if found else ()):
+        if number:
+            late = [raw["ranks"][number][len(raw["step"]) // 2 :] for raw in found]
+            text = over_seeds(np.median(ranks) for ranks in late)
+            yield [f"rank, of sines above {tolerance:g}", "–", text]
+
+
+def table_assumptions(raws: RawOfSeeds) -> Rows:
+    """Returns what the method assumes, and what was measured."""
+    found = list(finished(raws).values())
+    return [
+        ["assumption", "as assumed", "measured"],
+        ["mean |cosine| of two class gradients", "0", over_seeds(map(mean_cosine_between, found))],
+        ["median of v_kᵀHv_k / λ_k", "1", over_seeds(map(curvature_ratio, found))],
+        *_ratios(found),
+        ["second term of the Hessian", "0", over_seeds(raw["second_term"] for raw in found)],
+    ]
+
+
+def _ratios(found: list[Raw]) -> Iterator[list[str]]:
+    """Yields the median ratio of curvatures at each step that has one."""
+    for step in found[0]["ratios"] if found else ():
+        medians = [np.median(raw["ratios"][step]) for raw in found if step in raw["ratios"]]
+        yield [f"the same at step {step}", "1", over_seeds(medians)]
+
+
+def table_cost(raws: RawOfSeeds) -> Rows:
+    """Returns memory in gradients and backward passes, by network."""
+    rows = [["network", "P", "SGD", "as printed", "orthogonal", "paper", "passes", "paper"]]
+    for run, network in (("cost-cnn", "small CNN"), ("cost-resnet9", "ResNet9")):
+        found = list(raws[run].values())
+        memory = [over_seeds(raw["memory"][method] for raw in found) for method in UNDAMPED]
+        size = f"{found[0]['size']:,}" if found else "–"
+        passes = over_seeds(raw["passes"] for raw in found)
+        rows.append([network, size, *memory, "11 (C + 1)", passes, "10 (C)"])
+    return rows
+
+
+EXHIBITS: Final = (
+    Exhibit(
+        "figure-1",
+        "Validation loss of SGD and of the quasi-Newton method",
+        _RATES,
+        draw=draw_rates,
+        note="The paper has one panel, and shows losses that end close to each other, with the "
+        "quasi-Newton method's above and more jagged on the way. A cross ends what diverged; the "
+        "damped method is ours, and is to show what the idea does where it is stable.",
+    ),
+    Exhibit(
+        "table-1",
+        "Accuracy (%) after training",
+        _RATES,
+        table=table_1,
+        note="The paper's table has the quasi-Newton method ahead at every rate, and its text "
+        "behind on average. What diverged counts as chance.",
+    ),
+    Exhibit(
+        "table-2",
+        "Validation loss after training",
+        _RATES,
+        table=table_2,
+        note="As Table 1: ahead in the table. What diverged has an infinite loss.",
+    ),
+    Exhibit(
+        "section-3",
+        "Learning rates above 0.1",
+        ("above-0.1",),
+        table=table_above,
+        note="The paper says that both methods diverge there, and has no figure of it.",
+    ),
+    Exhibit(
+        "figure-2",
+        "Batch sizes up to the full batch",
+        _BATCHES,
+        draw=draw_batches,
+        table=table_batches,
+        note="In the paper's panels the quasi-Newton method may fall faster at first; SGD then "
+        "crosses its curve and stays below, also with the full batch.",
+    ),
+    Exhibit(
+        "figure-3",
+        "The 30 largest eigenvalues of a small CNN after training",
+        ("class-gradients",),
+        draw=draw_eigenvalues,
+        note="The paper finds that 10 is a plausible cut for those who know the number of "
+        "classes, and that nobody would read it off.",
+    ),
+    Exhibit(
+        "figure-4",
+        "Class gradients of minibatches beside the last eigenvectors",
+        ("class-gradients",),
+        draw=draw_intersection,
+        table=table_intersection,
+        note="The paper's rank falls from 20 to 10 within few steps, with excursions by one or "
+        "two; it does not give its tolerance. The smallest here is the rule of numpy for a matrix "
+        "of that shape in single precision. Its cosine matrix has a mean of 0.36 after assignment.",
+    ),
+    Exhibit(
+        "assumptions",
+        "What eqs. 7, 11 and 12 assume",
+        ("class-gradients",),
+        table=table_assumptions,
+        note="The paper has no table of this. At the start, λ_k is a C-th of the curvature: eq. 9 "
+        "leaves the gradients of logit k at the examples of other classes to the noise, and eq. 12 "
+        "does not count them.",
+    ),
+    Exhibit(
+        "appendix-b",
+        "Memory in gradients, and backward passes of an observation",
+        ("cost-cnn", "cost-resnet9"),
+        table=table_cost,
+        note="The paper counts C + 1 gradients and C passes. Where examples do not depend on one "
+        "another, each goes backward once, for its own class.",
+    ),
+)

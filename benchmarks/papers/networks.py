@@ -1,0 +1,187 @@
+"""The architectures of the papers that ``benchmarks.models`` does not have.
+
+All take images ``(N, channels, height, width)``; ``fully_connected`` takes flat inputs too. Widths
+scale every layer, so that a network of another width is the same in shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.papers.reproduction import Job
+
+
+def made(job: Job, make: Callable[[], nn.Module]) -> nn.Module:
+    """Returns a model whose parameters are drawn from the seed, on the job's device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(job.seed)
+        return make().to(job.device)
+
+
+def fully_connected(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Returns linear layers of these sizes, inputs and outputs included, activations between."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def simple_convnet(
+    side: int,
+    outputs: int,
+    *,
+    channels: int = 3,
+    width: int = 32,
+    dense: int = 512,
+    dropout: bool = False,
+    batch_norm: bool = False,
+    extra_dense: bool = False,
+) -> nn.Sequential:
+    """Returns the CIFAR-10 example of Keras that `gur_ari_2018` trains.
+
+    Two convolutions of ``width`` and pooling, two of ``2 width`` and pooling, a dense layer, and
+    the head; ReLU, 3x3, the second convolution of each pair without padding. Dropout (0.25, 0.25,
+    0.5), batch norm after each convolution and a second dense layer where they are asked for.
+
+    Args:
+        side: height and width of an image, at least 10.
+        outputs: scores.
+        channels: of an image.
+        width: of the first two convolutions.
+        dense: units of the dense layer.
+        dropout: see above.
+        batch_norm: see above.
+        extra_dense: see above.
+    """
+
+    def convolution(inputs: int, outputs: int, padding: int) -> list[nn.Module]:
+        norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
+        return [nn.Conv2d(inputs, outputs, 3, padding=padding), *norm, nn.ReLU()]
+
+    def drop(rate: float) -> list[nn.Module]:
+        return [nn.Dropout(rate)] if dropout else []
+
+    after = ((side - 2) // 2 - 2) // 2
+    extra = [nn.Linear(dense, dense), nn.ReLU(), *drop(0.5)] if extra_dense else []
+    return nn.Sequential(
+        *convolution(channels, width, 1),
+        *convolution(width, width, 0),
+        nn.MaxPool2d(2),
+        *drop(0.25),
+        *convolution(width, 2 * width, 1),
+        *convolution(2 * width, 2 * width, 0),
+        nn.MaxPool2d(2),
+        *drop(0.25),
+        nn.Flatten(),
+        nn.Linear(2 * width * after * after, dense),
+        nn.ReLU(),
+        *drop(0.5),
+        *extra,
+        nn.Linear(dense, outputs),
+    )
+
+
+def vgg11(outputs: int, *, channels: int = 3, width: int = 64) -> nn.Sequential:
+    """Returns VGG11 for images of 32x32: eight convolutions, five poolings, one linear layer.
+
+    Widths 1, 2, 4, 4, 8, 8, 8, 8 times ``width``, ReLU, no batch norm (Simonyan & Zisserman 2014,
+    configuration A; the linear layers of its head are one, as is usual for CIFAR-10).
+    """
+    layers: list[nn.Module] = []
+    inputs = channels
+    for multiple in (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0):  # 0: pooling
+        if multiple:
+            layers += [nn.Conv2d(inputs, multiple * width, 3, padding=1), nn.ReLU()]
+            inputs = multiple * width
+        else:
+            layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, outputs))
+
+
+class _Block(nn.Module):
+    """``relu(shortcut(x) + conv(relu(conv(x))))``, each convolution with batch norm."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.shortcut(x) + self.body(x))
+
+
+def resnet(outputs: int, stages: Sequence[int], blocks: int, *, channels: int = 3) -> nn.Sequential:
+    """Returns a residual network for small images (He et al. 2016, section 4.2).
+
+    A convolution, then ``blocks`` blocks of two convolutions for each width in ``stages``, all but
+    the first stage halving the image, the mean over it, and a linear layer. ResNet8 is
+    ``resnet(10, (16, 32, 64), 1)``, ResNet-18 ``resnet(10, (64, 128, 256, 512), 2)``.
+    """
+    width = stages[0]
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
+    for number, wide in enumerate(stages):
+        for block in range(blocks):
+            layers.append(_Block(width, wide, 2 if number and not block else 1))
+            width = wide
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, outputs))
+
+
+class _Residual(nn.Module):
+    """``x + body(x)``."""
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grown: Tensor = x + self.body(x)
+        return grown
+
+
+def resnet9(outputs: int, *, channels: int = 3, width: int = 64) -> nn.Sequential:
+    """Returns the ResNet9 of the DAWNBench entries (6.6M parameters at width 64).
+
+    Convolutions of 1, 2, 4, 8 times ``width``, the last three with pooling, and a residual pair
+    after the second and the fourth; the maximum over what is left of the image, a linear layer.
+    """
+
+    def convolution(inputs: int, outputs: int, *, pool: bool = False) -> list[nn.Module]:
+        layers = [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
+        return [*layers, nn.MaxPool2d(2)] if pool else layers
+
+    def residual(wide: int) -> nn.Module:
+        return _Residual(*convolution(wide, wide), *convolution(wide, wide))
+
+    return nn.Sequential(
+        *convolution(channels, width),
+        *convolution(width, 2 * width, pool=True),
+        residual(2 * width),
+        *convolution(2 * width, 4 * width, pool=True),
+        *convolution(4 * width, 8 * width, pool=True),
+        residual(8 * width),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8 * width, outputs),
+    )

@@ -1,0 +1,269 @@
+"""``docs/papers``: raw files, pictures, ``claims.json``, and a page for each paper.
+
+The pages hold nothing but what follows from the raw files and the modules of the papers, so that
+``render`` gives them again, letter by letter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.gallery import save
+from benchmarks.papers.reproduction import SCALES, Claim, Exhibit, Paper, Rows, Run, Scale
+from benchmarks.papers.results import Record, Results
+from benchmarks.papers.verdicts import Verdict, verdict
+
+RAW: Final = "raw"
+PICTURES: Final = "pictures"
+_NUMBER: Final = "{:.3g}"
+
+
+def publish(results: Results, papers: Mapping[str, Paper], folder: Path) -> list[Path]:
+    """Copies the raw files, draws the pictures from them, and writes the pages.
+
+    Args:
+        results: of runs.
+        papers: those to publish.
+        folder: such as ``docs/papers``.
+
+    Returns:
+        What was written, without the raw files.
+    """
+    published = Results(folder / RAW)
+    _copy(results, published, papers)
+    written = []
+    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+    for paper in papers.values():
+        for scale in SCALES:
+            for exhibit in paper.exhibits:
+                if exhibit.draw is not None and _measured(published, paper, exhibit, scale):
+                    written.append(folder / picture(paper, exhibit, scale))
+                    raws = published.raws(paper, exhibit.runs, scale)
+                    save(exhibit.draw(raws), written[-1])
+    for path, text in render(published, papers).items():
+        (folder / path).write_text(text, encoding="utf-8")
+        written.append(folder / path)
+    return written
+
+
+def _copy(results: Results, published: Results, papers: Mapping[str, Paper]) -> None:
+    """Copies the raw files, and removes those that belong to no run of the present sizes."""
+    valid = set()
+    same = results.folder.resolve() == published.folder.resolve()
+    for paper in papers.values():
+        for scale in SCALES:
+            for run in paper.runs:
+                for seed in [] if same else results.of(paper, run.name, scale):
+                    target = published.path(paper.key, run.name, scale, seed)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(results.path(paper.key, run.name, scale, seed), target)
+                for seed in published.of(paper, run.name, scale):
+                    valid.add(published.path(paper.key, run.name, scale, seed))
+    for path in published.folder.rglob("*.json"):
+        if path not in valid:
+            path.unlink()
+
+
+def render(results: Results, papers: Mapping[str, Paper]) -> dict[str, str]:
+    """Returns the text of ``claims.json``, of the index and of each page, by the file's name."""
+    entries = [
+        _entry(results, paper, claim, scale)
+        for scale in SCALES
+        for paper in papers.values()
+        for claim in paper.claims
+        if verdict(results, paper, claim, scale).complete
+    ]
+    pages = {"claims.json": json.dumps(entries, indent=1, ensure_ascii=False) + "\n"}
+    pages["index.md"] = _index(results, papers)
+    for paper in papers.values():
+        pages[f"{paper.key}.md"] = _page(results, paper)
+    return pages
+
+
+def picture(paper: Paper, exhibit: Exhibit, scale: Scale) -> str:
+    """Returns the picture's file, from the folder of the pages."""
+    suffix = "" if scale == "small" else f"-{scale}"
+    return f"{PICTURES}/{paper.key}-{exhibit.name}{suffix}.png"
+
+
+def markdown(rows: Rows) -> str:
+    """Returns a table, its first row the header."""
+    head, *body = (["", *row, ""] for row in rows)
+    rule = ["", *("---" for _ in head[1:-1]), ""]
+    return "\n".join(" | ".join(row).strip() for row in (head, rule, *body))
+
+
+def _measured(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) -> bool:
+    return any(results.of(paper, run, scale) for run in exhibit.runs)
+
+
+def _entry(results: Results, paper: Paper, claim: Claim, scale: Scale) -> dict[str, Any]:
+    found = verdict(results, paper, claim, scale)
+    return {
+        "paper": paper.key,
+        "claim": claim.name,
+        "scale": scale,
+        "says": claim.says,
+        "source": claim.source,
+        "inequality": claim.inequality,
+        "figures": {
+            run: {
+                str(seed): float(f"{value:.6g}") if math.isfinite(value) else None
+                for seed, value in seeds.items()
+            }
+            for run, seeds in found.figures.items()
+        },
+        "raw": {
+            results.path(paper.key, run, scale, seed)
+            .relative_to(results.folder)
+            .as_posix(): results.digest(paper.key, run, scale, seed)
+            for run, seeds in found.figures.items()
+            for seed in seeds
+        },
+        "verdict": found.word,
+    }
+
+
+# --- the index ---------------------------------------------------------------------------------
+
+_HEAD: Final = """# The papers, reproduced
+
+Every figure and table of the four papers is a command, and every claim an inequality that was fixed
+before it was measured. `make papers` runs all of them at `small`, on a CPU; `python -m
+benchmarks.papers` lists them. A claim is *reproduced* if its inequality holds in every run that it
+is about, for every seed. One that is not is reported like the others.
+"""
+_SIZES: Final = """\
+The raw figures of each run and seed are in `raw`, with size, seconds, machine and versions;
+[claims.json](claims.json) has each claim with its figures, the raw files and their SHA-256.
+
+## Sizes
+
+What each run takes at `small`: its arguments, and core-minutes for one seed. The sizes of `paper`
+are beside them in the code, `benchmarks/papers/<paper>`.
+"""
+
+
+def _index(results: Results, papers: Mapping[str, Paper]) -> str:
+    lines = [_HEAD]
+    table = [["paper", "claims", *(f"reproduced, `{scale}`" for scale in SCALES)]]
+    for paper in papers.values():
+        cells = []
+        for scale in SCALES:
+            verdicts = [verdict(results, paper, claim, scale) for claim in paper.claims]
+            complete = sum(v.complete for v in verdicts)
+            of = f" of {complete}" if complete else ""
+            cells.append(f"{sum(v.reproduced for v in verdicts)}{of}" if complete else "not run")
+        table.append([f"[{paper.citation}]({paper.key}.md)", str(len(paper.claims)), *cells])
+    lines += [markdown(table), ""]
+    lines += [_SIZES]
+    for paper in papers.values():
+        rows = [["run", "what", "size", "minutes"]]
+        for run in paper.runs:
+            records = results.of(paper, run.name, "small").values()
+            rows.append([f"`{run.name}`", run.what, _size(run), _minutes(records)])
+        lines += [f"### {paper.key}", "", markdown(rows), ""]
+    return "\n".join(lines)
+
+
+def _size(run: Run) -> str:
+    return ", ".join(f"{name} {_text(value)}" for name, value in run.small.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _minutes(records: Iterable[Record]) -> str:
+    seconds = [record.seconds for record in records]
+    return f"{statistics.median(seconds) / 60:.1f}" if seconds else "not run"
+
+
+# --- a paper's page ----------------------------------------------------------------------------
+
+
+def _page(results: Results, paper: Paper) -> str:
+    lines = [f"# {paper.key}", "", f"[{paper.citation}]({paper.address})", ""]
+    for scale in SCALES:
+        verdicts = [verdict(results, paper, claim, scale) for claim in paper.claims]
+        complete = [v for v in verdicts if v.complete]
+        if not complete:
+            # What a GPU is for was not run without one, and the page says so.
+            lines += [f"Nothing was run at `{scale}`: {_why_not(scale)}", ""]
+            continue
+        held = sum(v.reproduced for v in complete)
+        lines += [f"At `{scale}`, {held} of {len(complete)} claims are reproduced.", ""]
+        lines += [_hardware(results, paper, scale), ""]
+        lines += [f"## Claims, `{scale}`", "", markdown(_claims(verdicts)), ""]
+        lines += [f"## Figures and tables, `{scale}`", ""]
+        for exhibit in paper.exhibits:
+            lines += _exhibit(results, paper, exhibit, scale)
+    lines += ["## What differs from the paper", ""]
+    lines += [f"- {sentence}" for sentence in paper.differences]
+    return "\n".join([*lines, ""])
+
+
+def _why_not(scale: Scale) -> str:
+    if scale == "paper":
+        return "the paper's own sizes are for a GPU, and none was at hand."
+    return "`make papers` does it."
+
+
+def _hardware(results: Results, paper: Paper, scale: Scale) -> str:
+    records = [r for run in paper.runs for r in results.of(paper, run.name, scale).values()]
+    kinds = sorted(
+        {
+            f"{r.machine['gpu'] or r.machine['cpu']}, {r.machine['threads']} threads a run, "
+            f"torch {r.versions['torch']}".replace(" 1 threads", " one thread")
+            for r in records
+        }
+    )
+    seeds = sorted({r.seed for r in records})
+    hours = sum(r.seconds for r in records) / 3600
+    return (
+        f"Measured on {'; '.join(kinds)}. Seeds {', '.join(map(str, seeds))}; "
+        f"{hours:.1f} hours of runs in all."
+    )
+
+
+def _claims(verdicts: Iterable[Verdict]) -> Rows:
+    rows = [["claim", "source", "holds if", "figures", "verdict"]]
+    for found in verdicts:
+        claim = found.claim
+        figures = "<br>".join(
+            f"`{run}` " + " ".join(_marked(claim, value) for value in seeds.values())
+            for run, seeds in found.figures.items()
+        )
+        word = found.word if found.word == "reproduced" else f"**{found.word}**"
+        rows.append(
+            [f"`{claim.name}`: {claim.says}", claim.source, claim.inequality, figures, word]
+        )
+    return [[cell.replace("|", "\\|") for cell in row] for row in rows]
+
+
+def _marked(claim: Claim, value: float) -> str:
+    """The figure of a seed; one for which the inequality fails is in bold."""
+    text = _NUMBER.format(value)
+    return text if claim.holds(value) else f"**{text}**"
+
+
+def _exhibit(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) -> list[str]:
+    lines = [f"### {exhibit.name}: {exhibit.title}", ""]
+    if not _measured(results, paper, exhibit, scale):
+        return [*lines, "Not run.", ""]
+    if exhibit.draw is not None:
+        lines += [f"![{exhibit.title}]({picture(paper, exhibit, scale)})", ""]
+    if exhibit.table is not None:
+        lines += [markdown(exhibit.table(results.raws(paper, exhibit.runs, scale))), ""]
+    if exhibit.note:
+        lines += [f"*The paper's:* {exhibit.note}", ""]
+    runs = ", ".join(f"`{run}`" for run in exhibit.runs)
+    return [*lines, f"From {runs}.", ""]

@@ -1,0 +1,191 @@
+"""What a paper is reproduced by: runs that measure, exhibits that show, claims that decide.
+
+A *run* measures something once for each seed, and gives raw figures. *Exhibits* are the paper's
+figures and tables, drawn from the raw figures of one or several runs. A *claim* is one number of
+each run's raw figures and an inequality about it, both fixed before anything ran. It is reproduced
+if the inequality holds in every run that it is about, for every seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from matplotlib.figure import Figure
+
+Scale = Literal["small", "paper"]
+SCALES: Final[tuple[Scale, ...]] = ("small", "paper")
+
+Raw = dict[str, Any]
+"""Figures that JSON can hold: numbers, texts, and lists and dicts of these."""
+RawOfSeeds = Mapping[str, Mapping[int, Raw]]
+"""Raw figures by the name of the run, and then by the seed."""
+Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run for one seed.
+
+    Attributes:
+        seed: of data, initial parameters, minibatches and random vectors.
+        device: where to compute.
+        root: folder of data sets, as ``benchmarks.data.load`` has it.
+        scratch: folder for what an interrupted run takes up again; ``None``: nothing is kept.
+    """
+
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    root: str | None = None
+    scratch: Path | None = None
+
+    def generator(self) -> torch.Generator:
+        """Returns a generator on the CPU, at the start of the seed's numbers."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is measured together, because it comes from the same training.
+
+    Attributes:
+        name: unique in the paper.
+        what: one line.
+        measure: ``measure(job, **size)`` returns the raw figures of one seed.
+        small: its size on two CPU cores: the arguments of ``measure``.
+        paper: the paper's own size.
+    """
+
+    name: str
+    what: str
+    measure: Callable[..., Raw]
+    small: Mapping[str, Any]
+    paper: Mapping[str, Any]
+
+    def size(self, scale: Scale) -> dict[str, Any]:
+        """Returns the arguments of ``measure``."""
+        return dict(self.small if scale == "small" else self.paper)
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A figure or a table of the paper.
+
+    Attributes:
+        name: such as ``figure-1`` or ``table-2``; several that one picture shows are one exhibit.
+        title: what it shows.
+        runs: names of the runs that it needs.
+        draw: the picture, in the layout of the paper's; it gets the seeds that there are.
+        table: the table beside the paper's, its first row the header.
+        note: what the picture says beside the paper's description of its own.
+    """
+
+    name: str
+    title: str
+    runs: tuple[str, ...]
+    draw: Callable[[RawOfSeeds], Figure] | None = None
+    table: Callable[[RawOfSeeds], Rows] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper, and the inequality that decides it.
+
+    Attributes:
+        name: unique in the paper.
+        says: the claim, in our words.
+        source: where the paper says it.
+        quantity: what ``measure`` returns, in words.
+        runs: names of the runs that it is about.
+        measure: the number, from the raw figures of one seed of one run.
+        at_least: the smallest value with which it holds; ``None``: there is none.
+        at_most: the largest.
+    """
+
+    name: str
+    says: str
+    source: str
+    quantity: str
+    runs: tuple[str, ...]
+    measure: Callable[[Raw], float]
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError(f"claim {self.name!r} has neither at_least nor at_most")
+
+    def holds(self, value: float) -> bool:
+        """Returns whether the inequality holds; it does not for NaN."""
+        low = -math.inf if self.at_least is None else self.at_least
+        high = math.inf if self.at_most is None else self.at_most
+        return low <= value <= high
+
+    @property
+    def inequality(self) -> str:
+        """Returns the inequality as a text."""
+        if self.at_most is None:
+            return f"{self.quantity} ≥ {self.at_least:g}"
+        if self.at_least is None:
+            return f"{self.quantity} ≤ {self.at_most:g}"
+        return f"{self.at_least:g} ≤ {self.quantity} ≤ {self.at_most:g}"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """All that is reproduced of a paper.
+
+    Attributes:
+        key: as everywhere in the project, such as ``song_2024``.
+        citation: authors, year, title.
+        address: where it can be read.
+        runs: what is measured.
+        exhibits: what is shown.
+        claims: what is decided.
+        differences: what is other than in the paper, and why; a sentence each.
+    """
+
+    key: str
+    citation: str
+    address: str
+    runs: tuple[Run, ...]
+    exhibits: tuple[Exhibit, ...]
+    claims: tuple[Claim, ...]
+    differences: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        names = [run.name for run in self.runs]
+        for what in (names, [e.name for e in self.exhibits], [c.name for c in self.claims]):
+            if len(set(what)) < len(what):
+                raise ValueError(f"{self.key}: a name occurs twice in {what}")
+        users: list[Exhibit | Claim] = [*self.exhibits, *self.claims]
+        for user in users:
+            if missing := set(user.runs) - set(names):
+                raise ValueError(
+                    f"{self.key}: {user.name} needs runs that there are not: {missing}"
+                )
+
+    def run(self, name: str) -> Run:
+        """Returns the run of that name."""
+        return next(run for run in self.runs if run.name == name)
+
+    def exhibit(self, name: str) -> Exhibit:
+        """Returns the exhibit of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for exhibit in self.exhibits:
+            if exhibit.name == name:
+                return exhibit
+        raise KeyError(name)
+
+
+def paragraphs(text: str) -> tuple[str, ...]:
+    """Returns the paragraphs of a text, each as one line."""
+    return tuple(" ".join(part.split()) for part in text.strip().split("\n\n"))

@@ -1,0 +1,159 @@
+"""Raw figures on disk: one JSON file for each run and seed, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.papers.reproduction import Job, Paper, Raw, RawOfSeeds, Run, Scale
+
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a raw file holds.
+
+    Attributes:
+        paper: its key.
+        run: its name.
+        scale: ``small`` or ``paper``.
+        seed: the seed.
+        size: the arguments of the run; a record of another size than the run's present one is
+            measured anew.
+        seconds: of the processor, or of the clock where a GPU computed.
+        machine: on which hardware, as ``benchmarks.report.machine`` tells.
+        versions: of what took part.
+        raw: the figures, with 6 significant digits. What JSON has no word for is null there, and
+            NaN here.
+    """
+
+    paper: str
+    run: str
+    scale: str
+    seed: int
+    size: dict[str, Any]
+    seconds: float
+    machine: dict[str, Any]
+    versions: dict[str, str | None]
+    raw: Raw
+
+
+class Results:
+    """The raw files of a folder, ``<scale>/<paper>/<run>/seed-<n>.json``.
+
+    Args:
+        folder: it need not be there yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, paper: str, run: str, scale: Scale, seed: int) -> Path:
+        """Returns where the raw file of a run and seed is."""
+        return self.folder / scale / paper / run / f"seed-{seed}.json"
+
+    def read(self, paper: str, run: Run, scale: Scale, seed: int) -> Record | None:
+        """Returns the record; ``None`` if there is none, or it was made at another size."""
+        path = self.path(paper, run.name, scale, seed)
+        if not path.exists():
+            return None
+        record = Record(**_with_nan(json.loads(path.read_text(encoding="utf-8"))))
+        return record if record.size == _plain(run.size(scale)) else None
+
+    def of(self, paper: Paper, run: str, scale: Scale) -> dict[int, Record]:
+        """Returns all records of a run by their seeds, in order."""
+        found = {}
+        for path in self.path(paper.key, run, scale, 0).parent.glob("seed-*.json"):
+            seed = int(path.stem.removeprefix("seed-"))
+            record = self.read(paper.key, paper.run(run), scale, seed)
+            if record is not None:
+                found[seed] = record
+        return dict(sorted(found.items()))
+
+    def raws(self, paper: Paper, runs: Iterable[str], scale: Scale) -> RawOfSeeds:
+        """Returns the raw figures of the runs by name and seed."""
+        return {
+            run: {seed: record.raw for seed, record in self.of(paper, run, scale).items()}
+            for run in runs
+        }
+
+    def digest(self, paper: str, run: str, scale: Scale, seed: int) -> str:
+        """Returns the SHA-256 of a raw file."""
+        return hashlib.sha256(self.path(paper, run, scale, seed).read_bytes()).hexdigest()
+
+    def write(self, record: Record) -> Path:
+        """Writes beside and renames: a kill leaves the file that was there, or this one."""
+        path = self.path(record.paper, record.run, record.scale, record.seed)  # type: ignore[arg-type]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        fields = _plain(asdict(record))
+        # A line for each field and each part of the figures: a change is a change of few lines.
+        fields["raw"] = {}
+        lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in fields.items()]
+        parts = _plain(record.raw).items()
+        raw = ",\n".join(f"  {json.dumps(key)}: {_compact(value)}" for key, value in parts)
+        lines[-1] = f'"raw": {{\n{raw}\n}}'
+        text = "{\n" + ",\n".join(lines) + "\n}"
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)  # noqa: PTH105 (atomic)
+        return path
+
+
+def measure(paper: Paper, run: Run, scale: Scale, job: Job) -> Record:
+    """Runs a run for one seed.
+
+    Args:
+        paper: it belongs to.
+        run: what is measured.
+        scale: its size.
+        job: seed and device.
+
+    Returns:
+        What was measured, and on what.
+    """
+    # Processor time is what the run takes on a machine that has nothing else to do.
+    clock = time.perf_counter if job.device.type == "cuda" else time.process_time
+    start = clock()
+    size = run.size(scale)
+    raw = run.measure(job, **size)
+    seconds = clock() - start
+    machine, versions = report.machine(), report.versions()
+    return Record(
+        paper.key, run.name, scale, job.seed, _plain(size), seconds, machine, versions, raw
+    )
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: lists for tuples, rounded numbers, null for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+def _with_nan(value: Any) -> Any:
+    """The value with NaN for null, but for the fields that are text."""
+    if isinstance(value, dict):
+        return {
+            key: each if key in ("machine", "versions", "size") else _with_nan(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_nan(each) for each in value]
+    return math.nan if value is None else value

@@ -1,0 +1,760 @@
+"""What is measured for `sagun_2017`.
+
+Spectra of up to 6,000 eigenvalues are exact, as in the paper. All losses are cross-entropies, but
+for the linear model of appendix B.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import subspace_optim as so
+from benchmarks.data import Dataset
+from benchmarks.losses import accuracy, cross_entropy
+from benchmarks.papers.networks import fully_connected, made
+from benchmarks.papers.problems import blobs, pooled, real
+from benchmarks.papers.reproduction import Job, Raw, Run
+from benchmarks.papers.training import Row, train
+
+SHOWN: Final = 30
+"""Eigenvalues at each edge, beyond those that are looked for, that a raw figure keeps."""
+NEAR_ZERO: Final = 0.01
+"""An eigenvalue below this share of the largest is near zero in a plot of the whole spectrum."""
+RATIOS: Final = 101
+"""Points of a left edge, from the smallest eigenvalue to the median."""
+
+_ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+# --- what several runs share ---------------------------------------------------------------------
+
+
+def convnet(side: int, channels: int, widths: Sequence[int], dense: Sequence[int]) -> nn.Module:
+    """Returns convolutions of 5x5, each with ReLU and pooling, dense layers, and ten scores.
+
+    Args:
+        side: height and width of an image.
+        channels: of an image.
+        widths: of the convolutions.
+        dense: units of the hidden dense layers.
+    """
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [nn.Conv2d(channels, width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+        channels, side = width, side // 2
+    return nn.Sequential(*layers, fully_connected((channels * side * side, *dense, 10)))
+
+
+def images(data: Dataset) -> Dataset:
+    """Returns flat images of one channel as ``(N, 1, side, side)``."""
+    side = math.isqrt(data.x_train.shape[1])
+    x_test = None if data.x_test is None else data.x_test.unflatten(1, (1, side, side))
+    return replace(data, x_train=data.x_train.unflatten(1, (1, side, side)), x_test=x_test)
+
+
+def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    """Returns the mean cross-entropy."""
+    with torch.no_grad():
+        return cross_entropy(model(data[0]), data[1]).item()
+
+
+def train_until(
+    job: Job,
+    name: str,
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    *,
+    lr: float,
+    target: float,
+    most: int,
+    chunk: int = 100,
+) -> int:
+    """Trains by gradient descent until the loss is ``target``.
+
+    Args:
+        job: as of ``train``.
+        name: of this training, unique in its run.
+        model: is trained.
+        data: ``(x, y)``, all examples.
+        lr: the learning rate.
+        target: the loss at which it ends.
+        most: steps at which it ends anyway.
+        chunk: steps between two looks at the loss.
+
+    Returns:
+        The number of steps.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    step = 0
+    while step < most and loss_of(model, data) > target:
+        part = f"{name}-{step}"
+        train(job, part, model, cross_entropy, data, optimizer, steps=chunk, first=step)
+        step += chunk
+    return step
+
+
+def near_zero(spectrum: Tensor, share: float = NEAR_ZERO) -> int:
+    """Returns how many eigenvalues are within that share of the largest from zero."""
+    return int((spectrum.abs() <= share * spectrum.abs().max()).sum())
+
+
+def left_edge(spectrum: Tensor) -> list[float]:
+    """Returns the spectrum from its smallest eigenvalue to its median, at equal ratios.
+
+    The point at ratio q is the eigenvalue that the share q of all eigenvalues is below.
+
+    Args:
+        spectrum: all eigenvalues.
+    """
+    ratios = torch.linspace(0, 0.5, RATIOS, dtype=spectrum.dtype)
+    curve: list[float] = torch.quantile(spectrum, ratios).tolist()
+    return curve
+
+
+def edges(largest: Tensor, smallest: Tensor) -> dict[str, Any]:
+    """Returns both edges of a spectrum, from the outside, and how many eigenvalues are large.
+
+    Args:
+        largest: eigenvalues, descending.
+        smallest: eigenvalues, descending too.
+    """
+    return {
+        "right": largest.tolist(),
+        "left": smallest.flip(0).tolist(),
+        "outliers": so.diagnostics.count_outliers(largest, "elbow").count,
+    }
+
+
+# --- appendix A: clusters ------------------------------------------------------------------------
+
+
+def clusters(
+    job: Job,
+    *,
+    activation: str,
+    batch_size: int | None,
+    covariances: Sequence[float],
+    clusters: Sequence[int],
+    examples: int,
+    inputs: int,
+    hidden: int,
+    steps: int,
+    lr: float,
+) -> Raw:
+    """Trains on Gaussian clusters, and counts the outliers of the Hessian (Figures 2, 3, Table 1).
+
+    Args:
+        job: the seed.
+        activation: ``"tanh"`` or ``"relu"``.
+        batch_size: ``None``: gradient descent.
+        covariances: scales of the clusters' covariance.
+        clusters: how many, for each row.
+        examples: of all clusters together.
+        inputs: dimension of the clusters.
+        hidden: units of the two hidden layers.
+        steps: of training.
+        lr: the learning rate.
+
+    Returns:
+        A row for each covariance and number of clusters.
+    """
+    rows = []
+    for covariance, count in itertools.product(covariances, clusters):
+        data = blobs(count, examples, inputs, covariance=covariance, job=job)
+        sizes = (inputs, hidden, hidden, count)
+        model = made(job, partial(fully_connected, sizes, _ACTIVATIONS[activation]))
+        train(
+            job,
+            f"{covariance:g}-{count}",
+            model,
+            cross_entropy,
+            data,
+            torch.optim.SGD(model.parameters(), lr=lr),
+            steps=steps,
+            batch_size=batch_size,
+        )
+        hessian = so.HessianOperator(model, cross_entropy, data)
+        row = {"covariance": covariance, "clusters": count, "loss": loss_of(model, data)}
+        row |= counted(so.diagnostics.exact_spectrum(hessian), count)
+        rows.append(row | {"principal": principal(data[0], count)})
+    algorithm = "GD" if batch_size is None else "SGD"
+    return {"algorithm": algorithm, "activation": activation, "rows": rows}
+
+
+def counted(spectrum: Tensor, clusters: int) -> dict[str, Any]:
+    """Returns a row of Table 1, and the top of the scree plot.
+
+    Args:
+        spectrum: all eigenvalues, descending.
+        clusters: of the data.
+    """
+    top = spectrum[: clusters + SHOWN]
+    elbow = so.diagnostics.count_outliers(top, "elbow")
+    return {
+        "size": len(spectrum),
+        "mean": float(spectrum.mean()),
+        "std": float(spectrum.std(correction=0)),
+        "gap": so.diagnostics.count_outliers(top, "gap").count,
+        "ratio": so.diagnostics.count_outliers(top, "ratio").count,
+        "elbow": elbow.count,
+        "cutoff": elbow.cutoff,
+        "outlying": float(spectrum[:clusters].mean()),
+        "bulk": float(spectrum[2 * clusters :].square().mean().sqrt()),
+        "top": top.tolist(),
+    }
+
+
+def principal(x: Tensor, clusters: int) -> list[float]:
+    """Returns the largest eigenvalues of the covariance of the inputs, descending.
+
+    Args:
+        x: inputs.
+        clusters: of the data.
+    """
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T.double())).flip(0)
+    largest: list[float] = eigenvalues[: clusters + SHOWN].tolist()
+    return largest
+
+
+# --- section 3.2: growth -------------------------------------------------------------------------
+
+
+def growth(
+    job: Job,
+    *,
+    data: str,
+    pool: int,
+    examples: int,
+    widths: Sequence[int],
+    exact: int,
+    lr: float,
+    target: float,
+    most: int,
+) -> Raw:
+    """Trains wider and wider networks on the same data (Figures 1, 4, 5, 6).
+
+    The right edge and the smallest eigenvalue of every network, and the whole spectrum of those
+    that are small enough, also at the start.
+
+    Args:
+        job: the seed.
+        data: name of the data set.
+        pool: factor by which its images are made smaller.
+        examples: for training.
+        widths: of the two hidden layers, for each network.
+        exact: parameters up to which the whole spectrum is taken.
+        lr: the learning rate.
+        target: the loss at which a training ends.
+        most: steps at which it ends anyway.
+
+    Returns:
+        A row for each network; the spectra of the largest that is exact, at both ends.
+    """
+    part = pooled(real(data, job, examples), pool)
+    xy = (part.x_train, part.y_train)
+    inputs = part.x_train.shape[1]
+    networks: list[Row] = []
+    whole: Raw = {}
+    for width in widths:
+        sizes = (inputs, width, width, part.num_classes)
+        model = made(job, partial(fully_connected, sizes))
+        hessian = so.HessianOperator(model, cross_entropy, xy)
+        row: Row = {"width": width, "size": hessian.size}
+        start = so.diagnostics.exact_spectrum(hessian) if hessian.size <= exact else None
+        row["steps"] = train_until(job, f"{width}", model, xy, lr=lr, target=target, most=most)
+        row["loss"] = loss_of(model, xy)
+        if start is not None:
+            end = so.diagnostics.exact_spectrum(hessian)
+            row |= edges(end[:SHOWN], end[-SHOWN:]) | {"ratios": left_edge(end)}
+            whole = {"size": hessian.size, "start": thinned(start), "end": thinned(end)}
+        else:
+            largest, smallest = so.diagnostics.spectrum_edges(hessian, SHOWN, seed=job.seed)
+            # Of the crowded lower edge, this tolerance tells the smallest eigenvalue alone.
+            row |= edges(largest.eigenvalues, smallest.eigenvalues[-1:]) | {"ratios": None}
+        networks.append(row)
+    return {"networks": networks, "whole": whole}
+
+
+def thinned(spectrum: Tensor) -> dict[str, Any]:
+    """Returns a spectrum for a plot: both edges, and each twentieth eigenvalue between them.
+
+    Args:
+        spectrum: all eigenvalues, descending.
+    """
+    last = len(spectrum) - 1
+    chosen = sorted(
+        {*range(min(50, last)), *range(0, last, 20), *range(max(0, last - 50), last + 1)}
+    )
+    return {
+        "index": chosen,
+        "eigenvalues": spectrum[chosen].tolist(),
+        "near_zero": near_zero(spectrum) / len(spectrum),
+    }
+
+
+# --- section 3.3: batches ------------------------------------------------------------------------
+
+
+def batches(
+    job: Job,
+    *,
+    data: str,
+    pool: int,
+    examples: int,
+    widths: Sequence[int],
+    large: int,
+    small: int,
+    steps: int,
+    lr: float,
+) -> Raw:
+    """Trains a convnet on large and on small batches from one start (Figures 7, 8).
+
+    Args:
+        job: the seed.
+        data: name of the data set.
+        pool: factor by which its images are made smaller.
+        examples: for training; the Hessian is of all of them.
+        widths: of the convolutions.
+        large: examples of a large batch.
+        small: examples of a small batch.
+        steps: of both trainings.
+        lr: of both trainings.
+
+    Returns:
+        A row for each batch size, the large first.
+    """
+    part = images(pooled(real(data, job, examples), pool))
+    xy = (part.x_train, part.y_train)
+    networks: list[Row] = []
+    for size in (large, small):
+        model = made(job, partial(convnet, part.x_train.shape[-1], 1, widths, ()))
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        train(
+            job,
+            f"{size}",
+            model,
+            cross_entropy,
+            xy,
+            optimizer,
+            steps=steps,
+            batch_size=size,
+        )
+        hessian = so.HessianOperator(model, cross_entropy, xy)
+        row = {"batch_size": size, "size": hessian.size, "loss": loss_of(model, xy)}
+        spectrum = so.diagnostics.exact_spectrum(hessian)
+        networks.append(row | edges(spectrum[:SHOWN], spectrum[-SHOWN:]))
+    return {"networks": networks}
+
+
+# --- section 4.1: one basin ----------------------------------------------------------------------
+
+
+def phases(
+    job: Job,
+    *,
+    data: str,
+    pool: int,
+    examples: int,
+    test: int,
+    widths: Sequence[int],
+    dense: Sequence[int],
+    large: int,
+    small: int,
+    steps: int,
+    every: int,
+    lr: float,
+) -> Raw:
+    """Trains on large and then on small batches, and looks along the line (Figures 9, 10).
+
+    Args:
+        job: the seed.
+        data: name of the data set.
+        pool: factor by which its images are made smaller.
+        examples: for training.
+        test: examples for testing.
+        widths: of the convolutions.
+        dense: units of the hidden dense layers.
+        large: batch size of the first part.
+        small: batch size of the second.
+        steps: of each part.
+        every: steps between two rows.
+        lr: of both parts.
+
+    Returns:
+        ``training``: losses and accuracies by step; ``switch``: the step where the batches change;
+        ``line``: the same by α, with 0 the end of the first part and 1 that of the second.
+    """
+    part = pooled(real(data, job, examples, test), pool)
+    if part.x_train.dim() == 2:
+        part = images(part)
+    channels, side = part.x_train.shape[1], part.x_train.shape[-1]
+    model = made(job, partial(convnet, side, channels, widths, dense))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    rows: list[Row] = []
+    ends: list[Tensor] = []
+    for number, size in enumerate((large, small)):
+        rows += train(
+            job,
+            f"part-{number + 1}",
+            model,
+            cross_entropy,
+            (part.x_train, part.y_train),
+            optimizer,
+            steps=steps,
+            batch_size=size,
+            record=lambda _: performance(model, part),
+            every=every,
+            first=number * steps,
+        )
+        ends.append(parameters_to_vector(model.parameters()).detach().clone())
+    line = []
+    for alpha in torch.linspace(-0.5, 1.5, 41).tolist():
+        vector_to_parameters(torch.lerp(ends[0], ends[1], alpha), model.parameters())
+        line.append({"alpha": round(alpha, 3)} | performance(model, part))
+    return {"training": rows, "switch": steps, "line": line}
+
+
+@torch.no_grad()
+def performance(model: nn.Module, data: Dataset) -> Row:
+    """Returns loss and accuracy on training and test data.
+
+    Args:
+        model: as it is.
+        data: with test data, or without.
+    """
+    row: Row = {}
+    for name, x, y in (
+        ("train", data.x_train, data.y_train),
+        ("test", data.x_test, data.y_test),
+    ):
+        if x is not None and y is not None:
+            output = model(x)
+            row[f"{name}_loss"] = cross_entropy(output, y).item()
+            row[f"{name}_accuracy"] = accuracy(output, y)
+    return row
+
+
+# --- section 2: the two parts of the Hessian -----------------------------------------------------
+
+
+def parts(
+    job: Job,
+    *,
+    data: str | None,
+    pool: int,
+    examples: int,
+    hidden: int,
+    at: Sequence[int],
+    lr: float,
+    tol: float = 1e-2,
+) -> Raw:
+    """Splits the Hessian along gradient descent: its Gauss-Newton matrix, and the rest.
+
+    Args:
+        job: the seed.
+        data: name of the data set; ``None``: ten Gaussian clusters.
+        pool: factor by which its images are made smaller.
+        examples: for training.
+        hidden: units of the two hidden layers.
+        at: steps, from the start to the end of training, where it is split.
+        lr: the learning rate.
+        tol: of the eigenpairs, relative to the largest eigenvalue.
+
+    Returns:
+        A row for each step.
+    """
+    if data is None:
+        xy = blobs(10, examples, 100, covariance=1.0, job=job)
+    else:
+        part = pooled(real(data, job, examples), pool)
+        xy = (part.x_train, part.y_train)
+    sizes = (xy[0].shape[1], hidden, hidden, 10)
+    model = made(job, partial(fully_connected, sizes))
+    hessian = so.HessianOperator(model, cross_entropy, xy)
+    gauss_newton = so.GaussNewtonOperator(model, cross_entropy, xy)
+    residual = so.ResidualOperator(hessian, gauss_newton)
+
+    def record(_: int) -> Row:
+        largest, smallest = so.diagnostics.spectrum_edges(residual, 1, tol=tol, seed=job.seed)
+        return {
+            "loss": hessian.loss(),
+            "hessian": _top(hessian, tol, job),
+            "gauss_newton": _top(gauss_newton, tol, job),
+            "residual": [largest.largest, float(smallest.eigenvalues[-1])],
+        }
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    rows = train(
+        job,
+        "parts",
+        model,
+        cross_entropy,
+        xy,
+        optimizer,
+        steps=max(at),
+        record=record,
+        every=lambda step: step in at,
+    )
+    return {"size": hessian.size, "rows": rows}
+
+
+def _top(operator: so.CurvatureOperator, tol: float, job: Job) -> list[float]:
+    subspace = so.DominantSubspace(operator, 15, refresh=1, tol=tol, seed=job.seed)
+    eigenvalues: list[float] = subspace.update().eigenvalues.tolist()
+    return eigenvalues
+
+
+# --- section 2.1: trivial eigenvalues ------------------------------------------------------------
+
+
+def trivial(
+    job: Job,
+    *,
+    data: str,
+    pool: int,
+    examples: Sequence[int],
+    hidden: int,
+    steps: int,
+    lr: float,
+) -> Raw:
+    """Counts the zeros of both matrices where there are more parameters than outputs.
+
+    All of it in float64, where a zero is told from a small number.
+
+    Args:
+        job: the seed.
+        data: name of the data set.
+        pool: factor by which its images are made smaller.
+        examples: how many, for each row.
+        hidden: units of the two hidden layers.
+        steps: of gradient descent.
+        lr: the learning rate.
+
+    Returns:
+        A row for each number of examples, before and after training.
+    """
+    rows = []
+    for count in examples:
+        part = pooled(real(data, job, count), pool)
+        xy = (part.x_train.double(), part.y_train)
+        sizes = (xy[0].shape[1], hidden, hidden, part.num_classes)
+        model = made(job, partial(fully_connected, sizes)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        for trained in (False, True):
+            if trained:
+                train(job, f"{count}", model, cross_entropy, xy, optimizer, steps=steps)
+            hessian = so.HessianOperator(model, cross_entropy, xy)
+            gauss_newton = so.GaussNewtonOperator(model, cross_entropy, xy)
+            row = {
+                "examples": count,
+                "trained": trained,
+                "size": hessian.size,
+                "bound": so.diagnostics.trivial_eigenvalues(hessian.size, count, sizes[-1]),
+                "loss": hessian.loss(),
+                "zeros": near_zero(so.diagnostics.exact_spectrum(gauss_newton), 1e-12),
+                "hessian": near_zero(so.diagnostics.exact_spectrum(hessian), 1e-3),
+            }
+            rows.append(row)
+    return {"rows": rows}
+
+
+# --- appendix B: random matrices -----------------------------------------------------------------
+
+
+def white(job: Job, *, parameters: int, ratios: Sequence[float]) -> Raw:
+    """Compares the Gauss-Newton matrix of a linear model on white data with its law.
+
+    ``f = θᵀx`` and half the squared error: ``G = XᵀX / N``, a sample covariance matrix.
+
+    Args:
+        job: the seed.
+        parameters: P.
+        ratios: γ = P/N, for each row.
+
+    Returns:
+        A row for each ratio.
+    """
+    generator = job.generator()
+    rows = []
+    for ratio in ratios:
+        examples = round(parameters / ratio)
+        x = torch.randn(examples, parameters, generator=generator).to(job.device)
+        spectrum = so.diagnostics.exact_spectrum(linear(x))
+        rows.append(
+            {
+                "ratio": ratio,
+                "zeros": near_zero(spectrum, 1e-6),
+                "trivial": so.diagnostics.trivial_eigenvalues(parameters, examples, 1),
+                "distance": kolmogorov_distance(spectrum, ratio),
+                "eigenvalues": spectrum.tolist(),
+            }
+        )
+    return {"rows": rows}
+
+
+def spiked(
+    job: Job, *, parameters: int, ratios: Sequence[float], spikes: Sequence[float], draws: int
+) -> Raw:
+    """Compares the largest eigenvalue with the theory, where one variance of the data is large.
+
+    That variance is ``1 + s √γ``: the threshold is at s = 1.
+
+    Args:
+        job: the seed.
+        parameters: P.
+        ratios: γ = P/N.
+        spikes: s, for each ratio.
+        draws: of the data of each row.
+
+    Returns:
+        A row for each ratio and spike.
+    """
+    generator = job.generator()
+    rows = []
+    for ratio, spike in itertools.product(ratios, spikes):
+        variance = 1 + spike * math.sqrt(ratio)
+        largest = []
+        for _ in range(draws):
+            x = torch.randn(round(parameters / ratio), parameters, generator=generator)
+            x[:, 0] *= math.sqrt(variance)
+            operator = linear(x.to(job.device))
+            subspace = so.DominantSubspace(operator, 1, refresh=1, tol=1e-2, seed=job.seed)
+            largest.append(subspace.update().largest)
+        expected = so.diagnostics.spiked_eigenvalue(variance, ratio)
+        row = {"ratio": ratio, "spike": spike, "population": variance}
+        rows.append(row | {"largest": largest, "expected": expected})
+    return {"rows": rows}
+
+
+def linear(x: Tensor) -> so.GaussNewtonOperator:
+    """Returns the Gauss-Newton matrix of ``θᵀx`` and half the squared error."""
+    model = nn.Linear(x.shape[1], 1, bias=False, device=x.device)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return 0.5 * (output - target).square().mean()
+
+    return so.GaussNewtonOperator(model, loss, (x, torch.zeros(len(x), 1, device=x.device)))
+
+
+def kolmogorov_distance(spectrum: Tensor, ratio: float) -> float:
+    """Returns the largest difference of the cumulative distribution from Marchenko and Pastur's.
+
+    Args:
+        spectrum: eigenvalues, in any order, of unit variance.
+        ratio: γ.
+    """
+    lower, upper = so.diagnostics.marchenko_pastur_edges(ratio)
+    # x = middle + half · sin t: the density has square roots at its edges, and this has none.
+    t = torch.linspace(-math.pi / 2, math.pi / 2, 4001, dtype=torch.float64)
+    x = (lower + upper) / 2 + (upper - lower) / 2 * torch.sin(t)
+    slope = (upper - lower) / 2 * torch.cos(t)
+    mass = torch.cumulative_trapezoid(so.diagnostics.marchenko_pastur_density(x, ratio) * slope, t)
+    law = so.diagnostics.marchenko_pastur_atom(ratio) + mass
+    values = spectrum.double().sort().values
+    found = torch.searchsorted(values, x[1:], right=True) / len(values)
+    return float((found - law).abs().max())
+
+
+# --- the runs ------------------------------------------------------------------------------------
+
+_TABLE: Final = {"examples": 1000, "inputs": 100, "hidden": 30, "steps": 10_000, "lr": 0.1}
+_CLUSTERS: Final = (2, 5, 10, 20, 50)
+_GD_TANH: Final = _TABLE | {
+    "activation": "tanh",
+    "batch_size": None,
+    "covariances": (1.0,),
+    "clusters": _CLUSTERS[:-1],
+}
+_GD_RELU: Final = _GD_TANH | {"activation": "relu", "clusters": _CLUSTERS}
+_SGD_RELU: Final = _GD_RELU | {"batch_size": 10, "covariances": (1.0, 10.0)}
+_MNIST: Final = {"data": "mnist-5k", "pool": 2, "examples": 1000, "lr": 0.1}
+_GROWTH: Final = _MNIST | {
+    "widths": (8, 12, 16, 24, 48, 96),
+    "exact": 6000,
+    "target": 0.01,
+    "most": 10_000,
+}
+_BATCHES: Final = _MNIST | {"widths": (4, 8), "large": 500, "small": 20, "steps": 2000}
+_PHASES: Final = {
+    "data": "cifar10-5k",
+    "pool": 2,
+    "examples": 4000,
+    "test": 2000,
+    "widths": (8, 16, 16),
+    "dense": (64,),
+    "large": 500,
+    "small": 32,
+    "steps": 3000,
+    "every": 75,
+    "lr": 0.05,
+}
+_PARTS: Final = _MNIST | {"hidden": 24, "at": (0, 30, 100, 300, 1000, 3000, 10_000)}
+_CLUSTER_PARTS: Final = _PARTS | {"data": None, "hidden": 30}
+_TRIVIAL: Final = {
+    "data": "mnist-5k",
+    "pool": 4,
+    "examples": (20, 50, 100),
+    "hidden": 16,
+    "steps": 3000,
+    "lr": 0.1,
+}
+_WHITE: Final = {"parameters": 500, "ratios": (0.25, 0.5, 2.0)}
+_SPIKED: Final = _WHITE | {"parameters": 1000, "spikes": (0.5, 1.5, 3.0), "draws": 5}
+
+RUNS: Final = (
+    Run("gd-tanh", "clusters: gradient descent, tanh", clusters, _GD_TANH, _GD_TANH),
+    Run("gd-relu", "clusters: gradient descent, ReLU", clusters, _GD_RELU, _GD_RELU),
+    Run("sgd-relu", "clusters: SGD, ReLU, two covariances", clusters, _SGD_RELU, _SGD_RELU),
+    Run(
+        "growth",
+        "MNIST: wider and wider networks",
+        growth,
+        _GROWTH,
+        _GROWTH | {"pool": 1, "widths": (10, 30, 100, 300)},
+    ),
+    Run(
+        "batches",
+        "MNIST: a convnet on large and on small batches",
+        batches,
+        _BATCHES,
+        _BATCHES | {"pool": 1, "examples": 5000, "widths": (6, 12)},
+    ),
+    Run(
+        "phases",
+        "CIFAR-10: large batches, then small ones",
+        phases,
+        _PHASES,
+        _PHASES
+        | {
+            "pool": 1,
+            "examples": 50_000,
+            "test": 10_000,
+            "widths": (64, 192, 256),
+            "dense": (4096, 4096),
+            "large": 1000,
+            "steps": 25_000,
+            "every": 100,
+            "lr": 0.01,
+        },
+    ),
+    Run("parts-mnist", "the parts of the Hessian on MNIST", parts, _PARTS, _PARTS),
+    Run(
+        "parts-clusters",
+        "the parts of the Hessian on ten clusters",
+        parts,
+        _CLUSTER_PARTS,
+        _CLUSTER_PARTS,
+    ),
+    Run("trivial", "zeros where there are few examples", trivial, _TRIVIAL, _TRIVIAL),
+    Run("white", "a linear model on white data", white, _WHITE, _WHITE),
+    Run("spiked", "a linear model, one large variance", spiked, _SPIKED, _SPIKED),
+)

@@ -1,0 +1,338 @@
+"""The sizes of all runs: on two CPU cores, and the paper's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from benchmarks.papers.reproduction import Raw, Run
+from benchmarks.papers.song_2024.runs import (
+    at_the_edge,
+    critical_experiment,
+    effective_rates,
+    small_rate,
+    switching,
+    toy_quadratic,
+)
+
+_CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
+    "mlp-mse": (
+        "the MLP on MNIST, squared error: SGD, then SGD, Dom-SGD, Bulk-SGD",
+        {
+            "model": "mlp",
+            "loss": "mse",
+            "lr": 0.01,
+            "width": 200,
+            "examples": 5000,
+            "last_switch": 8000,
+            "steps": 1000,
+            "look": 200,
+            "measure": 50,
+            "spectrum": 1000,
+        },
+        {"last_switch": 20_000, "steps": 10_000, "look": 10, "measure": 10, "spectrum": 100},
+    ),
+    "cnn-mse": (
+        "the CNN on CIFAR-10, squared error: the same",
+        {
+            "model": "cnn",
+            "loss": "mse",
+            "lr": 0.001,
+            "width": 32,
+            "examples": 1000,
+            "chunk": 50,
+            "last_switch": 4000,
+            "steps": 300,
+            "look": 400,
+            "measure": 30,
+            "spectrum": 2000,
+        },
+        {
+            "examples": 5000,
+            "chunk": 1000,
+            "last_switch": 20_000,
+            "steps": 10_000,
+            "look": 10,
+            "measure": 10,
+            "spectrum": 100,
+        },
+    ),
+    "transformer-mse": (
+        "the transformer on SST-2, squared error: the same",
+        {
+            "model": "transformer",
+            "loss": "mse",
+            "lr": 0.001,
+            "width": 64,
+            "examples": 300,
+            "chunk": 50,
+            "last_switch": 2000,
+            "steps": 300,
+            "look": 200,
+            "measure": 30,
+            "spectrum": 1000,
+        },
+        {
+            "examples": 1000,
+            "chunk": None,
+            "last_switch": 20_000,
+            "steps": 10_000,
+            "look": 10,
+            "measure": 10,
+            "spectrum": 100,
+        },
+    ),
+    "mlp-ce": (
+        "the MLP on MNIST, cross-entropy: SGD, then SGD and Dom-SGD",
+        {
+            "model": "mlp",
+            "loss": "ce",
+            "lr": 0.1,
+            "width": 200,
+            "examples": 1000,
+            "last_switch": 1000,
+            "steps": 300,
+            "look": 50,
+            "measure": 20,
+            "spectrum": 200,
+        },
+        {
+            "examples": 5000,
+            "last_switch": 20_000,
+            "steps": 10_000,
+            "look": 10,
+            "measure": 10,
+            "spectrum": 100,
+        },
+    ),
+    "cnn-ce": (
+        "the CNN on CIFAR-10, cross-entropy: the same",
+        {
+            "model": "cnn",
+            "loss": "ce",
+            "lr": 0.001,
+            "width": 32,
+            "examples": 500,
+            "pool": 2,
+            "chunk": 50,
+            "last_switch": 4000,
+            "steps": 300,
+            "look": 400,
+            "measure": 30,
+            "spectrum": 2000,
+        },
+        {
+            "examples": 5000,
+            "pool": 1,
+            "chunk": 1000,
+            "last_switch": 20_000,
+            "steps": 10_000,
+            "look": 10,
+            "measure": 10,
+            "spectrum": 100,
+        },
+    ),
+    "transformer-ce": (
+        "the transformer on SST-2, cross-entropy: the same",
+        {
+            "model": "transformer",
+            "loss": "ce",
+            "lr": 0.001,
+            "width": 64,
+            "examples": 200,
+            "chunk": 50,
+            "last_switch": 2000,
+            "steps": 200,
+            "look": 200,
+            "measure": 20,
+            "spectrum": 1000,
+        },
+        {
+            "examples": 1000,
+            "chunk": None,
+            "last_switch": 20_000,
+            "steps": 10_000,
+            "look": 10,
+            "measure": 10,
+            "spectrum": 100,
+        },
+    ),
+    "vgg11": (
+        "VGG11 on CIFAR-10, squared error: the same",
+        {
+            "model": "vgg11",
+            "loss": "mse",
+            "lr": 0.01,
+            "width": 16,
+            "examples": 500,
+            "chunk": 50,
+            "last_switch": 2000,
+            "steps": 200,
+            "look": 250,
+            "measure": 20,
+            "spectrum": 1000,
+            "tol": 1e-2,
+        },
+        {
+            "width": 64,
+            "examples": 5000,
+            "chunk": 1000,
+            "last_switch": 20_000,
+            "steps": 5000,
+            "look": 20,
+            "measure": 20,
+            "spectrum": 100,
+            "tol": 1e-3,
+        },
+    ),
+    "resnet8": (
+        "ResNet8 on CIFAR-10, squared error: the same",
+        {
+            "model": "resnet8",
+            "loss": "mse",
+            "lr": 0.01,
+            "width": 8,
+            "examples": 500,
+            "pool": 2,
+            "chunk": 50,
+            "last_switch": 2000,
+            "steps": 200,
+            "look": 250,
+            "measure": 20,
+            "spectrum": 1000,
+            "tol": 1e-2,
+        },
+        {
+            "width": 16,
+            "examples": 5000,
+            "pool": 1,
+            "chunk": 1000,
+            "last_switch": 20_000,
+            "steps": 5000,
+            "look": 20,
+            "measure": 20,
+            "spectrum": 100,
+            "tol": 1e-3,
+        },
+    ),
+}
+"""What it is, its small size, and what is other at the paper's."""
+
+_DOM_ALONE: Final = ("mlp-ce", "cnn-ce", "transformer-ce", "vgg11", "resnet8")
+"""Where the paper does not show Bulk-SGD."""
+
+_SMALL_RATE: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "mlp": (
+        {"lr": 0.01, "width": 200, "examples": 2000, "steps": 3000, "every": 250},
+        {"examples": 5000, "steps": 20_000, "every": 100},
+    ),
+    "cnn": (
+        {"lr": 0.001, "width": 32, "examples": 500, "pool": 2, "steps": 2000, "every": 250},
+        {"examples": 5000, "pool": 1, "steps": 20_000, "every": 100},
+    ),
+    "transformer": (
+        {"lr": 0.001, "width": 64, "examples": 100, "steps": 1000, "every": 125},
+        {"examples": 1000, "steps": 20_000, "every": 100},
+    ),
+}
+
+_RATES: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "transformer": (
+        {"lr": 0.01, "adam_lr": 1e-3, "width": 64, "examples": 100, "steps": 1000, "every": 40},
+        {"examples": 1000, "every": 1},
+    ),
+    "mlp": (
+        {"lr": 0.01, "adam_lr": 1e-3, "width": 200, "examples": 1000, "steps": 1000, "every": 20},
+        {"examples": 5000, "every": 1},
+    ),
+    "cnn": (
+        {
+            "lr": 1e-3,
+            "adam_lr": 1e-4,
+            "width": 32,
+            "examples": 500,
+            "pool": 2,
+            "steps": 1000,
+            "every": 40,
+        },
+        {"examples": 5000, "pool": 1, "every": 1},
+    ),
+}
+
+
+def _critical(name: str) -> Run:
+    what, small, paper = _CRITICAL[name]
+    branches = ("SGD", "DomSGD") if name in _DOM_ALONE else ("SGD", "DomSGD", "BulkSGD")
+    small = small | {"optimizers": branches}
+    paper = small | {"tol": 1e-3, "refresh": 1} | paper
+    return Run(f"sgd-{name}", what, critical_experiment, small, paper)
+
+
+def _of_model(
+    prefix: str,
+    what: str,
+    measure: Callable[..., Raw],
+    sizes: Mapping[str, tuple[dict[str, Any], dict[str, Any]]],
+) -> list[Run]:
+    return [
+        Run(
+            f"{prefix}-{model}",
+            f"the {model}: {what}",
+            measure,
+            small | {"model": model},
+            small | paper | {"model": model},
+        )
+        for model, (small, paper) in sizes.items()
+    ]
+
+
+_EDGE: Final = {"width": 200, "every": 100, "measure": 10}
+
+RUNS: Final = (
+    *(_critical(name) for name in _CRITICAL),
+    Run(
+        "switching",
+        "the MLP: SGD and then GD, GD and then SGD",
+        switching,
+        {
+            "lr": 0.01,
+            "width": 200,
+            "examples": 2000,
+            "sgd_first": 5000,
+            "gd_first": 2000,
+            "after": 1000,
+        },
+        {
+            "lr": 0.01,
+            "width": 200,
+            "examples": 5000,
+            "sgd_first": 20_000,
+            "gd_first": 20_000,
+            "after": 10_000,
+        },
+    ),
+    *_of_model("gd", "GD and SGD at a small rate", small_rate, _SMALL_RATE),
+    Run(
+        "toy",
+        "the toy quadratic",
+        toy_quadratic,
+        {"lr": 1e-4, "steps": 20_000, "keep": 100},
+        {"lr": 1e-4, "steps": 20_000, "keep": 100},
+    ),
+    Run(
+        "edge",
+        "the MLP: GD at the edge of stability, then GD, Dom-GD, Bulk-GD",
+        at_the_edge,
+        _EDGE | {"rho": 0.0, "lr": 0.1, "examples": 2000, "switch": 2500, "after": 150},
+        _EDGE | {"rho": 0.0, "lr": 0.1, "examples": 5000, "switch": 2500, "after": 2500},
+    ),
+    Run(
+        "sam",
+        "the MLP: SAM at its edge of stability, then SAM, Dom-SAM, Bulk-SAM",
+        at_the_edge,
+        _EDGE
+        | {"rho": 0.1, "lr": 0.01, "examples": 1000, "switch": 5000, "every": 200, "after": 300},
+        _EDGE | {"rho": 0.1, "lr": 0.01, "examples": 5000, "switch": 5000, "after": 5000},
+    ),
+    *_of_model("rates", "effective rates of GD and Adam", effective_rates, _RATES),
+)

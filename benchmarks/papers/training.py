@@ -1,0 +1,165 @@
+"""One training loop for all runs: it records rows, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import subspace_optim as so
+from benchmarks.experiment import minibatch
+from benchmarks.optimizers import takes_closure
+from benchmarks.papers.reproduction import Job
+from subspace_optim.curvature.isolation import seeded
+
+Row = dict[str, Any]
+_SAVE_EVERY: Final = 60.0  # seconds
+
+
+class Stateful(Protocol):
+    """What a training needs beside model and optimizers, such as a subspace."""
+
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...  # noqa: D102
+
+
+def train(
+    job: Job,
+    name: str,
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    data: tuple[Tensor, Tensor],
+    optimizers: Optimizer | Sequence[Optimizer],
+    *,
+    steps: int,
+    batch_size: int | None = None,
+    record: Callable[[int], Row | None] | None = None,
+    every: int | Callable[[int], bool] = 1,
+    first: int = 0,
+    before: Callable[[Tensor, Tensor], None] | None = None,
+    also: Sequence[Stateful] = (),
+) -> list[Row]:
+    """Trains, and returns what ``record`` said along the way.
+
+    Step t takes minibatch t of shuffled epochs, a function of the seed and t alone; so do two
+    optimizers that go on from one step see the same examples. A loss that is not finite ends the
+    training, and is a last row ``{"step": t, "diverged": True}``.
+
+    Args:
+        job: the seed, and the folder where the state is kept about every minute. A training of the
+            same ``name`` that was interrupted goes on from there, if model, optimizers and
+            ``also`` are made as before.
+        name: of this training, unique in its run.
+        model: is trained.
+        loss_fn: a mean over examples.
+        data: ``(x, y)``, all examples.
+        optimizers: one, or several that step after one backward pass.
+        steps: how many.
+        batch_size: ``None``: all examples at each step.
+        record: called at θ_t before step t, and with ``t = first + steps`` at the end; what it
+            returns is a row, to which the step is added, if it returns one.
+        every: at one step in so many, counted from ``first``, and at the end; or where
+            ``every(t)`` is true.
+        first: number of the first step.
+        before: called with each minibatch before the gradient is taken.
+        also: objects whose state belongs to the training.
+
+    Returns:
+        The rows.
+    """
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    x, y = data
+    path = None if job.scratch is None else job.scratch / f"{name}.pt"
+    states: list[Stateful] = [model, *optimizers, *also]
+    rows: list[Row] = []
+    step, saved, over = first, time.monotonic(), False
+    if path is not None and path.exists():
+        kept = torch.load(path, map_location=x.device, weights_only=True)
+        for each, state in zip(states, kept["states"], strict=True):
+            each.load_state_dict(state)
+        rows, step, over = kept["rows"], kept["step"], kept["over"]
+
+    def keep(*, over: bool) -> None:
+        if path is not None:
+            kept = {"states": [s.state_dict() for s in states], "rows": rows, "step": step}
+            save(path, kept | {"over": over})
+
+    def due() -> bool:
+        if step == first + steps:
+            return True
+        return every(step) if callable(every) else (step - first) % every == 0
+
+    while not over:
+        if record is not None and due():
+            row = record(step)
+            if row is not None:
+                rows.append({"step": step} | row)
+        over = step == first + steps
+        if not over:
+            batch = slice(None) if batch_size is None else _batch(x, batch_size, step, job.seed)
+            seed = job.seed + step
+            try:
+                loss = _step(model, loss_fn, x[batch], y[batch], optimizers, seed, before)
+            except so.NonFiniteError:  # of an optimizer's subspace
+                loss = math.nan
+            if not math.isfinite(loss):
+                rows.append({"step": step, "diverged": True})
+                over = True
+            step += 1
+        if over or time.monotonic() - saved > _SAVE_EVERY:
+            keep(over=over)
+            saved = time.monotonic()
+    return rows
+
+
+def _batch(x: Tensor, size: int, step: int, seed: int) -> Any:
+    return minibatch(len(x), size, step, seed).to(x.device)
+
+
+def _step(
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    optimizers: Sequence[Optimizer],
+    seed: int,
+    before: Callable[[Tensor, Tensor], None] | None,
+) -> float:
+    """Takes one step, and returns the loss before it."""
+    losses: list[float] = []
+
+    def closure() -> float:
+        # Dropout draws the same in each evaluation of a step, and in a run that was taken up again.
+        with torch.enable_grad(), seeded(x.device, seed):
+            for each in optimizers:
+                each.zero_grad()
+            loss = loss_fn(model(x), y)
+            loss.backward()
+        losses.append(loss.item())
+        return losses[-1]
+
+    if before is not None:
+        with seeded(x.device, seed):
+            before(x, y)
+    if len(optimizers) == 1 and takes_closure(optimizers[0]):
+        optimizers[0].step(closure)
+    else:
+        closure()
+        for each in optimizers:
+            each.step()
+    return losses[0]
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes beside and renames: a kill leaves the state before, or this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)  # noqa: PTH105 (atomic)

@@ -1,0 +1,45 @@
+"""One run for one seed, in a process of its own: ``python -m benchmarks.papers.worker``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+
+from benchmarks.papers.catalogue import PAPERS
+from benchmarks.papers.reproduction import SCALES, Job
+from benchmarks.papers.results import Results, measure
+
+
+def main() -> None:
+    """Measures, and writes the raw file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.worker", description=__doc__)
+    add = parser.add_argument
+    add("paper", choices=tuple(PAPERS))
+    add("run")
+    add("seed", type=int)
+    add("--scale", choices=SCALES, default="small")
+    add("--results", type=Path, required=True)
+    add("--device", default="cpu")
+    add("--data-root")
+    add("--threads", type=int)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    paper = PAPERS[options.paper]
+    results = Results(options.results)
+    run = paper.run(options.run)
+    # What was begun at another size is of no use.
+    size = zlib.crc32(repr(run.size(options.scale)).encode())
+    path = results.path(paper.key, run.name, options.scale, options.seed)
+    scratch = path.with_name(f"{path.stem}-{size:08x}")
+    job = Job(options.seed, torch.device(options.device), options.data_root, scratch)
+    results.write(measure(paper, run, options.scale, job))
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""A paper that does not exist, whose runs cost nothing."""
+
+from matplotlib.figure import Figure
+
+from benchmarks.papers.reproduction import Claim, Exhibit, Paper, Run
+
+
+def measure(job, *, slope, points=(1, 2)):
+    """A line through the origin; the seed is its noise."""
+    values = [slope * point + 0.01 * job.seed for point in points]
+    return {"slope": slope, "values": values, "nothing": float("nan"), "text": "a], b"}
+
+
+def draw(raws):
+    figure = Figure()
+    axes = figure.subplots()
+    for raw in raws["steep"].values():
+        axes.plot(raw["values"])
+    return figure
+
+
+def table(raws):
+    return [
+        ["seed", "first"],
+        *([str(s), f"{r['values'][0]:.2f}"] for s, r in raws["flat"].items()),
+    ]
+
+
+def first(raw):
+    return raw["values"][0]
+
+
+PAPER = Paper(
+    key="made_up",
+    citation="Nobody 1900, On lines",
+    address="https://example.org",
+    runs=(
+        Run("steep", "a steep line", measure, {"slope": 2.0}, {"slope": 2.0, "points": (1, 9)}),
+        Run("flat", "a flat line", measure, {"slope": 0.5}, {"slope": 0.5}),
+    ),
+    exhibits=(
+        Exhibit("figure-1", "A line", ("steep",), draw=draw, note="it goes up."),
+        Exhibit("table-1", "Its values", ("flat",), table=table),
+    ),
+    claims=(
+        Claim("up", "It goes up.", "eq. 1", "y(1)", ("steep", "flat"), first, at_least=0.1),
+        Claim("fast", "It goes up fast.", "eq. 2", "y(1)", ("steep", "flat"), first, at_least=1.0),
+        Claim("near", "It is near 2.", "eq. 3", "y(1)", ("steep",), first, 1.995, 2.015),
+        Claim("empty", "0 of 0.", "eq. 4", "1/0", ("flat",), lambda _: 1 / 0, at_most=1.0),
+    ),
+    differences=("There is no paper.",),
+)

@@ -1,0 +1,331 @@
+"""The reproduction of `class_gradient_2020`: its cheapest claim, and that the rest works."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import subspace_optim as so
+from benchmarks.losses import cross_entropy
+from benchmarks.papers.class_gradient_2020 import PAPER, claims, pictures, runs
+from benchmarks.papers.reproduction import Job
+
+_IMAGES = {"data": "mnist-5k", "examples": 40, "validation": 20}
+_RATES = _IMAGES | {"width": 2, "batch_size": 20, "rates": (0.1,), "epochs": 2}
+_SIZES = _IMAGES | {"batch_sizes": (20, 99), "steps": 6, "records": 3}
+_CLASSES = _IMAGES | {"batch_size": 20, "epochs": 2, "snapshots": 2, "curvatures": 2}
+TINY = {
+    "resnet9": _RATES,
+    "resnet9-orthogonal": _RATES,
+    "resnet9-damped": _RATES,
+    "above-0.1": _RATES,
+    "batch-sizes": _SIZES,
+    "batch-sizes-orthogonal": _SIZES,
+    "batch-sizes-damped": _SIZES,
+    "class-gradients": _CLASSES | {"eigenvalues": 12, "tol": 0.1, "probes": 2},
+    "cost-cnn": {"batch_size": 10},
+    "cost-resnet9": {"width": 2, "batch_size": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def raws():
+    return {
+        run.name: {0: run.measure(Job(), **run.size("small") | TINY[run.name])}
+        for run in PAPER.runs
+    }
+
+
+def claim(name):
+    return next(each for each in PAPER.claims if each.name == name)
+
+
+def curve(losses, *, accuracy=0.5, diverged=False):
+    steps = list(range(len(losses)))
+    accuracies = [accuracy] * len(losses)
+    return {"step": steps, "loss": losses, "accuracy": accuracies, "diverged": diverged}
+
+
+def two(sgd, newton, **more):
+    return {"classes": 10, "curves": {"sgd": {"0.1": sgd}, "printed": {"0.1": newton}}} | more
+
+
+# --- at the real size ----------------------------------------------------------------------------
+
+
+def test_the_method_keeps_as_many_gradients_as_the_paper_says():
+    memory = claim("memory")
+    for name in memory.runs:
+        run = PAPER.run(name)
+        raw = run.measure(Job(), **run.size("small"))
+        assert memory.holds(memory.measure(raw))
+
+
+# --- at a tiny size ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_claim_is_a_number_of_every_run_it_is_about(raws):
+    for each in PAPER.claims:
+        for run in each.runs:
+            assert isinstance(each.measure(raws[run][0]), float), each.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [0, 1, 2])
+def test_every_exhibit_shows_what_there_is(raws, seeds, tmp_path):
+    some = {run: dict.fromkeys(range(seeds), of_run[0]) for run, of_run in raws.items()}
+    for exhibit in PAPER.exhibits:
+        parts = {run: some[run] for run in exhibit.runs}
+        if exhibit.draw is not None:
+            exhibit.draw(parts).savefig(tmp_path / f"{exhibit.name}.png")
+        if exhibit.table is not None:
+            table = exhibit.table(parts)
+            assert {len(row) for row in table} == {len(table[0])}
+            assert all(isinstance(cell, str) for row in table for cell in row)
+
+
+@pytest.mark.slow
+def test_all_methods_start_from_the_same_network(raws):
+    losses = {
+        curve["loss"][0]
+        for run in ("resnet9", "resnet9-orthogonal", "resnet9-damped")
+        for of_method in raws[run][0]["curves"].values()
+        for curve in of_method.values()
+    }
+    assert len(losses) == 1
+
+
+def test_a_run_of_class_gradients_that_diverged_has_no_figures_and_breaks_nothing():
+    size = PAPER.run("class-gradients").size("small") | TINY["class-gradients"]
+    raw = runs.measure_class_gradients(Job(), **size | {"lr": 1e9})
+    assert raw == {"diverged": True}
+    for each in PAPER.claims:
+        if "class-gradients" in each.runs:
+            assert not each.holds(each.measure(raw))
+    for exhibit in PAPER.exhibits:
+        if exhibit.runs == ("class-gradients",):
+            for show in filter(None, (exhibit.draw, exhibit.table)):
+                show({"class-gradients": {0: raw}})
+
+
+@pytest.mark.slow
+def test_class_gradients_along_a_training_survive_an_interruption(tmp_path, monkeypatch):
+    size = PAPER.run("class-gradients").size("small") | TINY["class-gradients"]
+    whole = runs.measure_class_gradients(Job(), **size)
+    calls, step = 0, torch.optim.SGD.step
+
+    def fails_once(self, closure=None):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return step(self, closure)
+
+    job = Job(scratch=tmp_path)
+    monkeypatch.setattr("benchmarks.papers.training._SAVE_EVERY", -1.0)
+    monkeypatch.setattr(torch.optim.SGD, "step", fails_once)
+    with pytest.raises(KeyboardInterrupt):
+        runs.measure_class_gradients(job, **size)
+    assert runs.measure_class_gradients(job, **size) == whole
+
+
+# --- claims decide right -------------------------------------------------------------------------
+
+GOOD, BAD = curve([2.3, 1.0, 0.5, 0.4], accuracy=0.9), curve([2.3, 2.0, 1.0, 1.5], accuracy=0.8)
+LOST = curve([2.3, math.nan], diverged=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "value", "holds"),
+    [
+        ("table-1-ahead", two(BAD, GOOD), 0.1, True),
+        ("table-1-ahead", two(GOOD, BAD), -0.1, False),
+        ("table-1-ahead", two(GOOD, LOST), -0.8, False),
+        ("table-2-ahead", two(BAD, GOOD), 4.5 / 3 - 1.9 / 3, True),
+        ("table-2-ahead", two(GOOD, LOST), -math.inf, False),
+        ("text-behind", two(GOOD, BAD), -0.1, True),
+        ("text-behind", two(BAD, GOOD), 0.1, False),
+        ("text-similar", two(GOOD, GOOD), 0.0, True),
+        ("text-similar", two(BAD, GOOD), 0.1, False),
+        ("text-slower", two(GOOD, BAD), 1.0, True),
+        ("text-slower", two(BAD, GOOD), 0.0, False),
+        ("text-slower", two(GOOD, LOST), 1.0, True),
+        ("text-volatile", two(GOOD, BAD), math.log(1.5) / math.log(1.25), True),
+        ("text-volatile", two(BAD, GOOD), math.log(1.25) / math.log(1.5), False),
+        ("text-volatile", two(GOOD, LOST), math.inf, True),
+        ("both-diverge-above-0.1", two(LOST, LOST), 0.1, True),
+        ("both-diverge-above-0.1", two(GOOD, LOST), 0.9, False),
+    ],
+)
+def test_claims_about_rates(name, raw, value, holds):
+    measured = claim(name).measure(raw)
+    assert measured == pytest.approx(value)
+    assert claim(name).holds(measured) is holds
+
+
+LEADS = curve([2.0, 1.0, *[0.9] * 18])
+FOLLOWS = curve([2.0, 1.5, *[0.5] * 18])
+
+
+@pytest.mark.parametrize(
+    ("name", "sgd", "newton", "value", "holds"),
+    [
+        ("starts-faster", FOLLOWS, LEADS, 1.5, True),
+        ("starts-faster", LEADS, FOLLOWS, 1 / 1.5, False),
+        ("starts-faster", LEADS, LOST, 0.0, False),
+        ("sgd-overtakes", FOLLOWS, LEADS, 1.0, True),
+        ("sgd-overtakes", LEADS, FOLLOWS, 0.0, False),
+        ("sgd-overtakes", LEADS, LOST, 1.0, True),
+        ("small-batches-cross-early", FOLLOWS, LEADS, 2 * 64 / 256, True),
+        ("small-batches-cross-early", LEADS, FOLLOWS, math.inf, False),
+        ("small-batches-cross-early", LEADS, LOST, 1 * 64 / 256, True),
+    ],
+)
+def test_claims_about_batch_sizes(name, sgd, newton, value, holds):
+    raw = {"examples": 256, "curves": {"sgd": {"64": sgd}, "printed": {"64": newton}}}
+    measured = claim(name).measure(raw)
+    assert measured == pytest.approx(value)
+    assert claim(name).holds(measured) is holds
+
+
+def test_a_claim_about_batch_sizes_needs_all_of_them():
+    curves = {
+        "sgd": {"64": LEADS, "256": FOLLOWS},
+        "printed": {"64": FOLLOWS, "256": LEADS},
+    }
+    assert claim("sgd-overtakes").measure({"examples": 256, "curves": curves}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "value", "holds"),
+    [
+        ("reasonable-cutoff", {"eigenvalues": [4.0, 2.0, 0.4]}, 0.1, True),
+        ("reasonable-cutoff", {"eigenvalues": [4.0, 2.0, 2.0]}, 0.5, False),
+        ("no-guess", {"outliers": {"gap": 1, "ratio": 5, "elbow": 4}}, 1.0, True),
+        ("no-guess", {"outliers": {"gap": 1, "ratio": 2, "elbow": 4}}, 0.0, False),
+        ("rank-declines", {"ranks": [[20, 20, 11, 13]]}, 12.0, True),
+        ("rank-declines", {"ranks": [[10, 10, 20, 20], [10] * 4]}, 20.0, False),
+        ("assigned-cosine", {"assigned": [0.9, 0.9, 0.3, 0.4]}, 0.35, True),
+        ("assigned-cosine", {"assigned": [0.3, 0.4, 0.9, 0.9]}, 0.9, False),
+        ("significant-cosine", {"assigned": [0.0, 0.3], "chance": [0.02, 1.0]}, 15.0, True),
+        ("significant-cosine", {"assigned": [0.3, 0.1], "chance": [0.02, 1.0]}, 5.0, False),
+        ("orthogonal-classes", {"of_all": {"between": [[1.0, -0.1], [-0.1, 1.0]]}}, 0.1, True),
+        ("orthogonal-classes", {"of_all": {"between": [[1.0, -0.5], [-0.5, 1.0]]}}, 0.5, False),
+        ("curvature-along-classes", {"ratios": {"0": [9.0, 1.0], "5": [0.1]}}, 1.0, True),
+        ("curvature-along-classes", {"ratios": {"0": [9.0, 8.0], "5": [0.1]}}, 8.0, False),
+    ],
+)
+def test_claims_about_class_gradients(name, raw, value, holds):
+    measured = claim(name).measure({"diverged": False, "classes": 2} | raw)
+    assert measured == pytest.approx(value)
+    assert claim(name).holds(measured) is holds
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+
+def test_the_small_cnn_has_the_parameters_that_the_paper_counts():
+    model = runs.small_cnn(32, 10)
+    assert sum(p.numel() for p in model.parameters()) == 62_006
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_validation_images_are_others_than_those_for_training():
+    found = runs.images(Job(), "mnist-5k", 30, 20, pool=2)
+    assert found.x.shape == (30, 1, 14, 14)
+    assert found.x_valid.shape == (20, 1, 14, 14)
+    assert len(torch.cat([found.x, found.x_valid]).flatten(1).unique(dim=0)) == 50
+    assert (found.channels, found.side, found.classes) == (1, 14, 10)
+    other = runs.images(Job(seed=1), "mnist-5k", 30, 20, pool=2)
+    assert not torch.equal(found.x, other.x)
+
+
+def test_methods_differ_in_what_they_are_named_after():
+    model = nn.Linear(3, 2)
+    assert runs.optimizer_of("sgd", model, 2, 0.1)[1] is None
+    for method, orthogonal, rate, damping in (
+        ("printed", False, 1.0, 0.0),
+        ("orthogonal", True, 1.0, 0.0),
+        ("damped", False, 0.1, 1.0),
+    ):
+        optimizer, subspace = runs.optimizer_of(method, model, 2, 0.05)
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["momentum"], group["damping"]) == (0.05, 0.9, damping)
+        assert group["newton_lr"] == pytest.approx(rate)
+        assert (subspace.orthogonal, subspace.decay) == (orthogonal, 0.9)
+
+
+def test_class_gradients_are_means_of_the_gradients_of_the_own_logit():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2), torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 1, 0])
+    found = runs.class_gradients(model, 2, x, y)
+    for k in (0, 1):
+        weight, bias = torch.zeros(2, 3), torch.zeros(2)
+        weight[k], bias[k] = x[y == k].mean(dim=0), 1.0  # of z_k = w_k·x + b_k
+        expected = torch.cat([weight.flatten(), bias])
+        torch.testing.assert_close(found.vectors[k], expected / expected.norm())
+
+
+def test_a_span_is_that_of_rows_of_any_length_and_leaves_out_zeros():
+    rows = torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    basis = runs.span(rows)
+    projector = basis.vectors.T @ basis.vectors
+    torch.testing.assert_close(projector, torch.diag(torch.tensor([1.0, 1.0, 0.0])))
+
+
+def test_the_first_pairs_of_a_basis_are_the_largest():
+    basis = so.EigenBasis(torch.tensor([3.0, 2.0, 1.0]), torch.eye(3, 5), torch.zeros(3))
+    part = runs.first(basis, 2)
+    assert part.eigenvalues.tolist() == [3.0, 2.0]
+    assert torch.equal(part.vectors, torch.eye(2, 5))
+
+
+def test_the_second_term_is_that_of_the_dense_matrices():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
+    linear = nn.Linear(3, 2, dtype=torch.float64)
+    deep = nn.Sequential(
+        nn.Linear(3, 3, dtype=torch.float64), nn.ReLU(), nn.Linear(3, 2, dtype=torch.float64)
+    )
+    hessian = so.HessianOperator(linear, cross_entropy, (x, y))
+    assert runs.second_term(Job(), hessian, (x, y), 4) < 1e-12
+    hessian = so.HessianOperator(deep, cross_entropy, (x, y))
+    whole = hessian.matmat(torch.eye(hessian.size, dtype=torch.float64))
+    of_model = so.GaussNewtonOperator(deep, cross_entropy, (x, y))
+    rest = whole - of_model.matmat(torch.eye(hessian.size, dtype=torch.float64))
+    estimate = runs.second_term(Job(), hessian, (x, y), 500)
+    assert estimate == pytest.approx(float(rest.norm() / whole.norm()), rel=0.2)
+    assert estimate > 0.1  # with ReLU too: the layers multiply
+
+
+def test_memory_is_counted_once_for_each_storage():
+    model = nn.Linear(3, 2)
+    optimizer, _ = runs.optimizer_of("sgd", model, 2, 0.1)
+    cross_entropy(model(torch.randn(4, 3)), torch.tensor([0, 1, 0, 1])).backward()
+    assert runs.held(model, optimizer, None) == 1.0  # gradients
+    optimizer.step()
+    assert runs.held(model, optimizer, None) == 2.0  # ... and momentum
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_examples_pass_backward_once_or_once_for_each_class(norm):
+    layers = [nn.Linear(3, 2), *([nn.BatchNorm1d(2)] if norm else [])]
+    model, y = nn.Sequential(*layers), torch.tensor([0, 1, 0, 1, 1])
+    subspace = so.ClassGradientSubspace(model, 2)
+    x = torch.randn(5, 3)
+    passes = runs.backward_passes(model, lambda: subspace.observe(x, y))
+    assert passes == (10 if norm else 5)
+    assert runs.backward_passes(model, lambda: model(x)) == 0
+
+
+def test_seeds_are_told_with_their_spread():
+    assert pictures.over_seeds([]) == "–"
+    assert pictures.over_seeds([0.5]) == "0.5"
+    assert pictures.over_seeds([1.0, 3.0]) == "2 (1 to 3)"
+    assert pictures.over_seeds([math.inf, -math.inf]) == "nan"
+
+
+def test_losses_that_are_no_numbers_count_as_infinite():
+    assert claims.losses(curve([1.0, math.nan])).tolist() == [1.0, math.inf]

@@ -1,0 +1,409 @@
+"""Each run, claim and picture of `gur_ari_2018`, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import lambertw
+from scipy.stats import norm
+from torch import nn
+
+import subspace_optim as so
+from benchmarks.losses import cross_entropy
+from benchmarks.papers import gur_ari_2018, problems
+from benchmarks.papers.gur_ari_2018 import claims, pictures, runs
+from benchmarks.papers.reproduction import Job
+
+PAPER = gur_ari_2018.PAPER
+FC = {
+    "data": "digits",
+    "width": 8,
+    "examples": 100,
+    "test": 50,
+    "bases_at": (0, 50, 100, 110, 120),
+    "steps": 120,
+    "every": 60,
+    "tol": 1e-3,
+}
+IMAGES = {"data": "mnist-5k", "factor": 2, "width": 2}  # large enough for four convolutions
+ROW = {"data": "digits", "width": 8, "examples": 60, "test": 30, "factor": 1}
+ROW |= {"steps": 6, "last": 4, "every": 2}
+SPECTRUM = {"data": "digits", "factor": 2, "width": 6, "examples": 200, "epochs": 2}
+TINY = {
+    "fc": FC | {"anatomy_at": (0, 50, 100)},
+    "fc-five": FC,
+    "convnet": FC | IMAGES | {"examples": 20, "bases_at": (100, 101), "steps": 101, "tol": 1e-2},
+    "resnet": FC | {"width": 1, "examples": 20, "bases_at": (100,), "steps": 100, "tol": 1e-2},
+    "softmax": ROW | {"f_top_at": (0, 6)},
+    "fc-softplus": ROW | {"f_top_at": (0, 6)},
+    "fc-slow": ROW | {"f_top_at": (0, 6)},
+    "fc-batch-256": ROW | {"f_top_at": (0, 6)},
+    "fc-random": ROW | {"f_top_at": (0, 6)},
+    "convnet-random": ROW | IMAGES | {"f_top_at": ()},
+    "convnet-dropout": ROW | IMAGES | {"f_top_at": ()},
+    "convnet-adam": ROW | IMAGES | {"f_top_at": (0, 6)},
+    "regression": ROW | {"data": "sine"},
+    "spectrum": SPECTRUM,
+    "spectrum-random": SPECTRUM,
+    "spectrum-parity": SPECTRUM,
+    "spectrum-five": SPECTRUM,
+    "right-edge": {
+        "classes": 4,
+        "dimension": 8,
+        "examples": 64,
+        "width": 6,
+        "steps": 10,
+        "pairs": 12,
+        "realisations": 2,
+    },
+    "two-samples": {"dimension": 10, "steps": 300},
+    "mixture": {"classes": (2, 3), "dimension": 20, "per_class": 5, "steps": 50, "records": 6},
+    "newton": {"data": "digits", "factor": 1, "width": 8, "examples": 100, "warmup": 5, "steps": 4},
+}
+SLOW = ("convnet", "resnet")
+
+
+def claim(name):
+    return next(each for each in PAPER.claims if each.name == name)
+
+
+@functools.cache
+def measured(name):
+    """The raw figures of a run at its tiny size, as they come back from a file."""
+    run = PAPER.run(name)
+    raw = run.measure(Job(), **run.size("small") | TINY[name])
+    return json.loads(json.dumps(raw))
+
+
+# --- the whole, at tiny sizes ------------------------------------------------------------------
+
+
+def test_the_gradient_of_the_solvable_model_is_a_quarter_of_what_is_printed():
+    run = PAPER.run("two-samples")
+    raw = run.measure(Job(), **run.size("small"))
+    for name in ("toy-gradient-corrected", "toy-hessian", "toy-top-subspace-is-fixed"):
+        assert claim(name).holds(claim(name).measure(raw)), name
+    assert claim("toy-gradient-as-printed").measure(raw) == pytest.approx(3, abs=0.1)
+    assert not claim("toy-gradient-as-printed").holds(raw["gradient_printed"][-1])
+    np.testing.assert_allclose(raw["lead"], raw["flow"], atol=0.1)  # the rate
+    assert raw["trajectory"][-1] < 0.05
+
+
+def test_every_run_has_a_tiny_size():
+    assert TINY.keys() == {run.name for run in PAPER.runs}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TINY],
+)
+def test_a_run_is_measured_judged_and_shown(name):
+    raw = measured(name)
+    for each in PAPER.claims:
+        if name in each.runs:
+            assert isinstance(each.measure(raw), float), each.name
+    for exhibit in PAPER.exhibits:
+        if name in exhibit.runs:  # the other runs of an exhibit have not been measured
+            seeds = {name: {1: raw, 3: raw}}
+            if exhibit.draw is not None:
+                assert exhibit.draw(seeds).axes
+            if exhibit.table is not None:
+                rows = exhibit.table(seeds)
+                assert len(rows) > 1
+                assert {len(row) for row in rows} == {len(rows[0])}
+                assert all(isinstance(cell, str) for row in rows for cell in row)
+
+
+@pytest.mark.parametrize("exhibit", PAPER.exhibits, ids=lambda exhibit: exhibit.name)
+def test_an_exhibit_without_figures_says_so(exhibit):
+    if exhibit.draw is not None:
+        assert exhibit.draw({}).axes
+    if exhibit.table is not None:
+        assert exhibit.table({})[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fc", "two-samples", "spectrum", "right-edge", "mixture"])
+def test_a_picture_can_be_saved(name, tmp_path):
+    for exhibit in PAPER.exhibits:
+        if exhibit.draw is not None and name in exhibit.runs:
+            exhibit.draw({name: {0: measured(name)}}).savefig(tmp_path / "picture.png")
+            assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+# --- what a run is told ------------------------------------------------------------------------
+
+
+def test_the_rows_of_table_1_are_different_trainings():
+    names = ("softmax", "fc-softplus", "fc-slow", "fc-batch-256", "fc-random")
+    last = {name: measured(name)["loss"][-1] for name in names}
+    assert len(set(last.values())) == len(names)
+    ends = {name: measured(name)["overlap"][-1] for name in ("convnet-random", "convnet-adam")}
+    assert len(set(ends.values())) == 2
+
+
+def test_the_mean_is_over_the_last_steps():
+    raw = measured("softmax")
+    assert raw["at"] == [0, 2, 4, 6]
+    assert raw["mean_overlap"] == pytest.approx(np.mean(raw["overlap"][1:]))
+    assert raw["saved"] == [0, 6]
+
+
+def test_overlaps_of_the_saved_subspaces():
+    raw = measured("fc")
+    for d in (2, 10, 20):
+        matrix = np.array(raw["preserved"][str(d)])
+        assert matrix.shape == (5, 5)
+        np.testing.assert_allclose(np.diag(matrix), 1, atol=1e-4)
+        np.testing.assert_allclose(matrix, matrix.T)
+    # Tr(P P') of the top 20 is at least that of the top 10 and of the next 10.
+    both, top, following = raw["preserved"]["20"], raw["preserved"]["10"], raw["next"]
+    assert (2 * np.array(both) >= np.array(top) + np.array(following) - 1e-3).all()
+    assert raw["repeat"]["top"] == pytest.approx(1, abs=0.05)
+
+
+def test_f_top_is_the_sum_of_the_fractions():
+    raw = measured("fc-five")
+    assert raw["k"] == 5
+    for f_top, fractions in zip(raw["f_top"], raw["fractions"], strict=True):
+        assert len(fractions) == 10
+        assert f_top == pytest.approx(math.fsum(fractions[:5]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("spectrum", 10), ("spectrum-random", 10), ("spectrum-parity", 2), ("spectrum-five", 5)],
+)
+def test_a_spectrum_has_all_eigenvalues(name, classes):
+    raw = measured(name)
+    assert raw["k"] == classes
+    assert sum(raw["counts"]) == raw["parameters"]
+    assert raw["eigenvalues"] == sorted(raw["eigenvalues"], reverse=True)
+    assert raw["edges"] == [raw["smallest"], raw["eigenvalues"][0]]
+
+
+def test_random_labels_are_not_the_digits():
+    assert measured("spectrum-random")["loss"] != measured("spectrum")["loss"]
+
+
+def test_newton_starts_where_the_others_do():
+    losses = measured("newton")["loss"]
+    assert len({values[0] for values in losses.values()}) == 1
+    assert len({values[1] for values in losses.values()}) == 3
+    assert {len(values) for values in losses.values()} == {5}
+
+
+# --- helpers against closed forms --------------------------------------------------------------
+
+
+def test_the_flow_solves_its_equation():
+    reached = torch.linspace(-30, 300, 50, dtype=torch.float64)
+    expected = reached.numpy() - lambertw(np.exp(reached.numpy())).real
+    np.testing.assert_allclose(runs._flow(reached), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_the_rank_without_noise(k):
+    assert runs.rank_without_noise(Job(), k) == k * (k - 1)
+
+
+@pytest.fixture
+def quadratic():
+    """Linear regression: a quadratic loss with the Hessian XᵀX/n."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 6, dtype=torch.float64, generator=generator)
+    x *= torch.tensor([3.0, 2.5, 1.0, 0.5, 0.3, 0.1])
+    y = torch.randn(30, 1, dtype=torch.float64, generator=generator)
+    model = nn.Linear(6, 1, bias=False).double()
+    model.weight.data = torch.randn(1, 6, dtype=torch.float64, generator=generator)
+    return so.HessianOperator(model, runs.half_square, (x, y)), x.T @ x / len(x)
+
+
+def test_the_decrease_along_the_top_subspace(quadratic):
+    hessian, H = quadratic
+    g, top, lr = hessian.gradient(), runs.top_of(hessian, 2, 1e-12), 0.05
+    before = [p.clone() for p in hessian.parameters.tensors]
+    expected = [
+        lr * (g @ v) - lr**2 * (v @ H @ v) / 2 for v in (top.vectors.T @ (top.vectors @ g), g)
+    ]
+    ratio = float(expected[0] / expected[1])
+    assert runs.decrease(hessian, top, lr) == pytest.approx(ratio)
+    assert all(map(torch.equal, before, hessian.parameters.tensors))
+
+
+def test_mean_overlaps(quadratic):
+    hessian, H = quadratic
+    g, top = hessian.gradient(), runs.top_of(hessian, 3, 1e-12)
+    expected = g @ H @ g / (g.norm() * (H @ g).norm())
+    assert runs.overlap_of(hessian) == pytest.approx(float(expected))
+    # At the vertices of a cube in the top subspace each overlap is that of eq. 4.
+    signs = torch.tensor([[1, 1, 1], [1, -1, 1], [-1, 1, 1]], dtype=torch.float64)
+    estimate = so.diagnostics.expected_overlap(top.eigenvalues)
+    assert runs.mean_overlap(hessian, signs @ top.vectors) == pytest.approx(float(estimate))
+
+
+def test_the_anatomy_of_a_vector():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))  # 6 + 2 and 4 + 2 parameters
+    space = so.ParameterSpace(model)
+    first = torch.zeros(14)
+    first[0], first[9] = 0.6, -0.8  # in the hidden layer, and in the weights of the last
+    second = torch.zeros(14)
+    second[9] = 1.0
+    raw = runs.anatomy(space, [(0, first), (7, second)])
+    assert raw["steps"] == [0, 7]
+    assert raw["sizes"] == [8, 4, 2]
+    assert raw["share"] == [pytest.approx([0.36, 0.64, 0]), [0, 1, 0]]
+    assert raw["rms"][0] == pytest.approx([0.6 / math.sqrt(8), 0.4, 0])
+    assert raw["low"][0][0] == [-0.6] + [0] * 7  # turned, so that the largest is positive
+    assert raw["high"][0][1] == [0, 0.8, 0, 0]
+    assert raw["head"] == {"0": [0, 0.8, 0, 0, 0, 0], "7": [0, 1, 0, 0, 0, 0]}
+    assert raw["cosine"] == pytest.approx([0.8, 1])
+
+
+def test_a_hessian_in_chunks_is_the_whole_one():
+    x, y = torch.randn(1300, 3, 2, 2), torch.arange(1300) % 4
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    v = torch.randn(52)
+    whole = so.HessianOperator(model, cross_entropy, (x, y))
+    chunked = runs.hessian_of(model, cross_entropy, x, y)
+    torch.testing.assert_close(chunked.matvec(v), whole.matvec(v))
+    right = (model(x).argmax(dim=1) == y).double().mean()
+    assert runs.accuracy_of(model, x, y) == pytest.approx(float(right))
+
+
+def test_images_are_square_and_pooled():
+    data = runs.images(Job(), "digits", 50, 20, factor=2)
+    assert data.x_train.shape == (50, 1, 4, 4)
+    whole = problems.real("digits", Job(), 50, 20)
+    assert data.x_test is not None
+    expected = whole.x_test[3].view(8, 8)[:2, 2:4].mean()
+    assert float(data.x_test[3, 0, 0, 1]) == pytest.approx(float(expected))
+
+
+def test_first_classes():
+    data = runs.images(Job(), "digits", 50, 20)
+    part = runs.first_classes(data, 3)
+    assert part.num_classes == 3
+    assert part.y_train.unique().tolist() == part.y_test.unique().tolist() == [0, 1, 2]
+    assert torch.equal(part.x_train, data.x_train[data.y_train < 3])
+    assert len(part.x_test) == int((data.y_test < 3).sum())
+
+
+# --- claims on figures that were made up -------------------------------------------------------
+
+
+def followed(**parts):
+    return {"k": 2, "saved": [0, 100, 200, 300]} | parts
+
+
+def matrix(later):
+    """Overlaps of four bases: 1 with itself, ``later`` with any other."""
+    return (np.full((4, 4), later) + (1 - later) * np.eye(4)).tolist()
+
+
+def test_claims_about_the_top_subspace():
+    raw = followed(f_top=[0.1, 0.95, 0.85, 0.96], random=[0, 0, 0, 0])
+    assert claims.late_f_top(raw) == 0.95
+    assert math.isnan(claims.late_f_top(raw | {"saved": [0, 1, 2, 3]}))
+    assert claims.last_half_f_top({"f_top": [0, 0.2, 0.9, 1.0]}) == pytest.approx(0.95)
+    raw = followed(random_in_top=[0, 0.8, 0.8, 0.8], overlap_there=[1, 0.8, 1.0, 1.6])
+    assert claims.random_ratio(raw) == pytest.approx(0.8)
+    assert claims.kept(followed(), matrix(0.7)) == 0.7
+    assert math.isnan(claims.kept({"saved": [0, 50]}, [[1, 0.5], [0.5, 1]]))
+
+
+def test_claims_about_the_dimension():
+    falling = followed(preserved={"1": matrix(0.9), "2": matrix(0.8), "4": matrix(0.6)})
+    assert claims.by_dimension(falling) == pytest.approx({1: 0.9, 2: 0.8, 4: 0.6})
+    assert claims.lost_beyond(falling) == pytest.approx(0.3)
+    assert claims.largest_rise(falling) == pytest.approx(-0.1)
+    rising = followed(preserved={"1": matrix(0.5), "2": matrix(0.7), "4": matrix(0.6)})
+    assert claims.largest_rise(rising) == pytest.approx(0.2)
+    uneven = matrix(0.9)
+    uneven[0] = [1, 0, 0, 0]  # before training
+    assert claims.by_dimension(followed(preserved={"1": uneven})) == pytest.approx({1: 0.9})
+    assert claims.by_dimension(followed(preserved={"1": uneven}), 0) == {1: 0}
+
+
+def test_claims_about_the_gradient_and_the_first_eigenvalue():
+    spread = followed(fractions=[[1, 0, 0, 0]] + [[0.4, 0.4, 0.1, 0.1]] * 3)
+    assert claims.spread_over_eigenvectors(spread) == pytest.approx(2)
+    alone = followed(fractions=[[0.9, 0, 0, 0]] * 4)
+    assert claims.spread_over_eigenvectors(alone) == pytest.approx(1)
+    values = {"k": 2, "eigenvalues": [[4, 2, 1, 0], [10, 1, 0, -1]]}
+    assert claims.smallest_top(values) == pytest.approx(0.1)
+    series = {"largest": [2.0, 8.0, 1.0]}
+    assert (claims.growth(series), claims.decay(series)) == (4, 0.125)
+    shares = {"anatomy": {"share": [[0.7, 0.2, 0.05, 0.05], [0.2, 0.2, 0.5, 0.1]]}}
+    assert claims.head_share(shares) == pytest.approx(0.6)
+
+
+def test_claims_about_outliers():
+    of = claim("an-outlier-for-each-class")
+    bulk = [0.3 * 0.95**i for i in range(20)]
+    for outliers, holds in ((2, False), (3, True), (4, True), (5, False)):
+        raw = {"k": 4, "eigenvalues": [5.0 - i / 2 for i in range(outliers)] + bulk}
+        assert of.measure(raw) == outliers - 4
+        assert of.holds(of.measure(raw)) == holds
+
+
+def test_the_dip_between_the_top_and_the_bulk():
+    # A bulk from 1e-3 to 1e-2, and 10 outliers around 1.
+    bulk, top = np.logspace(-2, -3, 30), np.logspace(0.3, -0.3, 10)
+    assert claims.dip({"k": 10, "eigenvalues": [[*top, *bulk]] * 2}) < 0.01
+    # Without a gap the density is about the same everywhere.
+    assert claims.dip({"k": 10, "eigenvalues": [np.logspace(0, -3, 40).tolist()] * 2}) > 0.9
+
+
+def test_the_density_of_logarithms_is_a_sum_of_gaussians():
+    grid = np.linspace(-2, 1, 7)
+    expected = (norm.pdf(grid, 0, 0.05) + norm.pdf(grid, -1, 0.05)) / 2
+    density = claims.log_density({"eigenvalues": [[1.0], [0.1]]}, grid)
+    np.testing.assert_allclose(density, expected, atol=1e-12)
+
+
+def mixture(k, noise, *, bias, fractions, values):
+    case = {"k": k, "noise": noise, "bias": bias, "step": [0, 1]}
+    return case | {
+        "f_top": [0, math.fsum(fractions)],
+        "fractions": [[0] * k, fractions],
+        "eigenvalues": [values, values],
+    }
+
+
+def test_claims_about_the_solvable_model():
+    raw = {"time": [1, 100], "eigenvalues": [[9, 9, 9, 9], [0.011, 0.0098, 0, 0]]}
+    assert claims.inverse_time(raw) == pytest.approx(0.1)
+    assert claims.never_left({"f_top": [1, 0.7], "span": [0.9, 1]}) == 0.7
+    cases = [
+        mixture(2, 0, bias=False, fractions=[0.5, 0.4], values=[1, 0.9, 0.8]),
+        mixture(3, 0, bias=False, fractions=[0.1, 0.1, 0.1], values=[1, 1, 0.6, 0.2]),
+        mixture(2, 0.02, bias=False, fractions=[0.5, 0.3], values=[1, 1, 0]),
+        mixture(3, 0.02, bias=False, fractions=[0.3, 0.3, 0.3], values=[1, 1, 1, 0]),
+        mixture(2, 0, bias=True, fractions=[0, 0.95], values=[1, 1, 0]),
+        mixture(2, 0.02, bias=True, fractions=[0.3, 0.6], values=[1, 1, 0]),
+    ]
+    assert claims.dominated({"cases": cases}) == pytest.approx(3)
+    assert claims.noisy_f_top({"cases": cases}) == pytest.approx(0.8)
+    assert claims.aligned({"cases": cases}) == pytest.approx(0.6)
+
+
+def test_claims_about_newton_and_the_table():
+    assert claims.descents({"loss": {"newton": [4, 3, 3.5, 2, 1]}}) == 0.75
+    of = claim("table-1-mnist-and-regression")
+    assert of.holds(of.measure({"case": "fc-random", "mean_overlap": 0.90}))
+    assert not of.holds(of.measure({"case": "softmax", "mean_overlap": 0.90}))
+    assert {*of.runs, *claim("table-1-cifar").runs} == set(runs.CASES)
+
+
+def test_the_table_has_the_paper_s_figures_beside_ours():
+    raws = {"fc-random": {0: {"mean_overlap": 0.8, "mean_overlap_test": 0.1, "accuracy": 0.5}}}
+    raws["fc-random"][2] = raws["fc-random"][0] | {"mean_overlap": 0.9}
+    row = next(row for row in pictures.table_1(raws) if row[2] == "Random labels")
+    assert row == ["MNIST", "FC", "Random labels", "0.85", "0.86", "-0.01", "0.10", "0.50"]
+    assert pictures.table_1(raws)[1][3] == "–"
