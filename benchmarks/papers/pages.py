@@ -164,10 +164,11 @@ def _index(results: Results, papers: Mapping[str, Paper]) -> str:
     lines += [markdown(table), ""]
     lines += [_SIZES]
     for paper in papers.values():
-        rows = [["run", "what", "size", "minutes"]]
+        rows = [["run", "what", "for", "size", "minutes"]]
         for run in paper.runs:
             records = results.of(paper, run.name, "small").values()
-            rows.append([f"`{run.name}`", run.what, _size(run), _minutes(records)])
+            shown = ", ".join(e.name for e in paper.exhibits if run.name in e.runs)
+            rows.append([f"`{run.name}`", run.what, shown, _size(run), _minutes(records)])
         lines += [f"### {paper.key}", "", markdown(rows), ""]
     return "\n".join(lines)
 

@@ -1,57 +1,55 @@
 """Gur-Ari, Roberts & Dyer 2018, reproduced."""
 
+from typing import Final
+
 from benchmarks.papers.gur_ari_2018.claims import CLAIMS
 from benchmarks.papers.gur_ari_2018.pictures import EXHIBITS
-from benchmarks.papers.gur_ari_2018.runs import RUNS
-from benchmarks.papers.reproduction import Paper
+from benchmarks.papers.gur_ari_2018.sizes import RUNS
+from benchmarks.papers.reproduction import Paper, paragraphs
 
-PAPER = Paper(
+_DIFFERENCES: Final = """
+MNIST is 5,000 images of the 60,000, so that 78 steps are an epoch: the training loss falls sooner,
+and a thousand steps go further into fitting single images.
+
+CIFAR-10 is 1,000 images (ConvNet), 3,000 (its rows of Table 1) or 300 (ResNet-18), averaged to
+16x16 pixels. The ConvNet has half of the paper's widths, ResNet-18 a sixteenth. A ConvNet of 16x16
+pixels has fewer weights in its dense layer.
+
+Pixels are standardised; the paper does not say what it does.
+
+Gradient and Hessian are over all training images, as in the paper. Those with batch norm have the
+statistics of batches of up to 1,000, and dropout has one fixed mask.
+
+Table 1: 1,500 steps, of which the last 1,000 count, at every 50th. The rate of Adam (0.001), the
+size of the regression's data (1,000), and its loss (half the squared error) are ours: the paper
+gives none.
+
+Subspaces are taken at 6 to 12 steps, to a residual of 1e-4 (FC) or 1e-3 (ConvNet, ResNet-18) of the
+largest eigenvalue; f_top of Figure 12 and the largest eigenvalue itself to 1e-2. Two solves at the
+end tell how sharply that determines the next k.
+
+A small network has images of 7x7 pixels, so that its whole spectrum can be taken.
+
+In the place of CIFAR-100 there is a mixture of 20 Gaussians in 32 dimensions, with 20 realisations
+instead of 200, and 80 eigenvalues of each instead of 1,000.
+
+Outliers are counted by the largest ratio of neighbours among the top 3k eigenvalues, where the
+paper reads them off a picture. One fewer than classes counts as well: the paper leaves that open.
+
+Equations 8 and 17 print four times the gradient that the middle of equation 17 has. Both are
+measured, as two claims.
+
+The mixtures have 50 samples of a class; the paper does not say how many.
+
+Low-rank Newton (eq. 11) is only proposed in the paper: the comparison is ours.
+"""
+
+PAPER: Final = Paper(
     key="gur_ari_2018",
     citation="Gur-Ari, Roberts & Dyer 2018, Gradient Descent Happens in a Tiny Subspace",
     address="https://arxiv.org/abs/1812.04754",
     runs=RUNS,
     exhibits=EXHIBITS,
     claims=CLAIMS,
-    differences=(
-        (
-            "MNIST is 5,000 images of the 60,000, so that 78 steps are an epoch: the training loss "
-            "falls sooner, and a thousand steps go further into fitting single images."
-        ),
-        (
-            "CIFAR-10 is 1,000 images (ConvNet), 3,000 (its rows of Table 1) or 300 (ResNet-18), "
-            "averaged to 16x16 pixels. The ConvNet has half of the paper's widths, ResNet-18 a "
-            "sixteenth. A ConvNet of 16x16 pixels has fewer weights in its dense layer."
-        ),
-        "Pixels are standardised; the paper does not say what it does.",
-        (
-            "Gradient and Hessian are over all training images, as in the paper. Those with batch "
-            "norm have the statistics of batches of up to 1,000, and dropout has one fixed mask."
-        ),
-        (
-            "Table 1: 1,500 steps, of which the last 1,000 count, at every 50th. The rate of Adam "
-            "(0.001), the size of the regression's data (1,000), and its loss (half the squared "
-            "error) are ours: the paper gives none."
-        ),
-        (
-            "Subspaces are taken at 6 to 12 steps, to a residual of 1e-4 (FC) or 1e-3 (ConvNet, "
-            "ResNet-18) of the largest eigenvalue; f_top of Figure 12 and the largest eigenvalue "
-            "itself to 1e-2. Two solves at the end tell how sharply that determines the next k."
-        ),
-        "A small network has images of 7x7 pixels, so that its whole spectrum can be taken.",
-        (
-            "In the place of CIFAR-100 there is a mixture of 20 Gaussians in 32 dimensions, with "
-            "20 realisations instead of 200, and 80 eigenvalues of each instead of 1,000."
-        ),
-        (
-            "Outliers are counted by the largest ratio of neighbours among the top 3k eigenvalues, "
-            "where the paper reads them off a picture. One fewer than classes counts as well: the "
-            "paper leaves that open."
-        ),
-        (
-            "Equations 8 and 17 print four times the gradient that the middle of equation 17 has. "
-            "Both are measured, as two claims."
-        ),
-        "The mixtures have 50 samples of a class; the paper does not say how many.",
-        "Low-rank Newton (eq. 11) is only proposed in the paper: the comparison is ours.",
-    ),
+    differences=paragraphs(_DIFFERENCES),
 )

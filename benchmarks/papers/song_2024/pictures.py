@@ -35,11 +35,11 @@ def _title(run: str) -> str:
     return next(title for model, title in _TITLES.items() if model in run)
 
 
-def _grid(titles: Sequence[str], width: float = 3.4) -> list[Axes]:
-    """A row of panels with titles."""
+def _grid(titles: Sequence[str], width: float = 3.4, keys: int = 1) -> list[Axes]:
+    """A row of panels with titles, and so many lines for the key below these."""
     panels = panels_of(None, _LOOK, (width * len(titles), 2.9), 1, len(titles))
     for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title, fontsize=9, color=_LOOK.ink, pad=22)
+        axes.set_title(title, fontsize=9, color=_LOOK.ink, pad=8 + 14 * keys)
     return panels
 
 
@@ -50,11 +50,11 @@ def _seeds(raws: RawOfSeeds, run: str) -> Iterator[tuple[Raw, dict[str, Any]]]:
         yield raw, {"lw": 1.4 if first else 0.6, "alpha": 1.0 if first else 0.45}
 
 
-def _finish(axes: Axes, ylabel: str, xlabel: str = "step") -> None:
+def _finish(axes: Axes, ylabel: str, xlabel: str = "step", columns: int = 3) -> None:
     paint(axes, _LOOK, xlabel, ylabel)
     if axes.get_yscale() == "log" and axes.has_data():
         label_powers(axes.yaxis, *axes.get_ylim())
-    key(axes, _LOOK, columns=3)
+    key(axes, _LOOK, columns)
     say(axes, _LOOK, "not measured")
 
 
@@ -294,7 +294,7 @@ _LINES: Final = {"GD(-m)": "-", "GD(+m)": "--", "Adam(-m)": "-", "Adam(+m)": "--
 
 def losses_of_optimizers(raws: RawOfSeeds, run: str) -> Figure:
     """Figures 11, 23 and 24: the loss of GD and Adam, without and with momentum."""
-    panels = _grid([_title(run)], 4.6)
+    panels = _grid([_title(run)], 4.6, keys=2)
     axes = panels[0]
     for raw, style in _seeds(raws, run):
         for name, line in _LINES.items():
@@ -308,7 +308,7 @@ def losses_of_optimizers(raws: RawOfSeeds, run: str) -> Figure:
                 **_label(name, style),
             )
     axes.set_yscale("log")
-    _finish(axes, "training loss")
+    _finish(axes, "training loss", columns=2)
     return axes.figure.figure
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import subspace_optim as so
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import gur_ari_2018, problems
-from benchmarks.papers.gur_ari_2018 import claims, pictures, runs
+from benchmarks.papers.gur_ari_2018 import claims, measures, pictures, runs, solvable
 from benchmarks.papers.reproduction import Job
 
 PAPER = gur_ari_2018.PAPER
@@ -204,12 +204,12 @@ def test_newton_starts_where_the_others_do():
 def test_the_flow_solves_its_equation():
     reached = torch.linspace(-30, 300, 50, dtype=torch.float64)
     expected = reached.numpy() - lambertw(np.exp(reached.numpy())).real
-    np.testing.assert_allclose(runs._flow(reached), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(solvable._flow(reached), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_the_rank_without_noise(k):
-    assert runs.rank_without_noise(Job(), k) == k * (k - 1)
+    assert solvable.rank_without_noise(Job(), k) == k * (k - 1)
 
 
 @pytest.fixture
@@ -221,30 +221,30 @@ def quadratic():
     y = torch.randn(30, 1, dtype=torch.float64, generator=generator)
     model = nn.Linear(6, 1, bias=False).double()
     model.weight.data = torch.randn(1, 6, dtype=torch.float64, generator=generator)
-    return so.HessianOperator(model, runs.half_square, (x, y)), x.T @ x / len(x)
+    return so.HessianOperator(model, measures.half_square, (x, y)), x.T @ x / len(x)
 
 
 def test_the_decrease_along_the_top_subspace(quadratic):
     hessian, H = quadratic
-    g, top, lr = hessian.gradient(), runs.top_of(hessian, 2, 1e-12), 0.05
+    g, top, lr = hessian.gradient(), measures.top_of(hessian, 2, 1e-12), 0.05
     before = [p.clone() for p in hessian.parameters.tensors]
     expected = [
         lr * (g @ v) - lr**2 * (v @ H @ v) / 2 for v in (top.vectors.T @ (top.vectors @ g), g)
     ]
     ratio = float(expected[0] / expected[1])
-    assert runs.decrease(hessian, top, lr) == pytest.approx(ratio)
+    assert measures.decrease(hessian, top, lr) == pytest.approx(ratio)
     assert all(map(torch.equal, before, hessian.parameters.tensors))
 
 
 def test_mean_overlaps(quadratic):
     hessian, H = quadratic
-    g, top = hessian.gradient(), runs.top_of(hessian, 3, 1e-12)
+    g, top = hessian.gradient(), measures.top_of(hessian, 3, 1e-12)
     expected = g @ H @ g / (g.norm() * (H @ g).norm())
-    assert runs.overlap_of(hessian) == pytest.approx(float(expected))
+    assert measures.overlap_of(hessian) == pytest.approx(float(expected))
     # At the vertices of a cube in the top subspace each overlap is that of eq. 4.
     signs = torch.tensor([[1, 1, 1], [1, -1, 1], [-1, 1, 1]], dtype=torch.float64)
     estimate = so.diagnostics.expected_overlap(top.eigenvalues)
-    assert runs.mean_overlap(hessian, signs @ top.vectors) == pytest.approx(float(estimate))
+    assert measures.mean_overlap(hessian, signs @ top.vectors) == pytest.approx(float(estimate))
 
 
 def test_the_anatomy_of_a_vector():
@@ -270,14 +270,14 @@ def test_a_hessian_in_chunks_is_the_whole_one():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     v = torch.randn(52)
     whole = so.HessianOperator(model, cross_entropy, (x, y))
-    chunked = runs.hessian_of(model, cross_entropy, x, y)
+    chunked = measures.hessian_of(model, cross_entropy, x, y)
     torch.testing.assert_close(chunked.matvec(v), whole.matvec(v))
     right = (model(x).argmax(dim=1) == y).double().mean()
-    assert runs.accuracy_of(model, x, y) == pytest.approx(float(right))
+    assert measures.accuracy_of(model, x, y) == pytest.approx(float(right))
 
 
 def test_images_are_square_and_pooled():
-    data = runs.images(Job(), "digits", 50, 20, factor=2)
+    data = measures.images(Job(), "digits", 50, 20, factor=2)
     assert data.x_train.shape == (50, 1, 4, 4)
     whole = problems.real("digits", Job(), 50, 20)
     assert data.x_test is not None
@@ -286,8 +286,8 @@ def test_images_are_square_and_pooled():
 
 
 def test_first_classes():
-    data = runs.images(Job(), "digits", 50, 20)
-    part = runs.first_classes(data, 3)
+    data = measures.images(Job(), "digits", 50, 20)
+    part = measures.first_classes(data, 3)
     assert part.num_classes == 3
     assert part.y_train.unique().tolist() == part.y_test.unique().tolist() == [0, 1, 2]
     assert torch.equal(part.x_train, data.x_train[data.y_train < 3])

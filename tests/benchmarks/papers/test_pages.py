@@ -43,7 +43,7 @@ def test_a_page_has_claims_figures_tables_and_differences(folder):
     assert (folder / PICTURES / "made_up-figure-1.png").read_bytes().startswith(b"\x89PNG")
     index = (folder / "index.md").read_text()
     assert "| [Nobody 1900, On lines](made_up.md) | 4 | 1 of 4 | not run |" in index
-    assert "| `steep` | a steep line | slope 2 | 0.0 |" in index
+    assert "| `steep` | a steep line | figure-1 | slope 2 | 0.0 |" in index
 
 
 def test_claims_have_their_raw_files_and_hashes(folder):

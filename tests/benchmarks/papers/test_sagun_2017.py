@@ -16,7 +16,7 @@ import subspace_optim as so
 from benchmarks.papers.networks import fully_connected, made
 from benchmarks.papers.problems import blobs
 from benchmarks.papers.reproduction import Claim, Job, Raw
-from benchmarks.papers.sagun_2017 import PAPER, claims, runs
+from benchmarks.papers.sagun_2017 import PAPER, claims, random_matrices, runs
 from benchmarks.papers.sagun_2017.pictures import over_seeds, table_clusters
 
 _CLUSTERS = {"examples": 60, "inputs": 10, "hidden": 6, "clusters": (2, 5), "steps": 20}
@@ -372,7 +372,7 @@ def test_zeros_of_the_gauss_newton_matrix(tiny: dict[str, dict[int, Raw]]) -> No
 def test_a_linear_model_has_the_covariance_of_its_inputs() -> None:
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(2))
     truth = torch.linalg.eigvalsh(x.double().T @ x.double() / 40).flip(0)
-    spectrum = so.diagnostics.exact_spectrum(runs.linear(x))
+    spectrum = so.diagnostics.exact_spectrum(random_matrices.linear(x))
     torch.testing.assert_close(spectrum, truth, rtol=1e-5, atol=1e-6)
 
 
@@ -387,8 +387,10 @@ def test_the_distance_from_the_law(ratio: float) -> None:
     zeros = round(count * so.diagnostics.marchenko_pastur_atom(ratio))
     levels = (torch.arange(count - zeros, dtype=torch.float64) + 0.5) / count
     law = torch.cat([torch.zeros(zeros), x[torch.searchsorted(mass, levels)]])
-    assert runs.kolmogorov_distance(law, ratio) == pytest.approx(0.5 / count, abs=2e-4)
-    moved = claims.law_missed({"rows": [{"distance": runs.kolmogorov_distance(2 * law, ratio)}]})
+    assert random_matrices.kolmogorov_distance(law, ratio) == pytest.approx(0.5 / count, abs=2e-4)
+    moved = claims.law_missed(
+        {"rows": [{"distance": random_matrices.kolmogorov_distance(2 * law, ratio)}]}
+    )
     assert not claim("bulk-is-marchenko-pastur").holds(moved)
 
 

@@ -1,0 +1,165 @@
+"""The networks and data of `gur_ari_2018`, and what is measured at one point of a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+import subspace_optim as so
+from benchmarks.data import Dataset
+from benchmarks.losses import accuracy
+from benchmarks.papers import problems
+from benchmarks.papers.networks import fully_connected, made, resnet, simple_convnet
+from benchmarks.papers.reproduction import Job
+from benchmarks.papers.training import Row
+from subspace_optim.curvature.isolation import in_mode
+from subspace_optim.diagnostics import hessian_gradient_overlap
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+_CHUNK: Final = 1000  # images of a batch of the Hessian, so that its graphs stay small
+
+
+# --- models and data ---------------------------------------------------------------------------
+
+
+def build(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
+    """Returns one of the paper's models for these images.
+
+    Args:
+        job: seed and device.
+        model: ``softmax``, ``fc``, ``fc-softplus``, ``convnet``, ``convnet-dropout`` (and batch
+            norm, and a second dense layer), or ``resnet``.
+        data: the images.
+        width: of a hidden layer, of the first convolution, or of the first stage.
+    """
+    pixels, classes = data.x_train[0].numel(), data.num_classes
+    channels, side = data.x_train.shape[1], data.x_train.shape[-1]
+    more = model == "convnet-dropout"
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "softmax": lambda: fully_connected((pixels, classes)),
+        "fc": lambda: fully_connected((pixels, width, width, classes)),
+        "fc-softplus": lambda: fully_connected((pixels, width, width, classes), nn.Softplus),
+        "convnet": lambda: simple_convnet(
+            side,
+            classes,
+            channels=channels,
+            width=width,
+            dense=16 * width,
+            dropout=more,
+            batch_norm=more,
+            extra_dense=more,
+        ),
+        "resnet": lambda: resnet(
+            classes, (width, 2 * width, 4 * width, 8 * width), 2, channels=channels
+        ),
+    }
+    return made(job, makers["convnet" if more else model])
+
+
+def images(job: Job, data: str, examples: int, test: int, factor: int = 1) -> Dataset:
+    """Returns a part of a data set, each image ``(channels, side, side)``, pooled by a factor."""
+    part = problems.real(data, job, examples, test)
+    if part.x_train.dim() == 2:
+        side = math.isqrt(part.x_train.shape[1])
+        x_test = None if part.x_test is None else part.x_test.unflatten(1, (1, side, side))
+        x_train = part.x_train.unflatten(1, (1, side, side))
+        part = replace(part, x_train=x_train, x_test=x_test)
+    return problems.pooled(part, factor)
+
+
+def first_classes(data: Dataset, count: int) -> Dataset:
+    """Returns the examples of the classes below ``count``."""
+    kept = data.y_train < count
+    part = replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept], num_classes=count)
+    if data.x_test is None or data.y_test is None:
+        return part
+    kept = data.y_test < count
+    return replace(part, x_test=data.x_test[kept], y_test=data.y_test[kept])
+
+
+def half_square(output: Tensor, target: Tensor) -> Tensor:
+    """Returns half the squared error, a mean over examples: the loss of the regression."""
+    return 0.5 * (output - target).square().sum(dim=-1).mean()
+
+
+def hessian_of(model: nn.Module, loss_fn: Loss, x: Tensor, y: Tensor) -> so.HessianOperator:
+    """Returns the Hessian over all examples; those of images in chunks, for the memory."""
+    if x.dim() < 4 or x.shape[1] == 1:
+        return so.HessianOperator(model, loss_fn, (x, y))
+    chunks = list(zip(x.split(_CHUNK), y.split(_CHUNK), strict=True))
+    return so.HessianOperator(model, loss_fn, chunks)
+
+
+@torch.no_grad()
+def accuracy_of(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Returns the share of examples that the model in eval mode classifies rightly."""
+    with in_mode(model, "eval"):
+        right = [
+            accuracy(model(a), b) * len(b)
+            for a, b in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True)
+        ]
+    return sum(right) / len(x)
+
+
+# --- what is measured at one point -------------------------------------------------------------
+
+
+def overlap_of(operator: so.CurvatureOperator) -> float:
+    """Returns the overlap of g and Hg (eq. 3)."""
+    with operator.frozen():
+        gradient = operator.gradient()
+        product = operator.matvec(gradient)
+    operator.release()
+    return float(hessian_gradient_overlap(gradient, product))
+
+
+def top_of(operator: so.CurvatureOperator, k: int, tol: float, seed: int = 0) -> so.EigenBasis:
+    """Returns the top k eigenpairs, solved for anew."""
+    return so.DominantSubspace(operator, k, refresh=1, tol=tol, seed=seed).update()
+
+
+def part_of(basis: so.EigenBasis, start: int, stop: int) -> so.EigenBasis:
+    """Returns the pairs from ``start`` to before ``stop``."""
+    rows = slice(start, stop)
+    return so.EigenBasis(basis.eigenvalues[rows], basis.vectors[rows], basis.residuals[rows])
+
+
+def mean_overlap(operator: so.CurvatureOperator, vectors: Tensor) -> float:
+    """Returns the mean overlap of the rows of ``vectors`` with their products."""
+    with operator.frozen():
+        products = operator.matmat(vectors)
+    operator.release()
+    pairs = zip(vectors, products, strict=True)
+    return sum(float(hessian_gradient_overlap(w, p)) for w, p in pairs) / len(vectors)
+
+
+def decrease(operator: so.CurvatureOperator, top: so.EigenBasis, lr: float) -> float:
+    """Returns by how much a step along g_top lowers the loss, over what one along g does.
+
+    To first order in the rate it is f_top.
+    """
+    gradient, start = operator.gradient(), operator.loss()
+    whole = start - _loss_after(operator, -lr * gradient)
+    return (start - _loss_after(operator, -lr * top.project(gradient))) / whole
+
+
+@torch.no_grad()
+def _loss_after(operator: so.CurvatureOperator, move: Tensor) -> float:
+    space = operator.parameters
+    kept = [p.clone() for p in space.tensors]
+    for p, piece in zip(space.tensors, space.unflatten(move), strict=True):
+        p.add_(piece)
+    loss = operator.loss()
+    for p, old in zip(space.tensors, kept, strict=True):
+        p.copy_(old)
+    return loss
+
+
+def column(rows: Sequence[Row], name: str) -> list[Any]:
+    """Returns what the rows that have it say."""
+    return [row[name] for row in rows if name in row]
