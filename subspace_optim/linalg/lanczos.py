@@ -146,6 +146,7 @@ class _Lanczos:
         self.projected = torch.zeros(self.max_rows, self.max_rows, dtype=dtype, device=device)
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.epsilon = torch.finfo(dtype).eps
+        self.longest = torch.zeros((), dtype=torch.float64, device=device)
         self.count = 0
         self.multiplied: list[int] = []
         self.pending: list[int] = []
@@ -207,8 +208,12 @@ class _Lanczos:
             return
         # In float64: squares of float32 overflow from 1e19 on, and vanish below 1e-22.
         norm = torch.linalg.vector_norm(w, dtype=torch.float64)
-        broke_down = norm <= 4 * self.epsilon * torch.linalg.vector_norm(h, dtype=torch.float64)
-        other = self.spare.roll(n) if self.size >= _LARGE else self._random()
+        # Beside the largest product so far: that of a row in the kernel is rounding altogether.
+        length = torch.linalg.vector_norm(h, dtype=torch.float64)
+        self.longest = torch.maximum(self.longest, length)
+        broke_down = norm <= 4 * self.epsilon * self.longest
+        # Another one at each product: the same again would be in the rows already.
+        other = self.spare.roll(self.products) if self.size >= _LARGE else self._random()
         direction = torch.where(broke_down, other, w.div_(norm))
         norm = torch.where(broke_down, 0.0, norm)
         # Twice is enough (Giraud et al. 2005), but for random vectors of few dimensions.
@@ -352,7 +357,15 @@ class _Lanczos:
         top = float(self.values[: self.k].sum())
         steps = self._search_length(accuracy)
         # A direction that rounding has begun to bring in hides in the pending rows: multiply them.
-        self.extend(len(self.pending))
+        # So does what random rows behind an invariant subspace have found, to which a fresh row
+        # would be orthogonal: again, while they couple more than the rest of the spectrum can.
+        for _ in range(steps):
+            self.extend(len(self.pending))
+            below = self.values[self.k :]
+            if self.coupling.size == 0 or np.abs(self.coupling).max() <= max(
+                accuracy, below[0] - below[-1] if len(below) else 0.0
+            ):
+                break
         self.make_room(2)
         if self.count < self.size:
             self.add_random_row()

@@ -420,3 +420,24 @@ def test_the_host_is_visited_once_a_restart_and_never_in_a_product(size):
         solution = top_eigenpairs(matrix, size, 5, tol=1e-5)
     assert watch.to_host == solution.restarts
     assert solution.restarts < solution.products
+
+
+@pytest.mark.parametrize("size", [11, 300, 5000])
+@pytest.mark.parametrize("top", [(2, 2, 2, 1, 1), (3, 2, 2, 2, 2, 1, 1, 1), (2,) * 10])
+def test_exact_low_rank_keeps_its_multiplicities(size, top):
+    """Behind an invariant subspace all products are rounding, and a third copy must be found."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        frame = torch.linalg.qr(torch.randn(size, len(top), generator=generator)).Q
+        weighted = frame * torch.tensor(top).float()
+
+        def matmat(rows, weighted=weighted, frame=frame):
+            return rows @ weighted @ frame.T
+
+        for k in range(2, len(top) + 1):
+            solution = top_eigenpairs(matmat, size, k, tol=1e-4, seed=seed)
+            expected = torch.tensor(top[:k]).float()
+            torch.testing.assert_close(solution.basis.eigenvalues, expected, atol=1e-3, rtol=0)
+            gram = solution.basis.vectors @ solution.basis.vectors.T
+            torch.testing.assert_close(gram, torch.eye(k), atol=1e-5, rtol=0)
+            assert solution.products <= 60
