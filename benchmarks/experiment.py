@@ -327,7 +327,9 @@ class _Experiment:
     def _next_eigenvalues(self) -> list[float]:
         """Eigenvalues k + 1 to 2k along SGD, in the steps that ask for them."""
         settings, k = self.settings, self.settings.k
-        asked = settings.spectrum > 0 and self.step % settings.spectrum == 0
+        # Counted as the measured steps are, from the beginning of the phase.
+        done = self.step - (0 if self.phase == WARMUP else self.result.switch_step or 0)
+        asked = settings.spectrum > 0 and done % settings.spectrum == 0
         if settings.control or not asked or self.phase not in (WARMUP, "SGD"):
             return []
         with self.operator.frozen():

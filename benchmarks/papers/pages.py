@@ -114,7 +114,7 @@ def _entry(results: Results, paper: Paper, claim: Claim, scale: Scale) -> dict[s
         "inequality": claim.inequality,
         "figures": {
             run: {
-                str(seed): float(f"{value:.6g}") if math.isfinite(value) else None
+                str(seed): float(f"{value:.6g}") if math.isfinite(value) else str(value)
                 for seed, value in seeds.items()
             }
             for run, seeds in found.figures.items()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.data import Dataset, load
+from benchmarks.data import Dataset, DataUnavailableError, load
 from benchmarks.papers.reproduction import Job
 
 
@@ -43,8 +43,16 @@ def real(name: str, job: Job, examples: int, test: int | None = None) -> Dataset
     """Returns a part of a real data set of ``benchmarks.data``, on the job's device.
 
     SST-2 is cut to its first sentences, as the paper has it, and to the longest of these.
+
+    Raises:
+        DataUnavailableError: there are fewer examples than asked for.
     """
     data = load(name, root=job.root)
+    if examples > len(data.x_train):
+        raise DataUnavailableError(
+            f"{examples} examples of {name!r} were asked for, and there are {len(data.x_train)}. "
+            "A folder with the whole data set would have them: --data-root."
+        )
     if data.vocabulary is None:
         return to(subset(data, examples, test), job.device)
     x, y = data.x_train[:examples], data.y_train[:examples]

@@ -58,6 +58,7 @@ class Run:
         measure: ``measure(job, **size)`` returns the raw figures of one seed.
         small: its size on two CPU cores: the arguments of ``measure``.
         paper: the paper's own size.
+        version: of what is measured; raw files of another version are measured anew.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Run:
     measure: Callable[..., Raw]
     small: Mapping[str, Any]
     paper: Mapping[str, Any]
+    version: int = 1
 
     def size(self, scale: Scale) -> dict[str, Any]:
         """Returns the arguments of ``measure``."""

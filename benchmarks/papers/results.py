@@ -27,8 +27,8 @@ class Record:
         run: its name.
         scale: ``small`` or ``paper``.
         seed: the seed.
-        size: the arguments of the run; a record of another size than the run's present one is
-            measured anew.
+        version: of the run, and ...
+        size: ... its arguments; a record of others than the run's present ones is measured anew.
         seconds: of the processor, or of the clock where a GPU computed.
         machine: on which hardware, as ``benchmarks.report.machine`` tells.
         versions: of what took part.
@@ -40,6 +40,7 @@ class Record:
     run: str
     scale: str
     seed: int
+    version: int
     size: dict[str, Any]
     seconds: float
     machine: dict[str, Any]
@@ -62,12 +63,13 @@ class Results:
         return self.folder / scale / paper / run / f"seed-{seed}.json"
 
     def read(self, paper: str, run: Run, scale: Scale, seed: int) -> Record | None:
-        """Returns the record; ``None`` if there is none, or it was made at another size."""
+        """Returns the record; ``None`` if there is none of the run's present version and size."""
         path = self.path(paper, run.name, scale, seed)
         if not path.exists():
             return None
         record = Record(**_with_nan(json.loads(path.read_text(encoding="utf-8"))))
-        return record if record.size == _plain(run.size(scale)) else None
+        present = record.version == run.version and record.size == _plain(run.size(scale))
+        return record if present else None
 
     def of(self, paper: Paper, run: str, scale: Scale) -> dict[int, Record]:
         """Returns all records of a run by their seeds, in order."""
@@ -126,9 +128,17 @@ def measure(paper: Paper, run: Run, scale: Scale, job: Job) -> Record:
     size = run.size(scale)
     raw = run.measure(job, **size)
     seconds = clock() - start
-    machine, versions = report.machine(), report.versions()
     return Record(
-        paper.key, run.name, scale, job.seed, _plain(size), seconds, machine, versions, raw
+        paper.key,
+        run.name,
+        scale,
+        job.seed,
+        run.version,
+        _plain(size),
+        seconds,
+        report.machine(),
+        report.versions(),
+        raw,
     )
 
 

@@ -45,6 +45,7 @@ def train(
     first: int = 0,
     before: Callable[[Tensor, Tensor], None] | None = None,
     also: Sequence[Stateful] = (),
+    losses: list[float] | None = None,
 ) -> list[Row]:
     """Trains, and returns what ``record`` said along the way.
 
@@ -70,6 +71,7 @@ def train(
         first: number of the first step.
         before: called with each minibatch before the gradient is taken.
         also: objects whose state belongs to the training.
+        losses: gets the loss of each step's minibatch, at θ_t.
 
     Returns:
         The rows.
@@ -85,11 +87,13 @@ def train(
         for each, state in zip(states, kept["states"], strict=True):
             each.load_state_dict(state)
         rows, step, over = kept["rows"], kept["step"], kept["over"]
+        if losses is not None:
+            losses[:] = kept["losses"]
 
     def keep(*, over: bool) -> None:
         if path is not None:
             kept = {"states": [s.state_dict() for s in states], "rows": rows, "step": step}
-            save(path, kept | {"over": over})
+            save(path, kept | {"losses": losses or [], "over": over})
 
     def due() -> bool:
         if step == first + steps:
@@ -109,6 +113,8 @@ def train(
                 loss = _step(model, loss_fn, x[batch], y[batch], optimizers, seed, before)
             except so.NonFiniteError:  # of an optimizer's subspace
                 loss = math.nan
+            if losses is not None:
+                losses.append(loss)
             if not math.isfinite(loss):
                 rows.append({"step": step, "diverged": True})
                 over = True

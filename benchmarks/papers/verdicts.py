@@ -44,7 +44,8 @@ class Verdict:
 def verdict(results: Results, paper: Paper, claim: Claim, scale: Scale) -> Verdict:
     """Returns the verdict on a claim from the raw files that there are.
 
-    A figure that cannot be computed, such as a share of nothing, is NaN: the claim does not hold.
+    A figure that cannot be computed, such as a share of nothing or the mean of no rows, is NaN: the
+    claim does not hold.
     """
     return Verdict(
         claim,
@@ -61,5 +62,5 @@ def verdict(results: Results, paper: Paper, claim: Claim, scale: Scale) -> Verdi
 def _figure(claim: Claim, raw: dict[str, object]) -> float:
     try:
         return float(claim.measure(raw))
-    except ZeroDivisionError:
+    except (ArithmeticError, LookupError, ValueError):
         return math.nan

@@ -33,7 +33,7 @@ def main() -> None:
     results = Results(options.results)
     run = paper.run(options.run)
     # What was begun at another size is of no use.
-    size = zlib.crc32(repr(run.size(options.scale)).encode())
+    size = zlib.crc32(repr((run.version, run.size(options.scale))).encode())
     path = results.path(paper.key, run.name, options.scale, options.seed)
     scratch = path.with_name(f"{path.stem}-{size:08x}")
     job = Job(options.seed, torch.device(options.device), options.data_root, scratch)

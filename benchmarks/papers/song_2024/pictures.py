@@ -328,7 +328,7 @@ def table_of_rates(
 
     The means are over seeds of the means over the measured steps; so are the deviations.
     """
-    head = ["method", "mean Dom-LR", "mean Bulk-LR", "last loss"]
+    head = ["method", "mean Dom-LR", "mean Bulk-LR", "loss at the end"]
     if papers:
         head += ["paper: Dom-LR", "Bulk-LR", "ours / paper: Dom-LR", "Bulk-LR"]
     rows = [head]
@@ -337,7 +337,7 @@ def table_of_rates(
         means = [_mean(raw[name][f"mean_{rate}"] for raw in found) for rate in _RATES]
         stds = [_mean(raw[name][f"std_{rate}"] for raw in found) for rate in _RATES]
         row = [name, *(f"{m:.4f} ({s:.4f})" for m, s in zip(means, stds, strict=True))]
-        row.append(f"{_mean(raw[name]['final_loss'] for raw in found):.3g}")
+        row.append(f"{math.exp(_mean(raw[name]['mean_log_loss'] for raw in found)):.3g}")
         if papers:
             row += [f"{value:.4f}" for value in papers[name]]
             row += [f"{m / value:.2f}" for m, value in zip(means, papers[name], strict=True)]

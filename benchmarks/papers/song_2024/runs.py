@@ -83,6 +83,7 @@ def critical_experiment(
     measure: int,
     spectrum: int,
     refresh: int | str = "auto",
+    average: float = 0.9,
     tol: float = 1e-3,
 ) -> Raw:
     """SGD until its gradient is dominant; from there SGD and its projections, each by itself.
@@ -103,6 +104,7 @@ def critical_experiment(
         measure: the same after it.
         spectrum: find the next k eigenvalues along SGD every so many steps.
         refresh: of the projecting optimizers' basis; 1 is the paper's protocol.
+        average: factor of the moving average of χ_k, over the measured values.
         tol: of the eigenpairs.
 
     Returns:
@@ -134,6 +136,7 @@ def critical_experiment(
         warmup_measure=look,
         measure=measure,
         refresh=refresh,
+        average=average,
         spectrum=spectrum,
         tol=tol,
         chunk=chunk,
@@ -352,6 +355,9 @@ def toy_quadratic(job: Job, *, lr: float, steps: int, keep: int) -> Raw:
 
 # --- edge of stability and SAM: Figures 9-10 ---------------------------------------------------
 
+_LOSSES: Final = 150
+"""Of a phase, that the raw figures hold."""
+
 
 def at_the_edge(
     job: Job,
@@ -378,9 +384,12 @@ def at_the_edge(
         after: steps after the switch.
         measure: the same after the switch.
 
+    The loss goes up and down at the edge, so that single losses say little: what a branch achieved
+    is the difference of the mean over a fifth of ``after`` steps just before the switch, and of
+    that over the last fifth of the branch.
+
     Returns:
-        Columns of each phase, those of ``Monitor``; the loss at the switch, and at every step of
-        each branch.
+        Columns of each phase, those of ``Monitor``; thinned losses of each phase, and these means.
     """
     data = dataset(job, "mlp", examples, 1)
     both = (data.x_train, data.y_train)
@@ -410,7 +419,7 @@ def at_the_edge(
         "threshold",
         "sam_edge",
     )
-    raw: Raw = {"switch_step": switch, "losses": {}}
+    raw: Raw = {"switch_step": switch, "losses": {}, "mean_loss": {}}
     at_switch: dict[str, Tensor] = {}
     for name in ("before", *names):
         warm = name == "before"
@@ -420,7 +429,8 @@ def at_the_edge(
         optimizer = make(name, subspace)
         next_k = k if warm or name == names[0] else 0
         monitor = so.Monitor(optimizer, subspace, every=every if warm else measure, next_k=next_k)
-        rows = train(
+        losses: list[float] = []
+        train(
             job,
             name,
             net,
@@ -428,17 +438,21 @@ def at_the_edge(
             both,
             optimizer,
             steps=switch if warm else after,
-            record=lambda _: {"loss": hessian.loss()},
-            every=every if warm else 1,
             first=0 if warm else switch,
             also=(subspace, monitor),
+            losses=losses,
         )
         monitor.detach()
         raw[name] = {
             column: values for column, values in monitor.history.items() if column in wanted
         }
         raw[name]["step"] = [step + (0 if warm else switch) for step in monitor.history["step"]]
-        raw["losses"][name] = columns(rows, ("step", "loss"))
+        steps = np.arange(len(losses))[:: max(1, len(losses) // _LOSSES)]
+        raw["losses"][name] = {
+            "step": (steps + (0 if warm else switch)).tolist(),
+            "loss": [losses[step] for step in steps],
+        }
+        raw["mean_loss"][name] = statistics.fmean(losses[-(after // 5) :])
         if warm:
             at_switch = {key: value.clone() for key, value in net.state_dict().items()}
     return raw
@@ -464,6 +478,9 @@ def effective_rates(
 ) -> Raw:
     """Dom-LR and Bulk-LR of full-batch GD and Adam, with and without momentum.
 
+    In float64: late in training a thousandth of a thousandth of the gradient is in the dominant
+    subspace, and Dom-LR divides by it.
+
     Args:
         job: the seed.
         model: of ``network``.
@@ -480,10 +497,11 @@ def effective_rates(
         the effective rates were measured.
     """
     data = dataset(job, model, examples, pool)
-    both = (data.x_train, data.y_train)
+    x = data.x_train.double() if data.x_train.is_floating_point() else data.x_train
+    both = (x, data.y_train)
     raw: Raw = {"lr": lr}
     for name in OPTIMIZERS:
-        net = network(job, model, data, width)
+        net = network(job, model, data, width).double()
         beta = 0.9 if "+m" in name else 0.0
         params = net.parameters()
         optimizer: Optimizer = (
@@ -494,11 +512,14 @@ def effective_rates(
         hessian = so.HessianOperator(net, mse, both)
         subspace = so.DominantSubspace(hessian, data.num_classes, seed=job.seed)
         monitor = so.Monitor(optimizer, subspace, every=every)
-        train(job, name, net, mse, both, optimizer, steps=steps, also=(subspace, monitor))
+        losses: list[float] = []
+        also = (subspace, monitor)
+        train(job, name, net, mse, both, optimizer, steps=steps, also=also, losses=losses)
         monitor.detach()
         history = monitor.history
         raw[name] = {c: history[c] for c in ("step", "loss", "dom_lr", "bulk_lr", "chi_gradient")}
-        raw[name]["final_loss"] = hessian.loss()
+        # Adam's loss has spikes: a mean over the last tenth, of its logarithm.
+        raw[name]["mean_log_loss"] = statistics.fmean(map(math.log, losses[-(steps // 10) :]))
         for rate in ("dom_lr", "bulk_lr"):
             raw[name][f"mean_{rate}"] = statistics.fmean(history[rate])
             raw[name][f"std_{rate}"] = statistics.pstdev(history[rate])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.data import Dataset, load
+from benchmarks.data import Dataset, DataUnavailableError, load
 from benchmarks.papers import problems
 from benchmarks.papers.reproduction import Job
 
@@ -82,3 +82,8 @@ def test_real_data_are_parts_of_the_projects_data():
     whole = load("mnist-5k")
     for row in data.x_train[:3]:
         assert (whole.x_train == row).all(dim=1).any()
+
+
+def test_more_examples_than_there_are_are_refused():
+    with pytest.raises(DataUnavailableError, match="6000 examples of 'mnist-5k' were asked for"):
+        problems.real("mnist-5k", Job(), 6000)

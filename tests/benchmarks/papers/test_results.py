@@ -60,6 +60,7 @@ def test_a_record_of_another_size_does_not_count(results):
     other = replace(run, small={"slope": 0.5, "points": (1, 3)})
     assert results.read("made_up", other, "small", 0) is None
     assert results.read("made_up", run, "paper", 0) is None
+    assert results.read("made_up", replace(run, version=2), "small", 0) is None
     paper = replace(PAPER, runs=(PAPER.runs[0], other))
     assert results.of(paper, "flat", "small") == {}
     assert list(results.of(PAPER, "flat", "small")) == [0, 1, 2]

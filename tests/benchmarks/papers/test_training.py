@@ -133,6 +133,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path, monkeypatc
                 raise KilledError
             return {"loss": hessian.loss()}
 
+        losses = []
         rows = train(
             Job(3, scratch=scratch),
             "bulk",
@@ -144,14 +145,17 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path, monkeypatc
             batch_size=5,
             record=record,
             also=(subspace, monitor),
+            losses=losses,
         )
         monitor.detach()
-        return rows, theta(net), monitor.history
+        return rows, theta(net), monitor.history, losses
 
     whole = run(None)
     with pytest.raises(KilledError):
         run(tmp_path, killed_at=5)
-    rows, end, history = run(tmp_path)
+    rows, end, history, losses = run(tmp_path)
+    assert losses == whole[3]
+    assert len(losses) == 8
     assert torch.equal(end, whole[1])
     assert rows == whole[0]
     assert history["step"] == list(range(8))
