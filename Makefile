@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
+# Processes of the tests, each of one thread; 0 runs them in pytest's own, as a debugger needs it.
+JOBS ?= 2
 # The version of torch that `make constraints` pins; all else is the newest that goes with it.
 TORCH ?= 2.13.0
 
@@ -18,7 +20,7 @@ pip_install = -m pip --disable-pip-version-check install
 .PHONY: help
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: ARGS (of compare, speed, gallery, papers and test), PYTHON ($(PYTHON)), VENV ($(VENV)), TORCH ($(TORCH))"
+	@echo "Variables: ARGS (of compare, speed, gallery, papers and test), JOBS ($(JOBS)), PYTHON ($(PYTHON)), VENV ($(VENV)), TORCH ($(TORCH))"
 
 # One stamp for each extra of pyproject.toml.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
@@ -44,7 +46,7 @@ papers: $(VENV)/.installed-bench  ## reproduce the four papers, hours; it goes o
 
 .PHONY: test
 test: $(VENV)/.installed-test  ## run the tests; ARGS="-m 'not slow'" leaves out the slow ones
-	$(bin)/python -m pytest $(ARGS)
+	$(bin)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 .PHONY: check
 check: lint types architecture wheel  ## all that follow, one after the other
