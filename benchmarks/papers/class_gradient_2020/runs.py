@@ -32,6 +32,8 @@ diverges.
 MOMENTUM: Final = 0.9
 DECAY: Final = 0.9
 """Both of appendix D."""
+LOST: Final = 10.0
+"""A training that ends above this multiple of its loss at the start has diverged."""
 UNDAMPED: Final[tuple[Method, ...]] = ("sgd", "printed", "orthogonal")
 SINES: Final = (0.1, 0.5, 0.9)
 """Of angles above which a direction adds to the rank, beside the rule of linear algebra."""
@@ -136,7 +138,7 @@ def curve(
 
     Returns:
         ``step``, validation ``loss`` and ``accuracy`` at each of these steps, and whether the
-        training ``diverged``: the series end before that.
+        training ``diverged``: the series end where a loss is no number, or far above the start.
     """
     model = made(job, make)
     optimizer, subspace = optimizer_of(method, model, data.classes, lr)
@@ -163,9 +165,9 @@ def curve(
     )
     diverged = bool(rows[-1].get("diverged", False))
     rows = rows[:-1] if diverged else rows
-    return {key: [row[key] for row in rows] for key in ("step", "loss", "accuracy")} | {
-        "diverged": diverged
-    }
+    series = {key: [row[key] for row in rows] for key in ("step", "loss", "accuracy")}
+    above = not series["loss"][-1] <= LOST * series["loss"][0]  # or no number
+    return series | {"diverged": diverged or above}
 
 
 def measure_rates(
@@ -332,7 +334,8 @@ def measure_class_gradients(
         their ``outliers`` by each method, ``cosines`` and ``assignment`` of the last minibatch;
         of all examples the ``assigned`` cosine, the ``overlap`` with the eigenvectors, the cosines
         of the principal ``angles``, and the cosines ``between`` classes; ``chance`` and its
-        deviation; and ``second_term``, its Frobenius norm relative to the Hessian's.
+        deviation; ``second_term``, its Frobenius norm relative to the Hessian's; and how far it was
+        trained: ``loss`` and ``accuracy`` on the examples, ``valid_accuracy``.
     """
     found = images(job, data, examples, validation)
     model = made(job, partial(small_cnn, found.side, found.classes, channels=found.channels))
@@ -402,7 +405,16 @@ def measure_class_gradients(
         },
         "chance": list(so.diagnostics.chance_cosine(found.classes, basis.k, basis.size)),
         "second_term": second_term(job, hessian, (found.x, found.y), probes),
+        "loss": hessian.loss(),
+        "accuracy": _accuracy(model, found.x, found.y),
+        "valid_accuracy": _accuracy(model, found.x_valid, found.y_valid),
     }
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    with in_mode(model, "eval"):
+        return accuracy(model(x), y)
 
 
 def first(basis: so.EigenBasis, k: int) -> so.EigenBasis:

@@ -54,6 +54,7 @@ RUNS: Final = (
         measure_rates,
         _RESNET9 | {"methods": ("sgd", "printed")},
         _RESNET9_PAPER | {"methods": ("sgd", "printed")},
+        version=2,
     ),
     Run(
         "resnet9-orthogonal",
@@ -61,6 +62,7 @@ RUNS: Final = (
         measure_rates,
         _RESNET9 | {"methods": ("orthogonal",)},
         _RESNET9_PAPER | {"methods": ("orthogonal",)},
+        version=2,
     ),
     Run(
         "resnet9-damped",
@@ -68,6 +70,7 @@ RUNS: Final = (
         measure_rates,
         _RESNET9 | {"methods": ("sgd", "damped")},
         _RESNET9_PAPER | {"methods": ("sgd", "damped")},
+        version=2,
     ),
     Run(
         "above-0.1",
@@ -75,6 +78,7 @@ RUNS: Final = (
         measure_rates,
         _RESNET9 | _ABOVE,
         _RESNET9_PAPER | _ABOVE,
+        version=2,
     ),
     Run(
         "batch-sizes",
@@ -82,6 +86,7 @@ RUNS: Final = (
         measure_batches,
         _MNIST | {"methods": ("sgd", "printed")},
         _MNIST_PAPER | {"methods": ("sgd", "printed")},
+        version=2,
     ),
     Run(
         "batch-sizes-orthogonal",
@@ -89,6 +94,7 @@ RUNS: Final = (
         measure_batches,
         _MNIST | {"methods": ("orthogonal",)},
         _MNIST_PAPER | {"methods": ("orthogonal",)},
+        version=2,
     ),
     Run(
         "batch-sizes-damped",
@@ -96,6 +102,7 @@ RUNS: Final = (
         measure_batches,
         _MNIST | {"methods": ("sgd", "damped")},
         _MNIST_PAPER | {"methods": ("sgd", "damped")},
+        version=2,
     ),
     Run(
         "class-gradients",
@@ -103,6 +110,7 @@ RUNS: Final = (
         measure_class_gradients,
         _CLASSES,
         _CLASSES | {"examples": 45_000, "validation": 5000, "batch_size": 128, "epochs": 50},
+        version=2,
     ),
     Run(
         "cost-cnn",
@@ -117,5 +125,6 @@ RUNS: Final = (
         measure_cost,
         {"network": "resnet9", "width": 8, "batch_size": 50, "momentum": 0.0},
         {"network": "resnet9", "width": 64, "batch_size": 128, "momentum": 0.0},
+        version=2,
     ),
 )

@@ -28,6 +28,9 @@ The two parts of Figure 9 are of 3,000 steps each instead of 25,000, on 4,000 im
 16x16 pixels instead of 50,000 at 32x32; a large batch is of 500. The network has three convolutions
 and one hidden dense layer, some 15,000 parameters.
 
+Networks on clusters of both covariances train for as many steps, and so end at different losses:
+those of covariance 10 at several times those of covariance 1.
+
 The split of the Hessian, the trivial eigenvalues and the random matrices are only argued in the
 paper: data and sizes of these runs are ours. The eigenpairs of the split have a residual of 0.01 of
 the largest eigenvalue.

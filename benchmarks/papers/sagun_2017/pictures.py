@@ -203,14 +203,14 @@ def draw_growth(raws: RawOfSeeds) -> Figure:
             style["label"] = f"P = {network['size']:,}" if first else "_"
             edge = network["right"]
             right.plot(np.arange(1, len(edge) + 1), edge, **style)
-            if network["ratios"] is None:
-                left.plot(0, network["left"][0], marker="o", linestyle="", **style | {"label": "_"})
-            else:
+            if network["ratios"]:
                 curve = np.array(network["ratios"])
                 shares = np.linspace(0, 0.5, len(curve))
                 inside = shares <= _RATIO
                 left.plot(shares[inside] * network["size"], curve[inside], **style)
                 ratio.plot(shares[inside], curve[inside], **style)
+            else:
+                left.plot(0, network["left"][0], marker="o", linestyle="", **style | {"label": "_"})
     paint(right, _LOOK, "number, from the right", "eigenvalue")
     paint(left, _LOOK, "number, from the left", "eigenvalue")
     paint(ratio, _LOOK, "number over P", "eigenvalue")
@@ -419,7 +419,8 @@ EXHIBITS: Final = (
         _RUNS,
         table=table_clusters,
         note="Counts of the seeds in order. The paper's standard deviations repeat its means in "
-        "all nineteen rows, which no spectrum with a few outliers has.",
+        "all nineteen rows, which no spectrum with a few outliers has. Rows of covariance 10 end "
+        "at a higher loss than those of 1.",
     ),
     Exhibit(
         "figures-4-6",

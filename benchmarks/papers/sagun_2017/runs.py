@@ -256,7 +256,8 @@ def growth(
         most: steps at which it ends anyway.
 
     Returns:
-        A row for each network; the spectra of the largest that is exact, at both ends.
+        A row for each network, its left edge by ratio empty if it is not exact; the spectra of the
+        largest that is exact, at both ends.
     """
     part = pooled(real(data, job, examples), pool)
     xy = (part.x_train, part.y_train)
@@ -278,7 +279,7 @@ def growth(
         else:
             largest, smallest = so.diagnostics.spectrum_edges(hessian, SHOWN, seed=job.seed)
             # Of the crowded lower edge, this tolerance tells the smallest eigenvalue alone.
-            row |= edges(largest.eigenvalues, smallest.eigenvalues[-1:]) | {"ratios": None}
+            row |= edges(largest.eigenvalues, smallest.eigenvalues[-1:]) | {"ratios": []}
         networks.append(row)
     return {"networks": networks, "whole": whole}
 

@@ -62,6 +62,7 @@ RUNS: Final = (
         growth,
         _GROWTH,
         _GROWTH | {"pool": 1, "widths": (10, 30, 100, 300)},
+        version=2,
     ),
     Run(
         "batches",

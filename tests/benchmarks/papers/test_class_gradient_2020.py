@@ -1,6 +1,7 @@
 """The reproduction of `class_gradient_2020`: its cheapest claim, and that the rest works."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import subspace_optim as so
 from benchmarks.losses import cross_entropy
 from benchmarks.papers.class_gradient_2020 import PAPER, claims, pictures, runs
 from benchmarks.papers.reproduction import Job
+from benchmarks.papers.results import Results, measure
 
 _IMAGES = {"data": "mnist-5k", "examples": 40, "validation": 20}
 _RATES = _IMAGES | {"width": 2, "batch_size": 20, "rates": (0.1,), "epochs": 2}
@@ -30,11 +32,15 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def raws():
-    return {
-        run.name: {0: run.measure(Job(), **run.size("small") | TINY[run.name])}
-        for run in PAPER.runs
-    }
+def raws(tmp_path_factory):
+    """All runs at a tiny size, as they come back from their files."""
+    results = Results(tmp_path_factory.mktemp("raw"))
+    found = {}
+    for each in PAPER.runs:
+        run = replace(each, small=each.size("small") | TINY[each.name])
+        results.write(measure(PAPER, run, "small", Job()))
+        found[run.name] = {0: results.read(PAPER.key, run, "small", 0).raw}
+    return found
 
 
 def claim(name):
@@ -97,6 +103,17 @@ def test_all_methods_start_from_the_same_network(raws):
     assert len(losses) == 1
 
 
+@pytest.mark.parametrize(("loss", "diverged"), [(9.0, False), (11.0, True), (math.nan, True)])
+def test_a_loss_far_above_its_start_has_diverged(loss, diverged, monkeypatch):
+    rows = [{"step": step, "loss": value, "accuracy": 0.5} for step, value in ((0, 1.0), (9, loss))]
+    monkeypatch.setattr(runs, "train", lambda *_, **__: rows)
+    data = runs.images(Job(), "digits", 20, 10)
+    sizes = {"lr": 0.1, "batch_size": 5, "steps": 9, "every": 9}
+    found = runs.curve(Job(), "name", lambda: nn.Linear(1, 1), data, "sgd", **sizes)
+    assert found["diverged"] is diverged
+    assert found["step"] == [0, 9]
+
+
 def test_a_run_of_class_gradients_that_diverged_has_no_figures_and_breaks_nothing():
     size = PAPER.run("class-gradients").size("small") | TINY["class-gradients"]
     raw = runs.measure_class_gradients(Job(), **size | {"lr": 1e9})
@@ -108,6 +125,16 @@ def test_a_run_of_class_gradients_that_diverged_has_no_figures_and_breaks_nothin
         if exhibit.runs == ("class-gradients",):
             for show in filter(None, (exhibit.draw, exhibit.table)):
                 show({"class-gradients": {0: raw}})
+
+
+@pytest.mark.slow
+def test_class_gradients_tell_how_far_the_network_was_trained(raws):
+    size = PAPER.run("class-gradients").size("small") | TINY["class-gradients"]
+    trained = runs.measure_class_gradients(Job(), **size | {"lr": 0.05, "epochs": 60})
+    raw = raws["class-gradients"][0]
+    assert raw["loss"] > 2 > trained["loss"]
+    assert trained["accuracy"] > raw["accuracy"]
+    assert trained["accuracy"] > trained["valid_accuracy"] > 0
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import subspace_optim as so
 from benchmarks.papers.networks import fully_connected, made
 from benchmarks.papers.problems import blobs
 from benchmarks.papers.reproduction import Claim, Job, Raw
+from benchmarks.papers.results import Results, measure
 from benchmarks.papers.sagun_2017 import PAPER, claims, random_matrices, runs
 from benchmarks.papers.sagun_2017.pictures import over_seeds, table_clusters
 
@@ -40,17 +43,24 @@ TINY: dict[str, dict[str, Any]] = {
 SEEDLESS: dict[str, dict[int, Raw]] = {run.name: {} for run in PAPER.runs}
 
 
-def measured(name: str, seed: int = 0, **size: Any) -> Raw:
+def measured(folder: Path, name: str, seed: int = 0, **size: Any) -> Raw:
     """The raw figures as they come back from their file."""
     run = PAPER.run(name)
-    raw: Raw = json.loads(json.dumps(run.measure(Job(seed), **(run.size("small") | size))))
-    return raw
+    run = replace(run, small=run.size("small") | size)
+    results = Results(folder)
+    results.write(measure(PAPER, run, "small", Job(seed)))
+    record = results.read(PAPER.key, run, "small", seed)
+    assert record is not None
+    return record.raw
 
 
 @pytest.fixture(scope="module")
-def tiny() -> dict[str, dict[int, Raw]]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Raw]]:
     """All runs at a tiny size, for two seeds."""
-    return {name: {seed: measured(name, seed, **TINY[name]) for seed in (0, 3)} for name in TINY}
+    folder = tmp_path_factory.mktemp("raw")
+    return {
+        name: {seed: measured(folder, name, seed, **TINY[name]) for seed in (0, 3)} for name in TINY
+    }
 
 
 def claim(name: str) -> Claim:
@@ -60,8 +70,8 @@ def claim(name: str) -> Claim:
 # --- as it stands --------------------------------------------------------------------------------
 
 
-def test_the_spectrum_of_white_data_follows_its_law() -> None:
-    raw = measured("white")
+def test_the_spectrum_of_white_data_follows_its_law(tmp_path: Path) -> None:
+    raw = measured(tmp_path, "white")
     assert claim("bulk-is-marchenko-pastur").holds(claims.law_missed(raw))
     # One output, so that G has rank N: not one zero more or less than P − N.
     assert [row["zeros"] for row in raw["rows"]] == [row["trivial"] for row in raw["rows"]]
@@ -249,6 +259,15 @@ def test_another_spectrum_has_another_shape() -> None:
     assert not claim("right-edge-keeps-shape").holds(claims.right_edges_apart(raw))
 
 
+def test_networks_that_are_not_exact_have_no_left_edge(tiny: dict[str, dict[int, Raw]]) -> None:
+    """They come back from the file as they were, and the others decide."""
+    raw = tiny["growth"][0]
+    assert [len(network["ratios"]) for network in raw["networks"]] == [101, 101, 0]
+    exact = {"networks": raw["networks"][:2]}
+    assert claims.left_edges_apart(raw) == claims.left_edges_apart(exact) > 0
+    assert math.isnan(claims.left_edges_apart({"networks": raw["networks"][2:]}))
+
+
 def test_no_negative_eigenvalue_refutes_that_there_are() -> None:
     positive = torch.linspace(1, 0, 100, dtype=torch.float64)
     assert not claim("negative-but-tiny").holds(claims.most_negative(networks(positive)))
@@ -359,6 +378,12 @@ def test_zeros_of_the_gauss_newton_matrix(tiny: dict[str, dict[int, Raw]]) -> No
         for row in raw["rows"]:
             assert row["bound"] == row["size"] - 80
             assert row["zeros"] >= row["bound"] + 8
+        assert claim("trivial-eigenvalues-of-first-part").measure(raw) >= 8
+    short = claims.zeros_beyond_theory(
+        {"rows": [{"zeros": 9, "bound": 8}, {"zeros": 7, "bound": 8}]}
+    )
+    assert short == -1
+    assert not claim("trivial-eigenvalues-of-first-part").holds(short)
     row = {"trained": True, "bound": 100, "hessian": 90}
     untrained = {"trained": False, "bound": 100, "hessian": 10}
     share = claims.zeros_of_trained({"rows": [row, untrained]})
