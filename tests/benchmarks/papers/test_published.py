@@ -1,0 +1,38 @@
+"""The pages of the docs are those that their raw files give."""
+
+from pathlib import Path
+
+from benchmarks.papers.catalogue import PAPERS
+from benchmarks.papers.pages import PICTURES, RAW, render
+from benchmarks.papers.results import Results
+
+DOCS = Path(__file__).parents[3] / "docs" / "papers"
+PUBLISHED = Results(DOCS / RAW)
+
+
+def test_the_docs_are_what_their_raw_files_give():
+    for name, text in render(PUBLISHED, PAPERS).items():
+        assert (DOCS / name).read_text() == text, (
+            f"{name}: run python -m benchmarks.papers --publish"
+        )
+
+
+def test_every_raw_file_of_the_docs_belongs_to_a_run_of_its_present_size():
+    known = {
+        PUBLISHED.path(paper.key, run.name, scale, seed)
+        for paper in PAPERS.values()
+        for run in paper.runs
+        for scale in ("small", "paper")
+        for seed in PUBLISHED.of(paper, run.name, scale)
+    }
+    assert set((DOCS / RAW).rglob("*.json")) == known
+
+
+def test_every_picture_of_the_docs_is_there_and_no_other():
+    links = {
+        part.split(")")[0]
+        for page in DOCS.glob("*.md")
+        for part in page.read_text().split("](")[1:]
+        if part.startswith(PICTURES)
+    }
+    assert links == {f"{PICTURES}/{path.name}" for path in (DOCS / PICTURES).glob("*.png")}
