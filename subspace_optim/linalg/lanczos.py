@@ -42,7 +42,8 @@ _LONGEST_SEARCH = 12
 _HARDLY = 10.0
 """... by this many times the accuracy that was asked for."""
 _SMALL = 256
-"""Up to this size all rows are kept: they take no memory to speak of, and end in exact pairs."""
+"""Up to this size, and up to 4k + 12, all rows are kept: they take little memory, and end in exact
+pairs."""
 _LARGE = 1 << 12
 """From this size on, random vectors are nearly orthogonal to a few rows, and cost time to draw."""
 _COLUMNS = 1 << 16
@@ -141,7 +142,7 @@ class _Lanczos:
     ):
         self.matmat, self.size, self.k = matmat, size, k
         self.max_products = max(max_products, k)  # without k products there are no k pairs
-        self.max_rows = size if size <= _SMALL else min(size, 2 * k + 6)
+        self.max_rows = size if size <= max(_SMALL, 4 * k + 12) else 2 * k + 6
         self.rows = _KrylovRows(k, self.max_rows, size, dtype, device)
         self.projected = torch.zeros(self.max_rows, self.max_rows, dtype=dtype, device=device)
         self.generator = torch.Generator(device=device).manual_seed(seed)
@@ -357,18 +358,17 @@ class _Lanczos:
         top = float(self.values[: self.k].sum())
         steps = self._search_length(accuracy)
         # A direction that rounding has begun to bring in hides in the pending rows: multiply them.
-        # So does what random rows behind an invariant subspace have found, to which a fresh row
-        # would be orthogonal: again, while they couple more than the rest of the spectrum can.
-        for _ in range(steps):
+        # Behind an invariant subspace they were random rows, and what remains of their products is
+        # the direction, to which a fresh row would be orthogonal: multiply that too.
+        for _ in range(2):
             self.extend(len(self.pending))
-            below = self.values[self.k :]
-            if self.coupling.size == 0 or np.abs(self.coupling).max() <= max(
-                accuracy, below[0] - below[-1] if len(below) else 0.0
-            ):
-                break
         self.make_room(2)
         if self.count < self.size:
             self.add_random_row()
+        if self.max_rows == self.size:  # a few pending rows can be most of what is left: all go on
+            for _ in range(steps):
+                self.extend(len(self.pending))
+            return float(self.values[: self.k].sum()) - top
         for _ in range(self._possible(steps)):
             if self.count == self.max_rows < self.size:
                 self.rayleigh_ritz()
@@ -450,9 +450,9 @@ def top_eigenpairs(
     where the maximum is over the spectrum of ``H``. Repeated eigenvalues come with their
     multiplicity, and negative, indefinite, zero and rank-deficient matrices are no exceptions.
 
-    Memory: at most ``2k + 6`` vectors (all P where P is at most 256), and five beside them while
-    a product is taken or expanded. All of it stays on ``device``; the k×k problems alone visit
-    the host.
+    Memory: at most ``2k + 6`` vectors (all P where P is at most 256 or 4k + 12), and five beside
+    them while a product is taken or expanded. All of it stays on ``device``; the k×k problems alone
+    visit the host.
 
     A third or later copy of an eigenvalue is searched for until overlooking it is less likely
     than 1 %, where there is a gap below ``λ_k``. Without one, what may be overlooked differs from
