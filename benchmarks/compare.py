@@ -8,7 +8,6 @@ function of your own model, loss, data and optimizers it is ``benchmarks.compare
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ import subspace_optim as so
 from benchmarks import report
 from benchmarks.data import DATASETS, DataUnavailableError, load
 from benchmarks.experiment import OPTIMIZERS, WARMUP, Settings, compare
+from benchmarks.files import replacing
 from benchmarks.losses import LOSSES
 from benchmarks.models import DEFAULT_MODEL, MODELS, build, default_lr
 from benchmarks.optimizers import DEFAULT, Recipe, recipes
@@ -161,10 +161,8 @@ class _Recorder:
         if len(result.rows) > self.written:
             report.write_history(result, path, only_last=self.written > 0)
             self.written = len(result.rows)
-        # Written beside and renamed: a kill leaves the old checkpoint or the new one.
-        partial = self.folder / "checkpoint.partial"
-        torch.save({"arguments": self.arguments, "state": experiment.state_dict()}, partial)
-        os.replace(partial, self.folder / "checkpoint.pt")  # noqa: PTH105 (atomic)
+        with replacing(self.folder / "checkpoint.pt") as partial:
+            torch.save({"arguments": self.arguments, "state": experiment.state_dict()}, partial)
 
 
 def _resume(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -90,6 +90,15 @@ def pooled(data: Dataset, factor: int) -> Dataset:
     return replace(data, x_train=x_train, x_test=smaller(data.x_test))
 
 
+def as_images(data: Dataset) -> Dataset:
+    """Returns flat images of one channel as ``(N, 1, side, side)``; others stay as they are."""
+    if data.x_train.dim() != 2:
+        return data
+    side = math.isqrt(data.x_train.shape[1])
+    x_test = None if data.x_test is None else data.x_test.unflatten(1, (1, side, side))
+    return replace(data, x_train=data.x_train.unflatten(1, (1, side, side)), x_test=x_test)
+
+
 def relabelled(data: Dataset, classes: Tensor) -> Dataset:
     """Returns the data with class ``c`` called ``classes[c]``, such as even and odd for digits."""
     classes = classes.to(data.y_train.device)

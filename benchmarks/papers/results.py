@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.files import replacing
 from benchmarks.papers.reproduction import Job, Paper, Raw, RawOfSeeds, Run, Scale
 
 _DIGITS = 6
@@ -38,7 +38,7 @@ class Record:
 
     paper: str
     run: str
-    scale: str
+    scale: Scale
     seed: int
     version: int
     size: dict[str, Any]
@@ -93,20 +93,16 @@ class Results:
         return hashlib.sha256(self.path(paper, run, scale, seed).read_bytes()).hexdigest()
 
     def write(self, record: Record) -> Path:
-        """Writes beside and renames: a kill leaves the file that was there, or this one."""
-        path = self.path(record.paper, record.run, record.scale, record.seed)  # type: ignore[arg-type]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        """Writes the raw file: a kill leaves that which was there, or this one."""
+        path = self.path(record.paper, record.run, record.scale, record.seed)
         fields = _plain(asdict(record))
         # A line for each field and each part of the figures: a change is a change of few lines.
-        fields["raw"] = {}
-        lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in fields.items()]
-        parts = _plain(record.raw).items()
+        parts = fields.pop("raw").items()
         raw = ",\n".join(f"  {json.dumps(key)}: {_compact(value)}" for key, value in parts)
-        lines[-1] = f'"raw": {{\n{raw}\n}}'
-        text = "{\n" + ",\n".join(lines) + "\n}"
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)  # noqa: PTH105 (atomic)
+        lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in fields.items()]
+        text = "{\n" + ",\n".join([*lines, f'"raw": {{\n{raw}\n}}']) + "\n}"
+        with replacing(path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
         return path
 
 

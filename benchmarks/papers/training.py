@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.experiment import minibatch
+from benchmarks.files import replacing
 from benchmarks.optimizers import takes_closure
 from benchmarks.papers.reproduction import Job
 from subspace_optim.curvature.isolation import seeded
@@ -164,8 +164,6 @@ def _step(
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes beside and renames: a kill leaves the state before, or this one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)  # noqa: PTH105 (atomic)
+    """Writes a state: a kill leaves the one before, or this one."""
+    with replacing(path) as partial:
+        torch.save(state, partial)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.data import DataUnavailableError
+from benchmarks.files import replacing
 from benchmarks.speed import (
     apply,
     cold,
@@ -105,13 +105,11 @@ class Results:
         }
 
     def write(self) -> None:
-        """Writes beside and renames: a kill leaves the file before this section, or after it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Writes the file whole: a kill leaves that before this section, or after it."""
         # JSON has no word for NaN and infinities: they become null.
         plain = json.loads(json.dumps(self.data), parse_constant=lambda _: None)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)  # noqa: PTH105 (atomic)
+        with replacing(self.path) as partial:
+            partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

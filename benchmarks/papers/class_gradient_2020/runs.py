@@ -15,7 +15,7 @@ import subspace_optim as so
 from benchmarks.experiment import minibatch
 from benchmarks.losses import accuracy, cross_entropy
 from benchmarks.papers.networks import made, resnet9
-from benchmarks.papers.problems import pooled, real
+from benchmarks.papers.problems import as_images, pooled, real
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Row, train
 from subspace_optim.curvature.isolation import in_mode
@@ -72,11 +72,8 @@ def images(job: Job, data: str, examples: int, validation: int, pool: int = 1) -
         validation: images that are not trained on.
         pool: factor by which height and width are divided.
     """
-    whole = pooled(real(data, job, examples + validation), pool)
+    whole = as_images(pooled(real(data, job, examples + validation), pool))
     x = whole.x_train
-    if x.dim() == 2:
-        side = round(x.shape[1] ** 0.5)
-        x = x.unflatten(1, (1, side, side))
     order = torch.randperm(len(x), generator=job.generator()).to(x.device)
     valid, rest = order[:validation], order[validation:]
     y = whole.y_train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -63,13 +62,7 @@ def build(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
 
 def images(job: Job, data: str, examples: int, test: int, factor: int = 1) -> Dataset:
     """Returns a part of a data set, each image ``(channels, side, side)``, pooled by a factor."""
-    part = problems.real(data, job, examples, test)
-    if part.x_train.dim() == 2:
-        side = math.isqrt(part.x_train.shape[1])
-        x_test = None if part.x_test is None else part.x_test.unflatten(1, (1, side, side))
-        x_train = part.x_train.unflatten(1, (1, side, side))
-        part = replace(part, x_train=x_train, x_test=x_test)
-    return problems.pooled(part, factor)
+    return problems.pooled(problems.as_images(problems.real(data, job, examples, test)), factor)
 
 
 def first_classes(data: Dataset, count: int) -> Dataset:

@@ -6,9 +6,7 @@ Spectra of up to 6,000 eigenvalues are exact, as in the paper. All losses are cr
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -20,7 +18,7 @@ import subspace_optim as so
 from benchmarks.data import Dataset
 from benchmarks.losses import accuracy, cross_entropy
 from benchmarks.papers.networks import fully_connected, made
-from benchmarks.papers.problems import blobs, pooled, real
+from benchmarks.papers.problems import as_images, blobs, pooled, real
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Row, train
 
@@ -51,13 +49,6 @@ def convnet(side: int, channels: int, widths: Sequence[int], dense: Sequence[int
         layers += [nn.Conv2d(channels, width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
         channels, side = width, side // 2
     return nn.Sequential(*layers, fully_connected((channels * side * side, *dense, 10)))
-
-
-def images(data: Dataset) -> Dataset:
-    """Returns flat images of one channel as ``(N, 1, side, side)``."""
-    side = math.isqrt(data.x_train.shape[1])
-    x_test = None if data.x_test is None else data.x_test.unflatten(1, (1, side, side))
-    return replace(data, x_train=data.x_train.unflatten(1, (1, side, side)), x_test=x_test)
 
 
 def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
@@ -332,7 +323,7 @@ def batches(
     Returns:
         A row for each batch size, the large first.
     """
-    part = images(pooled(real(data, job, examples), pool))
+    part = as_images(pooled(real(data, job, examples), pool))
     xy = (part.x_train, part.y_train)
     networks: list[Row] = []
     for size in (large, small):
@@ -395,7 +386,7 @@ def phases(
     """
     part = pooled(real(data, job, examples, test), pool)
     if part.x_train.dim() == 2:
-        part = images(part)
+        part = as_images(part)
     channels, side = part.x_train.shape[1], part.x_train.shape[-1]
     model = made(job, partial(convnet, side, channels, widths, dense))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)

@@ -32,7 +32,8 @@ _TRAINED: Final = 1e-3
 """Relative decrease of the loss below which SGD did not train, and shares of it mean nothing."""
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    """The mean of the finite values; NaN without any."""
     finite = [value for value in values if math.isfinite(value)]
     return statistics.fmean(finite) if finite else math.nan
 
@@ -66,7 +67,7 @@ def rank_gap(raw: Raw) -> float:
 
 def alignment_of_sgd(raw: Raw) -> float:
     """Mean χ_k of the gradient along SGD after the switch."""
-    return _mean(raw["phases"]["SGD"]["chi_gradient"])
+    return mean(raw["phases"]["SGD"]["chi_gradient"])
 
 
 def achieved(branch: str) -> Callable[[Raw], float]:
@@ -78,7 +79,7 @@ def achieved(branch: str) -> Callable[[Raw], float]:
 
     def share(raw: Raw) -> float:
         start = raw["switch_loss"]
-        ends = {name: _mean(_last(raw["phases"][name]["loss"], 4)) for name in (branch, "SGD")}
+        ends = {name: mean(_last(raw["phases"][name]["loss"], 4)) for name in (branch, "SGD")}
         trained = start - ends["SGD"]
         if not alignment_of_sgd(raw) >= _NEAR_1 or trained < _TRAINED * start:
             return math.nan
@@ -147,7 +148,7 @@ def sharpness_at_edge(threshold: str) -> Callable[[Raw], float]:
 
 def alignment_at_edge(name: str, column: str) -> Callable[[Raw], float]:
     """Mean χ_k of a column over the branch that goes on as before."""
-    return lambda raw: _mean(raw[name][column])
+    return lambda raw: mean(raw[name][column])
 
 
 def achieved_at_edge(branch: str, plain: str) -> Callable[[Raw], float]:
@@ -295,7 +296,7 @@ CLAIMS: Final = (
         "appendix G.1, Figure 18",
         "mean χ_k of the gradient over the second half of GD",
         _GD,
-        lambda raw: _mean(_second_half(raw["chi_gradient"])),
+        lambda raw: mean(_second_half(raw["chi_gradient"])),
         at_most=_NEAR_0,
     ),
     Claim(
@@ -313,7 +314,7 @@ CLAIMS: Final = (
         "Phenomenon 3, Figure 4",
         "mean χ_10 over the second half after the switch",
         ("switching",),
-        lambda raw: _mean(_second_half(_after_switch(raw, "SGD to GD"))),
+        lambda raw: mean(_second_half(_after_switch(raw, "SGD to GD"))),
         at_most=_NEAR_0,
     ),
     Claim(
@@ -322,7 +323,7 @@ CLAIMS: Final = (
         "Phenomenon 3, Figure 5",
         "mean χ_10 over the second half after the switch",
         ("switching",),
-        lambda raw: _mean(_second_half(_after_switch(raw, "GD to SGD"))),
+        lambda raw: mean(_second_half(_after_switch(raw, "GD to SGD"))),
         at_least=_NEAR_1,
     ),
     Claim(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
+from benchmarks.papers.song_2024.claims import mean
 from benchmarks.papers.song_2024.runs import OPTIMIZERS
 from subspace_optim.diagnostics.plots.style import THEMES, key, label_powers, paint, panels_of, say
 
@@ -334,10 +334,10 @@ def table_of_rates(
     rows = [head]
     found = list(raws.get(run, {}).values())
     for name in OPTIMIZERS:
-        means = [_mean(raw[name][f"mean_{rate}"] for raw in found) for rate in _RATES]
-        stds = [_mean(raw[name][f"std_{rate}"] for raw in found) for rate in _RATES]
+        means = [mean(raw[name][f"mean_{rate}"] for raw in found) for rate in _RATES]
+        stds = [mean(raw[name][f"std_{rate}"] for raw in found) for rate in _RATES]
         row = [name, *(f"{m:.4f} ({s:.4f})" for m, s in zip(means, stds, strict=True))]
-        row.append(f"{math.exp(_mean(raw[name]['mean_log_loss'] for raw in found)):.3g}")
+        row.append(f"{math.exp(mean(raw[name]['mean_log_loss'] for raw in found)):.3g}")
         if papers:
             row += [f"{value:.4f}" for value in papers[name]]
             row += [f"{m / value:.2f}" for m, value in zip(means, papers[name], strict=True)]
@@ -346,11 +346,6 @@ def table_of_rates(
 
 
 _RATES: Final = ("dom_lr", "bulk_lr")
-
-
-def _mean(values: Any) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return statistics.fmean(finite) if finite else math.nan
 
 
 # --- the exhibits ------------------------------------------------------------------------------
