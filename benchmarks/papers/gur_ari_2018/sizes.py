@@ -61,8 +61,8 @@ _RESNET: Final[dict[str, Any]] = _CONVNET | {
     "steps": 600,
     "every": 50,
 }
-_WHOLE: Final = {"examples": 60_000, "test": 10_000}
-_WHOLE_CIFAR: Final = {"examples": 50_000, "test": 10_000, "factor": 1}
+_WHOLE: Final = {"data": "mnist", "examples": 60_000, "test": 10_000}
+_WHOLE_CIFAR: Final = {"data": "cifar10", "examples": 50_000, "test": 10_000, "factor": 1}
 
 
 def _row(case: str) -> Run:
@@ -82,7 +82,7 @@ def _row(case: str) -> Run:
         at = (0, 100, 300, 700, 1500, 3000) if of.adam else ()
         small |= {"data": "cifar10-5k", "width": 16, "factor": 2, "f_top_at": at}
         small |= {"examples": 3000, "test": 1000}
-        paper |= {"data": "cifar10-5k", "width": 32, "f_top_at": at} | _WHOLE_CIFAR
+        paper |= {"width": 32, "f_top_at": at} | _WHOLE_CIFAR
     words = " ".join(part for part in (of.dataset, of.network, of.comment) if part)
     return Run(case, f"{words}: the overlap of g and Hg", table_row, small, paper)
 
@@ -90,7 +90,7 @@ def _row(case: str) -> Run:
 def _spectrum(name: str, labels: str, what: str, *, examples: int = 5000, epochs: int = 40) -> Run:
     small = {"labels": labels, "data": "mnist-5k", "factor": 4, "width": 32}
     small |= {"examples": examples, "epochs": epochs}
-    paper = small | {"factor": 1, "examples": 60_000}
+    paper = small | {"data": "mnist", "factor": 1, "examples": 60_000}
     return Run(name, f"the whole spectrum of a small network: {what}", spectrum, small, paper)
 
 
@@ -186,6 +186,7 @@ RUNS: Final = (
             "warmup": 200,
             "steps": 20,
         },
+        data="mnist",
         factor=1,
         examples=60_000,
     ),

@@ -78,6 +78,7 @@ RUNS: Final = (
         _PHASES,
         _PHASES
         | {
+            "data": "cifar10",
             "pool": 1,
             "examples": 50_000,
             "test": 10_000,
