@@ -206,11 +206,9 @@ def spectrum_edges(
         largest = solve(1, k).basis
         with warnings.catch_warnings():  # of pairs that are not returned
             warnings.simplefilter("ignore", ConvergenceWarning)
-            mirrored = solve(-1, min(k + _SPARE, operator.size)).basis
+            mirrored = solve(-1, min(k + _SPARE, operator.size)).basis.first(k)
     smallest = EigenBasis(
-        -mirrored.eigenvalues[:k].flip(0),
-        mirrored.vectors[:k].flip(0),
-        mirrored.residuals[:k].flip(0),
+        -mirrored.eigenvalues.flip(0), mirrored.vectors.flip(0), mirrored.residuals.flip(0)
     )
     scale = max(largest.largest, smallest.largest)
     reached = float(smallest.residuals.max()) / scale if scale else 0.0

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from subspace_optim._validation import ArgumentError
+from subspace_optim._validation import ArgumentError, check_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +66,14 @@ class EigenBasis:
     def largest(self) -> float:
         """``max|λ_i|``; 0 without any."""
         return float(self.eigenvalues.abs().max()) if self.k else 0.0
+
+    def first(self, k: int) -> EigenBasis:
+        """Returns the first ``k`` pairs, those of the largest eigenvalues: views, not copies.
+
+        A ``k`` that is not from 0 to the basis's own raises ``ArgumentError``.
+        """
+        k = check_integer("k", k, minimum=0, maximum=self.k)
+        return EigenBasis(self.eigenvalues[:k], self.vectors[:k], self.residuals[:k])
 
     def coefficients(self, v: Tensor) -> Tensor:
         """Returns ``⟨u_i, v⟩``: ``(k,)`` for ``v`` of shape ``(P,)``, ``(j, k)`` for ``(j, P)``."""

@@ -52,6 +52,30 @@ def test_projection_onto_axes_keeps_those_coordinates_and_no_others():
     assert basis.project_out(v).tolist() == [0, 2, 0, 4]
 
 
+@given(size=st.integers(1, 8), data=st.data(), seed=st.integers(0, 99))
+def test_the_first_pairs_are_those_of_the_largest_eigenvalues(size, data, seed):
+    whole = data.draw(st.integers(1, size))
+    kept = data.draw(st.integers(0, whole))
+    basis = random_basis(whole, size, torch.float64, seed)
+    basis = dataclasses.replace(basis, residuals=torch.arange(whole, dtype=torch.float64))
+    part = basis.first(kept)
+    assert part.k == kept
+    for name in ("eigenvalues", "vectors", "residuals"):
+        ours, theirs = getattr(part, name), getattr(basis, name)
+        assert torch.equal(ours, theirs[:kept])
+        assert ours.untyped_storage().data_ptr() == theirs.untyped_storage().data_ptr()
+    v = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    expected = v @ projector(basis.vectors[:kept])
+    torch.testing.assert_close(part.project(v), expected, rtol=0, atol=1e-14)
+    assert not kept or part.eigenvalues.min() >= basis.eigenvalues[kept - 1 :].max()
+
+
+@pytest.mark.parametrize("k", [-1, 4, 1.0, True, None])
+def test_a_basis_has_no_other_number_of_first_pairs(k):
+    with pytest.raises(ArgumentError, match=rf"k is {k}, but must be an integer from 0 to 3"):
+        random_basis(3, 5, torch.float32).first(k)
+
+
 def test_shape_dtype_and_device_are_those_of_the_vectors():
     basis = random_basis(2, 5, torch.float64)
     assert (basis.k, basis.size, basis.dtype) == (2, 5, torch.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
@@ -21,25 +20,15 @@ from benchmarks.papers.class_gradient_2020.claims import (
     mean_cosine_between,
 )
 from benchmarks.papers.class_gradient_2020.runs import UNDAMPED
+from benchmarks.papers.drawing import LOOK, finished, grid, in_turn, line, mark, over_seeds
 from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
 from subspace_optim.diagnostics import plots
-from subspace_optim.diagnostics.plots.style import (
-    LABEL,
-    LINES,
-    THEMES,
-    key,
-    label_powers,
-    paint,
-    panels_of,
-    say,
-)
 
-_LOOK: Final = THEMES["light"]
 _STYLES: Final = {
-    "sgd": ("SGD", _LOOK.ink, "solid"),
-    "printed": ("quasi-Newton as printed", _LOOK.bulk, "dashed"),
-    "orthogonal": ("with orthogonal vectors", _LOOK.dominant, "dotted"),
-    "damped": ("damped", _LOOK.third, "dash-dotted"),
+    "sgd": ("SGD", LOOK.ink, "-"),
+    "printed": ("quasi-Newton as printed", LOOK.bulk, "--"),
+    "orthogonal": ("with orthogonal vectors", LOOK.dominant, ":"),
+    "damped": ("damped", LOOK.third, "-."),
 }
 _RATES: Final = ("resnet9", "resnet9-orthogonal", "resnet9-damped")
 _BATCHES: Final = ("batch-sizes", "batch-sizes-orthogonal", "batch-sizes-damped")
@@ -66,25 +55,9 @@ def curves(raws: RawOfSeeds, runs: Iterable[str]) -> dict[str, dict[str, dict[in
     return found
 
 
-def finished(raws: RawOfSeeds) -> dict[int, Raw]:
+def measured(raws: RawOfSeeds) -> dict[int, Raw]:
     """Returns the runs of class gradients that did not diverge, by their seeds."""
     return {seed: raw for seed, raw in raws["class-gradients"].items() if not raw["diverged"]}
-
-
-def over_seeds(values: Iterable[float], digits: int = 3) -> str:
-    """Returns the mean of the seeds, with the smallest and the largest, as a text."""
-    found = [float(value) for value in values]
-    if not found:
-        return "–"
-    mean = sum(found) / len(found)  # NaN, and no warning, for infinities of both signs
-    if math.isnan(mean) or len(found) == 1:
-        return f"{mean:.{digits}g}"
-    return f"{mean:.{digits}g} ({min(found):.{digits}g} to {max(found):.{digits}g})"
-
-
-def strength(seed: int) -> dict[str, Any]:
-    """Returns the style of a line: seed 0 is strong, the others are thin."""
-    return {"linewidth": 1.6, "alpha": 1.0} if seed == 0 else {"linewidth": 0.7, "alpha": 0.5}
 
 
 # --- figures 1 and 2 -----------------------------------------------------------------------------
@@ -95,13 +68,13 @@ def draw_rates(raws: RawOfSeeds) -> Figure:
     found = curves(raws, _RATES)
     epoch = next((raw["epoch"] for name in _RATES for raw in raws[name].values()), 1)
     rates = sorted(found, key=float, reverse=True)
-    columns = max(1, len(rates))
-    panels = panels_of(None, _LOOK, (3.3 * columns, 5.2), 2, columns)
-    for rate, above, below in zip(rates, panels, panels[columns:], strict=False):
-        _losses(above, found[rate], epoch, ("", "validation loss"))
-        above.set_title(f"η = {rate}", fontsize=LABEL, loc="right")
+    titles = [f"η = {rate}" for rate in rates] or [""]
+    panels = grid(titles + [""] * len(titles), len(titles), width=3.3, height=2.6)
+    for rate, above, below in zip(rates, panels, panels[len(rates) :], strict=False):
+        _losses(above, found[rate], epoch)
         _lines(below, found[rate], "accuracy", epoch)
-        paint(below, _LOOK, "epoch", "validation accuracy")
+        above.set(ylabel="validation loss")
+        below.set(xlabel="epoch", ylabel="validation accuracy")
     return _keyed(panels)
 
 
@@ -110,12 +83,11 @@ def draw_batches(raws: RawOfSeeds) -> Figure:
     found = curves(raws, _BATCHES)
     examples = next((raw["examples"] for name in _BATCHES for raw in raws[name].values()), 0)
     sizes = sorted(found, key=int)
-    columns = max(1, len(sizes))
-    panels = panels_of(None, _LOOK, (3.3 * columns, 3.2), 1, columns)
+    full = {size: ", the full batch" if int(size) == examples else "" for size in sizes}
+    panels = grid([f"batches of {size}{full[size]}" for size in sizes] or [""], width=3.3)
     for panel, size in zip(panels, sizes, strict=False):
-        full = ", the full batch" if int(size) == examples else ""
-        _losses(panel, found[size], 1, ("step", "validation loss"))
-        panel.set_title(f"batches of {size}{full}", fontsize=LABEL, loc="right")
+        _losses(panel, found[size], 1)
+        panel.set(xlabel="step", ylabel="validation loss")
     return _keyed(panels)
 
 
@@ -129,47 +101,37 @@ def _lines(
     """
     drawn: list[tuple[Line2D, bool]] = []
     for method, of_seeds in found.items():
-        label, colour, line = _STYLES[method]
-        for number, (seed, curve) in enumerate(sorted(of_seeds.items())):
+        label, colour, dashes = _STYLES[method]
+        for curve, first in in_turn(of_seeds):
             x = np.array(curve["step"], dtype=float) / unit
-            y = np.array(curve[column], dtype=float)
-            style: dict[str, Any] = strength(seed) | {"color": colour}
-            style["linestyle"] = LINES[line][0]
-            (drawn_line,) = panel.plot(x, y, label="_" if number else label, **style)
-            drawn.append((drawn_line, bool(curve["diverged"])))
+            one = line(panel, x, curve[column], first, label, color=colour, ls=dashes)
+            drawn.append((one, bool(curve["diverged"])))
     return drawn
 
 
-def _losses(
-    panel: Axes, found: Mapping[str, CurvesOfSeeds], unit: int, labels: tuple[str, str]
-) -> None:
+def _losses(panel: Axes, found: Mapping[str, CurvesOfSeeds], unit: int) -> None:
     """Draws losses up to a multiple of that at the start; a cross ends what diverged."""
     drawn = _lines(panel, found, "loss", unit)
-    series = [np.asarray(line.get_ydata(), dtype=float) for line, _ in drawn]
+    series = [np.asarray(one.get_ydata(), dtype=float) for one, _ in drawn]
     values = np.concatenate([y[np.isfinite(y)] for y in series])
-    paint(panel, _LOOK, *labels)
     if not len(values):
         return
     low, high = 0.8 * values.min(), _ROOM * max(np.nan_to_num(y[0]) for y in series)
-    for (line, diverged), y in zip(drawn, series, strict=True):
+    for (one, diverged), y in zip(drawn, series, strict=True):
         if diverged:  # where it leaves the panel, or ends in it
             lost = np.flatnonzero(~(y < high))
             end = lost[0] if len(lost) else -1
-            cross: dict[str, Any] = {"marker": "x", "color": line.get_color(), "clip_on": False}
-            panel.plot(np.asarray(line.get_xdata())[end], np.fmin(y[end], high), **cross)
-    panel.set_yscale("log")
-    panel.set_ylim(low, high)
-    label_powers(panel.yaxis, low, high)
+            cross: dict[str, Any] = {"marker": "x", "color": one.get_color(), "clip_on": False}
+            panel.plot(np.asarray(one.get_xdata())[end], np.fmin(y[end], high), **cross)
+    panel.set(yscale="log", ylim=(low, high))
 
 
 def _keyed(panels: list[Axes]) -> Figure:
-    """Returns the figure of the panels, with a key above the first, or saying that it is empty."""
-    figure = panels[0].figure.figure
+    """Returns the figure, with one key for all panels: four long names fit above none of them."""
     handles, labels = panels[0].get_legend_handles_labels()
+    figure = finished(panels, columns=0)
     if labels:
         figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
-    for panel in panels:
-        say(panel, _LOOK, "nothing measured")
     return figure
 
 
@@ -178,39 +140,31 @@ def _keyed(panels: list[Axes]) -> Figure:
 
 def draw_eigenvalues(raws: RawOfSeeds) -> Figure:
     """Draws the largest eigenvalues after training, and where C cuts them."""
-    (panel,) = panels_of(None, _LOOK, (5.6, 3.4))
-    for seed, raw in sorted(finished(raws).items()):
-        values = np.array(raw["eigenvalues"], dtype=float)
-        style: dict[str, Any] = strength(seed) | {"marker": "o", "markersize": 3}
-        panel.plot(np.arange(1, len(values) + 1), values, color=_LOOK.dominant, **style)
-        if seed == 0:
-            panel.axvline(raw["classes"] + 0.5, color=_LOOK.bulk, linestyle=LINES["dashed"][0])
-            panel.set_title("dashed: after the C-th", fontsize=LABEL, loc="right")
-    paint(panel, _LOOK, "number", r"eigenvalue $\lambda_i$")
-    say(panel, _LOOK, "nothing measured")
-    return panel.figure.figure
+    (panel,) = grid(["dashed: after the C-th"], width=5.6, height=3.4)
+    for raw, first in in_turn(measured(raws)):
+        values = raw["eigenvalues"]
+        number = range(1, len(values) + 1)
+        line(panel, number, values, first, color=LOOK.dominant, marker="o", ms=3)
+        mark(panel, raw["classes"] + 0.5)
+    panel.set(xlabel="number", ylabel=r"eigenvalue $\lambda_i$")
+    return finished([panel])
 
 
 def draw_intersection(raws: RawOfSeeds) -> Figure:
     """Draws ranks along the training by tolerance, and the cosines of the last minibatch."""
-    found = finished(raws)
-    left, right = panels_of(None, _LOOK, (9.2, 4.2), 1, 2)
-    colours = (_LOOK.ink, _LOOK.dominant, _LOOK.bulk, _LOOK.third)
-    for number, (seed, raw) in enumerate(sorted(found.items())):
-        rows = zip(raw["tolerances"], raw["ranks"], colours, LINES.values(), strict=False)
-        for tolerance, ranks, colour, (dashes, _) in rows:
-            style: dict[str, Any] = strength(seed) | {"color": colour, "linestyle": dashes}
-            label = "_" if number else f"sine above {tolerance:.2g}"
-            left.plot(raw["step"], ranks, label=label, **style)
-    if found:
-        seed, raw = min(found.items())
-        left.set_ylim(raw["classes"] - 0.5, 2 * raw["classes"] + 0.5)
-        plots.cosine_matrix(raw["cosines"], raw["assignment"], axes=right)
-    paint(left, _LOOK, "step", "rank of class gradients and eigenvectors")
-    key(left, _LOOK, columns=4)
-    for panel in (left, right):
-        say(panel, _LOOK, "nothing measured")
-    return left.figure.figure
+    ranks, cosines = grid(["", ""], width=4.6, height=4.2)
+    colours = (LOOK.ink, LOOK.dominant, LOOK.bulk, LOOK.third)
+    for raw, first in in_turn(measured(raws)):
+        rows = zip(raw["tolerances"], raw["ranks"], colours, ("-", "--", ":", "-."), strict=False)
+        for tolerance, of_tolerance, colour, dashes in rows:
+            label = f"sine above {tolerance:.2g}"
+            line(ranks, raw["step"], of_tolerance, first, label, color=colour, ls=dashes)
+        if first:
+            ranks.set_ylim(raw["classes"] - 0.5, 2 * raw["classes"] + 0.5)
+            plots.cosine_matrix(raw["cosines"], raw["assignment"], axes=cosines)
+    ranks.set(xlabel="step", ylabel="rank of class gradients and eigenvectors")
+    # A matrix has the look of the house already.
+    return finished([ranks] if cosines.has_data() else [ranks, cosines], columns=2)
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -280,7 +234,7 @@ def table_batches(raws: RawOfSeeds) -> Rows:
 
 def table_intersection(raws: RawOfSeeds) -> Rows:
     """Returns the similarity of class gradients and top eigenvectors, the paper's and ours."""
-    found = list(finished(raws).values())
+    found = list(measured(raws).values())
     return [
         ["quantity", "paper", "ours"],
         ["training loss", "–", over_seeds(raw["loss"] for raw in found)],
@@ -324,7 +278,7 @@ def _late_ranks(found: list[Raw]) -> Iterator[list[str]]:
 
 def table_assumptions(raws: RawOfSeeds) -> Rows:
     """Returns what the method assumes, and what was measured."""
-    found = list(finished(raws).values())
+    found = list(measured(raws).values())
     return [
         ["assumption", "as assumed", "measured"],
         ["mean |cosine| of two class gradients", "0", over_seeds(map(mean_cosine_between, found))],

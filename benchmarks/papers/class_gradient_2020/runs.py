@@ -369,7 +369,7 @@ def measure_class_gradients(
     if diverged:
         return {"diverged": True}
     solved = so.DominantSubspace(hessian, eigenvalues, refresh=1, tol=tol, seed=job.seed).update()
-    basis = first(solved, found.classes)
+    basis = solved.first(found.classes)
     of_minibatches = [so.diagnostics.class_gradient_cosines(v, basis) for v in kept.vectors]
     of_all = class_gradients(model, found.classes, found.x, found.y).vectors
     last = of_minibatches[-1]
@@ -412,11 +412,6 @@ def measure_class_gradients(
 def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     with in_mode(model, "eval"):
         return accuracy(model(x), y)
-
-
-def first(basis: so.EigenBasis, k: int) -> so.EigenBasis:
-    """Returns the first k pairs of a basis."""
-    return so.EigenBasis(basis.eigenvalues[:k], basis.vectors[:k], basis.residuals[:k])
 
 
 def span(vectors: Tensor) -> so.EigenBasis:

@@ -116,12 +116,6 @@ def top_of(operator: so.CurvatureOperator, k: int, tol: float, seed: int = 0) ->
     return so.DominantSubspace(operator, k, refresh=1, tol=tol, seed=seed).update()
 
 
-def part_of(basis: so.EigenBasis, start: int, stop: int) -> so.EigenBasis:
-    """Returns the pairs from ``start`` to before ``stop``."""
-    rows = slice(start, stop)
-    return so.EigenBasis(basis.eigenvalues[rows], basis.vectors[rows], basis.residuals[rows])
-
-
 def mean_overlap(operator: so.CurvatureOperator, vectors: Tensor) -> float:
     """Returns the mean overlap of the rows of ``vectors`` with their products."""
     with operator.frozen():

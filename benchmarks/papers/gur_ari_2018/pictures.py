@@ -1,18 +1,18 @@
-"""The figures and tables of `gur_ari_2018`, from the raw figures."""
+"""The paper's figures and tables, from the raw figures."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.papers.drawing import LOOK, finished, first_of, grid, in_turn, line, mark, shade
 from benchmarks.papers.gur_ari_2018.claims import (
     NETWORKS,
     VARIANTS,
@@ -25,9 +25,7 @@ from benchmarks.papers.gur_ari_2018.claims import (
 )
 from benchmarks.papers.gur_ari_2018.runs import CASES
 from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
-from subspace_optim.diagnostics.plots.style import THEMES, key, label_powers, paint, panels_of, say
 
-_LOOK: Final = THEMES["light"]
 _TITLES: Final = {
     "fc": "FC, MNIST",
     "convnet": "ConvNet, CIFAR-10",
@@ -44,70 +42,19 @@ _TITLES: Final = {
     "spectrum-parity": "even and odd",
     "spectrum-five": "digits 0 to 4",
 }
+_F_TOP: Final = r"$f_{\mathrm{top}}$"
 _PARTS: Final = ("first hidden layer", "second hidden layer", "top weights", "top biases")
-_COLOURS: Final = (_LOOK.dominant, _LOOK.bulk, _LOOK.third, _LOOK.fourth)
+_COLOURS: Final = (LOOK.dominant, LOOK.bulk, LOOK.third, LOOK.fourth)
 
 
-# --- what the pictures share -------------------------------------------------------------------
-
-
-def _panels(
-    titles: Sequence[str], columns: int, width: float = 3.4, key_rows: int = 1
-) -> list[Axes]:
-    """Panels with titles above their keys, row by row; places that are left over stay empty."""
-    rows = -(-len(titles) // columns)
-    panels = panels_of(None, _LOOK, (width * columns, 2.8 * rows), rows, columns)
-    for axes, title in zip(panels, titles, strict=False):
-        axes.set_title(title, fontsize=9, color=_LOOK.ink, pad=6 + 13 * key_rows)
-    for axes in panels[len(titles) :]:
-        axes.set_visible(False)
-    return panels[: len(titles)]
-
-
-def _done(axes: Axes, xlabel: str, ylabel: str, columns: int = 3) -> None:
-    paint(axes, _LOOK, xlabel, ylabel)
-    if axes.get_yscale() == "log" and axes.has_data():
-        label_powers(axes.yaxis, *axes.get_ylim())
-    key(axes, _LOOK, columns)
-    say(axes, _LOOK, "not measured")
-
-
-def _of_seeds(raws: RawOfSeeds, run: str) -> Iterator[tuple[Raw, dict[str, Any]]]:
-    """Each seed's figures and the look of its lines: the first seed comes last, and strongly."""
-    seeds = raws.get(run, {})
-    for seed in sorted(seeds, reverse=True):
-        strong = seed == min(seeds)
-        yield seeds[seed], {"lw": 1.5 if strong else 0.6, "alpha": 1.0 if strong else 0.5}
-
-
-def _line(
-    axes: Axes, x: Sequence[float], y: Any, style: dict[str, Any], label: str, **more: Any
-) -> None:
-    """Draws a line, which has a name in the key if it is that of the first seed."""
-    strong = style["alpha"] == 1.0
-    values = np.array(y, dtype=float)
-    axes.plot(x, values, label=label if strong else "_", **style, **more)
-
-
-def _first(raws: RawOfSeeds, run: str) -> Raw | None:
-    """The figures of the first seed that there is."""
-    seeds = raws.get(run, {})
-    return seeds[min(seeds)] if seeds else None
-
-
-def _mean(raws: RawOfSeeds, run: str, measure: Callable[[Raw], float]) -> float:
+def _mean(of_seeds: Mapping[int, Raw], measure: Callable[[Raw], float]) -> float:
     """The mean over the seeds; NaN without any."""
-    values = [measure(raw) for raw in raws.get(run, {}).values()]
+    values = [measure(raw) for raw in of_seeds.values()]
     return statistics.fmean(values) if values else math.nan
 
 
 def _text(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
-
-
-def _shade(number: int, count: int) -> Any:
-    """A colour for one of several that have an order."""
-    return colormaps["viridis"](0.9 * number / max(count - 1, 1))
 
 
 # --- Figures 1 to 3, 9 and 10 ------------------------------------------------------------------
@@ -116,20 +63,18 @@ def _shade(number: int, count: int) -> Any:
 def early_training(raws: RawOfSeeds) -> Figure:
     """Figure 1: f_top above, loss and accuracy below."""
     titles = [_TITLES[run] for run in NETWORKS] + [""] * len(NETWORKS)
-    panels = _panels(titles, len(NETWORKS))
+    panels = grid(titles, len(NETWORKS))
     for above, below, run in zip(panels, panels[len(NETWORKS) :], NETWORKS, strict=False):
-        for raw, style in _of_seeds(raws, run):
+        for raw, first in in_turn(raws[run]):
             last = raw["saved"][-1]
             shown = [i for i, step in enumerate(raw["at"]) if step <= last]
             steps = [raw["at"][i] for i in shown]
-            _line(above, raw["saved"], raw["f_top"], style, "f_top", color=_LOOK.dominant)
-            for name, colour in (("loss", _LOOK.ink), ("accuracy", _LOOK.third)):
-                _line(below, steps, [raw[name][i] for i in shown], style, name, color=colour)
-        above.set_ylim(0, 1.02)
-        below.set_ylim(bottom=0)
-        _done(above, "step", r"$f_{\mathrm{top}}$")
-        _done(below, "step", "training loss, accuracy")
-    return panels[0].figure.figure
+            line(above, raw["saved"], raw["f_top"], first, color=LOOK.dominant)
+            for name, colour in (("loss", LOOK.ink), ("accuracy", LOOK.third)):
+                line(below, steps, [raw[name][i] for i in shown], first, name, color=colour)
+        above.set(ylim=(0, 1.02), xlabel="step", ylabel=_F_TOP)
+        below.set(ylim=(0, None), xlabel="step", ylabel="training loss, accuracy")
+    return finished(panels)
 
 
 def _starts(raw: Raw) -> list[int]:
@@ -143,68 +88,65 @@ def _from_each_start(axes: Axes, raw: Raw, matrix: list[list[float]]) -> None:
     saved = raw["saved"]
     for i in _starts(raw):
         after = [step - saved[i] for step in saved[i:]]
-        look = {"color": _shade(i, len(saved) - 1), "lw": 1.3, "marker": "o", "ms": 2.5}
-        axes.plot(after, matrix[i][i:], label=f"{saved[i]}", **look)
+        look = {"color": shade(i, len(saved) - 1), "marker": "o", "ms": 2.5}
+        line(axes, after, matrix[i][i:], True, f"{saved[i]}", **look)
 
 
-def _finish_overlaps(axes: Axes) -> None:
-    axes.set_ylim(0, 1.02)
-    _done(axes, r"$t_2 - t_1$", r"overlap, by $t_1$")
+def _label_overlaps(panels: Sequence[Axes]) -> None:
+    for axes in panels:
+        axes.set(ylim=(0, 1.02), xlabel=r"$t_2 - t_1$", ylabel=r"overlap, by $t_1$")
 
 
 def top_and_next(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
     """Figure 2: how long the top k and the next k subspaces last, for the first seed."""
     titles = [f"{_TITLES[run]}: {which} k" for run in runs for which in ("top", "next")]
-    panels = _panels(titles, 2, width=4.4, key_rows=2)
+    panels = grid(titles, 2, width=4.4)
     for number, run in enumerate(runs):
-        raw = _first(raws, run)
-        top, following = panels[2 * number : 2 * number + 2]
+        raw = first_of(raws[run])
         if raw is not None:
-            _from_each_start(top, raw, raw["preserved"][str(raw["k"])])
-            _from_each_start(following, raw, raw["next"])
-        _finish_overlaps(top)
-        _finish_overlaps(following)
-    return panels[0].figure.figure
+            _from_each_start(panels[2 * number], raw, raw["preserved"][str(raw["k"])])
+            _from_each_start(panels[2 * number + 1], raw, raw["next"])
+    _label_overlaps(panels)
+    return finished(panels)
 
 
 def each_dimension(raws: RawOfSeeds, run: str) -> Figure:
     """Figures 9 and 10: how long top subspaces of several dimensions last, for the first seed."""
-    raw = _first(raws, run)
+    raw = first_of(raws[run])
     dimensions = [2, 5, 9, 11, 15, 20] if raw is None else [int(d) for d in raw["preserved"]]
     if raw is not None:
         dimensions = [d for d in dimensions if d != raw["k"]]
-    panels = _panels([f"top {d} subspace" for d in dimensions], 3, width=3.8, key_rows=2)
+    panels = grid([f"top {d} subspace" for d in dimensions], 3, width=3.8)
     for axes, d in zip(panels, dimensions, strict=True):
         if raw is not None:
             _from_each_start(axes, raw, raw["preserved"][str(d)])
-        _finish_overlaps(axes)
-    return panels[0].figure.figure
+    _label_overlaps(panels)
+    return finished(panels)
 
 
 def dimension(raws: RawOfSeeds) -> Figure:
     """Figure 3: the mean overlap with later subspaces against the dimension, by start."""
     runs = ("fc", "resnet")
-    panels = _panels([_TITLES[run] for run in runs], 2, width=4.4, key_rows=2)
+    panels = grid([_TITLES[run] for run in runs], width=4.4)
     for axes, run in zip(panels, runs, strict=True):
-        for raw, style in _of_seeds(raws, run):
+        for raw, first in in_turn(raws[run]):
             for i in _starts(raw):
                 means = by_dimension(raw, i)
                 label = f"{raw['saved'][i]}"
-                colour = _shade(i, len(raw["saved"]) - 1)
-                _line(axes, list(means), list(means.values()), style, label, color=colour)
-            axes.axvline(raw["k"], color=_LOOK.faint, lw=0.6, ls=":")
-        axes.set_ylim(0, 1.02)
-        _done(axes, "dimension", r"mean overlap, by $t_1$")
-    return panels[0].figure.figure
+                colour = shade(i, len(raw["saved"]) - 1)
+                line(axes, list(means), list(means.values()), first, label, color=colour)
+            mark(axes, raw["k"])
+        axes.set(ylim=(0, 1.02), xlabel="dimension", ylabel=r"mean overlap, by $t_1$")
+    return finished(panels)
 
 
 def table_of_dimensions(raws: RawOfSeeds) -> Rows:
     """Beside Figures 3, 9 and 10: means over all starts from step 100 on."""
     rows = [["run", "dimension", "mean overlap with later subspaces"]]
     for run in ("fc", "resnet"):
-        raw = _first(raws, run)
+        raw = first_of(raws[run])
         for d in [] if raw is None else raw["preserved"]:
-            mean = _mean(raws, run, lambda each, d=d: by_dimension(each)[int(d)])  # type: ignore[misc]
+            mean = _mean(raws[run], lambda each, d=d: by_dimension(each)[int(d)])  # type: ignore[misc]
             rows.append([_TITLES[run], d, _text(mean)])
     return rows
 
@@ -213,7 +155,7 @@ def table_of_repeats(raws: RawOfSeeds) -> Rows:
     """Beside Figure 2: how sharply the two subspaces are known at the end of training."""
     rows = [["run", "top k, solved twice", "next k, solved twice"]]
     for run in (*NETWORKS, "fc-five"):
-        parts = [_mean(raws, run, lambda raw, p=p: raw["repeat"][p]) for p in ("top", "next")]  # type: ignore[misc]
+        parts = [_mean(raws[run], lambda raw, p=p: raw["repeat"][p]) for p in ("top", "next")]  # type: ignore[misc]
         rows.append([_TITLES[run], *(_text(part, 3) for part in parts)])
     return rows
 
@@ -225,37 +167,37 @@ _SPECTRA: Final = ("spectrum", "spectrum-random", "spectrum-parity", "spectrum-f
 
 def spectra(raws: RawOfSeeds) -> Figure:
     """Figure 4: all eigenvalues as a histogram, and the largest in order."""
-    panels = _panels([_TITLES[run] for run in _SPECTRA] + [""] * 4, 4, width=3.0)
+    panels = grid([_TITLES[run] for run in _SPECTRA] + [""] * 4, 4, width=3.0)
     for histogram, scree, run in zip(panels, panels[4:], _SPECTRA, strict=False):
-        raw = _first(raws, run)
+        raw = first_of(raws[run])
         if raw is not None:
             low, high = raw["edges"]
             edges = np.linspace(low, high, len(raw["counts"]) + 1)
-            histogram.stairs(raw["counts"], edges, color=_LOOK.ink, lw=1.0)
+            histogram.stairs(raw["counts"], edges, color=LOOK.ink, lw=1.0)
             top = raw["eigenvalues"][: raw["k"]]
-            histogram.plot(top, [0.6] * len(top), "^", ms=4, color=_LOOK.dominant, label="top k")
+            histogram.plot(top, [0.6] * len(top), "^", ms=4, color=LOOK.dominant, label="top k")
             histogram.set_yscale("log")
-        for each, style in _of_seeds(raws, run):
+        for each, first in in_turn(raws[run]):
             values = np.array(each["eigenvalues"][: 3 * each["k"]], dtype=float)
-            order = list(range(1, len(values) + 1))
+            order = range(1, len(values) + 1)
             shown = np.where(values > 0, values, np.nan)
-            _line(scree, order, shown, style, r"$\lambda_i$", color=_LOOK.ink, marker="o", ms=2.5)
-            scree.axvline(each["k"] + 0.5, color=_LOOK.dominant, lw=0.8, ls="--")
+            line(scree, order, shown, first, color=LOOK.ink, marker="o", ms=2.5)
+            mark(scree, each["k"] + 0.5)
             scree.set_yscale("log")
-        _done(histogram, "eigenvalue", "number")
-        _done(scree, "i", r"$\lambda_i$, and where k ends")
-    return panels[0].figure.figure
+        histogram.set(xlabel="eigenvalue", ylabel="number")
+        scree.set(xlabel="i", ylabel=r"$\lambda_i$, and where k ends")
+    return finished(panels)
 
 
 def table_of_outliers(raws: RawOfSeeds) -> Rows:
     """Beside Figure 4: outliers of each seed."""
     rows = [["labels", "classes", "outliers, by seed", "the paper's", "training accuracy"]]
     for run in _SPECTRA:
-        raw = _first(raws, run)
+        raw = first_of(raws[run])
         if raw is not None:
             seeds = raws[run]
             counts = [f"{raw['k'] + missing_outliers(seeds[seed]):.0f}" for seed in sorted(seeds)]
-            accuracy = _mean(raws, run, lambda each: each["accuracy"])
+            accuracy = _mean(raws[run], lambda each: each["accuracy"])
             paper = "–" if run == "spectrum-five" else str(raw["k"])
             rows.append([_TITLES[run], str(raw["k"]), " ".join(counts), paper, _text(accuracy)])
     return rows
@@ -263,24 +205,19 @@ def table_of_outliers(raws: RawOfSeeds) -> Rows:
 
 def right_edge(raws: RawOfSeeds) -> Figure:
     """Figure 5: the density of log eigenvalues at the right edge, and a Gaussian for the top k."""
-    (axes,) = panels_of(None, _LOOK, (5.6, 3.2))
-    for raw, style in _of_seeds(raws, "right-edge"):
+    (axes,) = grid([""], width=5.6, height=3.2)
+    for raw, first in in_turn(raws["right-edge"]):
         values, k = np.log10(np.array(raw["eigenvalues"], dtype=float)), raw["k"]
-        grid = np.linspace(values.min() - 0.1, values.max() + 0.1, 400)
-        _line(axes, list(grid), log_density(raw, grid), style, "density", color=_LOOK.ink)
-        if style["alpha"] == 1.0:
+        x = np.linspace(values.min() - 0.1, values.max() + 0.1, 400)
+        line(axes, x, log_density(raw, x), first, "density", color=LOOK.ink)
+        if first:
             top = values[:, :k]
-            axes.plot(
-                grid,
-                _normal(grid, float(top.mean()), float(top.std())) * k / values.shape[1],
-                ls="--",
-                color=_LOOK.dominant,
-                label="log-normal, top k",
-            )
+            fit = _normal(x, float(top.mean()), float(top.std())) * k / values.shape[1]
+            line(axes, x, fit, first, "log-normal, top k", color=LOOK.dominant, ls="--")
             middle = float(values[:, k - 1].mean())
-            axes.axvline(middle, color=_LOOK.bulk, lw=1, ls=":", label=f"mean of the {k}th")
-    _done(axes, r"$\log_{10} \lambda$", "density")
-    return axes.figure.figure
+            axes.axvline(middle, color=LOOK.bulk, lw=1, ls=":", label=f"mean of the {k}th")
+    axes.set(xlabel=r"$\log_{10} \lambda$", ylabel="density")
+    return finished([axes])
 
 
 def _normal(x: Array, mean: float, deviation: float) -> Array:
@@ -293,9 +230,9 @@ def _normal(x: Array, mean: float, deviation: float) -> Array:
 
 def first_eigenvector(raws: RawOfSeeds) -> Figure:
     """Figure 6: its components along the network, at four steps, for the first seed."""
-    raw = _first(raws, "fc")
+    raw = first_of(raws["fc"])
     steps = [] if raw is None else raw["anatomy"]["steps"]
-    panels = _panels([f"step {step}" for step in steps] or [""], 2 if steps else 1, 4.4, key_rows=2)
+    panels = grid([f"step {step}" for step in steps] or [""], 2 if steps else 1, width=4.4)
     for number, axes in enumerate(panels):
         if raw is not None:
             found, start = raw["anatomy"], 0
@@ -311,15 +248,15 @@ def first_eigenvector(raws: RawOfSeeds) -> Figure:
                     label=_PARTS[part],
                 )
                 start += size
-        _done(axes, "parameter", "components, from least to largest", columns=2)
-    return panels[0].figure.figure
+        axes.set(xlabel="parameter", ylabel="components, from least to largest")
+    return finished(panels, columns=2)
 
 
 def last_layer(raws: RawOfSeeds) -> Figure:
     """Figure 7: its components in the last layer, for the first seed."""
-    raw = _first(raws, "fc")
+    raw = first_of(raws["fc"])
     heads = {} if raw is None else raw["anatomy"]["head"]
-    panels = _panels([f"step {step}" for step in heads] or [""], max(len(heads), 1), width=4.4)
+    panels = grid([f"step {step}" for step in heads] or [""], width=4.4)
     for axes, head in zip(panels, heads.values(), strict=False):
         biases = 0 if raw is None else raw["anatomy"]["sizes"][-1]
         weights = len(head) - biases
@@ -327,14 +264,14 @@ def last_layer(raws: RawOfSeeds) -> Figure:
         axes.plot(range(weights), values[:weights], lw=0.5, color=_COLOURS[2], label=_PARTS[2])
         axes.plot(range(weights, len(head)), values[weights:], color=_COLOURS[3], label=_PARTS[3])
     for axes in panels:
-        _done(axes, "parameter of the last layer", "component")
-    return panels[0].figure.figure
+        axes.set(xlabel="parameter of the last layer", ylabel="component")
+    return finished(panels)
 
 
 def table_of_parts(raws: RawOfSeeds) -> Rows:
     """Beside Figures 6 and 7: how large the components are in each part."""
     rows = [["step", *(f"rms, {part}" for part in _PARTS), "top weights over first layer", "share"]]
-    raw = _first(raws, "fc")
+    raw = first_of(raws["fc"])
     if raw is not None:
         found = raw["anatomy"]
         for step, rms, share in zip(found["steps"], found["rms"], found["share"], strict=True):
@@ -347,13 +284,13 @@ def table_of_parts(raws: RawOfSeeds) -> Rows:
 def largest_eigenvalue(raws: RawOfSeeds) -> Figure:
     """Figure 8: the largest eigenvalue along training."""
     runs = ("fc", "resnet")
-    panels = _panels([_TITLES[run] for run in runs], 2, width=4.0)
+    panels = grid([_TITLES[run] for run in runs], width=4.0)
     for axes, run in zip(panels, runs, strict=True):
-        for raw, style in _of_seeds(raws, run):
-            _line(axes, raw["at"], raw["largest"], style, r"$\lambda_1$", color=_LOOK.dominant)
-        axes.set_yscale("log" if run == "resnet" else "linear")
-        _done(axes, "step", r"$\lambda_1$")
-    return panels[0].figure.figure
+        for raw, first in in_turn(raws[run]):
+            line(axes, raw["at"], raw["largest"], first, color=LOOK.dominant)
+        scale = "log" if run == "resnet" else "linear"
+        axes.set(yscale=scale, xlabel="step", ylabel=r"$\lambda_1$")
+    return finished(panels)
 
 
 # --- Figures 11 and 12, Table 1 ----------------------------------------------------------------
@@ -363,17 +300,16 @@ _STEPS: Final = (0, 50, 100, 200)
 
 def along_eigenvectors(raws: RawOfSeeds) -> Figure:
     """Figure 11: the part of the gradient along each eigenvector, at four steps."""
-    panels = _panels([f"step {step}" for step in _STEPS], 2)
+    panels = grid([f"step {step}" for step in _STEPS], 2)
     for axes, step in zip(panels, _STEPS, strict=True):
-        for raw, style in _of_seeds(raws, "fc"):
+        for raw, first in in_turn(raws["fc"]):
             if step in raw["saved"]:
                 fractions = raw["fractions"][raw["saved"].index(step)]
-                order = list(range(1, len(fractions) + 1))
-                look = {"color": _LOOK.dominant, "marker": "o", "ms": 3}
-                _line(axes, order, fractions, style, r"$c_i^2$", **look)
-                axes.axvline(raw["k"] + 0.5, color=_LOOK.faint, lw=0.8, ls=":")
-        _done(axes, "i", r"$c_i^2$")
-    return panels[0].figure.figure
+                order = range(1, len(fractions) + 1)
+                line(axes, order, fractions, first, color=LOOK.dominant, marker="o", ms=3)
+                mark(axes, raw["k"] + 0.5)
+        axes.set(xlabel="i", ylabel=r"$c_i^2$")
+    return finished(panels)
 
 
 def table_along_eigenvectors(raws: RawOfSeeds) -> Rows:
@@ -387,7 +323,7 @@ def table_along_eigenvectors(raws: RawOfSeeds) -> Rows:
 
     rows = [["step", "sum of c_i² over i", "ours", "the paper's", "difference"]]
     for step, start, stop, paper in wanted:
-        ours = _mean(raws, "fc", partial(total, step=step, start=start, stop=stop))
+        ours = _mean(raws["fc"], partial(total, step=step, start=start, stop=stop))
         name = f"{start + 1} to {stop}"
         rows.append([str(step), name, _text(ours), _text(paper), _text(ours - paper)])
     return rows
@@ -396,13 +332,12 @@ def table_along_eigenvectors(raws: RawOfSeeds) -> Rows:
 def variants(raws: RawOfSeeds) -> Figure:
     """Figure 12: f_top in six other trainings."""
     runs = sorted(VARIANTS, key=lambda run: _TITLES[run])
-    panels = _panels([_TITLES[run] for run in runs], 3)
+    panels = grid([_TITLES[run] for run in runs], 3)
     for axes, run in zip(panels, runs, strict=True):
-        for raw, style in _of_seeds(raws, run):
-            _line(axes, raw["saved"], raw["f_top"], style, "f_top", color=_LOOK.dominant)
-        axes.set_ylim(0, 1.02)
-        _done(axes, "step", r"$f_{\mathrm{top}}$")
-    return panels[0].figure.figure
+        for raw, first in in_turn(raws[run]):
+            line(axes, raw["saved"], raw["f_top"], first, color=LOOK.dominant)
+        axes.set(ylim=(0, 1.02), xlabel="step", ylabel=_F_TOP)
+    return finished(panels)
 
 
 def table_1(raws: RawOfSeeds) -> Rows:
@@ -410,9 +345,9 @@ def table_1(raws: RawOfSeeds) -> Rows:
     head = ["dataset", "model", "comment", "ours", "the paper's", "difference", "on test data"]
     rows = [[*head, "training accuracy"]]
     for name, case in CASES.items():
-        ours = _mean(raws, name, lambda raw: raw["mean_overlap"])
-        tested = _mean(raws, name, lambda raw: raw["mean_overlap_test"])
-        accuracy = _mean(raws, name, lambda raw: raw["accuracy"])
+        ours = _mean(raws[name], lambda raw: raw["mean_overlap"])
+        tested = _mean(raws[name], lambda raw: raw["mean_overlap_test"])
+        accuracy = _mean(raws[name], lambda raw: raw["accuracy"])
         numbers = (ours, case.paper, ours - case.paper, tested, accuracy)
         rows.append([case.dataset, case.network, case.comment, *map(_text, numbers)])
     return rows
@@ -431,11 +366,11 @@ def table_of_random_vectors(raws: RawOfSeeds) -> Rows:
 
     for run in (*NETWORKS, "fc-five"):
         numbers = [
-            _mean(raws, run, partial(middle, name="overlap_there")),
-            _mean(raws, run, partial(middle, name="random_in_top")),
-            _mean(raws, run, estimate),
-            _mean(raws, run, partial(middle, name="random")),
-            _mean(raws, run, partial(middle, name="decrease")),
+            _mean(raws[run], partial(middle, name="overlap_there")),
+            _mean(raws[run], partial(middle, name="random_in_top")),
+            _mean(raws[run], estimate),
+            _mean(raws[run], partial(middle, name="random")),
+            _mean(raws[run], partial(middle, name="decrease")),
         ]
         rows.append([_TITLES[run], *map(_text, numbers)])
     return rows
@@ -443,19 +378,15 @@ def table_of_random_vectors(raws: RawOfSeeds) -> Rows:
 
 def other_classes(raws: RawOfSeeds) -> Figure:
     """Five classes: f_top, and what is kept of the top 5 and of the next 5."""
-    panels = _panels(["f_top, k = 5", "top 5 subspace", "next 5 subspace"], 3, 3.8, key_rows=2)
-    for raw, style in _of_seeds(raws, "fc-five"):
-        _line(panels[0], raw["saved"], raw["f_top"], style, "f_top", color=_LOOK.dominant)
-    raw_of_first = _first(raws, "fc-five")
-    if raw_of_first is not None:
-        matrix = raw_of_first["preserved"][str(raw_of_first["k"])]
-        _from_each_start(panels[1], raw_of_first, matrix)
-        _from_each_start(panels[2], raw_of_first, raw_of_first["next"])
-    panels[0].set_ylim(0, 1.02)
-    _done(panels[0], "step", r"$f_{\mathrm{top}}$")
-    for axes in panels[1:]:
-        _finish_overlaps(axes)
-    return panels[0].figure.figure
+    panels = grid(["f_top, k = 5", "top 5 subspace", "next 5 subspace"], width=3.8)
+    for raw, first in in_turn(raws["fc-five"]):
+        line(panels[0], raw["saved"], raw["f_top"], first, color=LOOK.dominant)
+        if first:
+            _from_each_start(panels[1], raw, raw["preserved"][str(raw["k"])])
+            _from_each_start(panels[2], raw, raw["next"])
+    panels[0].set(ylim=(0, 1.02), xlabel="step", ylabel=_F_TOP)
+    _label_overlaps(panels[1:])
+    return finished(panels)
 
 
 # --- the solvable model ------------------------------------------------------------------------
@@ -464,67 +395,65 @@ def other_classes(raws: RawOfSeeds) -> Figure:
 def closed_forms(raws: RawOfSeeds) -> Figure:
     """Section 3: gradient descent on two samples beside the closed forms, for the first seed."""
     titles = ["lead of the right logit", "gradient", "Hessian", "relative errors"]
-    panels = _panels(titles, 2, width=4.2)
-    raw = _first(raws, "two-samples")
+    panels = grid(titles, 2, width=4.2)
+    raw = first_of(raws["two-samples"])
     if raw is not None:
         time = np.array(raw["time"], dtype=float)
         lead, flow = (np.array(raw[name], dtype=float)[:, 0] for name in ("lead", "flow"))
         norm = np.array(raw["norm"], dtype=float) * time
         values = np.array(raw["eigenvalues"], dtype=float) * time[:, None]
-        panels[0].plot(time, lead, color=_LOOK.ink, lw=2.5, alpha=0.4, label="gradient descent")
-        panels[0].plot(time, flow, "--", color=_LOOK.dominant, label=r"$u + e^u = \eta t + c$")
-        panels[0].plot(time, np.log(time), ":", color=_LOOK.bulk, label=r"$\log \eta t$")
-        panels[1].plot(time, norm, color=_LOOK.ink, label=r"$\eta t\,\|g\|$")
-        panels[1].axhline(1, ls="--", color=_LOOK.dominant, label="corrected")
-        panels[1].axhline(4, ls=":", color=_LOOK.bulk, label="as printed")
-        panels[2].plot(time, values[:, 0], color=_LOOK.ink, label=r"$\eta t\,\lambda_1$")
-        panels[2].plot(time, values[:, 1], "--", color=_LOOK.dominant, label=r"$\eta t\,\lambda_2$")
-        panels[2].plot(time, values[:, 2], ":", color=_LOOK.bulk, label=r"$\eta t\,\lambda_3$")
-        for name, colour, line in (
-            ("gradient", _LOOK.dominant, "-"),
-            ("gradient_printed", _LOOK.bulk, "--"),
-            ("trajectory", _LOOK.third, "-."),
+        panels[0].plot(time, lead, color=LOOK.ink, lw=2.5, alpha=0.4, label="gradient descent")
+        panels[0].plot(time, flow, "--", color=LOOK.dominant, label=r"$u + e^u = \eta t + c$")
+        panels[0].plot(time, np.log(time), ":", color=LOOK.bulk, label=r"$\log \eta t$")
+        panels[1].plot(time, norm, color=LOOK.ink, label=r"$\eta t\,\|g\|$")
+        panels[1].axhline(1, ls="--", color=LOOK.dominant, label="corrected")
+        panels[1].axhline(4, ls=":", color=LOOK.bulk, label="as printed")
+        panels[2].plot(time, values[:, 0], color=LOOK.ink, label=r"$\eta t\,\lambda_1$")
+        panels[2].plot(time, values[:, 1], "--", color=LOOK.dominant, label=r"$\eta t\,\lambda_2$")
+        panels[2].plot(time, values[:, 2], ":", color=LOOK.bulk, label=r"$\eta t\,\lambda_3$")
+        for name, colour, dashes in (
+            ("gradient", LOOK.dominant, "-"),
+            ("gradient_printed", LOOK.bulk, "--"),
+            ("trajectory", LOOK.third, "-."),
         ):
             errors = np.array(raw[name], dtype=float)
             label = name.replace("_", ", ")
-            panels[3].plot(time, errors, line, color=colour, label=label)
+            panels[3].plot(time, errors, dashes, color=colour, label=label)
         panels[3].set_yscale("log")
     for axes, ylabel in zip(panels, ("u", "", "", "error of the late form"), strict=True):
-        axes.set_xscale("log")
-        _done(axes, r"$\eta t$", ylabel)
-    return panels[0].figure.figure
+        axes.set(xscale="log", xlabel=r"$\eta t$", ylabel=ylabel)
+    return finished(panels)
 
 
 def mixtures(raws: RawOfSeeds) -> Figure:
     """Section 3: f_top with noise, the k-th eigenvalue over the next, and c_k² with biases."""
     titles = ["σ = 0.02: f_top", "no noise: the top k emerge", "biases: the smallest of the top k"]
-    panels = _panels(titles, 3, width=3.6, key_rows=3)
-    for raw, style in _of_seeds(raws, "mixture"):
+    panels = grid(titles, width=3.6)
+    for raw, first in in_turn(raws["mixture"]):
         for case in raw["cases"]:
             k, steps = case["k"], [max(step, 0.5) for step in case["step"]]
             name = f"k = {k}" + (", σ = 0.02" if case["noise"] else "")
-            colour = {2: _LOOK.dominant, 5: _LOOK.bulk, 10: _LOOK.third}.get(k, _LOOK.ink)
+            colour = {2: LOOK.dominant, 5: LOOK.bulk, 10: LOOK.third}.get(k, LOOK.ink)
             look = {"color": colour, "ls": "--" if case["noise"] else "-"}
             values = np.array(case["eigenvalues"], dtype=float)
             if case["bias"]:
                 last = np.array(case["fractions"], dtype=float)[:, -1]
-                _line(panels[2], steps, last, style, name, **look)
+                line(panels[2], steps, last, first, name, **look)
             elif case["noise"]:
-                _line(panels[0], steps, case["f_top"], style, f"k = {k}", color=colour)
+                line(panels[0], steps, case["f_top"], first, f"k = {k}", color=colour)
             elif k > 2:
-                _line(panels[1], steps, values[:, k - 1] / values[:, k], style, name, **look)
-    labels = (r"$f_{\mathrm{top}}$", r"$\lambda_k / \lambda_{k+1}$", r"$c_k^2$")
+                line(panels[1], steps, values[:, k - 1] / values[:, k], first, name, **look)
+    labels = (_F_TOP, r"$\lambda_k / \lambda_{k+1}$", r"$c_k^2$")
     for axes, ylabel in zip(panels, labels, strict=True):
-        axes.set_xscale("log")
-        _done(axes, "step", ylabel, columns=2)
-    return panels[0].figure.figure
+        axes.set(xscale="log", xlabel="step", ylabel=ylabel)
+    return finished(panels, columns=2)
 
 
 def table_of_mixtures(raws: RawOfSeeds) -> Rows:
     """The mixtures at the end of training, the first seed."""
     head = ["k", "σ", "biases", "rank, σ = 0", "f_top, start", "f_top, end", "c_k²", "λ_k/λ_1"]
     rows = [[*head, "λ_{k+1}/λ_k"]]
-    raw = _first(raws, "mixture")
+    raw = first_of(raws["mixture"])
     if raw is not None:
         ranks = dict(map(tuple, raw["ranks"]))
         for case in raw["cases"]:
@@ -544,19 +473,18 @@ def table_of_mixtures(raws: RawOfSeeds) -> Rows:
 
 def newton_and_descent(raws: RawOfSeeds) -> Figure:
     """Equation 11 beside gradient descent and SGD, from one state."""
-    (axes,) = panels_of(None, _LOOK, (5.0, 3.2))
+    (axes,) = grid([""], width=5.0, height=3.2)
     names = {
-        "newton": ("low-rank Newton", _LOOK.dominant, "-"),
-        "gd": ("gradient descent", _LOOK.bulk, "--"),
-        "sgd": ("SGD", _LOOK.third, ":"),
+        "newton": ("low-rank Newton", LOOK.dominant, "-"),
+        "gd": ("gradient descent", LOOK.bulk, "--"),
+        "sgd": ("SGD", LOOK.third, ":"),
     }
-    for raw, style in _of_seeds(raws, "newton"):
-        for name, (label, colour, line) in names.items():
+    for raw, first in in_turn(raws["newton"]):
+        for name, (label, colour, dashes) in names.items():
             losses = raw["loss"][name]
-            _line(axes, list(range(len(losses))), losses, style, label, color=colour, ls=line)
-    axes.set_yscale("log")
-    _done(axes, "step", "training loss")
-    return axes.figure.figure
+            line(axes, range(len(losses)), losses, first, label, color=colour, ls=dashes)
+    axes.set(yscale="log", xlabel="step", ylabel="training loss")
+    return finished([axes])
 
 
 # --- the exhibits ------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from benchmarks.papers.gur_ari_2018.measures import (
     images,
     mean_overlap,
     overlap_of,
-    part_of,
     top_of,
 )
 from benchmarks.papers.networks import fully_connected, made
@@ -144,7 +143,7 @@ def _of_basis(
     hessian: so.HessianOperator, basis: so.EigenBasis, k: int, lr: float, random: torch.Generator
 ) -> Row:
     """What a basis of 2k pairs says about the gradient, and about random vectors."""
-    gradient, top = hessian.gradient(), part_of(basis, 0, k)
+    gradient, top = hessian.gradient(), basis.first(k)
     inside = torch.randn(_DRAWS, k, generator=random).to(basis.device) @ top.vectors
     anywhere = torch.randn(_DRAWS, hessian.size, generator=random).to(basis.device)
     return {
@@ -166,11 +165,10 @@ def _overlaps(vectors: Sequence[Tensor], start: int, stop: int) -> list[list[flo
 
 def _repeat(hessian: so.HessianOperator, k: int, tol: float) -> dict[str, float]:
     """The overlap of two solves at one point, from other random starts: 1, but for ``tol``."""
-    first, second = (top_of(hessian, 2 * k, tol, seed) for seed in (0, 1))
-    spans = {"top": (0, k), "next": (k, 2 * k)}
+    first, second = (top_of(hessian, 2 * k, tol, seed).vectors for seed in (0, 1))
     return {
-        name: float(subspace_overlap(part_of(first, *span), part_of(second, *span)))
-        for name, span in spans.items()
+        "top": float(subspace_overlap(first[:k], second[:k])),
+        "next": float(subspace_overlap(first[k:], second[k:])),
     }
 
 

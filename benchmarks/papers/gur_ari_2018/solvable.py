@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import subspace_optim as so
 from benchmarks.losses import cross_entropy
-from benchmarks.papers.gur_ari_2018.measures import column, part_of, top_of
+from benchmarks.papers.gur_ari_2018.measures import column, top_of
 from benchmarks.papers.networks import made
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Row, train
@@ -66,6 +66,7 @@ def two_samples(job: Job, *, dimension: int, lr: float, steps: int) -> Raw:
         gradient = hessian.gradient()
         corrected = math.sqrt(2) * (spans[1] - spans[0]) / (2 * time)
         basis = top_of(hessian, 4, 1e-10)
+        top = basis.first(2)
         return {
             "time": time,
             "lead": lead.tolist(),
@@ -75,8 +76,8 @@ def two_samples(job: Job, *, dimension: int, lr: float, steps: int) -> Raw:
             "gradient_printed": float((gradient - 4 * corrected).norm() / gradient.norm()),
             "norm": float(gradient.norm()),
             "eigenvalues": basis.eigenvalues.tolist(),
-            "f_top": float(gradient_fraction(gradient, part_of(basis, 0, 2))),
-            "span": float(subspace_overlap(part_of(basis, 0, 2), spans)),
+            "f_top": float(gradient_fraction(gradient, top)),
+            "span": float(subspace_overlap(top, spans)),
         }
 
     rows = train(

@@ -2,75 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import subspace_optim as so
+from benchmarks.papers.drawing import (
+    LOOK,
+    finished,
+    first_of,
+    grid,
+    in_turn,
+    line,
+    mark,
+    over_seeds,
+    shade,
+)
 from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
 from benchmarks.papers.sagun_2017.claims import TABLE, halves, printed, residual_share
-from subspace_optim.diagnostics.plots.style import (
-    LABEL,
-    LINES,
-    THEMES,
-    Array,
-    key,
-    label_powers,
-    paint,
-    panels_of,
-    say,
-)
+from subspace_optim.diagnostics.plots.style import Array
 
-_LOOK: Final = THEMES["light"]
-_MAP: Final = "viridis"
 _RUNS: Final = ("gd-tanh", "gd-relu", "sgd-relu")
 _PARTS: Final = {"parts-mnist": "MNIST", "parts-clusters": "ten clusters"}
 _SCREE: Final = ("principal components of the inputs", "eigenvalue of the Hessian")
+_BOTH: Final = ({"color": LOOK.dominant}, {"color": LOOK.bulk, "ls": "--"})
+"""The looks of two lines that belong together."""
 _RATIO: Final = 0.2
 """The left edge is shown up to this share of all eigenvalues."""
-
-
-def in_turn(of_seeds: Mapping[int, Raw]) -> Iterator[tuple[Raw, bool, dict[str, Any]]]:
-    """Yields raw figures, whether they are the first, and the style of their lines.
-
-    The first seed is drawn strongly, and has the labels; the others are thin.
-    """
-    for number, (_, raw) in enumerate(sorted(of_seeds.items())):
-        style = {"linewidth": 0.7, "alpha": 0.5} if number else {"linewidth": 1.6, "alpha": 1.0}
-        yield raw, not number, style
-
-
-def over_seeds(values: Iterable[float], digits: int = 3) -> str:
-    """Returns the mean of the seeds, with the smallest and the largest where they differ."""
-    found = [float(value) for value in values]
-    if not found:
-        return "–"
-    mean, low, high = (f"{value:.{digits}g}" for value in (np.mean(found), min(found), max(found)))
-    return mean if low == high else f"{mean} ({low} to {high})"
-
-
-def finished(panels: Sequence[Axes], columns: int = 2) -> Figure:
-    """Returns the figure of the panels, each with its key, or saying that it is empty."""
-    for panel in panels:
-        key(panel, _LOOK, columns=columns)
-        say(panel, _LOOK, "nothing measured")
-    return panels[0].figure.figure
-
-
-def title(panel: Axes, text: str) -> None:
-    """Writes what a panel shows into its upper right."""
-    place: dict[str, Any] = {"transform": panel.transAxes, "ha": "right", "va": "top"}
-    panel.text(0.98, 0.97, text, color=_LOOK.ink, fontsize=LABEL, **place)
-
-
-def cut(panel: Axes, x: float) -> None:
-    """Draws a dashed line from the bottom to the top."""
-    panel.axvline(x, color=_LOOK.ink, linestyle=LINES["dashed"][0], linewidth=0.8)
 
 
 # --- figure 1 ------------------------------------------------------------------------------------
@@ -78,19 +40,17 @@ def cut(panel: Axes, x: float) -> None:
 
 def draw_whole(raws: RawOfSeeds) -> Figure:
     """Draws the whole spectrum in order, at the random start and at the end."""
-    panels = panels_of(None, _LOOK, (9.0, 3.4), 1, 2)
-    for panel, when, text in zip(
-        panels, ("start", "end"), ("random point", "after training"), strict=True
-    ):
-        for raw, first, style in in_turn(raws["growth"]):
+    panels = grid(["random point", "after training"], width=4.5, height=3.4)
+    for panel, when in zip(panels, ("start", "end"), strict=True):
+        for raw, first in in_turn(raws["growth"]):
             if raw["whole"]:
-                spectrum = raw["whole"][when]
-                style |= {"marker": ".", "markersize": 4, "color": _LOOK.ink}
-                panel.plot(spectrum["index"], spectrum["eigenvalues"], **style)
+                found, size = raw["whole"][when], f"P = {raw['whole']['size']:,}"
+                x, y = found["index"], found["eigenvalues"]
+                line(panel, x, y, first, color=LOOK.ink, marker=".", ms=4)
                 if first:
-                    share = f"{spectrum['near_zero']:.1%} within λ₁/100 of zero"
-                    title(panel, f"{text}, P = {raw['whole']['size']:,}\n{share}")
-        paint(panel, _LOOK, "number of the eigenvalue", "eigenvalue")
+                    share = f"{found['near_zero']:.1%} within λ₁/100 of zero"
+                    panel.set_title(f"{panel.get_title()}, {size}\n{share}")
+        panel.set(xlabel="number of the eigenvalue", ylabel="eigenvalue")
     return finished(panels)
 
 
@@ -101,22 +61,22 @@ def draw_clusters(raws: RawOfSeeds) -> Figure:
     """Draws both scree plots, of the inputs and of the Hessian, a column for each data set."""
     found = raws["sgd-relu"]
     columns = max((len(_near(raw)) for raw in found.values()), default=1)
-    panels = panels_of(None, _LOOK, (2.6 * columns, 5.2), 2, columns)
-    for raw, first, style in in_turn(found):
-        style |= {"marker": "x", "markersize": 3, "linestyle": ""}
+    panels = grid([""] * 2 * columns, columns, width=2.6, height=2.6)
+    for raw, first in in_turn(found):
         for row, above, below in zip(_near(raw), panels, panels[columns:], strict=False):
             for panel, values, colour in (
-                (above, row["principal"], _LOOK.bulk),
-                (below, row["top"], _LOOK.dominant),
+                (above, row["principal"], LOOK.bulk),
+                (below, row["top"], LOOK.dominant),
             ):
-                panel.plot(np.arange(1, len(values) + 1), values, color=colour, **style)
+                number = range(1, len(values) + 1)
+                line(panel, number, values, first, color=colour, marker="x", ms=3, ls="")
                 if first:
-                    cut(panel, row["clusters"] + 0.5)
+                    mark(panel, row["clusters"] + 0.5)
             if first:
-                title(above, f"{row['clusters']} clusters")
-                title(below, f"elbow after {row['elbow']}")
-    for number, panel in enumerate(panels):
-        paint(panel, _LOOK, "number", "" if number % columns else _SCREE[number // columns])
+                above.set_title(f"{row['clusters']} clusters")
+                below.set_title(f"elbow after {row['elbow']}")
+    for at, panel in enumerate(panels):
+        panel.set(xlabel="number", ylabel="" if at % columns else _SCREE[at // columns])
     return finished(panels)
 
 
@@ -194,42 +154,37 @@ def listed(counts: Sequence[float]) -> str:
 
 def draw_growth(raws: RawOfSeeds) -> Figure:
     """Draws right edges, left edges, and left edges by ratio, a line for each size of network."""
-    panels = panels_of(None, _LOOK, (12.0, 3.8), 1, 3)
-    right, left, ratio = panels
-    for raw, first, style in in_turn(raws["growth"]):
+    right, left, ratio = grid([""] * 3, width=4.0, height=3.8)
+    for raw, first in in_turn(raws["growth"]):
         networks = raw["networks"]
-        for network, shade in zip(networks, np.linspace(0, 0.9, len(networks)), strict=True):
-            style["color"] = colormaps[_MAP](shade)
-            style["label"] = f"P = {network['size']:,}" if first else "_"
+        for number, network in enumerate(networks):
+            name, colour = f"P = {network['size']:,}", shade(number, len(networks))
             edge = network["right"]
-            right.plot(np.arange(1, len(edge) + 1), edge, **style)
+            line(right, range(1, len(edge) + 1), edge, first, name, color=colour)
             if network["ratios"]:
                 curve = np.array(network["ratios"])
                 shares = np.linspace(0, 0.5, len(curve))
                 inside = shares <= _RATIO
-                left.plot(shares[inside] * network["size"], curve[inside], **style)
-                ratio.plot(shares[inside], curve[inside], **style)
+                x = shares[inside]
+                line(left, x * network["size"], curve[inside], first, name, color=colour)
+                line(ratio, x, curve[inside], first, name, color=colour)
             else:
-                left.plot(0, network["left"][0], marker="o", linestyle="", **style | {"label": "_"})
-    paint(right, _LOOK, "number, from the right", "eigenvalue")
-    paint(left, _LOOK, "number, from the left", "eigenvalue")
-    paint(ratio, _LOOK, "number over P", "eigenvalue")
-    return finished(panels, columns=3)
+                line(left, 0, network["left"][0], first, color=colour, marker="o", ls="")
+    right.set(xlabel="number, from the right", ylabel="eigenvalue")
+    left.set(xlabel="number, from the left", ylabel="eigenvalue")
+    ratio.set(xlabel="number over P", ylabel="eigenvalue")
+    return finished([right, left, ratio])
 
 
 def draw_batches(raws: RawOfSeeds) -> Figure:
     """Draws both edges, after large and after small batches."""
-    panels = panels_of(None, _LOOK, (8.6, 3.6), 1, 2)
-    for raw, first, style in in_turn(raws["batches"]):
-        for network, colour, line in zip(
-            raw["networks"], (_LOOK.dominant, _LOOK.bulk), ("solid", "dashed"), strict=True
-        ):
-            style |= {"color": colour, "linestyle": LINES[line][0]}
-            style["label"] = f"batches of {network['batch_size']}" if first else "_"
-            for panel, side in zip(panels, ("left", "right"), strict=True):
-                panel.plot(np.arange(1, len(network[side]) + 1), network[side], **style)
+    panels = grid(["", ""], width=4.3, height=3.6)
     for panel, side in zip(panels, ("left", "right"), strict=True):
-        paint(panel, _LOOK, f"number, from the {side}", "eigenvalue")
+        for raw, first in in_turn(raws["batches"]):
+            for network, look in zip(raw["networks"], _BOTH, strict=True):
+                name, edge = f"batches of {network['batch_size']}", network[side]
+                line(panel, range(1, len(edge) + 1), edge, first, name, **look)
+        panel.set(xlabel=f"number, from the {side}", ylabel="eigenvalue")
     return finished(panels)
 
 
@@ -257,27 +212,20 @@ def _losses(
     column: str,
     marks: Callable[[Raw], list[float]],
 ) -> Figure:
-    panels = panels_of(None, _LOOK, (9.0, 3.4), 1, 2)
-    for raw, first, style in in_turn(of_seeds):
+    loss, accuracy = grid(["", ""], width=4.5, height=3.4)
+    for raw, first in in_turn(of_seeds):
         rows = rows_of(raw)
         x = [row[column] for row in rows]
-        for panel, what in zip(panels, ("loss", "accuracy"), strict=True):
-            for part, colour, line in (
-                ("train", _LOOK.dominant, "solid"),
-                ("test", _LOOK.bulk, "dotted"),
-            ):
-                y = [row[f"{part}_{what}"] for row in rows]
-                style |= {"linestyle": LINES[line][0], "color": colour}
-                panel.plot(x, y, label=part if first else "_", **style)
+        for panel, what in ((loss, "loss"), (accuracy, "accuracy")):
+            for part, look in zip(("train", "test"), _BOTH, strict=True):
+                line(panel, x, [row[f"{part}_{what}"] for row in rows], first, part, **look)
             if first:
-                for mark in marks(raw):
-                    cut(panel, mark)
+                for at in marks(raw):
+                    mark(panel, at)
     xlabel = {"step": "step", "alpha": "α: 0 large batches, 1 small batches"}[column]
-    for panel, what in zip(panels, ("loss", "accuracy"), strict=True):
-        paint(panel, _LOOK, xlabel, what)
-    panels[0].set_yscale("log")
-    label_powers(panels[0].yaxis, *panels[0].get_ylim())
-    return finished(panels)
+    loss.set(yscale="log", xlabel=xlabel, ylabel="loss")
+    accuracy.set(xlabel=xlabel, ylabel="accuracy")
+    return finished([loss, accuracy])
 
 
 # --- section 2 -----------------------------------------------------------------------------------
@@ -285,25 +233,21 @@ def _losses(
 
 def draw_parts(raws: RawOfSeeds) -> Figure:
     """Draws the spectral norms of both parts of the Hessian along the training."""
-    panels = panels_of(None, _LOOK, (9.0, 3.4), 1, 2)
-    for panel, (run, name) in zip(panels, _PARTS.items(), strict=True):
-        for raw, first, style in in_turn(raws[run]):
+    panels = grid(list(_PARTS.values()), width=4.5, height=3.4)
+    for panel, run in zip(panels, _PARTS, strict=True):
+        for raw, first in in_turn(raws[run]):
             rows = raw["rows"]
             step = [row["step"] for row in rows]
-            for label, colour, line, values in (
-                ("H", _LOOK.ink, "solid", [row["hessian"][0] for row in rows]),
-                ("G", _LOOK.dominant, "dashed", [row["gauss_newton"][0] for row in rows]),
-                ("H − G", _LOOK.bulk, "dotted", [max(map(abs, row["residual"])) for row in rows]),
+            for name, colour, dashes, marker, values in (
+                ("H", LOOK.ink, "-", "o", [row["hessian"][0] for row in rows]),
+                ("G", LOOK.dominant, "--", "s", [row["gauss_newton"][0] for row in rows]),
+                ("H − G", LOOK.bulk, ":", "^", [max(map(abs, row["residual"])) for row in rows]),
             ):
-                style |= {"linestyle": LINES[line][0], "marker": LINES[line][1]}
-                style |= {"markersize": 3, "color": colour}
-                panel.plot(step, values, label=label if first else "_", **style)
-        paint(panel, _LOOK, "step", "spectral norm")
-        if panel.has_data():
+                look = {"color": colour, "ls": dashes, "marker": marker, "ms": 3}
+                line(panel, step, values, first, name, **look)
             panel.set_xscale("symlog", linthresh=10)
-            panel.set_yscale("log")
-            title(panel, name)
-    return finished(panels, columns=3)
+        panel.set(yscale="log", xlabel="step", ylabel="spectral norm")
+    return finished(panels)
 
 
 def table_parts(raws: RawOfSeeds) -> Rows:
@@ -358,8 +302,10 @@ def table_trivial(raws: RawOfSeeds) -> Rows:
 
 def draw_white(raws: RawOfSeeds) -> Figure:
     """Draws spectra beside their laws, and in the last panel the largest eigenvalues of spikes."""
-    laws: list[Raw] = next(iter(raws["white"].values()), {"rows": []})["rows"]
-    panels = panels_of(None, _LOOK, (3.2 * (len(laws) + 1), 3.4), 1, len(laws) + 1)
+    white = first_of(raws["white"])
+    laws: list[Raw] = [] if white is None else white["rows"]
+    titles = [f"γ = {law['ratio']:g}" for law in laws]
+    panels = grid([*titles, "spikes, theory and draws"], width=3.2, height=3.4)
     for panel, law in zip(panels, laws, strict=False):
         _law(panel, law["ratio"], np.array(law["eigenvalues"]))
     _spikes(panels[-1], raws)
@@ -372,27 +318,26 @@ def _law(panel: Axes, ratio: float, values: Array) -> None:
     bins = np.linspace(0.9 * lower, 1.1 * upper, 25)
     heights, _ = np.histogram(values, bins)
     densities = heights / np.diff(bins) / len(values)
-    panel.stairs(densities, bins, fill=True, color=_LOOK.grid, label="measured")
+    panel.stairs(densities, bins, fill=True, color=LOOK.grid, label="measured")
     x = torch.linspace(lower, upper, 400, dtype=torch.float64)
     density = so.diagnostics.marchenko_pastur_density(x, ratio)
-    panel.plot(x.tolist(), density.tolist(), color=_LOOK.dominant, label="law")
-    title(panel, f"γ = {ratio:g}")
-    paint(panel, _LOOK, "eigenvalue", "density")
+    panel.plot(x.tolist(), density.tolist(), color=LOOK.dominant, label="law")
+    panel.set(xlabel="eigenvalue", ylabel="density")
 
 
 def _spikes(panel: Axes, raws: RawOfSeeds) -> None:
     """Draws the largest eigenvalues of all draws, and the theory."""
     rows = [row for raw in raws["spiked"].values() for row in raw["rows"]]
-    colours = (_LOOK.dominant, _LOOK.bulk, _LOOK.third, _LOOK.fourth)
+    colours = (LOOK.dominant, LOOK.bulk, LOOK.third, LOOK.fourth)
     for ratio, colour in zip(sorted({row["ratio"] for row in rows}), colours, strict=False):
         ours = [row for row in rows if row["ratio"] == ratio]
         spikes = np.linspace(0, 1.1 * max(row["spike"] for row in ours), 100)
         theory = [so.diagnostics.spiked_eigenvalue(1 + s * ratio**0.5, ratio) for s in spikes]
-        panel.plot(spikes, theory, color=colour, label=f"theory, γ = {ratio:g}")
+        panel.plot(spikes, theory, color=colour, label=f"γ = {ratio:g}")
         for row in ours:
             x = [row["spike"]] * len(row["largest"])
             panel.plot(x, row["largest"], linestyle="", marker=".", color=colour, alpha=0.6)
-    paint(panel, _LOOK, "spike, 1 at the threshold", "largest eigenvalue")
+    panel.set(xlabel="spike, 1 at the threshold", ylabel="largest eigenvalue")
 
 
 EXHIBITS: Final = (

@@ -1,9 +1,9 @@
-"""The paper's figures and tables, from the raw figures; seed 0 is drawn strongly, others thinly."""
+"""The paper's figures and tables, from the raw figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -11,13 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.papers.drawing import LOOK, finished, first_of, grid, in_turn, line, mark
 from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
 from benchmarks.papers.song_2024.claims import mean
 from benchmarks.papers.song_2024.runs import OPTIMIZERS
-from subspace_optim.diagnostics.plots.style import THEMES, key, label_powers, paint, panels_of, say
 
-_LOOK: Final = THEMES["light"]
-_COLOURS: Final = {"plain": _LOOK.ink, "Dom": _LOOK.dominant, "Bulk": _LOOK.bulk}
 _TITLES: Final = {
     "mlp": "MLP, MNIST",
     "cnn": "CNN, CIFAR-10",
@@ -35,36 +33,10 @@ def _title(run: str) -> str:
     return next(title for model, title in _TITLES.items() if model in run)
 
 
-def _grid(titles: Sequence[str], width: float = 3.4, keys: int = 1) -> list[Axes]:
-    """A row of panels with titles, and so many lines for the key below these."""
-    panels = panels_of(None, _LOOK, (width * len(titles), 2.9), 1, len(titles))
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title, fontsize=9, color=_LOOK.ink, pad=8 + 14 * keys)
-    return panels
-
-
-def _seeds(raws: RawOfSeeds, run: str) -> Iterator[tuple[Raw, dict[str, Any]]]:
-    """Each seed's figures, and how its lines are drawn; the first one last, on top."""
-    for seed, raw in sorted(raws.get(run, {}).items(), reverse=True):
-        first = seed == min(raws[run])
-        yield raw, {"lw": 1.4 if first else 0.6, "alpha": 1.0 if first else 0.45}
-
-
-def _finish(axes: Axes, ylabel: str, xlabel: str = "step", columns: int = 3) -> None:
-    paint(axes, _LOOK, xlabel, ylabel)
-    if axes.get_yscale() == "log" and axes.has_data():
-        label_powers(axes.yaxis, *axes.get_ylim())
-    key(axes, _LOOK, columns)
-    say(axes, _LOOK, "not measured")
-
-
-def _label(name: str, style: Mapping[str, Any]) -> dict[str, Any]:
-    """The line of the first seed has the label."""
-    return {"label": name} if style["alpha"] == 1.0 else {}
-
-
 def _colour(name: str) -> str:
-    return next((c for part, c in _COLOURS.items() if part in name), _LOOK.ink)
+    if "Dom" in name:
+        return LOOK.dominant
+    return LOOK.bulk if "Bulk" in name else LOOK.ink
 
 
 # --- the critical experiment -------------------------------------------------------------------
@@ -75,36 +47,32 @@ def losses_of_branches(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
 
     The part before is drawn for as many steps as the branches have, so that these can be seen.
     """
-    panels = _grid([_title(run) for run in runs])
+    panels = grid([_title(run) for run in runs])
     for axes, run in zip(panels, runs, strict=True):
-        for raw, style in _seeds(raws, run):
+        for raw, first in in_turn(raws[run]):
+            start = 2 * raw["switch_step"] - raw["phases"]["SGD"]["step"][-1]
             for phase, part in raw["phases"].items():
-                name = "SGD" if phase == "warmup" else phase
-                label = {} if phase == "warmup" else _label(name, style)
-                start = 2 * raw["switch_step"] - raw["phases"]["SGD"]["step"][-1]
                 shown = [i for i, step in enumerate(part["step"]) if step >= start]
                 steps, losses = ([part[c][i] for i in shown] for c in ("step", "loss"))
+                name = phase
                 if phase == "warmup":
-                    steps, losses = (
-                        [*steps, raw["switch_step"]],
-                        [*losses, raw["switch_loss"]],
-                    )
-                axes.plot(steps, losses, color=_colour(name), **style, **label)
-            axes.axvline(raw["switch_step"], color=_LOOK.faint, lw=0.6, ls=":")
-        axes.set_yscale("log")
-        _finish(axes, "training loss")
-    return panels[0].figure.figure
+                    steps, losses = [*steps, raw["switch_step"]], [*losses, raw["switch_loss"]]
+                    name = ""
+                line(axes, steps, losses, first, name, color=_colour(name))
+            mark(axes, raw["switch_step"])
+        axes.set(yscale="log", xlabel="step", ylabel="training loss")
+    return finished(panels)
 
 
 def eigenvalues_along_sgd(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
     """Figures 2, 12 and 15: the top k eigenvalues, and the next k."""
-    panels = _grid([_title(run) for run in runs])
+    panels = grid([_title(run) for run in runs])
     for axes, run in zip(panels, runs, strict=True):
-        for raw, style in list(_seeds(raws, run))[-1:]:
-            parts = [raw["phases"][phase] for phase in ("warmup", "SGD")]
-            _eigenvalues(axes, [_with_both(part) for part in parts], style)
-        _finish(axes, "eigenvalues")
-    return panels[0].figure.figure
+        raw = first_of(raws[run])
+        if raw is not None:
+            _eigenvalues(axes, [_with_both(raw["phases"][phase]) for phase in ("warmup", "SGD")])
+        axes.set(xlabel="step", ylabel="eigenvalues")
+    return finished(panels)
 
 
 def _with_both(part: Raw) -> Raw:
@@ -116,50 +84,49 @@ def _with_both(part: Raw) -> Raw:
     }
 
 
-def _eigenvalues(axes: Axes, parts: Sequence[Raw], style: Mapping[str, Any]) -> None:
+def _eigenvalues(axes: Axes, parts: Sequence[Raw]) -> None:
+    """The top k and the next k of one seed, thin lines since there are so many."""
     for name, colour, text in (
-        ("eigenvalues", _LOOK.dominant, "top k"),
-        ("next_eigenvalues", _LOOK.bulk, "next k"),
+        ("eigenvalues", LOOK.dominant, "top k"),
+        ("next_eigenvalues", LOOK.bulk, "next k"),
     ):
         steps = [step for part in parts for step in part["step"]]
         values = np.array([row for part in parts for row in part[name]], dtype=float)
         if values.size:
-            lines = axes.plot(steps, values, color=colour, lw=0.9, alpha=style["alpha"])
+            lines = axes.plot(steps, values, color=colour, lw=0.9)
             lines[0].set_label(text)
 
 
 def alignment_along_sgd(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
     """Figures 3, 13 and 16: χ_k of the gradient along SGD, and its moving average."""
-    panels = _grid([_title(run) for run in runs])
+    lines: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("chi_gradient", "χ_k", {"color": LOOK.dominant}),
+        ("chi_average", "moving average", {"color": LOOK.bulk, "ls": "--"}),
+    )
+    panels = grid([_title(run) for run in runs])
     for axes, run in zip(panels, runs, strict=True):
-        for raw, style in list(_seeds(raws, run))[-1:]:
-            parts = [raw["phases"][phase] for phase in ("warmup", "SGD")]
-            lines: tuple[tuple[str, str, dict[str, Any]], ...] = (
-                ("chi_gradient", "χ_k", {"color": _LOOK.dominant}),
-                ("chi_average", "moving average", {"color": _LOOK.bulk, "ls": "--"}),
-            )
+        raw = first_of(raws[run])
+        if raw is not None:
             for column, name, look in lines:
-                for number, part in enumerate(parts):
-                    label: dict[str, Any] = {"label": name} if not number else {}
-                    axes.plot(part["step"], part[column], **look, **style, **label)
-            axes.axvline(raw["switch_step"], color=_LOOK.faint, lw=0.6, ls=":")
-        axes.set_ylim(0, 1.05)
-        _finish(axes, "χ_k of the gradient")
-    return panels[0].figure.figure
+                for phase, label in (("warmup", ""), ("SGD", name)):
+                    part = raw["phases"][phase]
+                    line(axes, part["step"], part[column], True, label, **look)
+            mark(axes, raw["switch_step"])
+        axes.set(ylim=(0, 1.05), xlabel="step", ylabel="χ_k of the gradient")
+    return finished(panels)
 
 
 def distances_of_branches(raws: RawOfSeeds) -> Figure:
     """Figure 22: the distance from the switch."""
-    panels = _grid([_title(run) for run in _MSE])
+    panels = grid([_title(run) for run in _MSE])
     for axes, run in zip(panels, _MSE, strict=True):
-        for raw, style in _seeds(raws, run):
+        for raw, first in in_turn(raws[run]):
             for name, part in raw["phases"].items():
                 if name != "warmup":
                     steps = np.array(part["step"]) - raw["switch_step"]
-                    colour = _colour(name)
-                    axes.plot(steps, part["distance"], color=colour, **style, **_label(name, style))
-        _finish(axes, "distance from the switch", "steps after the switch")
-    return panels[0].figure.figure
+                    line(axes, steps, part["distance"], first, name, color=_colour(name))
+        axes.set(xlabel="steps after the switch", ylabel="distance from the switch")
+    return finished(panels)
 
 
 # --- noise -------------------------------------------------------------------------------------
@@ -167,90 +134,84 @@ def distances_of_branches(raws: RawOfSeeds) -> Figure:
 
 def alignment_at_switch(raws: RawOfSeeds, name: str) -> Figure:
     """Figures 4 and 5: χ_10 of the gradient, before and after the optimizer is switched."""
-    panels = _grid([name], 4.6)
-    _alignment_at_switch(panels[0], raws, name)
-    return panels[0].figure.figure
+    (axes,) = grid([name], width=4.6)
+    _alignment_at_switch(axes, raws, name)
+    return finished([axes])
 
 
 def _alignment_at_switch(axes: Axes, raws: RawOfSeeds, name: str) -> None:
-    for raw, style in _seeds(raws, "switching"):
+    for raw, first in in_turn(raws["switching"]):
         part = raw[name]
-        axes.plot(part["step"], part["chi_gradient"], color=_LOOK.dominant, **style)
-        axes.axvline(part["switch_step"], color=_LOOK.faint, lw=0.6, ls=":")
-    axes.set_ylim(0, 1.05)
-    _finish(axes, "χ_10 of the gradient")
+        line(axes, part["step"], part["chi_gradient"], first, color=LOOK.dominant)
+        mark(axes, part["switch_step"])
+    axes.set(ylim=(0, 1.05), xlabel="step", ylabel="χ_10 of the gradient")
 
 
 def all_at_switch(raws: RawOfSeeds, name: str) -> Figure:
     """Figures 20 and 21: χ_10, the loss, and the top 20 eigenvalues."""
-    panels = _grid([f"{name}: χ_10", "training loss", "eigenvalues"])
-    _alignment_at_switch(panels[0], raws, name)
-    for raw, style in _seeds(raws, "switching"):
+    alignment, loss, eigenvalues = grid([f"{name}: χ_10", "training loss", "eigenvalues"])
+    _alignment_at_switch(alignment, raws, name)
+    for raw, first in in_turn(raws["switching"]):
         part = raw[name]
-        panels[1].plot(part["step"], part["loss"], color=_LOOK.ink, **style)
-        if style["alpha"] == 1.0:
-            _eigenvalues(panels[2], [part], style)
-        for axes in panels[1:]:
-            axes.axvline(part["switch_step"], color=_LOOK.faint, lw=0.6, ls=":")
-    panels[1].set_yscale("log")
-    _finish(panels[1], "training loss")
-    _finish(panels[2], "eigenvalues")
-    return panels[0].figure.figure
+        line(loss, part["step"], part["loss"], first, color=LOOK.ink)
+        if first:
+            _eigenvalues(eigenvalues, [part])
+        mark(loss, part["switch_step"])
+        mark(eigenvalues, part["switch_step"])
+    loss.set(yscale="log", xlabel="step", ylabel="training loss")
+    eigenvalues.set(xlabel="step", ylabel="eigenvalues")
+    return finished([alignment, loss, eigenvalues])
 
 
 def alignment_along_gd(raws: RawOfSeeds) -> Figure:
     """Figure 18: χ_k of the gradient along GD at a small rate."""
-    panels = _grid([_title(run) for run in _GD])
+    panels = grid([_title(run) for run in _GD])
     for axes, run in zip(panels, _GD, strict=True):
-        for raw, style in _seeds(raws, run):
-            axes.plot(raw["step"], raw["chi_gradient"], color=_LOOK.dominant, **style)
-        axes.set_ylim(0, 1.05)
-        _finish(axes, "χ_k of the gradient")
-    return panels[0].figure.figure
+        for raw, first in in_turn(raws[run]):
+            line(axes, raw["step"], raw["chi_gradient"], first, color=LOOK.dominant)
+        axes.set(ylim=(0, 1.05), xlabel="step", ylabel="χ_k of the gradient")
+    return finished(panels)
 
 
 def distances_of_gd_and_sgd(raws: RawOfSeeds) -> Figure:
     """Figure 19: distances from the start, and of GD from SGD."""
-    panels = _grid([_title(run) for run in _GD])
+    lines: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("GD", "GD from start", {"color": LOOK.ink}),
+        ("SGD", "SGD from start", {"color": LOOK.bulk, "ls": "--"}),
+        ("GD to SGD", "GD from SGD", {"color": LOOK.dominant}),
+    )
+    panels = grid([_title(run) for run in _GD])
     for axes, run in zip(panels, _GD, strict=True):
-        for raw, style in _seeds(raws, run):
-            lines: tuple[tuple[str, str, dict[str, Any]], ...] = (
-                ("GD", "GD from start", {"color": _LOOK.ink}),
-                ("SGD", "SGD from start", {"color": _LOOK.bulk, "ls": "--"}),
-                ("GD to SGD", "GD from SGD", {"color": _LOOK.dominant}),
-            )
+        for raw, first in in_turn(raws[run]):
             for name, text, look in lines:
-                axes.plot(raw["step"], raw[name], **look, **style, **_label(text, style))
-        _finish(axes, "distance")
-    return panels[0].figure.figure
+                line(axes, raw["step"], raw[name], first, text, **look)
+        axes.set(xlabel="step", ylabel="distance")
+    return finished(panels, columns=2)
 
 
 # --- the toy quadratic -------------------------------------------------------------------------
 
+_TOY: Final = {"GD": LOOK.ink, "SGD": LOOK.bulk}
+
 
 def toy_paths(raws: RawOfSeeds) -> Figure:
     """Figure 6: the paths of GD and SGD in the plane."""
-    panels = _grid(["GD", "SGD"])
-    for axes, name in zip(panels, ("GD", "SGD"), strict=True):
-        for raw, style in _seeds(raws, "toy"):
-            colour = _LOOK.bulk if name == "SGD" else _LOOK.ink
-            axes.plot(raw[name]["x"], raw[name]["y"], ".-", ms=3, color=colour, **style)
-        axes.set_xlim(-0.3, 1.05)
-        _finish(axes, "y", "x")
-    return panels[0].figure.figure
+    panels = grid(list(_TOY))
+    for axes, (name, colour) in zip(panels, _TOY.items(), strict=True):
+        for raw, first in in_turn(raws["toy"]):
+            line(axes, raw[name]["x"], raw[name]["y"], first, color=colour, marker=".", ms=3)
+        axes.set(xlim=(-0.3, 1.05), xlabel="x", ylabel="y")
+    return finished(panels)
 
 
 def toy_alignment(raws: RawOfSeeds) -> Figure:
     """Figure 7: χ_1 along both."""
-    panels = _grid(["the toy quadratic"], 4.6)
-    axes = panels[0]
-    for raw, style in _seeds(raws, "toy"):
-        for name, colour in (("GD", _LOOK.ink), ("SGD", _LOOK.bulk)):
-            part = raw[name]
-            axes.plot(part["step"], part["chi"], color=colour, **style, **_label(name, style))
-    axes.set_ylim(0, 1.05)
-    _finish(axes, "χ_1 of the gradient")
-    return axes.figure.figure
+    (axes,) = grid(["the toy quadratic"], width=4.6)
+    for raw, first in in_turn(raws["toy"]):
+        for name, colour in _TOY.items():
+            line(axes, raw[name]["step"], raw[name]["chi"], first, name, color=colour)
+    axes.set(ylim=(0, 1.05), xlabel="step", ylabel="χ_1 of the gradient")
+    return finished([axes])
 
 
 # --- edge of stability and SAM -----------------------------------------------------------------
@@ -259,57 +220,48 @@ def toy_alignment(raws: RawOfSeeds) -> Figure:
 def edge(raws: RawOfSeeds, run: str, column: str, threshold: str, text: str) -> Figure:
     """Figures 9 and 10: eigenvalues with the threshold, χ_10, and the loss of each branch."""
     vector = "gradient" if column == "chi_gradient" else "update"
-    panels = _grid(["eigenvalues", f"χ_10 of the {vector}", "training loss"])
-    for raw, style in _seeds(raws, run):
+    eigenvalues, alignment, loss = grid(["eigenvalues", f"χ_10 of the {vector}", "training loss"])
+    for raw, first in in_turn(raws[run]):
         names = [name for name in raw["losses"] if name != "before"]
         both = [raw["before"], raw[names[0]]]
-        if style["alpha"] == 1.0:
-            _eigenvalues(panels[0], both, style)
+        if first:
+            _eigenvalues(eigenvalues, both)
             steps = [step for part in both for step in part["step"]]
             values = [value for part in both for value in part[threshold]]
-            panels[0].plot(steps, values, color=_LOOK.ink, ls="--", lw=1.0, label=text)
+            line(eigenvalues, steps, values, first, text, color=LOOK.ink, ls="--")
+            eigenvalues.set_ylim(bottom=0)
         for part in both:
-            panels[1].plot(part["step"], part[column], color=_LOOK.dominant, **style)
-        before = raw["losses"]["before"]
-        panels[2].plot(before["step"], before["loss"], color=_LOOK.ink, **style)
-        for name in names:
-            part = raw["losses"][name]
-            colour = _colour(name)
-            panels[2].plot(part["step"], part["loss"], color=colour, **style, **_label(name, style))
-        for axes in panels[1:]:
-            axes.axvline(raw["switch_step"], color=_LOOK.faint, lw=0.6, ls=":")
-    if any(values and values[0] for values in raws.values()):
-        panels[0].set_ylim(bottom=0)
-    panels[1].set_ylim(0, 1.05)
-    panels[2].set_yscale("log")
-    for axes, label in zip(panels, ("eigenvalues", "χ_10", "training loss"), strict=True):
-        _finish(axes, label)
-    return panels[0].figure.figure
+            line(alignment, part["step"], part[column], first, color=LOOK.dominant)
+        for name, part in raw["losses"].items():
+            label = "" if name == "before" else name
+            line(loss, part["step"], part["loss"], first, label, color=_colour(name))
+        mark(alignment, raw["switch_step"])
+        mark(loss, raw["switch_step"])
+    eigenvalues.set(xlabel="step", ylabel="eigenvalues")
+    alignment.set(ylim=(0, 1.05), xlabel="step", ylabel="χ_10")
+    loss.set(yscale="log", xlabel="step", ylabel="training loss")
+    return finished([eigenvalues, alignment, loss])
 
 
 # --- effective rates ---------------------------------------------------------------------------
 
-_LINES: Final = {"GD(-m)": "-", "GD(+m)": "--", "Adam(-m)": "-", "Adam(+m)": "--"}
+_METHODS: Final = {
+    "GD(-m)": (LOOK.ink, "-"),
+    "GD(+m)": (LOOK.ink, "--"),
+    "Adam(-m)": (LOOK.bulk, "-"),
+    "Adam(+m)": (LOOK.bulk, "--"),
+}
 
 
 def losses_of_optimizers(raws: RawOfSeeds, run: str) -> Figure:
     """Figures 11, 23 and 24: the loss of GD and Adam, without and with momentum."""
-    panels = _grid([_title(run)], 4.6, keys=2)
-    axes = panels[0]
-    for raw, style in _seeds(raws, run):
-        for name, line in _LINES.items():
-            colour = _LOOK.ink if name.startswith("GD") else _LOOK.bulk
-            axes.plot(
-                raw[name]["step"],
-                raw[name]["loss"],
-                line,
-                color=colour,
-                **style,
-                **_label(name, style),
-            )
-    axes.set_yscale("log")
-    _finish(axes, "training loss", columns=2)
-    return axes.figure.figure
+    (axes,) = grid([_title(run)], width=4.6)
+    for raw, first in in_turn(raws[run]):
+        for name, (colour, dashes) in _METHODS.items():
+            part = raw[name]
+            line(axes, part["step"], part["loss"], first, name, color=colour, ls=dashes)
+    axes.set(yscale="log", xlabel="step", ylabel="training loss")
+    return finished([axes], columns=2)
 
 
 _PAPERS_TABLE_1: Final = {
@@ -332,7 +284,7 @@ def table_of_rates(
     if papers:
         head += ["paper: Dom-LR", "Bulk-LR", "ours / paper: Dom-LR", "Bulk-LR"]
     rows = [head]
-    found = list(raws.get(run, {}).values())
+    found = list(raws[run].values())
     for name in OPTIMIZERS:
         means = [mean(raw[name][f"mean_{rate}"] for raw in found) for rate in _RATES]
         stds = [mean(raw[name][f"std_{rate}"] for raw in found) for rate in _RATES]

@@ -174,14 +174,13 @@ class _Probe:
 
     def __call__(self, _: int) -> Row:
         both = self.subspace.refresh()
-        k = self.k
-        basis = so.EigenBasis(both.eigenvalues[:k], both.vectors[:k], both.residuals[:k])
+        basis = both.first(self.k)
         gradient = self.hessian.gradient()
         return {
             "loss": self.hessian.loss(),
             "chi_gradient": float(so.diagnostics.alignment(gradient, basis)),
-            "eigenvalues": both.eigenvalues[:k].tolist(),
-            "next_eigenvalues": both.eigenvalues[k:].tolist(),
+            "eigenvalues": basis.eigenvalues.tolist(),
+            "next_eigenvalues": both.eigenvalues[self.k :].tolist(),
         }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import subspace_optim as so
 from benchmarks.losses import cross_entropy
-from benchmarks.papers.class_gradient_2020 import PAPER, claims, pictures, runs
+from benchmarks.papers.class_gradient_2020 import PAPER, claims, runs
 from benchmarks.papers.reproduction import Job
 from benchmarks.papers.results import Results, measure
 
@@ -302,13 +302,6 @@ def test_a_span_is_that_of_rows_of_any_length_and_leaves_out_zeros():
     torch.testing.assert_close(projector, torch.diag(torch.tensor([1.0, 1.0, 0.0])))
 
 
-def test_the_first_pairs_of_a_basis_are_the_largest():
-    basis = so.EigenBasis(torch.tensor([3.0, 2.0, 1.0]), torch.eye(3, 5), torch.zeros(3))
-    part = runs.first(basis, 2)
-    assert part.eigenvalues.tolist() == [3.0, 2.0]
-    assert torch.equal(part.vectors, torch.eye(2, 5))
-
-
 def test_the_second_term_is_that_of_the_dense_matrices():
     torch.manual_seed(0)
     x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
@@ -345,13 +338,6 @@ def test_examples_pass_backward_once_or_once_for_each_class(norm):
     passes = runs.backward_passes(model, lambda: subspace.observe(x, y))
     assert passes == (10 if norm else 5)
     assert runs.backward_passes(model, lambda: model(x)) == 0
-
-
-def test_seeds_are_told_with_their_spread():
-    assert pictures.over_seeds([]) == "–"
-    assert pictures.over_seeds([0.5]) == "0.5"
-    assert pictures.over_seeds([1.0, 3.0]) == "2 (1 to 3)"
-    assert pictures.over_seeds([math.inf, -math.inf]) == "nan"
 
 
 def test_losses_that_are_no_numbers_count_as_infinite():

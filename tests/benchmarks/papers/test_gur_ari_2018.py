@@ -67,6 +67,7 @@ TINY = {
     "newton": {"data": "digits", "factor": 1, "width": 8, "examples": 100, "warmup": 5, "steps": 4},
 }
 SLOW = ("convnet", "resnet")
+SEEDLESS = {run.name: {} for run in PAPER.runs}
 
 
 def claim(name):
@@ -118,7 +119,7 @@ def test_a_run_is_measured_judged_and_shown(name, measured):
             assert isinstance(each.measure(raw), float), each.name
     for exhibit in PAPER.exhibits:
         if name in exhibit.runs:  # the other runs of an exhibit have not been measured
-            seeds = {name: {1: raw, 3: raw}}
+            seeds = SEEDLESS | {name: {1: raw, 3: raw}}
             if exhibit.draw is not None:
                 assert exhibit.draw(seeds).axes
             if exhibit.table is not None:
@@ -131,9 +132,9 @@ def test_a_run_is_measured_judged_and_shown(name, measured):
 @pytest.mark.parametrize("exhibit", PAPER.exhibits, ids=lambda exhibit: exhibit.name)
 def test_an_exhibit_without_figures_says_so(exhibit):
     if exhibit.draw is not None:
-        assert exhibit.draw({}).axes
+        assert exhibit.draw(SEEDLESS).axes
     if exhibit.table is not None:
-        assert exhibit.table({})[0]
+        assert exhibit.table(SEEDLESS)[0]
 
 
 @pytest.mark.slow
@@ -141,7 +142,7 @@ def test_an_exhibit_without_figures_says_so(exhibit):
 def test_a_picture_can_be_saved(name, measured, tmp_path):
     for exhibit in PAPER.exhibits:
         if exhibit.draw is not None and name in exhibit.runs:
-            exhibit.draw({name: {0: measured(name)}}).savefig(tmp_path / "picture.png")
+            exhibit.draw(SEEDLESS | {name: {0: measured(name)}}).savefig(tmp_path / "picture.png")
             assert (tmp_path / "picture.png").stat().st_size > 5000
 
 
@@ -432,8 +433,8 @@ def test_claims_about_newton_and_the_table():
 
 
 def test_the_table_has_the_paper_s_figures_beside_ours():
-    raws = {"fc-random": {0: {"mean_overlap": 0.8, "mean_overlap_test": 0.1, "accuracy": 0.5}}}
-    raws["fc-random"][2] = raws["fc-random"][0] | {"mean_overlap": 0.9}
+    raw = {"mean_overlap": 0.8, "mean_overlap_test": 0.1, "accuracy": 0.5}
+    raws = SEEDLESS | {"fc-random": {0: raw, 2: raw | {"mean_overlap": 0.9}}}
     row = next(row for row in pictures.table_1(raws) if row[2] == "Random labels")
     assert row == ["MNIST", "FC", "Random labels", "0.85", "0.86", "-0.01", "0.10", "0.50"]
     assert pictures.table_1(raws)[1][3] == "–"

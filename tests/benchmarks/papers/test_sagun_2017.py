@@ -20,7 +20,7 @@ from benchmarks.papers.problems import blobs
 from benchmarks.papers.reproduction import Claim, Job, Raw
 from benchmarks.papers.results import Results, measure
 from benchmarks.papers.sagun_2017 import PAPER, claims, random_matrices, runs
-from benchmarks.papers.sagun_2017.pictures import over_seeds, table_clusters
+from benchmarks.papers.sagun_2017.pictures import table_clusters
 
 _CLUSTERS = {"examples": 60, "inputs": 10, "hidden": 6, "clusters": (2, 5), "steps": 20}
 _DIGITS = {"data": "digits", "pool": 2, "examples": 60}
@@ -446,9 +446,3 @@ def test_a_training_ends_where_its_loss_is_reached() -> None:
     taken = runs.train_until(job, "b", model, data, lr=0.5, target=start / 10, most=500, chunk=10)
     assert 0 < taken < 500
     assert runs.loss_of(model, data) <= start / 10
-
-
-def test_seeds_as_a_text() -> None:
-    assert over_seeds([]) == "–"
-    assert over_seeds([2.0, 2.0]) == "2"
-    assert over_seeds([1.0, 2.0, 6.0]) == "3 (1 to 6)"
