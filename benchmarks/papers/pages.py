@@ -204,6 +204,8 @@ def _page(results: Results, paper: Paper) -> str:
         lines += [f"At `{scale}`, {held} of {len(complete)} claims are reproduced.", ""]
         lines += [_hardware(results, paper, scale), ""]
         lines += [f"## Claims, `{scale}`", "", markdown(_claims(verdicts)), ""]
+        if scale == "small":
+            lines += _causes(paper, complete)
         lines += [f"## Figures and tables, `{scale}`", ""]
         for exhibit in paper.exhibits:
             lines += _exhibit(results, paper, exhibit, scale)
@@ -248,6 +250,15 @@ def _claims(verdicts: Iterable[Verdict]) -> Rows:
             [f"`{claim.name}`: {claim.says}", claim.source, claim.inequality, figures, word]
         )
     return [[cell.replace("|", "\\|") for cell in row] for row in rows]
+
+
+def _causes(paper: Paper, verdicts: Iterable[Verdict]) -> list[str]:
+    """The causes that are known of what was not reproduced."""
+    failed = [v.claim.name for v in verdicts if not v.reproduced and v.claim.name in paper.causes]
+    if not failed:
+        return []
+    lines = [f"- `{name}`: {paper.causes[name]}" for name in failed]
+    return ["### Why some were not reproduced", "", *lines, ""]
 
 
 def _marked(claim: Claim, value: float) -> str:

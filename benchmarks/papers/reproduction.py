@@ -150,6 +150,8 @@ class Paper:
         exhibits: what is shown.
         claims: what is decided.
         differences: what is other than in the paper, and why; a sentence each.
+        causes: of claims that were not reproduced, by name: why, as far as it is known. They alone
+            are written after the runs.
     """
 
     key: str
@@ -159,6 +161,7 @@ class Paper:
     exhibits: tuple[Exhibit, ...]
     claims: tuple[Claim, ...]
     differences: tuple[str, ...]
+    causes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]
@@ -171,6 +174,8 @@ class Paper:
                 raise ValueError(
                     f"{self.key}: {user.name} needs runs that there are not: {missing}"
                 )
+        if unknown := set(self.causes) - {claim.name for claim in self.claims}:
+            raise ValueError(f"{self.key}: causes of claims that there are not: {unknown}")
 
     def run(self, name: str) -> Run:
         """Returns the run of that name."""
