@@ -50,7 +50,8 @@ class Settings:
             ``switch_chi``, and at ``last_switch`` at the latest.
         switch_chi: as the paper has it.
         last_switch: as above.
-        average: the factor of the exponential moving average over the measured values.
+        average: the factor of the exponential moving average over the measured values. It starts at
+            0: a gradient that is dominant at random parameters is no reason to switch.
         warmup_measure: measure every so many steps before the switch.
         warmup_refresh: renew the basis after so many steps before the switch.
         measure: measure every so many steps of a branch.
@@ -245,7 +246,7 @@ class _Experiment:
         self.observers = [each for each in inner if isinstance(each, so.ClassGradientSubspace)]
         every = settings.warmup_measure if warm else settings.measure
         self.monitor = so.Monitor(self.trained, self.subspace, every=every)
-        self.average: float | None = None
+        self.average = 0.0
         self.seconds = 0.0
         self.stopped = ""
 
@@ -349,7 +350,7 @@ class _Experiment:
     def _add_row(self, next_eigenvalues: list[float]) -> None:
         row = {column: values[-1] for column, values in self.monitor.history.items()}
         chi, factor = row["chi_gradient"], self.settings.average
-        self.average = chi if self.average is None else factor * self.average + (1 - factor) * chi
+        self.average = factor * self.average + (1 - factor) * chi
         self.result.rows.append(
             row
             | {
@@ -365,15 +366,14 @@ class _Experiment:
         settings = self.settings
         if settings.switch_at is not None:
             return f"step {settings.switch_at} as asked" if self.step >= settings.switch_at else ""
-        if self.average is not None and self.average >= settings.switch_chi:
+        if self.average >= settings.switch_chi:
             return (
                 f"the average of chi_{settings.k} reached {self.average:.3f} "
                 f"(at least {settings.switch_chi:g})"
             )
         if self.step >= settings.last_switch:
-            reached = "unmeasured" if self.average is None else f"{self.average:.3f}"
             return (
-                f"last step of the warm-up; the average of chi_{settings.k} is {reached}, "
+                f"last step of the warm-up; the average of chi_{settings.k} is {self.average:.3f}, "
                 f"not yet {settings.switch_chi:g}"
             )
         return ""

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from rich.console import Console
@@ -156,14 +156,18 @@ def seconds_of(task: Task, scale: Scale, folders: Sequence[Results]) -> float | 
     return None
 
 
-def _estimate(tasks: Sequence[Task], options: argparse.Namespace, folders: Any) -> str:
+def _estimate(
+    tasks: Sequence[Task], options: argparse.Namespace, folders: Sequence[Results]
+) -> str:
     known = [seconds_of(task, options.scale, folders) for task in tasks]
     minutes = sum(seconds for seconds in known if seconds is not None) / 60 / options.jobs
     unknown = known.count(None)
     if unknown == len(tasks):
         return f"{len(tasks)} runs; none was ever made at this size, so how long is not known"
     more = f", and {unknown} that were never made at this size" if unknown else ""
-    return f"{len(tasks)} runs, about {minutes:.0f} minutes, {options.jobs} at a time{more}"
+    runs = "1 run" if len(tasks) == 1 else f"{len(tasks)} runs"
+    long = f"about {minutes:.0f} minutes" if minutes >= 1 else "less than a minute"
+    return f"{runs}, {long}, {options.jobs} at a time{more}"
 
 
 def _list_papers(console: Console) -> None:
@@ -220,6 +224,8 @@ def _show(
             if runs.isdisjoint(claim.runs):
                 continue
             found = verdict(results, paper, claim, scale)
+            if not found.complete:
+                continue
             figures = [value for seeds in found.figures.values() for value in seeds.values()]
             texts = " ".join(f"{value:.3g}" for value in figures)
             style = {"reproduced": "green", "not reproduced": "red"}.get(found.word, "dim")
@@ -239,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scale", choices=SCALES, default="small", help="paper: the paper's own size, for a GPU")
     add("--seeds", type=int, default=3, help="how many, from 0 on")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--device", choices=("cpu", "cuda"), help="default at small: cpu")
     add("--data-root", help="folder of data sets (default: $SUBSPACE_OPTIM_DATA, else the hub)")
     add("--results", type=Path, default=Path("results/papers"), help="where raw figures are kept")
     add("--publish", action="store_true", help="write docs/papers from what is in --results")
@@ -288,6 +294,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: at least 1")
+    if options.device is None:
+        if options.scale == "paper":
+            parser.error("--scale paper takes a GPU: --device cuda (with cpu it takes weeks)")
+        options.device = "cpu"
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     results = Results(options.results)

@@ -10,18 +10,19 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gallery import save
 from benchmarks.papers.reproduction import SCALES, Claim, Exhibit, Paper, Rows, Run, Scale
 from benchmarks.papers.results import Record, Results
-from benchmarks.papers.verdicts import Verdict, verdict
+from benchmarks.papers.verdicts import WORDS, Verdict, verdict
 
 RAW: Final = "raw"
 PICTURES: Final = "pictures"
-_NUMBER: Final = "{:.3g}"
+_TINY: Final = 1e-12
+"""Figures below this are told apart from zero alone."""
 
 
 def publish(results: Results, papers: Mapping[str, Paper], folder: Path) -> list[Path]:
@@ -94,7 +95,7 @@ def picture(paper: Paper, exhibit: Exhibit, scale: Scale) -> str:
 
 def markdown(rows: Rows) -> str:
     """Returns a table, its first row the header."""
-    head, *body = (["", *row, ""] for row in rows)
+    head, *body = (["", *(cell.replace("|", "\\|") for cell in row), ""] for row in rows)
     rule = ["", *("---" for _ in head[1:-1]), ""]
     return "\n".join(" | ".join(row).strip() for row in (head, rule, *body))
 
@@ -126,6 +127,8 @@ def _entry(results: Results, paper: Paper, claim: Claim, scale: Scale) -> dict[s
             for run, seeds in found.figures.items()
             for seed in seeds
         },
+        "identity": claim.identity,
+        "changed": claim.changed,
         "verdict": found.word,
     }
 
@@ -134,10 +137,15 @@ def _entry(results: Results, paper: Paper, claim: Claim, scale: Scale) -> dict[s
 
 _HEAD: Final = """# The papers, reproduced
 
-Every figure and table of the four papers is a command, and every claim an inequality that was fixed
-before it was measured. `make papers` runs all of them at `small`, on a CPU; `python -m
-benchmarks.papers` lists them. A claim is *reproduced* if its inequality holds in every run that it
-is about, for every seed. One that is not is reported like the others.
+Every figure and table of the four papers is a command, and every claim an inequality. `make papers`
+runs all of them at `small`, on a CPU; `python -m benchmarks.papers` lists them.
+
+A claim is *reproduced* if its inequality holds in every run that it is about, for every seed; it is
+*not reproduced* if it fails in one; it is *undecided* if it holds wherever its premise does, and
+that is not everywhere: that a network was trained, that its gradient was dominant. Inequalities
+were fixed before the runs that are published here. Those that were changed after a first trial say
+so, with the reason. *Identities* follow from definitions: they tell of formulas, misprints among
+them, not of networks.
 """
 _SIZES: Final = """\
 The raw figures of each run and seed are in `raw`, with size, seconds, machine and versions;
@@ -152,25 +160,37 @@ are beside them in the code, `benchmarks/papers/<paper>`.
 
 def _index(results: Results, papers: Mapping[str, Paper]) -> str:
     lines = [_HEAD]
-    table = [["paper", "claims", *(f"reproduced, `{scale}`" for scale in SCALES)]]
+    table = [["paper", "scale", "claims", *WORDS, "identities, reproduced"]]
     for paper in papers.values():
-        cells = []
         for scale in SCALES:
-            verdicts = [verdict(results, paper, claim, scale) for claim in paper.claims]
-            complete = sum(v.complete for v in verdicts)
-            of = f" of {complete}" if complete else ""
-            cells.append(f"{sum(v.reproduced for v in verdicts)}{of}" if complete else "not run")
-        table.append([f"[{paper.citation}]({paper.key}.md)", str(len(paper.claims)), *cells])
+            link = f"[{paper.citation}]({paper.key}.md)"
+            table.append(
+                [link, f"`{scale}`", str(len(paper.claims)), *_counts(results, paper, scale)]
+            )
     lines += [markdown(table), ""]
     lines += [_SIZES]
     for paper in papers.values():
-        rows = [["run", "what", "for", "size", "minutes"]]
+        rows = [["run", "what", "for", "size", "seeds", "minutes"]]
         for run in paper.runs:
-            records = results.of(paper, run.name, "small").values()
+            records = results.of(paper, run.name, "small")
             shown = ", ".join(e.name for e in paper.exhibits if run.name in e.runs)
-            rows.append([f"`{run.name}`", run.what, shown, _size(run), _minutes(records)])
+            seeds = " ".join(map(str, records))
+            minutes = _minutes(records.values())
+            rows.append([f"`{run.name}`", run.what, shown, _size(run), seeds, minutes])
         lines += [f"### {paper.key}", "", markdown(rows), ""]
     return "\n".join(lines)
+
+
+def _counts(results: Results, paper: Paper, scale: Scale) -> list[str]:
+    """How many claims have each verdict; and of the identities, which are not among these."""
+    found = [verdict(results, paper, claim, scale) for claim in paper.claims]
+    found = [each for each in found if each.complete]
+    if not found:
+        return ["not run", "", "", ""]
+    words = [each.word for each in found if not each.claim.identity]
+    identities = [each.word for each in found if each.claim.identity]
+    of = f"{identities.count('reproduced')} of {len(identities)}" if identities else ""
+    return [*(str(words.count(word)) for word in WORDS), of]
 
 
 def _size(run: Run) -> str:
@@ -192,7 +212,7 @@ def _minutes(records: Iterable[Record]) -> str:
 
 
 def _page(results: Results, paper: Paper) -> str:
-    lines = [f"# {paper.key}", "", f"[{paper.citation}]({paper.address})", ""]
+    lines = [f"# {paper.citation}", "", f"[The paper]({paper.address}); here `{paper.key}`.", ""]
     for scale in SCALES:
         verdicts = [verdict(results, paper, claim, scale) for claim in paper.claims]
         complete = [v for v in verdicts if v.complete]
@@ -200,12 +220,10 @@ def _page(results: Results, paper: Paper) -> str:
             # What a GPU is for was not run without one, and the page says so.
             lines += [f"Nothing was run at `{scale}`: {_why_not(scale)}", ""]
             continue
-        held = sum(v.reproduced for v in complete)
-        lines += [f"At `{scale}`, {held} of {len(complete)} claims are reproduced.", ""]
-        lines += [_hardware(results, paper, scale), ""]
+        lines += [_summary(complete, scale), "", _hardware(results, paper, scale), ""]
         lines += [f"## Claims, `{scale}`", "", markdown(_claims(verdicts)), ""]
         if scale == "small":
-            lines += _causes(paper, complete)
+            lines += _causes(paper, complete) + _changes(paper)
         lines += [f"## Figures and tables, `{scale}`", ""]
         for exhibit in paper.exhibits:
             lines += _exhibit(results, paper, exhibit, scale)
@@ -218,6 +236,18 @@ def _why_not(scale: Scale) -> str:
     if scale == "paper":
         return "the paper's own sizes are for a GPU, and none was at hand."
     return "`make papers` does it."
+
+
+def _summary(verdicts: Sequence[Verdict], scale: Scale) -> str:
+    """How many claims were reproduced, identities apart."""
+    words = [each.word for each in verdicts if not each.claim.identity]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in WORDS)
+    identities = sum(each.claim.identity for each in verdicts)
+    also = f"; and {identities} that follow from definitions (*identities*)" if identities else ""
+    return (
+        f"At `{scale}`, of {len(words)} claims: {counts}{also}. "
+        "In pictures the first seed is drawn strongly, the others thinly."
+    )
 
 
 def _hardware(results: Results, paper: Paper, scale: Scale) -> str:
@@ -246,25 +276,38 @@ def _claims(verdicts: Iterable[Verdict]) -> Rows:
             for run, seeds in found.figures.items()
         )
         word = found.word if found.word == "reproduced" else f"**{found.word}**"
-        rows.append(
-            [f"`{claim.name}`: {claim.says}", claim.source, claim.inequality, figures, word]
-        )
-    return [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        says = f"`{claim.name}`: {claim.says}" + " *(identity)*" * claim.identity
+        rows.append([says, claim.source, claim.inequality, figures, word])
+    return rows
 
 
 def _causes(paper: Paper, verdicts: Iterable[Verdict]) -> list[str]:
     """The causes that are known of what was not reproduced."""
-    failed = [v.claim.name for v in verdicts if not v.reproduced and v.claim.name in paper.causes]
-    if not failed:
-        return []
-    lines = [f"- `{name}`: {paper.causes[name]}" for name in failed]
-    return ["### Why some were not reproduced", "", *lines, ""]
+    names = [v.claim.name for v in verdicts if v.word != "reproduced"]
+    lines = [f"- `{name}`: {paper.causes[name]}" for name in names if name in paper.causes]
+    return ["### Why some were not reproduced", "", *lines, ""] if lines else []
+
+
+def _changes(paper: Paper) -> list[str]:
+    """What was changed of the claims after a first trial; claims of one text are one line."""
+    names: dict[str, list[str]] = {}
+    for claim in paper.claims:
+        if claim.changed:
+            names.setdefault(claim.changed, []).append(f"`{claim.name}`")
+    lines = [f"- {', '.join(of_text)}: {text}" for text, of_text in names.items()]
+    return ["### Changed after a first trial", "", *lines, ""] if lines else []
 
 
 def _marked(claim: Claim, value: float) -> str:
     """The figure of a seed; one for which the inequality fails is in bold."""
-    text = _NUMBER.format(value)
-    return text if claim.holds(value) else f"**{text}**"
+    text = (
+        f"{value:.3g}"
+        if claim.holds(float(f"{value:.3g}")) == claim.holds(value)
+        else f"{value:.6g}"
+    )
+    if 0 < abs(value) < _TINY:
+        text = f"below {_TINY:g}"
+    return text if claim.holds(value) or math.isnan(value) else f"**{text}**"
 
 
 def _exhibit(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) -> list[str]:
@@ -276,6 +319,6 @@ def _exhibit(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) -> 
     if exhibit.table is not None:
         lines += [markdown(exhibit.table(results.raws(paper, exhibit.runs, scale))), ""]
     if exhibit.note:
-        lines += [f"*The paper's:* {exhibit.note}", ""]
+        lines += [exhibit.note, ""]
     runs = ", ".join(f"`{run}`" for run in exhibit.runs)
     return [*lines, f"From {runs}.", ""]

@@ -2,8 +2,8 @@
 
 A *run* measures something once for each seed, and gives raw figures. *Exhibits* are the paper's
 figures and tables, drawn from the raw figures of one or several runs. A *claim* is one number of
-each run's raw figures and an inequality about it, both fixed before anything ran. It is reproduced
-if the inequality holds in every run that it is about, for every seed.
+each run's raw figures and an inequality about it, both fixed before the runs that are published. It
+is reproduced if the inequality holds in every run that it is about, for every seed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Exhibit:
         runs: names of the runs that it needs.
         draw: the picture, in the layout of the paper's; it gets the seeds that there are.
         table: the table beside the paper's, its first row the header.
-        note: what the picture says beside the paper's description of its own.
+        note: what the paper says of its own, and what has to be known of ours.
     """
 
     name: str
@@ -107,6 +107,8 @@ class Claim:
         measure: the number, from the raw figures of one seed of one run.
         at_least: the smallest value with which it holds; ``None``: there is none.
         at_most: the largest.
+        identity: it follows from definitions, and tells of formulas rather than of networks.
+        changed: what was changed after a first trial, and why; empty where nothing was.
     """
 
     name: str
@@ -117,6 +119,8 @@ class Claim:
     measure: Callable[[Raw], float]
     at_least: float | None = None
     at_most: float | None = None
+    identity: bool = False
+    changed: str = ""
 
     def __post_init__(self) -> None:
         if self.at_least is None and self.at_most is None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from benchmarks.papers.reproduction import Claim, Paper, Scale
 from benchmarks.papers.results import Results
+
+Word = Literal["reproduced", "not reproduced", "undecided", "not measured"]
+WORDS: Final[tuple[Word, ...]] = ("reproduced", "not reproduced", "undecided")
+"""Of what was measured."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,8 @@ class Verdict:
 
     Attributes:
         claim: what is decided.
-        figures: by the name of the run, and then by the seed; NaN where the figure does not exist.
+        figures: by the name of the run, and then by the seed; NaN where the claim's premise does
+            not hold, such as that a network was trained.
     """
 
     claim: Claim
@@ -28,24 +35,20 @@ class Verdict:
         return all(self.figures[run] for run in self.claim.runs)
 
     @property
-    def reproduced(self) -> bool:
-        """The inequality holds in every run, for every seed."""
-        figures = [value for seeds in self.figures.values() for value in seeds.values()]
-        return self.complete and all(map(self.claim.holds, figures))
-
-    @property
-    def word(self) -> str:
-        """Returns the verdict as a word."""
+    def word(self) -> Word:
+        """The verdict: where the inequality fails once, a claim is not reproduced."""
         if not self.complete:
             return "not measured"
-        return "reproduced" if self.reproduced else "not reproduced"
+        figures = [value for seeds in self.figures.values() for value in seeds.values()]
+        if not all(self.claim.holds(value) for value in figures if not math.isnan(value)):
+            return "not reproduced"
+        return "undecided" if any(map(math.isnan, figures)) else "reproduced"
 
 
 def verdict(results: Results, paper: Paper, claim: Claim, scale: Scale) -> Verdict:
     """Returns the verdict on a claim from the raw files that there are.
 
-    A figure that cannot be computed, such as a share of nothing or the mean of no rows, is NaN: the
-    claim does not hold.
+    A share of nothing and the mean of no rows are NaN.
     """
     return Verdict(
         claim,
@@ -62,5 +65,5 @@ def verdict(results: Results, paper: Paper, claim: Claim, scale: Scale) -> Verdi
 def _figure(claim: Claim, raw: dict[str, object]) -> float:
     try:
         return float(claim.measure(raw))
-    except (ArithmeticError, LookupError, ValueError):
+    except (ZeroDivisionError, statistics.StatisticsError):
         return math.nan

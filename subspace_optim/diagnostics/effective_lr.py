@@ -28,7 +28,8 @@ def dom_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
         basis: the dominant subspace at ``θ_t``.
 
     Returns:
-        A scalar tensor; NaN where the gradient has no dominant component beyond rounding.
+        A scalar tensor; NaN where the gradient has no dominant component beyond rounding. A basis
+        at an angle to the true subspace that is not well below χ_k tells the bulk's rate instead.
 
     Reference:
         `song_2024`, Definition 4.

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.papers.drawing import LOOK, finished, first_of, grid, in_turn, line, mark, shade
 from benchmarks.papers.gur_ari_2018.claims import (
@@ -44,6 +45,7 @@ _TITLES: Final = {
 }
 _F_TOP: Final = r"$f_{\mathrm{top}}$"
 _PARTS: Final = ("first hidden layer", "second hidden layer", "top weights", "top biases")
+_INDEX: Final = "i (dashed: where the top k end)"
 _COLOURS: Final = (LOOK.dominant, LOOK.bulk, LOOK.third, LOOK.fourth)
 
 
@@ -89,12 +91,18 @@ def _from_each_start(axes: Axes, raw: Raw, matrix: list[list[float]]) -> None:
     for i in _starts(raw):
         after = [step - saved[i] for step in saved[i:]]
         look = {"color": shade(i, len(saved) - 1), "marker": "o", "ms": 2.5}
-        line(axes, after, matrix[i][i:], True, f"{saved[i]}", **look)
+        line(axes, after, matrix[i][i:], True, f"$t_1 = {saved[i]}$", **look)
 
 
 def _label_overlaps(panels: Sequence[Axes]) -> None:
     for axes in panels:
-        axes.set(ylim=(0, 1.02), xlabel=r"$t_2 - t_1$", ylabel=r"overlap, by $t_1$")
+        axes.set(ylim=(0, 1.02), xlabel=r"$t_2 - t_1$", ylabel="overlap")
+
+
+def _count_along(axes: Axes, xlabel: str) -> None:
+    """Labels an axis along which there are whole numbers alone."""
+    axes.set_xlabel(xlabel)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
 
 
 def top_and_next(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
@@ -132,11 +140,12 @@ def dimension(raws: RawOfSeeds) -> Figure:
         for raw, first in in_turn(raws[run]):
             for i in _starts(raw):
                 means = by_dimension(raw, i)
-                label = f"{raw['saved'][i]}"
+                label = f"$t_1 = {raw['saved'][i]}$"
                 colour = shade(i, len(raw["saved"]) - 1)
                 line(axes, list(means), list(means.values()), first, label, color=colour)
             mark(axes, raw["k"])
-        axes.set(ylim=(0, 1.02), xlabel="dimension", ylabel=r"mean overlap, by $t_1$")
+        axes.set(ylim=(0, 1.02), ylabel="mean overlap")
+        _count_along(axes, "dimension (dashed: k)")
     return finished(panels)
 
 
@@ -175,7 +184,7 @@ def spectra(raws: RawOfSeeds) -> Figure:
             edges = np.linspace(low, high, len(raw["counts"]) + 1)
             histogram.stairs(raw["counts"], edges, color=LOOK.ink, lw=1.0)
             top = raw["eigenvalues"][: raw["k"]]
-            histogram.plot(top, [0.6] * len(top), "^", ms=4, color=LOOK.dominant, label="top k")
+            histogram.plot(top, [0.6] * len(top), "^", ms=4, color=LOOK.dominant)
             histogram.set_yscale("log")
         for each, first in in_turn(raws[run]):
             values = np.array(each["eigenvalues"][: 3 * each["k"]], dtype=float)
@@ -184,8 +193,9 @@ def spectra(raws: RawOfSeeds) -> Figure:
             line(scree, order, shown, first, color=LOOK.ink, marker="o", ms=2.5)
             mark(scree, each["k"] + 0.5)
             scree.set_yscale("log")
-        histogram.set(xlabel="eigenvalue", ylabel="number")
-        scree.set(xlabel="i", ylabel=r"$\lambda_i$, and where k ends")
+        histogram.set(xlabel="eigenvalue (triangles: the top k)", ylabel="number")
+        scree.set(ylabel=r"$\lambda_i$")
+        _count_along(scree, _INDEX)
     return finished(panels)
 
 
@@ -308,7 +318,8 @@ def along_eigenvectors(raws: RawOfSeeds) -> Figure:
                 order = range(1, len(fractions) + 1)
                 line(axes, order, fractions, first, color=LOOK.dominant, marker="o", ms=3)
                 mark(axes, raw["k"] + 0.5)
-        axes.set(xlabel="i", ylabel=r"$c_i^2$")
+        axes.set(ylabel=r"$c_i^2$")
+        _count_along(axes, _INDEX)
     return finished(panels)
 
 
@@ -495,7 +506,10 @@ EXHIBITS: Final = (
         "The fraction of the gradient in the top subspace, loss and accuracy",
         NETWORKS,
         draw=early_training,
-        note="In the paper f_top starts small and is soon close to 1 in all three.",
+        note=(
+            "In the paper f_top starts small and quickly grows to nearly 1. Loss and accuracy are "
+            "drawn up to the last step at which f_top was measured."
+        ),
     ),
     Exhibit(
         "table-1",
@@ -503,8 +517,8 @@ EXHIBITS: Final = (
         tuple(CASES),
         table=table_1,
         note=(
-            "On test data the paper has no figures: it says that the overlap is large there too, "
-            "but for random labels."
+            "In the paper there are no figures for test data: the text says that the overlap is "
+            "large there as well, but for random labels."
         ),
     ),
     Exhibit(
@@ -513,8 +527,10 @@ EXHIBITS: Final = (
         (*NETWORKS, "fc-five"),
         table=table_of_random_vectors,
         note=(
-            "The paper estimates 0.87 for a vector in the top subspace. The last column is how "
-            "much less the loss falls along g_top alone."
+            "In the paper the estimate for a vector in the top subspace, from eigenvalues in "
+            "proportion to i, is 0.87; our column for equation 4 has the eigenvalues that were "
+            "found. The last column is by how much a small step along g_top lowers the loss, over "
+            "what one along g does."
         ),
     ),
     Exhibit(
@@ -523,8 +539,8 @@ EXHIBITS: Final = (
         NETWORKS,
         draw=partial(top_and_next, runs=NETWORKS),
         note=(
-            "In the paper the top subspaces stay alike from step 100 on, and the next decay "
-            "quickly. The colour is the step of the first of the two."
+            "In the paper the overlap of the top subspaces remains significant from about step 100 "
+            "on, and that of the next ones decays quickly."
         ),
     ),
     Exhibit(
@@ -540,7 +556,10 @@ EXHIBITS: Final = (
         ("fc", "resnet"),
         draw=dimension,
         table=table_of_dimensions,
-        note="In the paper it is about constant up to 9 dimensions and falls from 10 on.",
+        note=(
+            "In the paper the overlap hardly depends on the dimension up to 9, and falls from 10 "
+            "on. The table has means over all starts from step 100 on."
+        ),
     ),
     Exhibit(
         "figure-4",
@@ -549,10 +568,10 @@ EXHIBITS: Final = (
         draw=spectra,
         table=table_of_outliers,
         note=(
-            "The paper shows the first of these and says of random labels and of even and odd "
-            "that there are 10 and 2 large eigenvalues. Five digits are ours. One outlier fewer "
-            "than classes counts as well: for even and odd, where k − 1 = 1, that is a weak test, "
-            "since any spectrum has a largest eigenvalue."
+            "In the paper there are 10 large eigenvalues for digits and for random labels, and 2 "
+            "for even and odd; five digits are ours. One outlier fewer than classes counts as "
+            "well: for even and odd, where k − 1 = 1, that is a weak test, since any spectrum has "
+            "a largest eigenvalue. The histograms are those of the first seed."
         ),
     ),
     Exhibit(
@@ -560,7 +579,10 @@ EXHIBITS: Final = (
         "The density at the right edge of the spectrum, over realisations",
         ("right-edge",),
         draw=right_edge,
-        note="The paper has a dip at about the 100th for CIFAR-100; here there are 20 classes.",
+        note=(
+            "In the paper there is a clear underdensity around the 100th eigenvalue of CIFAR-100, "
+            "and a Gaussian fits the part of the top subspace very well. Here there are 20 classes."
+        ),
     ),
     Exhibit(
         "figure-6",
@@ -569,8 +591,8 @@ EXHIBITS: Final = (
         draw=first_eigenvector,
         table=table_of_parts,
         note=(
-            "In the paper it changes along training, has components everywhere, and its largest, "
-            "those of the top weights, are some 4 times those of the first layer."
+            "In the paper it changes along training and has components everywhere; the largest, "
+            "those of the top weights, are only some 4 times the typical ones of the first layer."
         ),
     ),
     Exhibit(
@@ -578,28 +600,31 @@ EXHIBITS: Final = (
         "The first eigenvector in the last layer",
         ("fc",),
         draw=last_layer,
-        note="In the paper no component dominates, and both differ.",
+        note="In the paper it is not sparse, no component dominates, and it changes in time.",
     ),
     Exhibit(
         "figure-8",
         "The largest eigenvalue along training",
         ("fc", "resnet"),
         draw=largest_eigenvalue,
-        note="In the paper it grows, stays large, and decays as the loss goes down.",
+        note="In the paper it grows at first, remains large during training, and then decays.",
     ),
     Exhibit(
         "figure-9",
         "Overlap of top subspaces of several dimensions: FC",
         ("fc",),
         draw=partial(each_dimension, run="fc"),
-        note="In the paper 15 and 20 dimensions are clearly less preserved than 9 and fewer.",
+        note=(
+            "In the paper 15 and 20 dimensions are significantly less preserved than the others, "
+            "and 11 marginally less."
+        ),
     ),
     Exhibit(
         "figure-10",
         "Overlap of top subspaces of several dimensions: ResNet-18",
         ("resnet",),
         draw=partial(each_dimension, run="resnet"),
-        note="In the paper it is as for the FC network.",
+        note="In the paper the same is said of ResNet-18 as of the FC network.",
     ),
     Exhibit(
         "figure-11",
@@ -607,28 +632,40 @@ EXHIBITS: Final = (
         ("fc",),
         draw=along_eigenvectors,
         table=table_along_eigenvectors,
-        note="In the paper it is spread over the first ten after 50 steps.",
+        note=(
+            "In the paper the gradient is spread over the first ten from step 50 on, and never has "
+            "a significant part beyond."
+        ),
     ),
     Exhibit(
         "figure-12",
         "The fraction of the gradient in the top subspace, for other trainings",
         VARIANTS,
         draw=variants,
-        note="In the paper it converges to nearly 1 in all six, and stays there.",
+        note=(
+            "In the paper the gradient quickly converges to the top subspace in all six, and stays "
+            "there."
+        ),
     ),
     Exhibit(
         "five-classes",
         "Five digits instead of ten: k = 5",
         ("fc-five",),
         draw=other_classes,
-        note="The paper says that the dimension is the number of classes; this is a k of our own.",
+        note=(
+            "In the paper the dimension of the top subspace is the number of classes; these five "
+            "are ours."
+        ),
     ),
     Exhibit(
         "solvable-model",
         "Softmax regression on two orthonormal samples (eqs. 7-9 and 13-19)",
         ("two-samples",),
         draw=closed_forms,
-        note="The gradient is a quarter of what equations 8 and 17 print; the rest is as printed.",
+        note=(
+            "In the paper the gradient of equations 8 and 17 is four times that of the middle of "
+            "equation 17. Ours is the latter; the rest is as printed."
+        ),
     ),
     Exhibit(
         "mixtures",
@@ -637,9 +674,10 @@ EXHIBITS: Final = (
         draw=mixtures,
         table=table_of_mixtures,
         note=(
-            "The paper says that f_top evolves to 1 with a little noise, that k of the k(k − 1) "
-            "eigenvalues come to dominate, and that biases turn the gradient into the smallest "
-            "of the top k."
+            "In the paper the gradient still evolves into the top subspace with a little noise, k "
+            "of the k(k − 1) eigenvalues come to dominate, and with biases the gradient aligns "
+            "with the eigenvector of the smallest of the top k. The table is that of the first "
+            "seed."
         ),
     ),
     Exhibit(
@@ -647,6 +685,9 @@ EXHIBITS: Final = (
         "Newton's method in the top subspace (eq. 11)",
         ("newton",),
         draw=newton_and_descent,
-        note="The paper proposes it and expects it to descend; it shows no figure.",
+        note=(
+            "In the paper it is proposed, and said to descend rather than climb; there is no "
+            "figure. All three go on from the same state of SGD."
+        ),
     ),
 )

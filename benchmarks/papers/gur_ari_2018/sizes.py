@@ -54,11 +54,11 @@ _CONVNET: Final[dict[str, Any]] = {
 _RESNET: Final[dict[str, Any]] = _CONVNET | {
     "model": "resnet",
     "width": 4,
-    "examples": 300,
+    "examples": 1500,
     "test": 200,
     "dimensions": _DIMENSIONS,
-    "bases_at": (0, 30, 100, 200, 300, 500),
-    "steps": 600,
+    "bases_at": (0, 50, 100, 150, 200, 300),
+    "steps": 500,
     "every": 50,
 }
 _WHOLE: Final = {"data": "mnist", "examples": 60_000, "test": 10_000}
@@ -90,7 +90,7 @@ def _row(case: str) -> Run:
 def _spectrum(name: str, labels: str, what: str, *, examples: int = 5000, epochs: int = 40) -> Run:
     small = {"labels": labels, "data": "mnist-5k", "factor": 4, "width": 32}
     small |= {"examples": examples, "epochs": epochs}
-    paper = small | {"data": "mnist", "factor": 1, "examples": 60_000}
+    paper = small | {"data": "mnist", "factor": 1, "examples": 60_000, "epochs": 40}
     return Run(name, f"the whole spectrum of a small network: {what}", spectrum, small, paper)
 
 

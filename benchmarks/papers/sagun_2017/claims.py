@@ -46,6 +46,12 @@ TABLE: Final[dict[tuple[str, str, float, int], Printed]] = {
 repeats that of the means."""
 
 
+Offsets = tuple[int, int, int]
+"""What is subtracted from the columns gap, ratio and heuristic."""
+OFFSETS: Final[Offsets] = (1, 2, 0)
+"""With which the printed columns seem to count: gap and ratio that see the same differ by one."""
+
+
 def printed(raw: Raw, row: dict[str, Any]) -> Printed | None:
     """Returns the paper's row beside one of ours, if there is one."""
     key = (raw["algorithm"], raw["activation"], row["covariance"], row["clusters"])
@@ -66,18 +72,23 @@ def rows_matched(raw: Raw) -> float:
     return float(found)
 
 
-def counts_agreeing(raw: Raw) -> float:
-    """Share of all counts of the table that ours are within one of."""
-    agree = []
+def agreeing(raw: Raw, less: Offsets = (0, 0, 0)) -> tuple[list[bool], ...]:
+    """Whether our counts are within one of those printed less offsets: gap, ratio and elbow."""
+    answers: tuple[list[bool], ...] = ([], [], [])
     for row in raw["rows"]:
         theirs = printed(raw, row)
         if theirs is not None:
-            pairs = (
-                (row["gap"], theirs.gap),
-                (row["ratio"], theirs.ratio),
-                (row["elbow"], theirs.heuristic),
-            )
-            agree += [abs(ours - count) <= 1 for ours, count in pairs if count is not None]
+            ours = (row["gap"], row["ratio"], row["elbow"])
+            counts = (theirs.gap, theirs.ratio, theirs.heuristic)
+            for column, a, b, offset in zip(answers, ours, counts, less, strict=True):
+                if b is not None:
+                    column.append(abs(a - (b - offset)) <= 1)
+    return answers
+
+
+def counts_agreeing(raw: Raw) -> float:
+    """Share of all counts of the table that ours are within one of."""
+    agree = [answer for column in agreeing(raw) for answer in column]
     return sum(agree) / len(agree) if agree else math.nan
 
 
@@ -268,19 +279,18 @@ CLAIMS: Final = (
     ),
     Claim(
         name="deviation-is-mean",
-        says="The eigenvalues' standard deviation is their mean, as Table 1 prints it. (A few "
-        "outliers of several thousand eigenvalues make it tens of times the mean.)",
+        says="The eigenvalues' standard deviation is their mean, as Table 1 prints it.",
         source="appendix A, Table 1, column mean&std",
         quantity="largest standard deviation over mean",
         runs=("gd-tanh", "gd-relu", "sgd-relu"),
         measure=spread_over_mean,
         at_most=1.01,
+        identity=True,
     ),
     Claim(
         name="data-moves-outliers",
         says="Data that are less separable, at a fixed network, move the outliers of the spectrum "
-        "and leave its bulk. (After as many steps the losses of the two networks differ several "
-        "times, and the whole spectrum with them.)",
+        "and leave its bulk.",
         source="abstract and section 3.1",
         quantity="|Δ log bulk| / |Δ log outliers| from covariance 1 to 10, median over clusters",
         runs=("sgd-relu",),
@@ -410,6 +420,9 @@ CLAIMS: Final = (
         runs=("trivial",),
         measure=zeros_beyond_theory,
         at_least=0,
+        identity=True,
+        changed="It was added. At a first trial zeros of the Hessian were too few at one seed, and "
+        "this tells whether those of its Gauss-Newton part are all there.",
     ),
     Claim(
         name="bulk-is-marchenko-pastur",
@@ -420,6 +433,7 @@ CLAIMS: Final = (
         runs=("white",),
         measure=law_missed,
         at_most=0.05,
+        identity=True,
     ),
     Claim(
         name="spike-leaves-bulk",
@@ -430,5 +444,6 @@ CLAIMS: Final = (
         runs=("spiked",),
         measure=spike_missed,
         at_most=0.05,
+        identity=True,
     ),
 )

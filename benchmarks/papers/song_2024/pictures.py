@@ -11,9 +11,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.papers.drawing import LOOK, finished, first_of, grid, in_turn, line, mark
+from benchmarks.papers.drawing import (
+    LOOK,
+    finished,
+    first_of,
+    grid,
+    in_turn,
+    line,
+    mark,
+    over_seeds,
+)
 from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
-from benchmarks.papers.song_2024.claims import mean
+from benchmarks.papers.song_2024.claims import alignment_of_sgd, mean
 from benchmarks.papers.song_2024.runs import OPTIMIZERS
 
 _TITLES: Final = {
@@ -23,6 +32,7 @@ _TITLES: Final = {
     "vgg11": "VGG11, CIFAR-10",
     "resnet8": "ResNet8, CIFAR-10",
 }
+_BRANCHES: Final = {"SGD": "SGD", "DomSGD": "Dom-SGD", "BulkSGD": "Bulk-SGD"}
 _MSE: Final = ("sgd-mlp-mse", "sgd-cnn-mse", "sgd-transformer-mse")
 _CE: Final = ("sgd-mlp-ce", "sgd-cnn-ce", "sgd-transformer-ce")
 _STANDARD: Final = ("sgd-vgg11", "sgd-resnet8")
@@ -54,10 +64,9 @@ def losses_of_branches(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
             for phase, part in raw["phases"].items():
                 shown = [i for i, step in enumerate(part["step"]) if step >= start]
                 steps, losses = ([part[c][i] for i in shown] for c in ("step", "loss"))
-                name = phase
+                name = _BRANCHES.get(phase, "")
                 if phase == "warmup":
                     steps, losses = [*steps, raw["switch_step"]], [*losses, raw["switch_loss"]]
-                    name = ""
                 line(axes, steps, losses, first, name, color=_colour(name))
             mark(axes, raw["switch_step"])
         axes.set(yscale="log", xlabel="step", ylabel="training loss")
@@ -116,15 +125,34 @@ def alignment_along_sgd(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
     return finished(panels)
 
 
+def table_of_switches(raws: RawOfSeeds) -> Rows:
+    """Beside Figures 1 to 3 and 12 to 17: the steps of the switch, and χ_k along SGD after it."""
+    rows = [["run", "step of the switch, by seed", "where the average reached 0.95", "mean χ_k"]]
+    for run in (*_MSE, *_CE, *_STANDARD):
+        found = [raws[run][seed] for seed in sorted(raws[run])]
+        reached = sum(not raw["switch_reason"].startswith("last") for raw in found)
+        steps = " ".join(f"{raw['switch_step']:,}" for raw in found)
+        rows.append(
+            [
+                f"`{run}`",
+                steps,
+                f"{reached} of {len(found)}",
+                over_seeds(map(alignment_of_sgd, found)),
+            ]
+        )
+    return rows
+
+
 def distances_of_branches(raws: RawOfSeeds) -> Figure:
     """Figure 22: the distance from the switch."""
     panels = grid([_title(run) for run in _MSE])
     for axes, run in zip(panels, _MSE, strict=True):
         for raw, first in in_turn(raws[run]):
             for name, part in raw["phases"].items():
-                if name != "warmup":
+                if name in _BRANCHES:
                     steps = np.array(part["step"]) - raw["switch_step"]
-                    line(axes, steps, part["distance"], first, name, color=_colour(name))
+                    branch = _BRANCHES[name]
+                    line(axes, steps, part["distance"], first, branch, color=_colour(branch))
         axes.set(xlabel="steps after the switch", ylabel="distance from the switch")
     return finished(panels)
 
@@ -230,8 +258,8 @@ def edge(raws: RawOfSeeds, run: str, column: str, threshold: str, text: str) -> 
             values = [value for part in both for value in part[threshold]]
             line(eigenvalues, steps, values, first, text, color=LOOK.ink, ls="--")
             eigenvalues.set_ylim(bottom=0)
-        for part in both:
-            line(alignment, part["step"], part[column], first, color=LOOK.dominant)
+        steps, chi = ([value for part in both for value in part[c]] for c in ("step", column))
+        line(alignment, steps, chi, first, color=LOOK.dominant)
         for name, part in raw["losses"].items():
             label = "" if name == "before" else name
             line(loss, part["step"], part["loss"], first, label, color=_colour(name))
@@ -265,20 +293,21 @@ def losses_of_optimizers(raws: RawOfSeeds, run: str) -> Figure:
 
 
 _PAPERS_TABLE_1: Final = {
-    "GD(-m)": (0.0100, 0.0100),
-    "GD(+m)": (0.0070, 0.0828),
-    "Adam(-m)": (0.0325, 0.4672),
-    "Adam(+m)": (0.0004, 2.6639),
+    "GD(-m)": ((0.0100, 0.0000), (0.0100, 0.0000)),
+    "GD(+m)": ((0.0070, 0.0232), (0.0828, 0.0576)),
+    "Adam(-m)": ((0.0325, 0.0054), (0.4672, 0.3555)),
+    "Adam(+m)": ((0.0004, 0.0101), (2.6639, 1.2480)),
 }
-"""Mean Dom-LR and Bulk-LR. The figures of Tables 2 and 3 are missing in the text that we have."""
+"""Mean and deviation of Dom-LR and Bulk-LR. Those of Tables 2 and 3 are missing in our text."""
 
 
 def table_of_rates(
-    raws: RawOfSeeds, run: str, papers: Mapping[str, tuple[float, float]] | None = None
+    raws: RawOfSeeds, run: str, papers: Mapping[str, Sequence[tuple[float, float]]] | None = None
 ) -> Rows:
     """Tables 1 to 3: mean effective rates, their deviation along training, ours over the paper's.
 
-    The means are over seeds of the means over the measured steps; so are the deviations.
+    The means are over seeds of the means over the measured steps; so are the deviations. A mean of
+    the paper that is smaller than its deviation has an uncertain ratio, in parentheses.
     """
     head = ["method", "mean Dom-LR", "mean Bulk-LR", "loss at the end"]
     if papers:
@@ -291,8 +320,10 @@ def table_of_rates(
         row = [name, *(f"{m:.4f} ({s:.4f})" for m, s in zip(means, stds, strict=True))]
         row.append(f"{math.exp(mean(raw[name]['mean_log_loss'] for raw in found)):.3g}")
         if papers:
-            row += [f"{value:.4f}" for value in papers[name]]
-            row += [f"{m / value:.2f}" for m, value in zip(means, papers[name], strict=True)]
+            row += [f"{m:.4f} ({s:.4f})" for m, s in papers[name]]
+            for ours, (theirs, deviation) in zip(means, papers[name], strict=True):
+                ratio = f"{ours / theirs:.2f}"
+                row.append(f"({ratio})" if theirs < deviation else ratio)
         rows.append(row)
     return rows
 
@@ -309,17 +340,17 @@ def _critical(numbers: tuple[int, int, int], runs: tuple[str, ...], more: str) -
         low_rank: (
             "Top k and next k eigenvalues along SGD",
             eigenvalues_along_sgd,
-            "k blue curves far above k orange ones.",
+            "In the paper the top k are significantly larger than the next k.",
         ),
         aligned: (
             "χ_k of the gradient along SGD",
             alignment_along_sgd,
-            "after a few steps the values and their moving average are near 1.",
+            "In the paper χ_k reaches 1 after a few early steps, and stays near it.",
         ),
         loss: (
             "Training loss of SGD and its projections",
             losses_of_branches,
-            "Dom-SGD is flat from the switch on; SGD and Bulk-SGD, where it is shown, go on down.",
+            "In the paper training stops with Dom-SGD, and goes on with SGD and Bulk-SGD.",
         ),
     }
     return [
@@ -328,50 +359,58 @@ def _critical(numbers: tuple[int, int, int], runs: tuple[str, ...], more: str) -
     ]
 
 
-EXHIBITS: Final = (
+def _place(name: str) -> tuple[int, int]:
+    """The order of figures, tables, and others."""
+    kind, _, number = name.partition("-")
+    kinds = ("figure", "table")
+    return (kinds.index(kind), int(number)) if kind in kinds else (len(kinds), 0)
+
+
+_EXHIBITS: Final = (
     *_critical((2, 3, 1), _MSE, ", squared error"),
     Exhibit(
         "figure-4",
         "χ_10 when SGD is switched to GD",
         ("switching",),
         draw=partial(alignment_at_switch, name="SGD to GD"),
-        note="χ is near 1, and drops to 0 at the switch, at step 20,000.",
+        note="In the paper χ_10 drops sharply at the switch, at step 20,000.",
     ),
     Exhibit(
         "figure-5",
         "χ_10 when GD is switched to SGD",
         ("switching",),
         draw=partial(alignment_at_switch, name="GD to SGD"),
-        note="χ is near 0, and jumps to about 1 at the switch.",
+        note="In the paper χ_10 rises sharply at the switch.",
     ),
     Exhibit(
         "figure-6",
         "Paths on the toy quadratic",
         ("toy",),
         draw=toy_paths,
-        note="both reach the y-axis at once and follow it down; SGD's path is noisy.",
+        note="The text of the paper does not describe the picture. GD reaches the y-axis at once "
+        "and follows it; SGD does so with noise.",
     ),
     Exhibit(
         "figure-7",
         "χ_1 on the toy quadratic",
         ("toy",),
         draw=toy_alignment,
-        note="GD's χ_1 falls to 0 at once, SGD's stays near 1.",
+        note="In the paper SGD's gradient aligns with the top eigenvector, and GD's does not.",
     ),
     Exhibit(
         "figure-9",
         "GD at the edge of stability, and its projections",
         ("edge",),
         draw=partial(edge, run="edge", column="chi_gradient", threshold="threshold", text="2/η"),
-        note="the sharpness settles at 2/η, χ_10 then is near 1; Dom-GD is flat, Bulk-GD goes down "
-        "as GD does.",
+        note="In the paper the sharpness settles near 2/η, χ_10 is near 1 from then on, and Dom-GD "
+        "fails to lower the loss further, in contrast to GD and Bulk-GD.",
     ),
     Exhibit(
         "figure-10",
         "SAM at its edge, and its projections",
         ("sam",),
         draw=partial(edge, run="sam", column="chi_update", threshold="sam_edge", text="SAM-edge"),
-        note="the same with SAM's edge, which is far below 2/η.",
+        note="In the paper it is as for GD, with SAM's edge in the place of 2/η.",
     ),
     *(
         Exhibit(
@@ -379,7 +418,7 @@ EXHIBITS: Final = (
             f"Training loss of GD and Adam: {_title(run)}",
             (run,),
             draw=partial(losses_of_optimizers, run=run),
-            note="the loss falls fastest with Adam, then with momentum.",
+            note="In the paper the loss of these runs is shown; the text does not describe it.",
         )
         for number, run in ((11, "rates-transformer"), (23, "rates-mlp"), (24, "rates-cnn"))
     ),
@@ -390,35 +429,43 @@ EXHIBITS: Final = (
         "χ_k of the gradient along GD at a small rate",
         _GD,
         draw=alignment_along_gd,
-        note="after a few steps the values are near 0.",
+        note="In the paper χ_k reaches 0 after a few early steps, and stays near it.",
     ),
     Exhibit(
         "figure-19",
         "Distances of GD and SGD",
         _GD,
         draw=distances_of_gd_and_sgd,
-        note="both go equally far from the start, and stay near each other.",
+        note="In the paper the trajectories of GD and SGD are close to each other.",
     ),
     Exhibit(
         "figure-20",
         "Switching SGD to GD",
         ("switching",),
         draw=partial(all_at_switch, name="SGD to GD"),
-        note="loss and eigenvalues go on smoothly at the switch.",
+        note="In the paper loss and eigenvalues change smoothly at the switch.",
     ),
     Exhibit(
         "figure-21",
         "Switching GD to SGD",
         ("switching",),
         draw=partial(all_at_switch, name="GD to SGD"),
-        note="loss and eigenvalues go on smoothly at the switch.",
+        note="In the paper loss and eigenvalues change smoothly at the switch.",
     ),
     Exhibit(
         "figure-22",
         "Distance from the switch",
         _MSE,
         draw=distances_of_branches,
-        note="Dom-SGD stays near the switch; SGD and Bulk-SGD go on alike.",
+        note="In the paper Dom-SGD makes no further progress, in contrast to SGD and Bulk-SGD.",
+    ),
+    Exhibit(
+        "switches",
+        "Where SGD was switched, and how dominant its gradient was from there on",
+        (*_MSE, *_CE, *_STANDARD),
+        table=table_of_switches,
+        note="In the paper the switch is where the moving average of χ_k exceeds 0.95; at which "
+        "steps that is, it does not say.",
     ),
     Exhibit(
         "table-1",
@@ -439,3 +486,6 @@ EXHIBITS: Final = (
         table=partial(table_of_rates, run="rates-cnn"),
     ),
 )
+
+EXHIBITS: Final = tuple(sorted(_EXHIBITS, key=lambda exhibit: _place(exhibit.name)))
+"""As the paper counts them: figures, tables, and what is ours."""

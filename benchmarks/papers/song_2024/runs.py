@@ -313,7 +313,7 @@ def toy_quadratic(job: Job, *, lr: float, steps: int, keep: int) -> Raw:
         job: the seed.
         lr: η.
         steps: of GD and SGD.
-        keep: points of each path that the raw figures hold.
+        keep: so many of the first points of each path are in the raw figures, and so many more.
     """
     curvature = np.array([1000.0, 1.0])
     signs = np.random.default_rng(job.seed).choice([-1.0, 1.0], size=steps)
@@ -339,7 +339,9 @@ def toy_quadratic(job: Job, *, lr: float, steps: int, keep: int) -> Raw:
         late = slice(len(points) // 2, None)
         # The noise lasts for 1/(1000 η) steps: a quarter of the branch averages over it.
         after, quarter = loss[half - first :], (steps - half) // 4
-        thin = np.unique(np.linspace(0, len(points) - 1, keep).astype(int))
+        # All of the first steps, in which x falls, and then a few.
+        evenly = np.linspace(0, len(points) - 1, keep).astype(int)
+        thin = np.union1d(np.arange(min(keep, len(points))), evenly)
         raw[name] = {
             "step": (thin + first).tolist(),
             "x": points[thin, 0].tolist(),
@@ -472,13 +474,15 @@ def effective_rates(
     width: int,
     examples: int,
     pool: int = 1,
+    chunk: int | None = None,
     steps: int,
     every: int,
 ) -> Raw:
     """Dom-LR and Bulk-LR of full-batch GD and Adam, with and without momentum.
 
-    In float64: late in training a thousandth of a thousandth of the gradient is in the dominant
-    subspace, and Dom-LR divides by it.
+    Dom-LR is told wrongly by a basis whose angle to the true subspace is not far below χ_k: what it
+    lets in of the bulk's part of the gradient outweighs the dominant part. χ_k falls to 1e-5 along
+    GD, so that each basis is new, in float64, and as exact as that needs.
 
     Args:
         job: the seed.
@@ -488,16 +492,18 @@ def effective_rates(
         width: of the model.
         examples: of the data.
         pool: factor by which images are made smaller.
+        chunk: examples at a time in Hessian products; ``None``: all.
         steps: of each optimizer.
         every: measure at one step in so many.
 
     Returns:
-        For each optimizer the rates at the measured steps, the loss along the way, and how often
-        the effective rates were measured.
+        For each optimizer the rates, loss and χ_k at the measured steps, means and deviations.
     """
     data = dataset(job, model, examples, pool)
     x = data.x_train.double() if data.x_train.is_floating_point() else data.x_train
     both = (x, data.y_train)
+    size = chunk or len(x)
+    batches = list(zip(x.split(size), data.y_train.split(size), strict=True))
     raw: Raw = {"lr": lr}
     for name in OPTIMIZERS:
         net = network(job, model, data, width).double()
@@ -508,8 +514,10 @@ def effective_rates(
             if name.startswith("GD")
             else torch.optim.Adam(params, lr=adam_lr, betas=(beta, 0.999))
         )
-        hessian = so.HessianOperator(net, mse, both)
-        subspace = so.DominantSubspace(hessian, data.num_classes, seed=job.seed)
+        hessian = so.HessianOperator(net, mse, batches)
+        subspace = so.DominantSubspace(
+            hessian, data.num_classes, refresh=1, tol=1e-7, seed=job.seed
+        )
         monitor = so.Monitor(optimizer, subspace, every=every)
         losses: list[float] = []
         also = (subspace, monitor)

@@ -46,7 +46,6 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "look": 1000,
             "measure": 20,
             "spectrum": 3000,
-            "average": 0.5,
         },
         {
             "examples": 5000,
@@ -72,7 +71,6 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "look": 500,
             "measure": 20,
             "spectrum": 1500,
-            "average": 0.5,
         },
         {
             "examples": 1000,
@@ -93,9 +91,9 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "width": 200,
             "examples": 5000,
             "last_switch": 2000,
-            "steps": 300,
+            "steps": 150,
             "look": 50,
-            "measure": 20,
+            "measure": 15,
             "spectrum": 100,
         },
         {
@@ -122,7 +120,6 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "look": 1000,
             "measure": 20,
             "spectrum": 5000,
-            "average": 0.5,
         },
         {
             "examples": 5000,
@@ -149,7 +146,6 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "look": 500,
             "measure": 15,
             "spectrum": 1500,
-            "average": 0.5,
         },
         {
             "examples": 1000,
@@ -171,12 +167,11 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "examples": 500,
             "chunk": 50,
             "last_switch": 4000,
-            "steps": 150,
+            "steps": 100,
             "look": 400,
-            "measure": 15,
+            "measure": 10,
             "spectrum": 2000,
             "tol": 1e-2,
-            "average": 0.5,
         },
         {
             "width": 64,
@@ -206,7 +201,6 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "measure": 15,
             "spectrum": 3000,
             "tol": 1e-2,
-            "average": 0.5,
         },
         {
             "width": 16,
@@ -248,7 +242,7 @@ _RATES: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         {"examples": 1000, "every": 1},
     ),
     "mlp": (
-        {"lr": 0.01, "adam_lr": 1e-3, "width": 200, "examples": 1000, "steps": 1000, "every": 20},
+        {"lr": 0.01, "adam_lr": 1e-3, "width": 200, "examples": 1000, "steps": 1000, "every": 40},
         {"examples": 5000, "every": 1},
     ),
     "cnn": (
@@ -256,12 +250,13 @@ _RATES: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
             "lr": 1e-3,
             "adam_lr": 1e-4,
             "width": 32,
-            "examples": 500,
+            "examples": 250,
             "pool": 2,
+            "chunk": 50,
             "steps": 1000,
             "every": 40,
         },
-        {"examples": 5000, "pool": 1, "every": 1},
+        {"examples": 5000, "pool": 1, "chunk": 1000, "every": 1},
     ),
 }
 
@@ -269,7 +264,7 @@ _RATES: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
 def _critical(name: str) -> Run:
     what, small, paper = _CRITICAL[name]
     branches = ("SGD", "DomSGD") if name in _DOM_ALONE else ("SGD", "DomSGD", "BulkSGD")
-    small = small | {"optimizers": branches}
+    small = small | {"optimizers": branches, "average": 0.5}
     paper = small | {"tol": 1e-3, "refresh": 1, "average": 0.9} | paper
     return Run(f"sgd-{name}", what, critical_experiment, small, paper)
 
@@ -279,6 +274,7 @@ def _of_model(
     what: str,
     measure: Callable[..., Raw],
     sizes: Mapping[str, tuple[dict[str, Any], dict[str, Any]]],
+    version: int = 1,
 ) -> list[Run]:
     return [
         Run(
@@ -287,6 +283,7 @@ def _of_model(
             measure,
             small | {"model": model},
             small | paper | {"model": model},
+            version,
         )
         for model, (small, paper) in sizes.items()
     ]
@@ -324,6 +321,7 @@ RUNS: Final = (
         toy_quadratic,
         {"lr": 1e-4, "steps": 20_000, "keep": 100},
         {"lr": 1e-4, "steps": 20_000, "keep": 100},
+        version=2,
     ),
     Run(
         "edge",
@@ -340,5 +338,5 @@ RUNS: Final = (
         | {"rho": 0.1, "lr": 0.01, "examples": 1000, "switch": 5000, "every": 200, "after": 600},
         _EDGE | {"rho": 0.1, "lr": 0.01, "examples": 5000, "switch": 5000, "after": 5000},
     ),
-    *_of_model("rates", "effective rates of GD and Adam", effective_rates, _RATES),
+    *_of_model("rates", "effective rates of GD and Adam", effective_rates, _RATES, version=2),
 )

@@ -45,8 +45,20 @@ PAPER = Paper(
     claims=(
         Claim("up", "It goes up.", "eq. 1", "y(1)", ("steep", "flat"), first, at_least=0.1),
         Claim("fast", "It goes up fast.", "eq. 2", "y(1)", ("steep", "flat"), first, at_least=1.0),
-        Claim("near", "It is near 2.", "eq. 3", "y(1)", ("steep",), first, 1.995, 2.015),
+        Claim(
+            "near",
+            "It is near 2.",
+            "eq. 3",
+            "y(1)",
+            ("steep",),
+            first,
+            1.995,
+            2.015,
+            identity=True,
+            changed="It was 3.",
+        ),
         Claim("empty", "0 of 0.", "eq. 4", "1/0", ("flat",), lambda _: 1 / 0, at_most=1.0),
     ),
     differences=("There is no paper.",),
+    causes={"up": "It is told.", "fast": "It is slow."},
 )

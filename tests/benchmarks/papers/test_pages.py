@@ -29,12 +29,18 @@ def folder(tmp_path):
 
 def test_a_page_has_claims_figures_tables_and_differences(folder):
     page = (folder / "made_up.md").read_text()
-    assert "1 of 4 claims are reproduced" in page
+    assert (
+        "At `small`, of 3 claims: 1 reproduced, 1 not reproduced, 1 undecided; and 1 that" in page
+    )
+    assert "`near`: It is near 2. *(identity)*" in page
+    assert "- `fast`: It is slow." in page
+    assert "- `up`" not in page  # causes of what was reproduced are left out
+    assert "- `near`: It was 3." in page
     assert "| `up`: It goes up. | eq. 1 | y(1) ≥ 0.1 |" in page
     assert "`steep` 2 2.01 2.02<br>`flat` 0.5 0.51 0.52 | reproduced |" in page
     # A figure for which the inequality fails is in bold.
     assert "`steep` 2 2.01 **2.02** | **not reproduced** |" in page
-    assert "`flat` **nan** **nan** **nan**" in page
+    assert "`flat` nan nan nan" in page
     assert f"![A line]({PICTURES}/made_up-figure-1.png)" in page
     assert "| 1 | 0.51 |" in page
     assert "it goes up." in page
@@ -42,8 +48,10 @@ def test_a_page_has_claims_figures_tables_and_differences(folder):
     assert "Nothing was run at `paper`: the paper's own sizes are for a GPU" in page
     assert (folder / PICTURES / "made_up-figure-1.png").read_bytes().startswith(b"\x89PNG")
     index = (folder / "index.md").read_text()
-    assert "| [Nobody 1900, On lines](made_up.md) | 4 | 1 of 4 | not run |" in index
-    assert "| `steep` | a steep line | figure-1 | slope 2 | 0.0 |" in index
+    link = "[Nobody 1900, On lines](made_up.md)"
+    assert f"| {link} | `small` | 4 | 1 | 1 | 1 | 0 of 1 |" in index
+    assert f"| {link} | `paper` | 4 | not run |  |  |  |" in index
+    assert "| `steep` | a steep line | figure-1 | slope 2 | 0 1 2 | 0.0 |" in index
 
 
 def test_claims_have_their_raw_files_and_hashes(folder):
@@ -87,6 +95,6 @@ def test_a_paper_at_its_own_size_is_told_apart(folder):
     results.write(measure(PAPER, PAPER.run("steep"), "paper", Job(0)))
     publish(results, papers, folder)
     page = (folder / "made_up.md").read_text()
-    assert "At `paper`, 1 of 1 claims are reproduced." in page
+    assert "At `paper`, of 0 claims: 0 reproduced" in page  # the one is an identity
     assert (folder / PICTURES / "made_up-figure-1-paper.png").exists()
     assert "Not run." in page  # the table, whose run was not made

@@ -84,18 +84,23 @@ def test_a_file_is_whole_or_not_there(results, monkeypatch):
 
 def test_a_claim_holds_if_its_inequality_does_in_every_run_for_every_seed(results):
     words = {claim.name: verdict(results, PAPER, claim, "small").word for claim in PAPER.claims}
-    # y(1) is 2.00, 2.01, 2.02 and 0.50, 0.51, 0.52; one over nothing holds for no bar.
+    # y(1) is 2.00, 2.01, 2.02 and 0.50, 0.51, 0.52; one over nothing decides nothing.
     assert words == {
         "up": "reproduced",
         "fast": "not reproduced",
         "near": "not reproduced",
-        "empty": "not reproduced",
+        "empty": "undecided",
     }
+    half = replace(PAPER.claims[3], measure=lambda raw: 1 / (2.01 - raw["values"][0]))
+    assert verdict(results, PAPER, replace(half, runs=("steep",)), "small").word == "not reproduced"
+    misspelt = replace(half, measure=lambda raw: raw["valeus"][0])
+    with pytest.raises(KeyError):
+        verdict(results, PAPER, misspelt, "small")
     assert verdict(results, PAPER, PAPER.claims[0], "paper").word == "not measured"
     found = verdict(results, PAPER, PAPER.claims[2], "small")
     assert found.figures == {"steep": {0: 2.0, 1: 2.01, 2: 2.02}}
     results.path("made_up", "steep", "small", 2).unlink()
-    assert verdict(results, PAPER, PAPER.claims[2], "small").reproduced
+    assert verdict(results, PAPER, PAPER.claims[2], "small").word == "reproduced"
 
 
 def test_inequalities_and_their_texts():

@@ -151,7 +151,7 @@ def test_the_table_has_the_papers_rows() -> None:
     assert sizes == {4022, 5510}
     rows = table_clusters(SEEDLESS)
     assert [row[1] for row in rows[1:6]] == ["4022", "4115", "4270", "4580", "4022"]
-    assert len(rows) == 20
+    assert len(rows) == 22
 
 
 def test_the_papers_own_table_agrees_with_itself_and_not_with_its_text() -> None:
@@ -175,6 +175,17 @@ def test_counts_are_compared_up_to_one() -> None:
     assert claims.counts_agreeing(far) == pytest.approx(1 / 3)
     assert claims.rows_matched(far) == -1
     assert not claim("one-outlier-a-cluster").holds(claims.rows_matched(far))
+
+
+def test_counts_are_compared_less_the_offsets_of_their_columns() -> None:
+    key = ("GD", "relu")
+    found = raw_like(key, row_like(10, gap=9, ratio=11, elbow=12))  # printed: 11, 12, 10
+    assert claims.agreeing(found) == ([False], [True], [False])
+    assert claims.agreeing(found, claims.OFFSETS) == ([True], [True], [False])
+    assert claims.agreeing(raw_like(key, row_like(3, 3, 3, 3))) == ([], [], [])
+    first, second = table_clusters(SEEDLESS | {"gd-relu": {0: found}})[-2:]
+    assert first[5:10:2] == ["0 of 1", "1 of 1", "0 of 1"]
+    assert second[5:10:2] == ["1 of 1", "1 of 1", "0 of 1"]
 
 
 def test_a_gap_at_the_clusters_refutes_tanh() -> None:

@@ -255,7 +255,7 @@ def test_switches_are_judged_by_what_comes_after_them():
     assert claims.jump_of_sharpness(raw) == pytest.approx(0.05)
 
 
-def test_edges_are_judged_by_late_rows_and_mean_losses():
+def test_edges_are_judged_by_late_rows():
     before = {
         "step": [0, 1, 2, 3],
         "eigenvalues": [[1.0], [5.0], [9.0], [19.0]],
@@ -263,10 +263,24 @@ def test_edges_are_judged_by_late_rows_and_mean_losses():
         "sam_edge": [4.0, 3.0, 2.0, 1.0],
         "gradient_norm": [0.4, 0.3, 0.2, 0.1],
     }
-    raw = {"before": before, "mean_loss": {"before": 1.0, "GD": 0.5, "Dom-GD": 1.0}}
+    raw = {"before": before}
     assert claims.sharpness_at_edge("threshold")(raw) == pytest.approx(0.95)
-    assert claims.achieved_at_edge("Dom-GD", "GD")(raw) == pytest.approx(0.0)
     assert claims.edge_with_gradient(raw) == pytest.approx(1.0)
+
+
+def test_at_the_edge_a_branch_that_stands_still_achieves_nothing():
+    up_and_down = [1.0, 3.0] * 5  # the switch is in a trough
+    part = {"GD": [v - 0.1 * i for i, v in enumerate(up_and_down)], "Dom-GD": [0.8] * 10}
+    part["Bulk-GD"] = [0.8 - 0.08 * i for i in range(10)]
+    raw = {
+        "losses": {name: {"loss": losses} for name, losses in part.items()},
+        "mean_loss": {name: sum(losses[-2:]) / 2 for name, losses in part.items()},
+    }
+    assert claims.achieved_at_edge("Dom-GD", "GD")(raw) == pytest.approx(0.0)
+    assert claims.achieved_at_edge("Bulk-GD", "GD")(raw) == pytest.approx(0.8)
+    standing = {name: {"loss": [1.0] * 10} for name in part}
+    still = {"losses": standing, "mean_loss": dict.fromkeys(part, 1.0)}
+    assert math.isnan(claims.achieved_at_edge("Dom-GD", "GD")(still))
 
 
 def rates(means, losses):
