@@ -85,8 +85,12 @@ def test_publishing_again_drops_what_is_no_run_any_more(folder, tmp_path):
     stale = folder / RAW / "small" / "made_up" / "gone" / "seed-0.json"
     stale.parent.mkdir()
     shutil.copyfile(folder / RAW / "small" / "made_up" / "flat" / "seed-0.json", stale)
+    undrawn = folder / PICTURES / "made_up-figure-0.png"
+    undrawn.touch()
     publish(Results(tmp_path / "nothing"), {"made_up": PAPER}, folder)
     assert not stale.exists()
+    assert not undrawn.exists()
+    assert (folder / PICTURES / "made_up-figure-1.png").exists()
     assert (folder / RAW / "small" / "made_up" / "flat" / "seed-2.json").exists()
 
 
