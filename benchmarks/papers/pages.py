@@ -47,8 +47,8 @@ def publish(results: Results, papers: Mapping[str, Paper], folder: Path) -> list
                     written.append(folder / picture(paper, exhibit, scale))
                     raws = published.raws(paper, exhibit.runs, scale)
                     save(exhibit.draw(raws), written[-1])
-    for path in set((folder / PICTURES).iterdir()) - set(written):
-        path.unlink()  # of runs whose raw files are gone
+    for undrawn in set((folder / PICTURES).iterdir()) - set(written):
+        undrawn.unlink()  # of runs whose raw files are gone
     for path, text in render(published, papers).items():
         (folder / path).write_text(text, encoding="utf-8")
         written.append(folder / path)
