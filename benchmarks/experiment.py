@@ -246,7 +246,8 @@ class _Experiment:
         self.observers = [each for each in inner if isinstance(each, so.ClassGradientSubspace)]
         every = settings.warmup_measure if warm else settings.measure
         self.monitor = so.Monitor(self.trained, self.subspace, every=every)
-        self.average = 0.0
+        before = self.result.of(WARMUP)  # a branch goes on with the average at the switch
+        self.average: float = before[-1]["chi_average"] if before else 0.0
         self.seconds = 0.0
         self.stopped = ""
 

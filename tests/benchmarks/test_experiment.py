@@ -104,9 +104,10 @@ def test_all_data_are_passed_in_chunks():
         assert chunked.branches[name].train_loss == pytest.approx(branch.train_loss, rel=1e-9)
 
 
-def test_average_is_exponential_and_starts_at_0():
+def test_average_is_exponential_starts_at_0_and_goes_on_in_the_branches():
+    result = run()
     average = 0.0
-    for row in run().of(WARMUP):
+    for row in [*result.of(WARMUP), *result.of("SGD")]:
         average = 0.9 * average + 0.1 * row["chi_gradient"]
         assert row["chi_average"] == pytest.approx(average, rel=1e-12)
 
