@@ -17,7 +17,7 @@ from typing import Any, Final
 from benchmarks.gallery import save
 from benchmarks.papers.reproduction import SCALES, Claim, Exhibit, Paper, Rows, Run, Scale
 from benchmarks.papers.results import Record, Results
-from benchmarks.papers.verdicts import WORDS, Verdict, verdict
+from benchmarks.papers.verdicts import WORDS, Verdict, Word, verdict
 
 RAW: Final = "raw"
 PICTURES: Final = "pictures"
@@ -75,17 +75,23 @@ def _copy(results: Results, published: Results, papers: Mapping[str, Paper]) -> 
 
 def render(results: Results, papers: Mapping[str, Paper]) -> dict[str, str]:
     """Returns the text of ``claims.json``, of the index and of each page, by the file's name."""
-    entries = [
-        _entry(results, paper, claim, scale)
+    # Once: each verdict reads its raw files.
+    verdicts = {
+        (key, scale): [verdict(results, paper, claim, scale) for claim in paper.claims]
         for scale in SCALES
-        for paper in papers.values()
-        for claim in paper.claims
-        if verdict(results, paper, claim, scale).complete
+        for key, paper in papers.items()
+    }
+    entries = [
+        _entry(results, papers[key], found, scale)
+        for (key, scale), of_paper in verdicts.items()
+        for found in of_paper
+        if found.complete
     ]
     pages = {"claims.json": json.dumps(entries, indent=1, ensure_ascii=False) + "\n"}
-    pages["index.md"] = _index(results, papers)
-    for paper in papers.values():
-        pages[f"{paper.key}.md"] = _page(results, paper)
+    pages["index.md"] = _index(results, papers, verdicts)
+    for key, paper in papers.items():
+        of_scales = {scale: verdicts[key, scale] for scale in SCALES}
+        pages[f"{paper.key}.md"] = _page(results, paper, of_scales)
     return pages
 
 
@@ -106,8 +112,15 @@ def _measured(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) ->
     return any(results.of(paper, run, scale) for run in exhibit.runs)
 
 
-def _entry(results: Results, paper: Paper, claim: Claim, scale: Scale) -> dict[str, Any]:
-    found = verdict(results, paper, claim, scale)
+def _tally(verdicts: Iterable[Verdict]) -> tuple[list[Word], list[Word]]:
+    """The words of the claims that were measured, and apart from them those of the identities."""
+    complete = [each for each in verdicts if each.complete]
+    words = [each.word for each in complete if not each.claim.identity]
+    return words, [each.word for each in complete if each.claim.identity]
+
+
+def _entry(results: Results, paper: Paper, found: Verdict, scale: Scale) -> dict[str, Any]:
+    claim = found.claim
     return {
         "paper": paper.key,
         "claim": claim.name,
@@ -160,15 +173,18 @@ are beside them in the code, `benchmarks/papers/<paper>`.
 """
 
 
-def _index(results: Results, papers: Mapping[str, Paper]) -> str:
+def _index(
+    results: Results,
+    papers: Mapping[str, Paper],
+    verdicts: Mapping[tuple[str, Scale], Sequence[Verdict]],
+) -> str:
     lines = [_HEAD]
     table = [["paper", "scale", "claims", *WORDS, "identities, reproduced"]]
     for paper in papers.values():
         for scale in SCALES:
             link = f"[{paper.citation}]({paper.key}.md)"
-            table.append(
-                [link, f"`{scale}`", str(len(paper.claims)), *_counts(results, paper, scale)]
-            )
+            counts = _counts(verdicts[paper.key, scale])
+            table.append([link, f"`{scale}`", str(len(paper.claims)), *counts])
     lines += [markdown(table), ""]
     lines += [_SIZES]
     for paper in papers.values():
@@ -183,14 +199,11 @@ def _index(results: Results, papers: Mapping[str, Paper]) -> str:
     return "\n".join(lines)
 
 
-def _counts(results: Results, paper: Paper, scale: Scale) -> list[str]:
+def _counts(verdicts: Iterable[Verdict]) -> list[str]:
     """How many claims have each verdict; and of the identities, which are not among these."""
-    found = [verdict(results, paper, claim, scale) for claim in paper.claims]
-    found = [each for each in found if each.complete]
-    if not found:
+    words, identities = _tally(verdicts)
+    if not words and not identities:
         return ["not run", "", "", ""]
-    words = [each.word for each in found if not each.claim.identity]
-    identities = [each.word for each in found if each.claim.identity]
     of = f"{identities.count('reproduced')} of {len(identities)}" if identities else ""
     return [*(str(words.count(word)) for word in WORDS), of]
 
@@ -213,10 +226,9 @@ def _minutes(records: Iterable[Record]) -> str:
 # --- a paper's page ----------------------------------------------------------------------------
 
 
-def _page(results: Results, paper: Paper) -> str:
+def _page(results: Results, paper: Paper, of_scales: Mapping[Scale, Sequence[Verdict]]) -> str:
     lines = [f"# {paper.citation}", "", f"[The paper]({paper.address}); here `{paper.key}`.", ""]
-    for scale in SCALES:
-        verdicts = [verdict(results, paper, claim, scale) for claim in paper.claims]
+    for scale, verdicts in of_scales.items():
         complete = [v for v in verdicts if v.complete]
         if not complete:
             # What a GPU is for was not run without one, and the page says so.
@@ -242,10 +254,11 @@ def _why_not(scale: Scale) -> str:
 
 def _summary(verdicts: Sequence[Verdict], scale: Scale) -> str:
     """How many claims were reproduced, identities apart."""
-    words = [each.word for each in verdicts if not each.claim.identity]
+    words, identities = _tally(verdicts)
     counts = ", ".join(f"{words.count(word)} {word}" for word in WORDS)
-    identities = sum(each.claim.identity for each in verdicts)
-    also = f"; and {identities} that follow from definitions (*identities*)" if identities else ""
+    also = (
+        f"; and {len(identities)} that follow from definitions (*identities*)" if identities else ""
+    )
     return (
         f"At `{scale}`, of {len(words)} claims: {counts}{also}. "
         "In pictures the first seed is drawn strongly, the others thinly."

@@ -384,9 +384,7 @@ def phases(
         ``training``: losses and accuracies by step; ``switch``: the step where the batches change;
         ``line``: the same by α, with 0 the end of the first part and 1 that of the second.
     """
-    part = pooled(real(data, job, examples, test), pool)
-    if part.x_train.dim() == 2:
-        part = as_images(part)
+    part = as_images(pooled(real(data, job, examples, test), pool))
     channels, side = part.x_train.shape[1], part.x_train.shape[-1]
     model = made(job, partial(convnet, side, channels, widths, dense))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)

@@ -18,10 +18,10 @@ from scipy import stats
 from benchmarks.papers.reproduction import Claim, Raw
 from benchmarks.papers.song_2024.runs import OPTIMIZERS
 
-_MSE: Final = ("sgd-mlp-mse", "sgd-cnn-mse", "sgd-transformer-mse")
-_CE: Final = ("sgd-mlp-ce", "sgd-cnn-ce", "sgd-transformer-ce")
-_STANDARD: Final = ("sgd-vgg11", "sgd-resnet8")
-_GD: Final = ("gd-mlp", "gd-cnn", "gd-transformer")
+MSE: Final = ("sgd-mlp-mse", "sgd-cnn-mse", "sgd-transformer-mse")
+CE: Final = ("sgd-mlp-ce", "sgd-cnn-ce", "sgd-transformer-ce")
+STANDARD: Final = ("sgd-vgg11", "sgd-resnet8")
+GD: Final = ("gd-mlp", "gd-cnn", "gd-transformer")
 _RATES: Final = ("rates-transformer", "rates-mlp", "rates-cnn")
 
 _NEAR_1: Final = 0.9
@@ -277,7 +277,7 @@ _PREMISE: Final = "The premise, a dominant gradient, was not asked for."
 
 CLAIMS: Final = (
     *_critical(
-        (*_MSE, *_STANDARD),
+        (*MSE, *STANDARD),
         "",
         ("Figures 2 and 15", "Figures 3 and 16", "Figures 1 and 17"),
         "",
@@ -287,7 +287,7 @@ CLAIMS: Final = (
         says="SGD projected onto the bulk is as effective as SGD.",
         source="Phenomenon 2, Figure 1",
         quantity="loss decrease of Bulk-SGD / that of SGD, where the gradient is dominant",
-        runs=_MSE,
+        runs=MSE,
         measure=achieved("BulkSGD"),
         at_least=_AS_EFFECTIVE,
         changed=_ENDS,
@@ -297,7 +297,7 @@ CLAIMS: Final = (
         says="Dom-SGD stays near the point of the switch.",
         source="appendix G.4, Figure 22",
         quantity="distance of Dom-SGD from the switch / SGD's, where the gradient is dominant",
-        runs=_MSE,
+        runs=MSE,
         measure=moved("DomSGD"),
         at_most=0.5,
         changed=_PREMISE,
@@ -307,18 +307,18 @@ CLAIMS: Final = (
         says="Bulk-SGD goes about as far from the switch as SGD.",
         source="appendix G.4, Figure 22",
         quantity="distance of Bulk-SGD from the switch / SGD's, where the gradient is dominant",
-        runs=_MSE,
+        runs=MSE,
         measure=moved("BulkSGD"),
         at_least=0.8,
         changed=_PREMISE,
     ),
-    *_critical(_CE, ", with cross-entropy", ("Figure 12", "Figure 13", "Figure 14"), "-ce"),
+    *_critical(CE, ", with cross-entropy", ("Figure 12", "Figure 13", "Figure 14"), "-ce"),
     Claim(
         name="gd-not-aligned",
         says="Along GD at a small rate the gradient is in the bulk.",
         source="appendix G.1, Figure 18",
         quantity="mean χ_k of the gradient over the second half of GD",
-        runs=_GD,
+        runs=GD,
         measure=lambda raw: mean(_second_half(raw["chi_gradient"])),
         at_most=_NEAR_0,
     ),
@@ -327,7 +327,7 @@ CLAIMS: Final = (
         says="SGD and GD from one start stay near each other.",
         source="appendix G.2, Figure 19",
         quantity="‖θ_GD − θ_SGD‖ / ‖θ_GD − θ_0‖ at the end",
-        runs=_GD,
+        runs=GD,
         measure=parting,
         at_most=0.2,
     ),

@@ -22,7 +22,7 @@ from benchmarks.papers.drawing import (
     over_seeds,
 )
 from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
-from benchmarks.papers.song_2024.claims import alignment_of_sgd, mean
+from benchmarks.papers.song_2024.claims import CE, GD, MSE, STANDARD, alignment_of_sgd, mean
 from benchmarks.papers.song_2024.runs import OPTIMIZERS
 
 _TITLES: Final = {
@@ -33,10 +33,6 @@ _TITLES: Final = {
     "resnet8": "ResNet8, CIFAR-10",
 }
 _BRANCHES: Final = {"SGD": "SGD", "DomSGD": "Dom-SGD", "BulkSGD": "Bulk-SGD"}
-_MSE: Final = ("sgd-mlp-mse", "sgd-cnn-mse", "sgd-transformer-mse")
-_CE: Final = ("sgd-mlp-ce", "sgd-cnn-ce", "sgd-transformer-ce")
-_STANDARD: Final = ("sgd-vgg11", "sgd-resnet8")
-_GD: Final = ("gd-mlp", "gd-cnn", "gd-transformer")
 
 
 def _title(run: str) -> str:
@@ -128,7 +124,7 @@ def alignment_along_sgd(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
 def table_of_switches(raws: RawOfSeeds) -> Rows:
     """Beside Figures 1 to 3 and 12 to 17: the steps of the switch, and χ_k along SGD after it."""
     rows = [["run", "step of the switch, by seed", "where the average reached 0.95", "mean χ_k"]]
-    for run in (*_MSE, *_CE, *_STANDARD):
+    for run in (*MSE, *CE, *STANDARD):
         found = [raws[run][seed] for seed in sorted(raws[run])]
         reached = sum(not raw["switch_reason"].startswith("last") for raw in found)
         steps = " ".join(f"{raw['switch_step']:,}" for raw in found)
@@ -145,8 +141,8 @@ def table_of_switches(raws: RawOfSeeds) -> Rows:
 
 def distances_of_branches(raws: RawOfSeeds) -> Figure:
     """Figure 22: the distance from the switch."""
-    panels = grid([_title(run) for run in _MSE])
-    for axes, run in zip(panels, _MSE, strict=True):
+    panels = grid([_title(run) for run in MSE])
+    for axes, run in zip(panels, MSE, strict=True):
         for raw, first in in_turn(raws[run]):
             for name, part in raw["phases"].items():
                 if name in _BRANCHES:
@@ -193,8 +189,8 @@ def all_at_switch(raws: RawOfSeeds, name: str) -> Figure:
 
 def alignment_along_gd(raws: RawOfSeeds) -> Figure:
     """Figure 18: χ_k of the gradient along GD at a small rate."""
-    panels = grid([_title(run) for run in _GD])
-    for axes, run in zip(panels, _GD, strict=True):
+    panels = grid([_title(run) for run in GD])
+    for axes, run in zip(panels, GD, strict=True):
         for raw, first in in_turn(raws[run]):
             line(axes, raw["step"], raw["chi_gradient"], first, color=LOOK.dominant)
         axes.set(ylim=(0, 1.05), xlabel="step", ylabel="χ_k of the gradient")
@@ -208,8 +204,8 @@ def distances_of_gd_and_sgd(raws: RawOfSeeds) -> Figure:
         ("SGD", "SGD from start", {"color": LOOK.bulk, "ls": "--"}),
         ("GD to SGD", "GD from SGD", {"color": LOOK.dominant}),
     )
-    panels = grid([_title(run) for run in _GD])
-    for axes, run in zip(panels, _GD, strict=True):
+    panels = grid([_title(run) for run in GD])
+    for axes, run in zip(panels, GD, strict=True):
         for raw, first in in_turn(raws[run]):
             for name, text, look in lines:
                 line(axes, raw["step"], raw[name], first, text, **look)
@@ -367,7 +363,7 @@ def _place(name: str) -> tuple[int, int]:
 
 
 _EXHIBITS: Final = (
-    *_critical((2, 3, 1), _MSE, ", squared error"),
+    *_critical((2, 3, 1), MSE, ", squared error"),
     Exhibit(
         "figure-4",
         "χ_10 when SGD is switched to GD",
@@ -422,19 +418,19 @@ _EXHIBITS: Final = (
         )
         for number, run in ((11, "rates-transformer"), (23, "rates-mlp"), (24, "rates-cnn"))
     ),
-    *_critical((12, 13, 14), _CE, ", cross-entropy"),
-    *_critical((15, 16, 17), _STANDARD, ", VGG11 and ResNet8"),
+    *_critical((12, 13, 14), CE, ", cross-entropy"),
+    *_critical((15, 16, 17), STANDARD, ", VGG11 and ResNet8"),
     Exhibit(
         "figure-18",
         "χ_k of the gradient along GD at a small rate",
-        _GD,
+        GD,
         draw=alignment_along_gd,
         note="In the paper χ_k reaches 0 after a few early steps, and stays near it.",
     ),
     Exhibit(
         "figure-19",
         "Distances of GD and SGD",
-        _GD,
+        GD,
         draw=distances_of_gd_and_sgd,
         note="In the paper the trajectories of GD and SGD are close to each other.",
     ),
@@ -455,14 +451,14 @@ _EXHIBITS: Final = (
     Exhibit(
         "figure-22",
         "Distance from the switch",
-        _MSE,
+        MSE,
         draw=distances_of_branches,
         note="In the paper Dom-SGD makes no further progress, in contrast to SGD and Bulk-SGD.",
     ),
     Exhibit(
         "switches",
         "Where SGD was switched, and how dominant its gradient was from there on",
-        (*_MSE, *_CE, *_STANDARD),
+        (*MSE, *CE, *STANDARD),
         table=table_of_switches,
         note="In the paper the switch is where the moving average of χ_k exceeds 0.95; at which "
         "steps that is, it does not say.",
