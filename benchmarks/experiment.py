@@ -385,7 +385,7 @@ class _Experiment:
         result = self.result
         if self.phase == WARMUP:
             result.switch_step, result.switch_reason = self.step, self.switch_reason()
-            result.switch_loss = self.operator.loss()
+            result.switch_loss = self.loss()
             self.switch_model = copy.deepcopy(self.model.state_dict())
         else:
             self.keep_branch()
@@ -396,13 +396,16 @@ class _Experiment:
         else:
             result.finished = True
 
+    def loss(self) -> float:
+        """Returns the loss over all data; infinite where the optimizer diverged."""
+        try:
+            return self.operator.loss()
+        except so.NonFiniteError:
+            return math.inf
+
     @torch.no_grad()
     def keep_branch(self) -> None:
         """Evaluates the branch as it stands."""
-        try:
-            loss = self.operator.loss()
-        except so.NonFiniteError:  # the optimizer diverged
-            loss = math.inf
         with in_mode(self.model, "eval"):
             output = self.model(self.x)
             tested = None if self.test is None else self.model(self.test[0])
@@ -415,7 +418,7 @@ class _Experiment:
             seconds=self.seconds,
             products=self.subspace.stats.products,
             distance=float(torch.stack(moved).sum().sqrt()),
-            train_loss=loss,
+            train_loss=self.loss(),
             train_accuracy=_accuracy(output, self.y),
             test_accuracy=(
                 None if self.test is None or tested is None else _accuracy(tested, self.test[1])

@@ -168,8 +168,9 @@ The raw figures of each run and seed are in `raw`, with size, seconds, machine a
 
 ## Sizes
 
-What each run takes at `small`: its arguments, and core-minutes for one seed. The sizes of `paper`
-are beside them in the code, `benchmarks/papers/<paper>`.
+What each run takes at `small`: its arguments, and core-minutes for one seed (of a seed that was
+stopped and taken up again, those since then; the median is shown). The sizes of `paper` are beside
+them in the code, `benchmarks/papers/<paper>`.
 """
 
 

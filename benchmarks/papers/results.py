@@ -29,7 +29,8 @@ class Record:
         seed: the seed.
         version: of the run, and ...
         size: ... its arguments; a record of others than the run's present ones is measured anew.
-        seconds: of the processor, or of the clock where a GPU computed.
+        seconds: of the processor, or of the clock where a GPU computed; of a run that was taken up
+            again, of the process that finished it.
         machine: on which hardware, as ``benchmarks.report.machine`` tells.
         versions: of what took part.
         raw: the figures, with 6 significant digits. What JSON has no word for is null there, and

@@ -8,8 +8,8 @@ from benchmarks.papers.song_2024.pictures import EXHIBITS
 from benchmarks.papers.song_2024.sizes import RUNS
 
 _DIFFERENCES: Final = """
-Rates, minibatches (50), and the widths of MLP, CNN and transformer are the paper's. VGG11 has a
-quarter of the usual width, no batch norm and the initialisation of He et al. 2015; ResNet8 has half
+Rates, minibatches (50), and the widths of MLP, CNN and transformer are the paper's. VGG11 has an
+eighth of the usual width, no batch norm and the initialisation of He et al. 2015; ResNet8 has half
 of the usual width. The data are smaller where the table of sizes says so, so that a CPU will do;
 "pool 2" are CIFAR-10 images of 16x16, averaged.
 
@@ -25,7 +25,8 @@ What a projection achieves is only judged where SGD's gradient is dominant, as i
 mean of χ_k after the switch is at least 0.9.
 
 The branches after the switch are shorter than the paper's, so that their losses are nearer to each
-other; what is compared is their decrease. The end of a branch is a mean, since single losses jump.
+other; what is compared is their decrease, from the mean over the first fifth of the steps to that
+over the last, since single losses jump by as much as that.
 
 The projecting optimizers keep their basis for as long as it serves (`refresh="auto"`, within an
 angle of 0.05); the paper finds it anew at every step.

@@ -38,11 +38,6 @@ def mean(values: Iterable[float]) -> float:
     return statistics.fmean(finite) if finite else math.nan
 
 
-def _last(values: Sequence[float], part: int) -> Sequence[float]:
-    """The last part-th of a series, one value at least."""
-    return values[-max(1, len(values) // part) :]
-
-
 def _second_half(values: Sequence[float]) -> Sequence[float]:
     return values[len(values) // 2 :]
 
@@ -73,17 +68,20 @@ def alignment_of_sgd(raw: Raw) -> float:
 def achieved(branch: str) -> Callable[[Raw], float]:
     """The decrease of the loss in a branch, over that of SGD, where SGD's gradient was dominant.
 
-    The loss of a branch at its end is the mean over the last quarter of its measured steps. NaN
+    Each is from the mean over the first fifth of the branch's steps to that over its last. NaN
     where the premise does not hold (mean χ_k along SGD below 0.9), or SGD does not train.
     """
 
+    def decrease(losses: Sequence[float]) -> float:
+        fifth = max(1, len(losses) // 5)
+        return mean(losses[:fifth]) - mean(losses[-fifth:])
+
     def share(raw: Raw) -> float:
-        start = raw["switch_loss"]
-        ends = {name: mean(_last(raw["phases"][name]["loss"], 4)) for name in (branch, "SGD")}
-        trained = start - ends["SGD"]
-        if not alignment_of_sgd(raw) >= _NEAR_1 or trained < _TRAINED * start:
+        losses = raw["losses"]
+        trained = decrease(losses["SGD"])
+        if not alignment_of_sgd(raw) >= _NEAR_1 or trained < _TRAINED * losses["SGD"][0]:
             return math.nan
-        return float((start - ends[branch]) / trained)
+        return decrease(losses[branch]) / trained
 
     return share
 
@@ -255,7 +253,7 @@ def _critical(runs: tuple[str, ...], where: str, figures: Sequence[str], key: st
             name=f"dom-fails{key}",
             says=f"SGD projected onto the dominant subspace no longer lowers the loss{where}.",
             source=f"Phenomenon 2, {dom}",
-            quantity="loss decrease of Dom-SGD / that of SGD, where the gradient is dominant",
+            quantity=f"loss decrease of Dom-SGD / that of SGD, {_FIFTHS}",
             runs=runs,
             measure=achieved("DomSGD"),
             at_most=_FAILS,
@@ -270,8 +268,13 @@ _AT_THE_EDGE: Final = (
     "are cut off: a branch that stands still scored 0.64 of GD. By these, Dom-GD scored 0.87 and "
     "0.95, Bulk-GD 1.9 and 1.3 (seed 0)."
 )
+_FIFTHS: Final = "each from its first fifth to its last, where the gradient is dominant"
 _ENDS: Final = (
-    "The end was the last loss, which jumps from step to step, and the premise was not asked for."
+    "The decrease was from the loss at the switch to the last loss, then to the mean of the last "
+    "measured ones; single losses jump from step to step by as much as was to be measured, so that "
+    "now every step of a branch counts. The premise was not asked for. By the means of the "
+    "measured ones, Dom-SGD scored -0.013 (MLP, squared error) and -0.26 (CNN, cross-entropy), "
+    "Bulk-SGD 1.02 (MLP), all at seed 0."
 )
 _PREMISE: Final = "The premise, a dominant gradient, was not asked for."
 
@@ -286,7 +289,7 @@ CLAIMS: Final = (
         name="bulk-works",
         says="SGD projected onto the bulk is as effective as SGD.",
         source="Phenomenon 2, Figure 1",
-        quantity="loss decrease of Bulk-SGD / that of SGD, where the gradient is dominant",
+        quantity=f"loss decrease of Bulk-SGD / that of SGD, {_FIFTHS}",
         runs=MSE,
         measure=achieved("BulkSGD"),
         at_least=_AS_EFFECTIVE,

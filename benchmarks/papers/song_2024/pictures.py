@@ -56,15 +56,16 @@ def losses_of_branches(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
     panels = grid([_title(run) for run in runs])
     for axes, run in zip(panels, runs, strict=True):
         for raw, first in in_turn(raws[run]):
-            start = 2 * raw["switch_step"] - raw["phases"]["SGD"]["step"][-1]
-            for phase, part in raw["phases"].items():
-                shown = [i for i, step in enumerate(part["step"]) if step >= start]
-                steps, losses = ([part[c][i] for i in shown] for c in ("step", "loss"))
-                name = _BRANCHES.get(phase, "")
-                if phase == "warmup":
-                    steps, losses = [*steps, raw["switch_step"]], [*losses, raw["switch_loss"]]
-                line(axes, steps, losses, first, name, color=_colour(name))
-            mark(axes, raw["switch_step"])
+            switch, after = raw["switch_step"], raw["losses"]
+            before = raw["phases"]["warmup"]
+            start = switch - len(after["SGD"])
+            shown = [i for i, step in enumerate(before["step"]) if step >= start]
+            steps, losses = ([before[c][i] for i in shown] for c in ("step", "loss"))
+            line(axes, [*steps, switch], [*losses, after["SGD"][0]], first, color=LOOK.ink)
+            for phase, losses in after.items():
+                branch, x = _BRANCHES[phase], switch + np.arange(len(losses))
+                line(axes, x, losses, first, branch, color=_colour(branch))
+            mark(axes, switch)
         axes.set(yscale="log", xlabel="step", ylabel="training loss")
     return finished(panels)
 

@@ -88,6 +88,9 @@ def critical_experiment(
 ) -> Raw:
     """SGD until its gradient is dominant; from there SGD and its projections, each by itself.
 
+    Single losses jump, by more than what some steps achieve: in a branch the loss over all data is
+    taken at every step.
+
     Args:
         job: the seed.
         model: of ``network``.
@@ -108,20 +111,25 @@ def critical_experiment(
         tol: of the eigenpairs.
 
     Returns:
-        The switch; columns of each phase; the final loss of each branch.
+        The switch; columns of each phase; of each branch the losses, from the switch on, and its
+        final distance.
     """
     data = dataset(job, model, examples, pool)
     net = network(job, model, data, width)
     path = None if job.scratch is None else job.scratch / "compare.pt"
     kept = None
+    losses: dict[str, list[float]] = {name: [] for name in optimizers}
     if path is not None and path.exists():
-        kept = torch.load(path, map_location=job.device, weights_only=True)
+        state = torch.load(path, map_location=job.device, weights_only=True)
+        kept, losses = state["experiment"], state["losses"]
     saved = time.monotonic()
 
-    def keep(experiment: Any, _: bool) -> None:
+    def after_step(experiment: Any, _: bool) -> None:
         nonlocal saved
+        if experiment.phase in losses and not experiment.result.finished:
+            losses[experiment.phase].append(experiment.loss())
         if path is not None and time.monotonic() - saved > _SAVE_EVERY:
-            save(path, experiment.state_dict())
+            save(path, {"experiment": experiment.state_dict(), "losses": losses})
             saved = time.monotonic()
 
     result = compare(
@@ -142,16 +150,15 @@ def critical_experiment(
         chunk=chunk,
         seed=job.seed,
         resume_from=kept,
-        on_progress=keep,
+        on_progress=after_step,
     )
     phases = {name: columns(result.of(name), _OF_A_PHASE) for name in (WARMUP, *result.branches)}
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
         "switch_step": result.switch_step,
         "switch_reason": result.switch_reason,
-        "switch_loss": result.switch_loss,
         "phases": phases,
-        "final_loss": {name: branch.train_loss for name, branch in result.branches.items()},
+        "losses": losses,
         "final_distance": {name: branch.distance for name, branch in result.branches.items()},
     }
 

@@ -43,9 +43,9 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "chunk": 50,
             "last_switch": 12000,
             "steps": 200,
-            "look": 1000,
+            "look": 2000,
             "measure": 20,
-            "spectrum": 3000,
+            "spectrum": 4000,
         },
         {
             "examples": 5000,
@@ -66,7 +66,7 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "width": 64,
             "examples": 500,
             "chunk": 50,
-            "last_switch": 6000,
+            "last_switch": 3000,
             "steps": 200,
             "look": 500,
             "measure": 20,
@@ -117,7 +117,7 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "chunk": 50,
             "last_switch": 20000,
             "steps": 200,
-            "look": 1000,
+            "look": 2000,
             "measure": 20,
             "spectrum": 5000,
         },
@@ -141,7 +141,7 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "width": 64,
             "examples": 500,
             "chunk": 50,
-            "last_switch": 6000,
+            "last_switch": 3000,
             "steps": 150,
             "look": 500,
             "measure": 15,
@@ -163,7 +163,7 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "model": "vgg11",
             "loss": "mse",
             "lr": 0.01,
-            "width": 16,
+            "width": 8,
             "examples": 500,
             "chunk": 50,
             "last_switch": 4000,
@@ -195,11 +195,11 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "examples": 500,
             "pool": 2,
             "chunk": 50,
-            "last_switch": 6000,
-            "steps": 150,
-            "look": 600,
-            "measure": 15,
-            "spectrum": 3000,
+            "last_switch": 3000,
+            "steps": 80,
+            "look": 300,
+            "measure": 8,
+            "spectrum": 1500,
             "tol": 1e-2,
         },
         {
@@ -266,7 +266,7 @@ def _critical(name: str) -> Run:
     branches = ("SGD", "DomSGD") if name in _DOM_ALONE else ("SGD", "DomSGD", "BulkSGD")
     small = small | {"optimizers": branches, "average": 0.5}
     paper = small | {"tol": 1e-3, "refresh": 1, "average": 0.9} | paper
-    return Run(f"sgd-{name}", what, critical_experiment, small, paper)
+    return Run(f"sgd-{name}", what, critical_experiment, small, paper, version=2)
 
 
 def _of_model(

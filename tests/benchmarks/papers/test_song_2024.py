@@ -165,6 +165,10 @@ class TestTiny:
         sgd = raws["sgd-mlp-mse"][0]
         assert sgd["phases"]["warmup"]["step"] == [0, 2]
         assert sgd["phases"]["BulkSGD"]["step"] == [4, 6]
+        for name, losses in sgd["losses"].items():  # one at each step, and at the end
+            assert len(losses) == 4 + 1
+            assert losses[:4:2] == pytest.approx(sgd["phases"][name]["loss"])
+            assert losses[0] == sgd["losses"]["SGD"][0]
         assert "BulkSGD" not in raws["sgd-mlp-ce"][0]["phases"]
         switched = raws["switching"][0]["SGD to GD"]
         assert switched["step"] == [*range(11), *range(10, 21)]
@@ -172,12 +176,12 @@ class TestTiny:
     def test_other_seeds_and_sizes_give_other_figures(self, monkeypatch):
         monkeypatch.setattr(problems, "real", made_up)
         run = tiny(PAPER.run("sgd-mlp-mse"))
-        losses = {
-            (seed, width): run.measure(Job(seed), **run.small | {"width": width})["switch_loss"]
+        raws = [
+            run.measure(Job(seed), **run.small | {"width": width})
             for seed in (0, 1)
             for width in (4, 5)
-        }
-        assert len(set(losses.values())) == 4
+        ]
+        assert len({raw["losses"]["SGD"][0] for raw in raws}) == 4
 
 
 class KilledError(Exception):
@@ -193,7 +197,7 @@ def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch):
 
     def save_and_die(path, state):
         runs_save(path, state)
-        saved.append(state["step"])
+        saved.append(state["experiment"]["step"])
         if len(saved) == 7:
             raise KilledError
 
@@ -202,7 +206,7 @@ def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     job = Job(0, scratch=tmp_path)
     with pytest.raises(KilledError):
         run.measure(job, **run.small)
-    assert run.measure(job, **run.small)["phases"] == whole["phases"]
+    assert run.measure(job, **run.small) == whole
     # 4 steps before the switch and 4 in each of three branches, none of them twice.
     assert len(saved) == 4 + 3 * 4 + 4  # and the end of each phase
 
@@ -214,13 +218,15 @@ def critical(dom=0.98, bulk=0.52, chi=0.9, sgd=0.5):
     row = {"step": [0, 1], "chi_gradient": [chi, 0.98], "eigenvalues": [[4.0, 2.0]] * 2}
     part = row | {"next_eigenvalues": [[1.0, 0.5], []]}
     return {
-        "switch_loss": 1.0,
+        "losses": {
+            "SGD": [1.0, 1.0, 1.2, 0.4, sgd],
+            "DomSGD": [1.0, 0.4, 0.4, 1.2, dom],
+            "BulkSGD": [1.0, 0.9, 0.8, 0.7, bulk],
+        },
         "final_distance": {"SGD": 2.0, "DomSGD": 0.5, "BulkSGD": 1.8},
         "phases": {
             "warmup": part,
-            "SGD": part | {"loss": [1.0, sgd]},
-            "DomSGD": {"loss": [1.0, dom]},
-            "BulkSGD": {"loss": [1.0, bulk]},
+            "SGD": part,
         },
     }
 
