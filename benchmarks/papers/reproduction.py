@@ -9,7 +9,8 @@ is reproduced if the inequality holds in every run that it is about, for every s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -195,6 +196,12 @@ class Paper:
             if exhibit.name == name:
                 return exhibit
         raise KeyError(name)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Returns the mean; NaN of no values."""
+    found = list(values)
+    return statistics.fmean(found) if found else math.nan
 
 
 def paragraphs(text: str) -> tuple[str, ...]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.papers.reproduction import Claim, Raw
+from benchmarks.papers.reproduction import Claim, Raw, mean
 
 _LAST: Final = 3
 """Rows that the end of a curve is the mean of."""
@@ -55,12 +54,6 @@ def survivors(raw: Raw) -> Pairs:
         for key, (sgd, newton) in pairs(raw).items()
         if not sgd["diverged"] and not newton["diverged"]
     }
-
-
-def mean(values: Iterable[float]) -> float:
-    """Returns the mean; NaN of no values."""
-    found = list(values)
-    return sum(found) / len(found) if found else math.nan
 
 
 def accuracy_gains(raw: Raw, among: Pairs) -> list[float]:

@@ -6,7 +6,7 @@ What was changed or added after a first trial says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.papers.gur_ari_2018.runs import CASES
-from benchmarks.papers.reproduction import Claim, Raw
+from benchmarks.papers.reproduction import Claim, Raw, mean
 from subspace_optim.diagnostics import count_outliers
 
 Array = NDArray[np.float64]
@@ -85,7 +85,7 @@ def by_dimension(raw: Raw, start: int | None = None) -> dict[int, float]:
     first = _trained(raw)
     starts = range(first, len(raw["saved"]) - 1) if start is None else (start,)
     return {
-        int(d): _mean([v for i in starts for v in matrix[i][i + 1 :]])
+        int(d): mean(v for i in starts for v in matrix[i][i + 1 :])
         for d, matrix in raw["preserved"].items()
     }
 
@@ -137,10 +137,6 @@ def head_share(raw: Raw) -> float:
 def median(values: Array) -> float:
     """Returns the median; NaN of nothing."""
     return float(np.median(values)) if len(values) else math.nan
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
 
 
 # --- spectra -----------------------------------------------------------------------------------

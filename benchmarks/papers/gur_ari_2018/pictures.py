@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -25,7 +24,7 @@ from benchmarks.papers.gur_ari_2018.claims import (
     since,
 )
 from benchmarks.papers.gur_ari_2018.runs import CASES
-from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
+from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows, mean
 
 _TITLES: Final = {
     "fc": "FC, MNIST",
@@ -47,12 +46,6 @@ _F_TOP: Final = r"$f_{\mathrm{top}}$"
 _PARTS: Final = ("first hidden layer", "second hidden layer", "top weights", "top biases")
 _INDEX: Final = "i (dashed: where the top k end)"
 _COLOURS: Final = (LOOK.dominant, LOOK.bulk, LOOK.third, LOOK.fourth)
-
-
-def _mean(of_seeds: Mapping[int, Raw], measure: Callable[[Raw], float]) -> float:
-    """The mean over the seeds; NaN without any."""
-    values = [measure(raw) for raw in of_seeds.values()]
-    return statistics.fmean(values) if values else math.nan
 
 
 def _text(value: float, digits: int = 2) -> str:
@@ -155,8 +148,8 @@ def table_of_dimensions(raws: RawOfSeeds) -> Rows:
     for run in ("fc", "resnet"):
         raw = first_of(raws[run])
         for d in [] if raw is None else raw["preserved"]:
-            mean = _mean(raws[run], lambda each, d=d: by_dimension(each)[int(d)])  # type: ignore[misc]
-            rows.append([_TITLES[run], d, _text(mean)])
+            kept = mean(by_dimension(each)[int(d)] for each in raws[run].values())
+            rows.append([_TITLES[run], d, _text(kept)])
     return rows
 
 
@@ -164,7 +157,8 @@ def table_of_repeats(raws: RawOfSeeds) -> Rows:
     """Beside Figure 2: how sharply the two subspaces are known at the end of training."""
     rows = [["run", "top k, solved twice", "next k, solved twice"]]
     for run in (*NETWORKS, "fc-five"):
-        parts = [_mean(raws[run], lambda raw, p=p: raw["repeat"][p]) for p in ("top", "next")]  # type: ignore[misc]
+        repeats = [raw["repeat"] for raw in raws[run].values()]
+        parts = [mean(repeat[part] for repeat in repeats) for part in ("top", "next")]
         rows.append([_TITLES[run], *(_text(part, 3) for part in parts)])
     return rows
 
@@ -207,7 +201,7 @@ def table_of_outliers(raws: RawOfSeeds) -> Rows:
         if raw is not None:
             seeds = raws[run]
             counts = [f"{raw['k'] + missing_outliers(seeds[seed]):.0f}" for seed in sorted(seeds)]
-            accuracy = _mean(raws[run], lambda each: each["accuracy"])
+            accuracy = mean(each["accuracy"] for each in seeds.values())
             paper = "–" if run == "spectrum-five" else str(raw["k"])
             rows.append([_TITLES[run], str(raw["k"]), " ".join(counts), paper, _text(accuracy)])
     return rows
@@ -334,7 +328,7 @@ def table_along_eigenvectors(raws: RawOfSeeds) -> Rows:
 
     rows = [["step", "sum of c_i² over i", "ours", "the paper's", "difference"]]
     for step, start, stop, paper in wanted:
-        ours = _mean(raws["fc"], partial(total, step=step, start=start, stop=stop))
+        ours = mean(total(raw, step, start, stop) for raw in raws["fc"].values())
         name = f"{start + 1} to {stop}"
         rows.append([str(step), name, _text(ours), _text(paper), _text(ours - paper)])
     return rows
@@ -356,9 +350,10 @@ def table_1(raws: RawOfSeeds) -> Rows:
     head = ["dataset", "model", "comment", "ours", "the paper's", "difference", "on test data"]
     rows = [[*head, "training accuracy"]]
     for name, case in CASES.items():
-        ours = _mean(raws[name], lambda raw: raw["mean_overlap"])
-        tested = _mean(raws[name], lambda raw: raw["mean_overlap_test"])
-        accuracy = _mean(raws[name], lambda raw: raw["accuracy"])
+        ours, tested, accuracy = (
+            mean(raw[column] for raw in raws[name].values())
+            for column in ("mean_overlap", "mean_overlap_test", "accuracy")
+        )
         numbers = (ours, case.paper, ours - case.paper, tested, accuracy)
         rows.append([case.dataset, case.network, case.comment, *map(_text, numbers)])
     return rows
@@ -368,21 +363,19 @@ def table_of_random_vectors(raws: RawOfSeeds) -> Rows:
     """Section 2.2: overlaps of g and of random vectors, medians from step 100 on."""
     rows = [["run", "g", "random, top subspace", "equation 4", "random", "ratio of decreases"]]
 
-    def middle(raw: Raw, name: str) -> float:
-        return median(since(raw, name))
-
     def estimate(raw: Raw) -> float:
         values = since(raw, "eigenvalues").reshape(-1, 2 * raw["k"])[:, : raw["k"]]
         return median(values.sum(axis=1) / np.sqrt(raw["k"] * np.square(values).sum(axis=1)))
 
+    measures = (
+        lambda raw: median(since(raw, "overlap_there")),
+        lambda raw: median(since(raw, "random_in_top")),
+        estimate,
+        lambda raw: median(since(raw, "random")),
+        lambda raw: median(since(raw, "decrease")),
+    )
     for run in (*NETWORKS, "fc-five"):
-        numbers = [
-            _mean(raws[run], partial(middle, name="overlap_there")),
-            _mean(raws[run], partial(middle, name="random_in_top")),
-            _mean(raws[run], estimate),
-            _mean(raws[run], partial(middle, name="random")),
-            _mean(raws[run], partial(middle, name="decrease")),
-        ]
+        numbers = [mean(map(measure, raws[run].values())) for measure in measures]
         rows.append([_TITLES[run], *map(_text, numbers)])
     return rows
 

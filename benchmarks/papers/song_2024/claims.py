@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Final
 
 from scipy import stats
 
-from benchmarks.papers.reproduction import Claim, Raw
+from benchmarks.papers.reproduction import Claim, Raw, mean
 from benchmarks.papers.song_2024.runs import OPTIMIZERS
 
 MSE: Final = ("sgd-mlp-mse", "sgd-cnn-mse", "sgd-transformer-mse")
@@ -30,12 +30,6 @@ _FAILS: Final = 0.1
 _AS_EFFECTIVE: Final = 0.9
 _TRAINED: Final = 1e-3
 """Relative decrease of the loss below which SGD did not train, and shares of it mean nothing."""
-
-
-def mean(values: Iterable[float]) -> float:
-    """The mean of the finite values; NaN without any."""
-    finite = [value for value in values if math.isfinite(value)]
-    return statistics.fmean(finite) if finite else math.nan
 
 
 def _second_half(values: Sequence[float]) -> Sequence[float]:
@@ -158,7 +152,7 @@ def achieved_at_edge(branch: str, plain: str) -> Callable[[Raw], float]:
 
     def decrease(raw: Raw, name: str) -> float:
         losses = raw["losses"][name]["loss"]
-        start: float = mean(losses[: len(losses) // 5])
+        start = mean(losses[: len(losses) // 5])
         return start - float(raw["mean_loss"][name])
 
     def share(raw: Raw) -> float:

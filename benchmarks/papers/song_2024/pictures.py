@@ -21,8 +21,8 @@ from benchmarks.papers.drawing import (
     mark,
     over_seeds,
 )
-from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
-from benchmarks.papers.song_2024.claims import CE, GD, MSE, STANDARD, alignment_of_sgd, mean
+from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows, mean
+from benchmarks.papers.song_2024.claims import CE, GD, MSE, STANDARD, alignment_of_sgd
 from benchmarks.papers.song_2024.runs import OPTIMIZERS
 
 _TITLES: Final = {
