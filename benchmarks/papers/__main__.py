@@ -85,7 +85,12 @@ class Queue:
     def _start(self, task: Task) -> subprocess.Popen[bytes]:
         with self._log(task).open("wb") as log:
             return subprocess.Popen(  # noqa: S603 (our own command)
-                self._command(task), cwd=ROOT, env=_environment(), stdout=log, stderr=log
+                self._command(task),
+                cwd=ROOT,
+                env=_environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is ours to pass on
             )
 
     def _command(self, task: Task) -> list[str]:

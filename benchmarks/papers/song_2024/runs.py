@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.data import Dataset
-from benchmarks.experiment import WARMUP, compare
+from benchmarks.experiment import WARMUP, Settings, compare
 from benchmarks.losses import LOSSES, mse
 from benchmarks.models import CNN, build, mlp
 from benchmarks.papers import networks, problems
@@ -71,20 +71,13 @@ def critical_experiment(
     *,
     model: str,
     loss: str,
-    lr: float,
     width: int,
     examples: int,
     pool: int = 1,
-    chunk: int | None = None,
-    optimizers: Sequence[str] = ("SGD", "DomSGD", "BulkSGD"),
-    last_switch: int,
-    steps: int,
+    optimizers: Sequence[str],
     look: int,
-    measure: int,
-    spectrum: int,
-    refresh: int | str = "auto",
-    average: float = 0.9,
-    tol: float = 1e-3,
+    refresh: int | Literal["auto"] = "auto",
+    **settings: Any,
 ) -> Raw:
     """SGD until its gradient is dominant; from there SGD and its projections, each by itself.
 
@@ -95,24 +88,20 @@ def critical_experiment(
         job: the seed.
         model: of ``network``.
         loss: of ``benchmarks.losses``.
-        lr: the constant rate.
         width: of the model.
         examples: of the data.
         pool: factor by which images are made smaller.
-        chunk: examples at a time in passes over all data.
         optimizers: after the switch.
-        last_switch: latest step to switch at.
-        steps: after the switch.
         look: measure every so many steps before the switch.
-        measure: the same after it.
-        spectrum: find the next k eigenvalues along SGD every so many steps.
         refresh: of the projecting optimizers' basis; 1 is the paper's protocol.
-        average: factor of the moving average of χ_k, over the measured values.
-        tol: of the eigenpairs.
+        **settings: more of ``benchmarks.experiment.Settings``.
 
     Returns:
         The switch; columns of each phase; of each branch the losses, from the switch on, and its
         final distance.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted, and can be taken up again.
     """
     data = dataset(job, model, examples, pool)
     net = network(job, model, data, width)
@@ -137,21 +126,14 @@ def critical_experiment(
         LOSSES[loss],
         (data.x_train, data.y_train),
         list(optimizers),
-        k=data.num_classes,
-        lr=lr,
-        steps=steps,
-        last_switch=last_switch,
-        warmup_measure=look,
-        measure=measure,
-        refresh=refresh,
-        average=average,
-        spectrum=spectrum,
-        tol=tol,
-        chunk=chunk,
-        seed=job.seed,
+        settings=Settings(
+            k=data.num_classes, warmup_measure=look, refresh=refresh, seed=job.seed, **settings
+        ),
         resume_from=kept,
         on_progress=after_step,
     )
+    if not result.finished:  # an interrupt, which ``compare`` takes for the end
+        raise KeyboardInterrupt
     phases = {name: columns(result.of(name), _OF_A_PHASE) for name in (WARMUP, *result.branches)}
     return {
         "parameters": sum(p.numel() for p in net.parameters()),

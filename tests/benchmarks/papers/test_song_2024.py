@@ -188,7 +188,8 @@ class KilledError(Exception):
     pass
 
 
-def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", [KilledError, KeyboardInterrupt])
+def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch, end):
     monkeypatch.setattr(problems, "real", made_up)
     monkeypatch.setattr(runs, "_SAVE_EVERY", 0.0)
     run = tiny(PAPER.run("sgd-mlp-mse"))
@@ -199,12 +200,12 @@ def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch):
         runs_save(path, state)
         saved.append(state["experiment"]["step"])
         if len(saved) == 7:
-            raise KilledError
+            raise end
 
     runs_save = runs.save
     monkeypatch.setattr(runs, "save", save_and_die)
     job = Job(0, scratch=tmp_path)
-    with pytest.raises(KilledError):
+    with pytest.raises(end):
         run.measure(job, **run.small)
     assert run.measure(job, **run.small) == whole
     # 4 steps before the switch and 4 in each of three branches, none of them twice.
