@@ -85,12 +85,7 @@ class Queue:
     def _start(self, task: Task) -> subprocess.Popen[bytes]:
         with self._log(task).open("wb") as log:
             return subprocess.Popen(  # noqa: S603 (our own command)
-                self._command(task),
-                cwd=ROOT,
-                env=_environment(),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is ours to pass on
+                self._command(task), cwd=ROOT, env=_environment(), stdout=log, stderr=log
             )
 
     def _command(self, task: Task) -> list[str]:
@@ -120,7 +115,9 @@ class Queue:
         log = self._log(task)
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1] if lines else f"exit status {code}"
-        self.console.print(f"{task} failed: {last} ({log})", style="red", highlight=False)
+        self.console.print(
+            f"{task} failed: {last} ({log})", style="red", highlight=False, markup=False
+        )
 
 
 def _environment() -> dict[str, str]:
@@ -134,17 +131,12 @@ def _environment() -> dict[str, str]:
 def tasks_of(
     options: argparse.Namespace, wanted: dict[str, list[Exhibit]], results: Results
 ) -> list[Task]:
-    """Returns what is not on disk, all of one seed before the next.
-
-    Runs that no exhibit shows are those of claims alone; they belong to all of the paper.
-    """
+    """Returns what is not on disk, all of one seed before the next."""
     tasks = []
     for seed in range(options.seeds):
         for key, exhibits in wanted.items():
             paper = PAPERS[key]
             needed = {name for exhibit in exhibits for name in exhibit.runs}
-            if len(exhibits) == len(paper.exhibits):
-                needed = {run.name for run in paper.runs}
             for run in paper.runs:
                 on_disk = results.read(key, run, options.scale, seed) is not None
                 if run.name in needed and not on_disk:
@@ -270,18 +262,21 @@ def _wanted(
     names = [exhibit.name for exhibit in paper.exhibits]
     unknown = [name for name in options.exhibits if name not in names]
     if unknown:
-        parser.error(f"{paper.key} has no {', '.join(unknown)}: it has {', '.join(names)}, or all")
+        has = f"it has {', '.join(names)}; or all, alone"
+        parser.error(f"{paper.key} has no {', '.join(unknown)}: {has}")
     return {paper.key: [paper.exhibit(name) for name in options.exhibits]}
 
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """A polite kill ends the runs as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """A polite kill, and the end of the terminal, end the runs as Ctrl-C does."""
+    kinds = (signal.SIGTERM, signal.SIGHUP)
+    before = {kind: signal.signal(kind, signal.default_int_handler) for kind in kinds}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -299,12 +294,6 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: at least 1")
-    if options.device is None:
-        if options.scale == "paper":
-            parser.error("--scale paper takes a GPU: --device cuda (with cpu it takes weeks)")
-        options.device = "cpu"
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU")
     results = Results(options.results)
     if options.paper is None:
         if options.publish:
@@ -318,6 +307,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     wanted = _wanted(parser, options)
+    if options.device is None:
+        if options.scale == "paper":
+            parser.error("--scale paper takes a GPU: --device cuda (with cpu it takes weeks)")
+        options.device = "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    try:
+        options.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--results {options.results}: {error.strerror}")
     tasks = tasks_of(options, wanted, results)
     queue = Queue(options, console)
     interrupted = False

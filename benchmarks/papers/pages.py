@@ -113,10 +113,10 @@ def _measured(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) ->
 
 
 def _tally(verdicts: Iterable[Verdict]) -> tuple[list[Word], list[Word]]:
-    """The words of the claims that were measured, and apart from them those of the identities."""
-    complete = [each for each in verdicts if each.complete]
-    words = [each.word for each in complete if not each.claim.identity]
-    return words, [each.word for each in complete if each.claim.identity]
+    """The words of the claims, and apart from them those of the identities."""
+    verdicts = list(verdicts)
+    words = [each.word for each in verdicts if not each.claim.identity]
+    return words, [each.word for each in verdicts if each.claim.identity]
 
 
 def _entry(results: Results, paper: Paper, found: Verdict, scale: Scale) -> dict[str, Any]:
@@ -144,6 +144,9 @@ def _entry(results: Results, paper: Paper, found: Verdict, scale: Scale) -> dict
         },
         "identity": claim.identity,
         "changed": claim.changed,
+        "decided_by": sorted(
+            {s for seeds in found.figures.values() for s in seeds if claim.decided_by(s)}
+        ),
         "verdict": found.word,
     }
 
@@ -156,11 +159,11 @@ Every figure and table of the four papers is a command, and every claim an inequ
 runs all of them at `small`, on a CPU; `python -m benchmarks.papers` lists them.
 
 A claim is *reproduced* if its inequality holds in every run that it is about, for every seed; it is
-*not reproduced* if it fails in one; it is *undecided* if it holds wherever its premise does, and
-that is not everywhere: that a network was trained, that its gradient was dominant. Inequalities
-were fixed before the runs that are published here. Those that were changed after a first trial say
-so, with the reason. *Identities* follow from definitions: they tell of formulas, misprints among
-them, not of networks.
+*not reproduced* if it fails in one, and *undecided* if it holds wherever its premise does, and
+that is not everywhere: that a network was trained, that its gradient was dominant. Claims that were
+changed after a first trial, in their rule or in the size of their runs, say so, with the reason;
+seed 0, on which all trials were, does not decide those, and is in parentheses. *Identities* follow
+from definitions: they tell of formulas, misprints among them, not of networks.
 """
 _SIZES: Final = """\
 The raw figures of each run and seed are in `raw`, with size, seconds, machine and versions;
@@ -180,12 +183,12 @@ def _index(
     verdicts: Mapping[tuple[str, Scale], Sequence[Verdict]],
 ) -> str:
     lines = [_HEAD]
-    table = [["paper", "scale", "claims", *WORDS, "identities, reproduced"]]
+    table = [["paper", "scale", *WORDS, "not measured", "identities, reproduced"]]
     for paper in papers.values():
         for scale in SCALES:
             link = f"[{paper.citation}]({paper.key}.md)"
             counts = _counts(verdicts[paper.key, scale])
-            table.append([link, f"`{scale}`", str(len(paper.claims)), *counts])
+            table.append([link, f"`{scale}`", *counts])
     lines += [markdown(table), ""]
     lines += [_SIZES]
     for paper in papers.values():
@@ -203,10 +206,8 @@ def _index(
 def _counts(verdicts: Iterable[Verdict]) -> list[str]:
     """How many claims have each verdict; and of the identities, which are not among these."""
     words, identities = _tally(verdicts)
-    if not words and not identities:
-        return ["not run", "", "", ""]
     of = f"{identities.count('reproduced')} of {len(identities)}" if identities else ""
-    return [*(str(words.count(word)) for word in WORDS), of]
+    return [*(str(words.count(word)) for word in (*WORDS, "not measured")), of]
 
 
 def _size(run: Run) -> str:
@@ -230,11 +231,11 @@ def _minutes(records: Iterable[Record]) -> str:
 def _page(results: Results, paper: Paper, of_scales: Mapping[Scale, Sequence[Verdict]]) -> str:
     lines = [f"# {paper.citation}", "", f"[The paper]({paper.address}); here `{paper.key}`.", ""]
     for scale, verdicts in of_scales.items():
-        complete = [v for v in verdicts if v.complete]
-        if not complete:
+        if not any(results.of(paper, run.name, scale) for run in paper.runs):
             # What a GPU is for was not run without one, and the page says so.
             lines += [f"Nothing was run at `{scale}`: {_why_not(scale)}", ""]
             continue
+        complete = [v for v in verdicts if v.complete]
         lines += [_summary(complete, scale), "", _hardware(results, paper, scale), ""]
         lines += [f"## Claims, `{scale}`", "", markdown(_claims(verdicts)), ""]
         if scale == "small":
@@ -288,7 +289,7 @@ def _claims(verdicts: Iterable[Verdict]) -> Rows:
     for found in verdicts:
         claim = found.claim
         figures = "<br>".join(
-            f"`{run}` " + " ".join(_marked(claim, value) for value in seeds.values())
+            f"`{run}` " + " ".join(_marked(claim, *each) for each in seeds.items())
             for run, seeds in found.figures.items()
         )
         word = found.word if found.word == "reproduced" else f"**{found.word}**"
@@ -314,8 +315,8 @@ def _changes(paper: Paper) -> list[str]:
     return ["### Changed after a first trial", "", *lines, ""] if lines else []
 
 
-def _marked(claim: Claim, value: float) -> str:
-    """The figure of a seed; one for which the inequality fails is in bold."""
+def _marked(claim: Claim, seed: int, value: float) -> str:
+    """The figure of a seed; in bold where the inequality fails, in parentheses if of a trial."""
     text = (
         f"{value:.3g}"
         if claim.holds(float(f"{value:.3g}")) == claim.holds(value)
@@ -323,7 +324,8 @@ def _marked(claim: Claim, value: float) -> str:
     )
     if 0 < abs(value) < _TINY:
         text = f"below {_TINY:g}"
-    return text if claim.holds(value) or math.isnan(value) else f"**{text}**"
+    text = text if claim.holds(value) or math.isnan(value) else f"**{text}**"
+    return text if claim.decided_by(seed) else f"({text})"
 
 
 def _exhibit(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) -> list[str]:

@@ -2,8 +2,9 @@
 
 A *run* measures something once for each seed, and gives raw figures. *Exhibits* are the paper's
 figures and tables, drawn from the raw figures of one or several runs. A *claim* is one number of
-each run's raw figures and an inequality about it, both fixed before the runs that are published. It
-is reproduced if the inequality holds in every run that it is about, for every seed.
+each run's raw figures and an inequality about it. It is reproduced if the inequality holds in every
+run that it is about, for every seed that decides: for all, where runs and inequality were fixed
+before anything was measured, and else for those on which nothing was tried.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from matplotlib.figure import Figure
 
 Scale = Literal["small", "paper"]
 SCALES: Final[tuple[Scale, ...]] = ("small", "paper")
+
+TRIAL: Final = 0
+"""The seed of all first trials."""
 
 Raw = dict[str, Any]
 """Figures that JSON can hold: numbers, texts, and lists and dicts of these."""
@@ -109,7 +113,8 @@ class Claim:
         at_least: the smallest value with which it holds; ``None``: there is none.
         at_most: the largest.
         identity: it follows from definitions, and tells of formulas rather than of networks.
-        changed: what was changed after a first trial, and why; empty where nothing was.
+        changed: what was changed after a first trial, of the rule or of the runs, and why; empty
+            where nothing was. The other seeds decide a claim that was changed.
     """
 
     name: str
@@ -126,6 +131,10 @@ class Claim:
     def __post_init__(self) -> None:
         if self.at_least is None and self.at_most is None:
             raise ValueError(f"claim {self.name!r} has neither at_least nor at_most")
+
+    def decided_by(self, seed: int) -> bool:
+        """Returns whether the seed is not one on which the claim took its present form."""
+        return not (self.changed and seed == TRIAL)
 
     def holds(self, value: float) -> bool:
         """Returns whether the inequality holds; it does not for NaN."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,11 +65,18 @@ class Results:
         return self.folder / scale / paper / run / f"seed-{seed}.json"
 
     def read(self, paper: str, run: Run, scale: Scale, seed: int) -> Record | None:
-        """Returns the record; ``None`` if there is none of the run's present version and size."""
+        """Returns the record; ``None`` if there is none of the run's present version and size.
+
+        A file that is no record is warned of, and counts as none.
+        """
         path = self.path(paper, run.name, scale, seed)
         if not path.exists():
             return None
-        record = Record(**_with_nan(json.loads(path.read_text(encoding="utf-8"))))
+        try:
+            record = Record(**_with_nan(json.loads(path.read_text(encoding="utf-8"))))
+        except (TypeError, ValueError) as error:
+            warnings.warn(f"{path} is no raw file, and is left out: {error}", stacklevel=2)
+            return None
         present = record.version == run.version and record.size == _plain(run.size(scale))
         return record if present else None
 
@@ -76,10 +84,12 @@ class Results:
         """Returns all records of a run by their seeds, in order."""
         found = {}
         for path in self.path(paper.key, run, scale, 0).parent.glob("seed-*.json"):
-            seed = int(path.stem.removeprefix("seed-"))
-            record = self.read(paper.key, paper.run(run), scale, seed)
+            seed = path.stem.removeprefix("seed-")
+            record = (
+                self.read(paper.key, paper.run(run), scale, int(seed)) if seed.isdecimal() else None
+            )
             if record is not None:
-                found[seed] = record
+                found[int(seed)] = record
         return dict(sorted(found.items()))
 
     def raws(self, paper: Paper, runs: Iterable[str], scale: Scale) -> RawOfSeeds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -30,16 +30,24 @@ class Verdict:
     figures: Mapping[str, Mapping[int, float]]
 
     @property
+    def deciding(self) -> Mapping[str, Sequence[float]]:
+        """The figures that decide, by the name of the run."""
+        return {
+            run: [value for seed, value in seeds.items() if self.claim.decided_by(seed)]
+            for run, seeds in self.figures.items()
+        }
+
+    @property
     def complete(self) -> bool:
-        """Every run of the claim was made, for one seed at least."""
-        return all(self.figures[run] for run in self.claim.runs)
+        """Every run of the claim was made, for one seed that decides at least."""
+        return all(self.deciding.values())
 
     @property
     def word(self) -> Word:
         """The verdict: where the inequality fails once, a claim is not reproduced."""
         if not self.complete:
             return "not measured"
-        figures = [value for seeds in self.figures.values() for value in seeds.values()]
+        figures = [value for values in self.deciding.values() for value in values]
         if not all(self.claim.holds(value) for value in figures if not math.isnan(value)):
             return "not reproduced"
         return "undecided" if any(map(math.isnan, figures)) else "reproduced"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import zlib
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def main() -> None:
     add("--data-root")
     add("--threads", type=int)
     options = parser.parse_args()
+    # Ctrl-C goes to all processes of a terminal: the command ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if options.threads:
         torch.set_num_threads(options.threads)
     paper = PAPERS[options.paper]

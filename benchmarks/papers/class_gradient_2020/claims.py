@@ -11,6 +11,8 @@ from benchmarks.papers.reproduction import Claim, Raw, mean
 
 _LAST: Final = 3
 """Rows that the end of a curve is the mean of."""
+_LOST_FROM: Final = 10.0
+"""A training that ends above this multiple of its loss at the start has diverged."""
 _TREND: Final = 0.9
 """A method is ahead from a row on if it is in so many of the rows that follow."""
 
@@ -25,22 +27,30 @@ def losses(curve: Curve) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.where(np.isfinite(values), values, math.inf)
 
 
+def diverged(curve: Curve) -> bool:
+    """Returns whether a training is lost: it ended, or its loss is far above the start at the end.
+
+    The highest of the last rows counts: what has diverged may come down again for one.
+    """
+    found = losses(curve)
+    return bool(curve["diverged"] or found[-_LAST:].max() > _LOST_FROM * found[0])
+
+
 def final_loss(curve: Curve) -> float:
     """Returns the loss at the end; infinite where training diverged."""
-    return math.inf if curve["diverged"] else float(losses(curve)[-_LAST:].mean())
+    return math.inf if diverged(curve) else float(losses(curve)[-_LAST:].mean())
 
 
 def final_accuracy(curve: Curve, classes: int) -> float:
     """Returns the accuracy at the end; chance where training diverged."""
-    if curve["diverged"]:
+    if diverged(curve):
         return 1 / classes
     return float(np.mean(curve["accuracy"][-_LAST:]))
 
 
 def pairs(raw: Raw) -> Pairs:
-    """Returns the curves of SGD and quasi-Newton, printed or damped, by rate or batch size."""
-    found = raw["curves"]
-    sgd, newton = found["sgd"], found["damped" if "damped" in found else "printed"]
+    """Returns the curves of SGD and of quasi-Newton as printed, by rate or batch size."""
+    sgd, newton = raw["curves"]["sgd"], raw["curves"]["printed"]
     return {key: (sgd[key], newton[key]) for key in sgd}
 
 
@@ -52,7 +62,7 @@ def survivors(raw: Raw) -> Pairs:
     return {
         key: (sgd, newton)
         for key, (sgd, newton) in pairs(raw).items()
-        if not sgd["diverged"] and not newton["diverged"]
+        if not diverged(sgd) and not diverged(newton)
     }
 
 
@@ -93,7 +103,7 @@ def volatility_ratio(raw: Raw) -> float:
 
 
 def best_accuracy(raw: Raw) -> float:
-    """Returns the best accuracy at the end of SGD and the printed method, at the lowest rate."""
+    """Returns the best accuracy at the end of SGD and quasi-Newton, at the lowest rate."""
     found = pairs(raw)
     lowest = found[min(found, key=float)]
     return max(final_accuracy(each, raw["classes"]) for each in lowest)
@@ -203,20 +213,21 @@ def _of(raw: Raw, *keys: str) -> float:
     return float(value)
 
 
-# Of both settings: the method as printed, and one that is calmer.
-_FIGURE_1 = ("resnet9", "resnet9-damped")
-_FIGURE_2 = ("batch-sizes", "batch-sizes-damped")
+_FIGURE_1 = ("resnet9",)
+_FIGURE_2 = ("batch-sizes",)
 _CLASSES = ("class-gradients",)
 _COST = ("cost-cnn", "cost-resnet9")
 
 _LOST: Final = (
     "Trainings that ended at a finite loss, up to 10²⁸, did not count as diverged; now those do "
-    "that end above ten times the loss at the start."
+    "that end above ten times the loss at the start. The damped method, which is ours, had to meet "
+    "it too."
 )
 _SURVIVE: Final = (
     "What diverged counted as chance, or as an infinite loss. A method that diverges at once is "
     "behind, slower, more volatile and overtaken in an empty sense; now both trainings have to "
-    "survive."
+    "survive. The damped method, which is ours, was judged too, and by it alone the verdict was "
+    '"not reproduced" where it survives.'
 )
 
 CLAIMS: Final = (
@@ -302,7 +313,8 @@ CLAIMS: Final = (
         measure=early_lead,
         at_least=1.05,
         changed="The start of a training that diverged later counted like any other. Now both "
-        "trainings have to survive: a start that leads to divergence is no faster learning.",
+        "trainings have to survive: a start that leads to divergence is no faster learning. The "
+        "damped method, which is ours, was judged too.",
     ),
     Claim(
         name="sgd-overtakes",

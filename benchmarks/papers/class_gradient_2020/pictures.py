@@ -13,6 +13,7 @@ from benchmarks.papers.class_gradient_2020.claims import (
     Curve,
     assigned,
     curvature_ratio,
+    diverged,
     final_accuracy,
     final_loss,
     late_rank,
@@ -103,12 +104,12 @@ def _lines(panel: Axes, found: Mapping[str, CurvesOfSeeds], column: str, unit: i
         label, colour, dashes = _STYLES[method]
         for curve, first in in_turn(of_seeds):
             x, y = np.array(curve["step"]) / unit, np.array(curve[column], dtype=float)
-            if curve["diverged"]:
+            if diverged(curve):
                 lost = np.flatnonzero(losses(curve) >= high)
                 rows = lost[0] + 1 if len(lost) else len(x)
                 x, y = x[:rows], np.fmin(y[:rows], high)
             one = line(panel, x, y, first, label, color=colour, ls=dashes)
-            if curve["diverged"]:
+            if diverged(curve):
                 (cross,) = panel.plot(x[-1], y[-1], color=colour, marker="x", clip_on=False)
                 cross.set(ms=_CROSSES[method], alpha=one.get_alpha())
 
@@ -209,7 +210,7 @@ def table_above(raws: RawOfSeeds) -> Rows:
     for rate in sorted(found, key=float):
         for method, of_seeds in found[rate].items():
             ended = list(of_seeds.values())
-            lost = sum(curve["diverged"] for curve in ended)
+            lost = sum(map(diverged, ended))
             rows.append(
                 [
                     rate,

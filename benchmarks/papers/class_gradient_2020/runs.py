@@ -32,8 +32,6 @@ on MNIST with every batch size, and on CIFAR-10 at η = 0.1.
 MOMENTUM: Final = 0.9
 DECAY: Final = 0.9
 """Both of appendix D."""
-LOST: Final = 10.0
-"""A training that ends above this multiple of its loss at the start has diverged."""
 UNDAMPED: Final[tuple[Method, ...]] = ("sgd", "printed", "orthogonal")
 SINES: Final = (0.1, 0.5, 0.9)
 """Of angles above which a direction adds to the rank, beside the rule of linear algebra."""
@@ -135,7 +133,7 @@ def curve(
 
     Returns:
         ``step``, validation ``loss`` and ``accuracy`` at each of these steps, and whether the
-        training ``diverged``: the series end where a loss is no number, or far above the start.
+        training ``diverged``, so that the series end where a loss is no number.
     """
     model = made(job, make)
     optimizer, subspace = optimizer_of(method, model, data.classes, lr)
@@ -163,8 +161,7 @@ def curve(
     diverged = bool(rows[-1].get("diverged", False))
     rows = rows[:-1] if diverged else rows
     series = {key: [row[key] for row in rows] for key in ("step", "loss", "accuracy")}
-    above = not series["loss"][-1] <= LOST * series["loss"][0]  # or no number
-    return series | {"diverged": diverged or above}
+    return series | {"diverged": diverged}
 
 
 def measure_rates(

@@ -30,7 +30,7 @@ Gradient and Hessian are over all training images, as in the paper. Those with b
 statistics of batches of up to 1,000, and dropout has one fixed mask.
 
 Table 1 and Figure 12: 3,000 steps, of which the last 1,000 count in the table, at every 50th. These
-are 38 epochs of 5,000 images, 64 of 3,000, and 154 with batches of 256; the paper trains for a few.
+are 38 epochs of 5,000 images, 65 of 3,000, and 158 with batches of 256; the paper trains for a few.
 The rate of Adam (0.001), the size of the regression's data (1,000), and its loss (half the squared
 error) are ours: the paper gives none.
 
@@ -67,14 +67,15 @@ _CAUSES: Final = {
         whether that is the cause was not tried.
     """,
     "f-top-in-all-variants": """
-        It holds without hidden layers and with softplus. At η = 0.01 the gradient is not yet in the
-        top subspace when the last half of the measurements begins. With batches of 256 and with
-        Adam it gets there, and leaves when all images are fitted and the loss is nearly zero, after
-        many more epochs than in the paper. With random labels, which are not all fitted by the last
-        step, f_top has risen, but goes up and down below 0.9; why is not known.
+        It holds without hidden layers and with softplus. At η = 0.01 the gradient comes in only in
+        the last half of the measurements, and at the last step less of it is there again. With
+        batches of 256 and with Adam it gets there, and leaves when all images are fitted and the
+        loss is nearly zero, after many more epochs than in the paper. With random labels, which are
+        not all fitted by the last step, f_top has risen, but goes up and down below 0.9; why is not
+        known.
     """,
     "table-1-mnist-and-regression": """
-        With batches of 256, 3,000 steps are 154 epochs of 5,000 images, where the paper trains for
+        With batches of 256, 3,000 steps are 158 epochs of 5,000 images, where the paper trains for
         a few. By step 1,500 the loss is nearly zero, and from there on the overlap falls; from step
         500 to 1,500 its mean is 0.93 (seed 0), within the margin.
     """,
@@ -115,7 +116,7 @@ _CAUSES: Final = {
         A misprint: the middle of equation 17 is a quarter of its right-hand side, and so is the
         gradient (`toy-gradient-corrected`).
     """,
-    "low-rank-newton-descends": """
+    "low-rank-newton-goes-on": """
         The method reaches the minimum of the top subspace within a few steps, and then stands
         still: the loss stays the same in all digits that are kept. Gradient descent, beside it in
         the picture, goes on.

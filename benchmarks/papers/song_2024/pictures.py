@@ -259,7 +259,8 @@ def edge(raws: RawOfSeeds, run: str, column: str, threshold: str, text: str) -> 
         line(alignment, steps, chi, first, color=LOOK.dominant)
         for name, part in raw["losses"].items():
             label = "" if name == "before" else name
-            line(loss, part["step"], part["loss"], first, label, color=_colour(name))
+            start = 0 if name == "before" else raw["switch_step"]
+            line(loss, start + np.arange(len(part)), part, first, label, color=_colour(name))
         mark(alignment, raw["switch_step"])
         mark(loss, raw["switch_step"])
     eigenvalues.set(xlabel="step", ylabel="eigenvalues")
@@ -433,7 +434,7 @@ _EXHIBITS: Final = (
         "Distances of GD and SGD",
         GD,
         draw=distances_of_gd_and_sgd,
-        note="In the paper the trajectories of GD and SGD are close to each other.",
+        note="In the paper SGD stays near GD all along.",
     ),
     Exhibit(
         "figure-20",

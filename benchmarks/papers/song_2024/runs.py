@@ -345,9 +345,6 @@ def toy_quadratic(job: Job, *, lr: float, steps: int, keep: int) -> Raw:
 
 # --- edge of stability and SAM: Figures 9-10 ---------------------------------------------------
 
-_LOSSES: Final = 150
-"""Of a phase, that the raw figures hold."""
-
 
 def at_the_edge(
     job: Job,
@@ -374,12 +371,9 @@ def at_the_edge(
         after: steps after the switch.
         measure: the same after the switch.
 
-    The loss goes up and down at the edge, so that single losses say little: what a branch achieved
-    is the difference of the mean over a fifth of ``after`` steps just before the switch, and of
-    that over the last fifth of the branch.
-
     Returns:
-        Columns of each phase, those of ``Monitor``; thinned losses of each phase, and these means.
+        Columns of each phase, those of ``Monitor``, and the losses of all its steps: at the edge
+        they go up and down, so that single ones say little.
     """
     data = dataset(job, "mlp", examples, 1)
     both = (data.x_train, data.y_train)
@@ -409,7 +403,7 @@ def at_the_edge(
         "threshold",
         "sam_edge",
     )
-    raw: Raw = {"switch_step": switch, "losses": {}, "mean_loss": {}}
+    raw: Raw = {"switch_step": switch, "losses": {}}
     at_switch: dict[str, Tensor] = {}
     for name in ("before", *names):
         warm = name == "before"
@@ -437,12 +431,7 @@ def at_the_edge(
             column: values for column, values in monitor.history.items() if column in wanted
         }
         raw[name]["step"] = [step + (0 if warm else switch) for step in monitor.history["step"]]
-        steps = np.arange(len(losses))[:: max(1, len(losses) // _LOSSES)]
-        raw["losses"][name] = {
-            "step": (steps + (0 if warm else switch)).tolist(),
-            "loss": [losses[step] for step in steps],
-        }
-        raw["mean_loss"][name] = statistics.fmean(losses[-(after // 5) :])
+        raw["losses"][name] = losses
         if warm:
             at_switch = {key: value.clone() for key, value in net.state_dict().items()}
     return raw

@@ -15,6 +15,14 @@ from benchmarks.papers.song_2024.runs import (
     toy_quadratic,
 )
 
+_AS_THE_PAPER: Final = {
+    "last_switch": 20_000,
+    "steps": 10_000,
+    "look": 10,
+    "measure": 10,
+    "spectrum": 100,
+}
+
 _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
     "mlp-mse": (
         "the MLP on MNIST, squared error: SGD, then SGD, Dom-SGD, Bulk-SGD",
@@ -30,7 +38,7 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "measure": 100,
             "spectrum": 1000,
         },
-        {"last_switch": 20_000, "steps": 10_000, "look": 10, "measure": 10, "spectrum": 100},
+        _AS_THE_PAPER,
     ),
     "cnn-mse": (
         "the CNN on CIFAR-10, squared error: the same",
@@ -50,11 +58,7 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
         {
             "examples": 5000,
             "chunk": 1000,
-            "last_switch": 20_000,
-            "steps": 10_000,
-            "look": 10,
-            "measure": 10,
-            "spectrum": 100,
+            **_AS_THE_PAPER,
         },
     ),
     "transformer-mse": (
@@ -75,11 +79,7 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
         {
             "examples": 1000,
             "chunk": None,
-            "last_switch": 20_000,
-            "steps": 10_000,
-            "look": 10,
-            "measure": 10,
-            "spectrum": 100,
+            **_AS_THE_PAPER,
         },
     ),
     "mlp-ce": (
@@ -98,11 +98,7 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
         },
         {
             "examples": 5000,
-            "last_switch": 20_000,
-            "steps": 10_000,
-            "look": 10,
-            "measure": 10,
-            "spectrum": 100,
+            **_AS_THE_PAPER,
         },
     ),
     "cnn-ce": (
@@ -125,11 +121,7 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "examples": 5000,
             "pool": 1,
             "chunk": 1000,
-            "last_switch": 20_000,
-            "steps": 10_000,
-            "look": 10,
-            "measure": 10,
-            "spectrum": 100,
+            **_AS_THE_PAPER,
         },
     ),
     "transformer-ce": (
@@ -150,11 +142,7 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
         {
             "examples": 1000,
             "chunk": None,
-            "last_switch": 20_000,
-            "steps": 10_000,
-            "look": 10,
-            "measure": 10,
-            "spectrum": 100,
+            **_AS_THE_PAPER,
         },
     ),
     "vgg11": (
@@ -329,6 +317,7 @@ RUNS: Final = (
         at_the_edge,
         _EDGE | {"rho": 0.0, "lr": 0.1, "examples": 1000, "switch": 2500, "after": 600},
         _EDGE | {"rho": 0.0, "lr": 0.1, "examples": 5000, "switch": 2500, "after": 2500},
+        version=2,
     ),
     Run(
         "sam",
@@ -337,6 +326,7 @@ RUNS: Final = (
         _EDGE
         | {"rho": 0.1, "lr": 0.01, "examples": 1000, "switch": 5000, "every": 200, "after": 600},
         _EDGE | {"rho": 0.1, "lr": 0.01, "examples": 5000, "switch": 5000, "after": 5000},
+        version=2,
     ),
     *_of_model("rates", "effective rates of GD and Adam", effective_rates, _RATES, version=2),
 )

@@ -44,6 +44,15 @@ def test_what_there_is_not_is_refused_in_one_message(arguments, message, capsys)
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as ended:
+        command.main(["song_2024", "figure-7", "--results", str(file / "papers")])
+    assert ended.value.code == 2
+    assert f"--results {file}/papers: Not a directory" in capsys.readouterr().err
+
+
 def test_only_what_is_not_on_disk_is_run_all_of_a_seed_first(tmp_path):
     options = command._parser().parse_args(["song_2024", "all", "--seeds", "2"])
     paper = PAPERS["song_2024"]
@@ -95,7 +104,8 @@ def test_a_figure_is_measured_drawn_judged_and_not_measured_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_the_runs_and_what_was_measured_stays(tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_ends_the_runs_and_what_was_measured_stays(tmp_path, kind):
     process = start(tmp_path, "figure-4", "figure-7", "--seeds", "1", "--jobs", "1")
     # The toy comes second: the first run is on its way for minutes.
     deadline = time.monotonic() + 120
@@ -103,7 +113,7 @@ def test_an_interrupt_ends_the_runs_and_what_was_measured_stays(tmp_path):
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(3)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(kind)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "goes on from here" in output
@@ -117,12 +127,12 @@ def test_a_run_that_fails_is_reported_and_the_others_are_made(tmp_path, capfd, m
     monkeypatch.setattr(
         command.Queue,
         "_command",
-        lambda _, task: [sys.executable, "-c", f"import sys; sys.exit({task.seed})"],
+        lambda _, task: [sys.executable, "-c", f"import sys; sys.exit({task.seed} and '[/x]')"],
     )
     arguments = ["song_2024", "figure-7", "--seeds", "2", "--jobs", "1"]
     assert command.main([*arguments, "--results", str(tmp_path)]) == 1
     shown = capfd.readouterr().out
-    assert "toy seed 1 failed: exit status 1" in shown.replace("\n", " ")
+    assert "toy seed 1 failed: [/x]" in shown.replace("\n", " ")
     assert "seed 0" in shown
     left = (tmp_path / "small" / "song_2024" / "toy").iterdir()
     assert [path.name for path in left] == ["seed-1.log"]

@@ -36,10 +36,11 @@ def test_a_page_has_claims_figures_tables_and_differences(folder):
     assert "- `fast`: It is slow." in page
     assert "- `up`" not in page  # causes of what was reproduced are left out
     assert "- `near`: It was 3." in page
+    # A figure for which the inequality fails is in bold; what was changed is not decided by the
+    # seed that it was changed on.
+    assert "`steep` (2) 2.01 **2.02** | **not reproduced** |" in page
     assert "| `up`: It goes up. | eq. 1 | y(1) ≥ 0.1 |" in page
     assert "`steep` 2 2.01 2.02<br>`flat` 0.5 0.51 0.52 | reproduced |" in page
-    # A figure for which the inequality fails is in bold.
-    assert "`steep` 2 2.01 **2.02** | **not reproduced** |" in page
     assert "`flat` nan nan nan" in page
     assert f"![A line]({PICTURES}/made_up-figure-1.png)" in page
     assert "| 1 | 0.51 |" in page
@@ -49,8 +50,8 @@ def test_a_page_has_claims_figures_tables_and_differences(folder):
     assert (folder / PICTURES / "made_up-figure-1.png").read_bytes().startswith(b"\x89PNG")
     index = (folder / "index.md").read_text()
     link = "[Nobody 1900, On lines](made_up.md)"
-    assert f"| {link} | `small` | 4 | 1 | 1 | 1 | 0 of 1 |" in index
-    assert f"| {link} | `paper` | 4 | not run |  |  |  |" in index
+    assert f"| {link} | `small` | 1 | 1 | 1 | 0 | 0 of 1 |" in index
+    assert f"| {link} | `paper` | 0 | 0 | 0 | 3 | 0 of 1 |" in index
     assert "| `steep` | a steep line | figure-1 | slope 2 | 0 1 2 | 0.0 |" in index
 
 
@@ -62,6 +63,7 @@ def test_claims_have_their_raw_files_and_hashes(folder):
         "flat": {"0": 0.5, "1": 0.51, "2": 0.52},
     }
     assert claims[3]["figures"]["flat"]["0"] == "nan"
+    assert [claim["decided_by"] for claim in claims] == [[0, 1, 2], [0, 1, 2], [1, 2], [0, 1, 2]]
     results = Results(folder / RAW)
     for name, digest in claims[0]["raw"].items():
         scale, paper, run, file = name.split("/")
@@ -99,6 +101,7 @@ def test_a_paper_at_its_own_size_is_told_apart(folder):
     results.write(measure(PAPER, PAPER.run("steep"), "paper", Job(0)))
     publish(results, papers, folder)
     page = (folder / "made_up.md").read_text()
-    assert "At `paper`, of 0 claims: 0 reproduced" in page  # the one is an identity
+    assert "At `paper`, of 0 claims: 0 reproduced" in page
+    assert "`steep` (2) | **not measured** |" in page  # by no seed that decides
     assert (folder / PICTURES / "made_up-figure-1-paper.png").exists()
     assert "Not run." in page  # the table, whose run was not made

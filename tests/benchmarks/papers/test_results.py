@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -69,6 +70,15 @@ def test_a_record_of_another_size_does_not_count(results):
     assert results.read("made_up", other, "small", 0).size["points"] == [1, 3]
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"paper": "made_up", "raw'])
+def test_what_is_no_raw_file_is_told_and_left_out(results, text):
+    path = results.path("made_up", "flat", "small", 1)
+    path.write_text(text)
+    path.with_name("seed-0-copy.json").write_text(text)
+    with pytest.warns(UserWarning, match=re.escape(f"{path} is no raw file")):
+        assert list(results.of(PAPER, "flat", "small")) == [0, 2]
+
+
 def test_a_file_is_whole_or_not_there(results, monkeypatch):
     path = results.path("made_up", "flat", "small", 0)
     before = path.read_text()
@@ -101,6 +111,9 @@ def test_a_claim_holds_if_its_inequality_does_in_every_run_for_every_seed(result
     assert found.figures == {"steep": {0: 2.0, 1: 2.01, 2: 2.02}}
     results.path("made_up", "steep", "small", 2).unlink()
     assert verdict(results, PAPER, PAPER.claims[2], "small").word == "reproduced"
+    results.path("made_up", "steep", "small", 1).unlink()  # seed 0 is that of its trial
+    assert verdict(results, PAPER, PAPER.claims[2], "small").word == "not measured"
+    assert verdict(results, PAPER, PAPER.claims[0], "small").word == "reproduced"
 
 
 def test_inequalities_and_their_texts():
