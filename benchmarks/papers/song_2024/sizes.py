@@ -112,9 +112,9 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "pool": 2,
             "chunk": 50,
             "last_switch": 20000,
-            "steps": 200,
+            "steps": 100,
             "look": 2000,
-            "measure": 20,
+            "measure": 10,
             "spectrum": 5000,
         },
         {
