@@ -1,5 +1,6 @@
 """The pages of the docs are those that their raw files give."""
 
+import json
 from pathlib import Path
 
 from benchmarks.papers.catalogue import PAPERS
@@ -36,3 +37,11 @@ def test_every_picture_of_the_docs_is_there_and_no_other():
         if part.startswith(PICTURES)
     }
     assert links == {f"{PICTURES}/{path.name}" for path in (DOCS / PICTURES).glob("*.png")}
+
+
+def test_what_was_not_reproduced_has_its_cause():
+    claims = json.loads((DOCS / "claims.json").read_text())
+    assert claims
+    for claim in claims:
+        if claim["scale"] == "small" and claim["verdict"] != "reproduced":
+            assert claim["claim"] in PAPERS[claim["paper"]].causes, claim["claim"]
