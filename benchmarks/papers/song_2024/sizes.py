@@ -277,7 +277,7 @@ def _of_model(
     ]
 
 
-_EDGE: Final = {"width": 200, "every": 100, "measure": 10}
+_EDGE: Final = {"width": 200, "every": 100, "measure": 20}
 
 RUNS: Final = (
     *(_critical(name) for name in _CRITICAL),
