@@ -108,10 +108,10 @@ _CAUSES: Final = {
         them, and spread over several at others. Why is not known.
     """,
     "an-outlier-for-each-class": """
-        For digits the eigenvalues fall off in steps, and at some seeds the largest is among the first
-        ten (or five), not at their end; the paper reads their number off a picture. With random labels they
-        fall off without any gap, though the labels are fitted. Why is not known; ours are labels
-        of only 1,000 images of 7x7 pixels.
+        For digits the eigenvalues fall off in steps, and at some seeds the largest is among the
+        first ten (or five), not at their end; the paper reads their number off a picture. With
+        random labels they fall off without any gap, though the labels are fitted. Why is not known;
+        ours are labels of only 1,000 images of 7x7 pixels.
     """,
     "toy-gradient-as-printed": """
         A misprint: the middle of equation 17 is a quarter of its right-hand side, and so is the
