@@ -385,7 +385,7 @@ class _Experiment:
         result = self.result
         if self.phase == WARMUP:
             result.switch_step, result.switch_reason = self.step, self.switch_reason()
-            result.switch_loss = self.loss()
+            result.switch_loss = self.operator.loss()  # SGD diverged: an error, no branches
             self.switch_model = copy.deepcopy(self.model.state_dict())
         else:
             self.keep_branch()

@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.gallery import save
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.pages import RAW, publish
-from benchmarks.papers.reproduction import SCALES, Exhibit, Paper, Run, Scale
+from benchmarks.papers.reproduction import SCALES, TRIAL, Exhibit, Paper, Run, Scale
 from benchmarks.papers.results import Results
 from benchmarks.papers.verdicts import verdict
 
@@ -221,12 +221,16 @@ def _show(
             if runs.isdisjoint(claim.runs):
                 continue
             found = verdict(results, paper, claim, scale)
-            if not found.complete:
+            if not all(found.figures.values()):
                 continue
-            figures = [value for seeds in found.figures.values() for value in seeds.values()]
-            texts = " ".join(f"{value:.3g}" for value in figures)
-            style = {"reproduced": "green", "not reproduced": "red"}.get(found.word, "dim")
-            console.print(f"{found.word}: {claim.says}", style=style, highlight=False)
+            texts = " ".join(
+                f"{value:.3g}" if claim.decided_by(seed) else f"({value:.3g})"
+                for seeds in found.figures.values()
+                for seed, value in seeds.items()
+            )
+            word = found.word if found.complete else f"not decided by seed {TRIAL}, of the trials"
+            style = {"reproduced": "green", "not reproduced": "red"}.get(word, "dim")
+            console.print(f"{word}: {claim.says}", style=style, highlight=False)
             console.print(f"    {claim.inequality}: {texts}", highlight=False)
 
 

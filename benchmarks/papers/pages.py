@@ -301,7 +301,11 @@ def _claims(verdicts: Iterable[Verdict]) -> Rows:
 def _causes(paper: Paper, verdicts: Iterable[Verdict]) -> list[str]:
     """The causes that are known of what was not reproduced."""
     names = [v.claim.name for v in verdicts if v.word != "reproduced"]
-    lines = [f"- `{name}`: {paper.causes[name]}" for name in names if name in paper.causes]
+    lines = [
+        f"- `{name}`: {' '.join(paper.causes[name].split())}"
+        for name in names
+        if name in paper.causes
+    ]
     return ["### Why some were not reproduced", "", *lines, ""] if lines else []
 
 

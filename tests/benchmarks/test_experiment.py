@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import subspace_optim as so
 from benchmarks.experiment import OPTIMIZERS, WARMUP, Settings, compare, minibatch
 
 CURVATURES = torch.tensor([9.0, 4.0, 0.5, 0.25, 0.1], dtype=torch.float64)
@@ -207,3 +208,8 @@ def test_unknown_optimizer_is_refused():
     model, loss_fn, data = small_problem()
     with pytest.raises(ValueError, match=r"'Foo'.*allowed are"):
         compare(model, loss_fn, data, ["SGD", "Foo"], settings=SMALL)
+
+
+def test_diverged_before_the_switch_is_an_error_not_a_comparison():
+    with pytest.raises(so.NonFiniteError):  # θ is 1e100 after a step, and 1e200 after two
+        run(lr=1e100, switch_at=2, warmup_measure=2, spectrum=0)

@@ -132,5 +132,5 @@ PAPER: Final = Paper(
     exhibits=EXHIBITS,
     claims=CLAIMS,
     differences=paragraphs(_DIFFERENCES),
-    causes={name: " ".join(text.split()) for name, text in _CAUSES.items()},
+    causes=_CAUSES,
 )

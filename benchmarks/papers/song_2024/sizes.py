@@ -23,6 +23,17 @@ _AS_THE_PAPER: Final = {
     "spectrum": 100,
 }
 
+_STANDARD_AS_THE_PAPER: Final = {
+    "examples": 5000,
+    "chunk": 1000,
+    "last_switch": 20_000,
+    "steps": 5000,
+    "look": 20,
+    "measure": 20,
+    "spectrum": 100,
+    "tol": 1e-3,
+}
+
 _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
     "mlp-mse": (
         "the MLP on MNIST, squared error: SGD, then SGD, Dom-SGD, Bulk-SGD",
@@ -155,22 +166,15 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "examples": 500,
             "chunk": 50,
             "last_switch": 4000,
-            "steps": 100,
+            "steps": 50,
             "look": 400,
-            "measure": 10,
+            "measure": 5,
             "spectrum": 2000,
             "tol": 1e-2,
         },
         {
             "width": 64,
-            "examples": 5000,
-            "chunk": 1000,
-            "last_switch": 20_000,
-            "steps": 5000,
-            "look": 20,
-            "measure": 20,
-            "spectrum": 100,
-            "tol": 1e-3,
+            **_STANDARD_AS_THE_PAPER,
         },
     ),
     "resnet8": (
@@ -184,23 +188,16 @@ _CRITICAL: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
             "pool": 2,
             "chunk": 50,
             "last_switch": 3000,
-            "steps": 80,
+            "steps": 50,
             "look": 300,
-            "measure": 8,
+            "measure": 5,
             "spectrum": 1500,
             "tol": 1e-2,
         },
         {
             "width": 16,
-            "examples": 5000,
             "pool": 1,
-            "chunk": 1000,
-            "last_switch": 20_000,
-            "steps": 5000,
-            "look": 20,
-            "measure": 20,
-            "spectrum": 100,
-            "tol": 1e-3,
+            **_STANDARD_AS_THE_PAPER,
         },
     ),
 }
@@ -226,11 +223,11 @@ _SMALL_RATE: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
 
 _RATES: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "transformer": (
-        {"lr": 0.01, "adam_lr": 1e-3, "width": 64, "examples": 100, "steps": 1000, "every": 40},
+        {"lr": 0.01, "adam_lr": 1e-3, "width": 64, "examples": 100, "steps": 1000, "every": 50},
         {"examples": 1000, "every": 1},
     ),
     "mlp": (
-        {"lr": 0.01, "adam_lr": 1e-3, "width": 200, "examples": 1000, "steps": 1000, "every": 40},
+        {"lr": 0.01, "adam_lr": 1e-3, "width": 200, "examples": 1000, "steps": 1000, "every": 50},
         {"examples": 5000, "every": 1},
     ),
     "cnn": (
@@ -242,7 +239,7 @@ _RATES: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
             "pool": 2,
             "chunk": 50,
             "steps": 1000,
-            "every": 40,
+            "every": 50,
         },
         {"examples": 5000, "pool": 1, "chunk": 1000, "every": 1},
     ),

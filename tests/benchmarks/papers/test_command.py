@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from benchmarks.papers import __main__ as command
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.reproduction import Job
 from benchmarks.papers.results import Results, measure
+from tests.benchmarks.papers import made_up
 
 ROOT = Path(__file__).parents[3]
 
@@ -101,6 +103,26 @@ def test_a_figure_is_measured_drawn_judged_and_not_measured_again(tmp_path):
     assert "runs" not in output.splitlines()[0]
     assert (runs / "seed-0.json").stat().st_mtime_ns == before
     assert first["size"]["lr"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("seeds", "verdict", "figures"),
+    [
+        (1, "not decided by seed 0, of the trials: It is near 2.", "(2)"),
+        (2, "reproduced: It is near 2.", "(2) 2.01"),
+    ],
+)
+def test_what_a_trial_changed_is_decided_by_other_seeds(
+    seeds, verdict, figures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(PAPERS, made_up.PAPER.key, made_up.PAPER)
+    results = Results(tmp_path)
+    for seed in range(seeds):
+        results.write(measure(made_up.PAPER, made_up.PAPER.run("steep"), "small", Job(seed)))
+    wanted = {"made_up": [made_up.PAPER.exhibit("figure-1")]}
+    command._show(wanted, results, "small", Console(width=200))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index(verdict) + 1].endswith(f": {figures}")
 
 
 @pytest.mark.slow

@@ -2,19 +2,13 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.papers.pages import PICTURES, RAW, publish, render
 from benchmarks.papers.reproduction import Job
 from benchmarks.papers.results import Results, measure
-
-sys.path.insert(0, str(Path(__file__).parent))
-from made_up import PAPER
-
-sys.path.pop(0)
+from tests.benchmarks.papers.made_up import PAPER
 
 
 @pytest.fixture
