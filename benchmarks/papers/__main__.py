@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.gallery import save
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.pages import RAW, publish
-from benchmarks.papers.reproduction import SCALES, TRIAL, Exhibit, Paper, Run, Scale
+from benchmarks.papers.reproduction import SCALES, Exhibit, Paper, Run, Scale
 from benchmarks.papers.results import Results
 from benchmarks.papers.verdicts import verdict
 
@@ -107,13 +107,18 @@ class Queue:
 
     def _say(self, task: Task, code: int, start: float, progress: str) -> None:
         minutes = (time.monotonic() - start) / 60
+        log = self._log(task)
+        text = log.read_text(encoding="utf-8", errors="replace")
         if code == 0:
-            self._log(task).unlink()
-            self.console.print(f"{task}: {minutes:.1f} min ({progress})", highlight=False)
+            warned = f"; it warned: {log}" if "Warning" in text else ""
+            if not warned:
+                log.unlink()
+            self.console.print(
+                f"{task}: {minutes:.1f} min ({progress}){warned}", highlight=False, markup=False
+            )
             return
         self.failed.append(task)
-        log = self._log(task)
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = text.strip().splitlines()
         last = lines[-1] if lines else f"exit status {code}"
         self.console.print(
             f"{task} failed: {last} ({log})", style="red", highlight=False, markup=False
@@ -132,16 +137,17 @@ def tasks_of(
     options: argparse.Namespace, wanted: dict[str, list[Exhibit]], results: Results
 ) -> list[Task]:
     """Returns what is not on disk, all of one seed before the next."""
-    tasks = []
-    for seed in range(options.seeds):
-        for key, exhibits in wanted.items():
-            paper = PAPERS[key]
-            needed = {name for exhibit in exhibits for name in exhibit.runs}
-            for run in paper.runs:
-                on_disk = results.read(key, run, options.scale, seed) is not None
-                if run.name in needed and not on_disk:
-                    tasks.append(Task(paper, run, seed))
-    return tasks
+    tasks: list[Task] = []
+    for key, exhibits in wanted.items():
+        paper = PAPERS[key]
+        needed = {name for exhibit in exhibits for name in exhibit.runs}
+        for run in (run for run in paper.runs if run.name in needed):
+            tasks += [
+                Task(paper, run, seed)
+                for seed in range(options.seeds or run.seeds)
+                if results.read(key, run, options.scale, seed) is None
+            ]
+    return sorted(tasks, key=lambda task: task.seed)
 
 
 def seconds_of(task: Task, scale: Scale, folders: Sequence[Results]) -> float | None:
@@ -187,7 +193,7 @@ def _list_paper(paper: Paper, console: Console) -> None:
     console.print(table)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("claim", "what", "holds if"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for claim in paper.claims:
         table.add_row(claim.name, claim.says, claim.inequality)
     console.print(table)
@@ -228,7 +234,7 @@ def _show(
                 for seeds in found.figures.values()
                 for seed, value in seeds.items()
             )
-            word = found.word if found.complete else f"not decided by seed {TRIAL}, of the trials"
+            word = found.word if found.complete else "not decided by seeds known when it changed"
             style = {"reproduced": "green", "not reproduced": "red"}.get(word, "dim")
             console.print(f"{word}: {claim.says}", style=style, highlight=False)
             console.print(f"    {claim.inequality}: {texts}", highlight=False)
@@ -244,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add("paper", nargs="?", choices=(*PAPERS, "all"), help="which; all: all of every paper")
     add("exhibits", nargs="*", metavar="FIGURE", help="such as figure-1 or table-2, or all")
     add("--scale", choices=SCALES, default="small", help="paper: the paper's own size, for a GPU")
-    add("--seeds", type=int, default=3, help="how many, from 0 on")
+    add("--seeds", type=int, help="how many, from 0 on (default: 3, or what a run's claims take)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     add("--device", choices=("cpu", "cuda"), help="default at small: cpu")
     add("--data-root", help="folder of data sets (default: $SUBSPACE_OPTIM_DATA, else the hub)")
@@ -296,8 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: at least 1")
+        if (number := getattr(options, name)) is not None and number < 1:
+            parser.error(f"--{name} {number}: at least 1")
     results = Results(options.results)
     if options.paper is None:
         if options.publish:
@@ -307,6 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
             _list_papers(console)
         return 0
     if options.paper != "all" and not options.exhibits:
+        if options.publish:
+            parser.error(f"--publish writes the pages of all papers: leave out {options.paper}")
         _list_paper(PAPERS[options.paper], console)
         return 0
 

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gallery import save
-from benchmarks.papers.reproduction import SCALES, Claim, Exhibit, Paper, Rows, Run, Scale
+from benchmarks.papers.reproduction import (
+    SCALES,
+    TRIAL,
+    Claim,
+    Exhibit,
+    Paper,
+    Rows,
+    Run,
+    Scale,
+)
 from benchmarks.papers.results import Record, Results
 from benchmarks.papers.verdicts import WORDS, Verdict, Word, verdict
 
@@ -112,6 +121,10 @@ def _measured(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) ->
     return any(results.of(paper, run, scale) for run in exhibit.runs)
 
 
+def _any(results: Results, paper: Paper, scale: Scale) -> bool:
+    return any(results.of(paper, run.name, scale) for run in paper.runs)
+
+
 def _tally(verdicts: Iterable[Verdict]) -> tuple[list[Word], list[Word]]:
     """The words of the claims, and apart from them those of the identities."""
     verdicts = list(verdicts)
@@ -162,8 +175,8 @@ A claim is *reproduced* if its inequality holds in every run that it is about, f
 *not reproduced* if it fails in one, and *undecided* if it holds wherever its premise does, and
 that is not everywhere: that a network was trained, that its gradient was dominant. Claims that were
 changed after a first trial, in their rule or in the size of their runs, say so, with the reason;
-seed 0, on which all trials were, does not decide those, and is in parentheses. *Identities* follow
-from definitions: they tell of formulas, misprints among them, not of networks.
+the seeds that were known by then, mostly seed 0 alone, do not decide those, and are in parentheses.
+*Identities* follow from definitions: they tell of formulas, misprints among them, not of networks.
 """
 _SIZES: Final = """\
 The raw figures of each run and seed are in `raw`, with size, seconds, machine and versions;
@@ -186,6 +199,8 @@ def _index(
     table = [["paper", "scale", *WORDS, "not measured", "identities, reproduced"]]
     for paper in papers.values():
         for scale in SCALES:
+            if scale != "small" and not _any(results, paper, scale):
+                continue
             link = f"[{paper.citation}]({paper.key}.md)"
             counts = _counts(verdicts[paper.key, scale])
             table.append([link, f"`{scale}`", *counts])
@@ -216,7 +231,7 @@ def _size(run: Run) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return " ".join(map(_text, value))
+        return " ".join(map(_text, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -231,9 +246,9 @@ def _minutes(records: Iterable[Record]) -> str:
 def _page(results: Results, paper: Paper, of_scales: Mapping[Scale, Sequence[Verdict]]) -> str:
     lines = [f"# {paper.citation}", "", f"[The paper]({paper.address}); here `{paper.key}`.", ""]
     for scale, verdicts in of_scales.items():
-        if not any(results.of(paper, run.name, scale) for run in paper.runs):
+        if not _any(results, paper, scale):
             # What a GPU is for was not run without one, and the page says so.
-            lines += [f"Nothing was run at `{scale}`: {_why_not(scale)}", ""]
+            lines += [f"Nothing was run at `{scale}`: {_why_not(paper, scale)}", ""]
             continue
         complete = [v for v in verdicts if v.complete]
         lines += [_summary(complete, scale), "", _hardware(results, paper, scale), ""]
@@ -248,10 +263,12 @@ def _page(results: Results, paper: Paper, of_scales: Mapping[Scale, Sequence[Ver
     return "\n".join([*lines, ""])
 
 
-def _why_not(scale: Scale) -> str:
-    if scale == "paper":
-        return "the paper's own sizes are for a GPU, and none was at hand."
-    return "`make papers` does it."
+def _why_not(paper: Paper, scale: Scale) -> str:
+    if scale == "small":
+        return "`make papers` does it."
+    same = [f"`{run.name}`" for run in paper.runs if run.size("small") == run.size("paper")]
+    already = f" The paper's size already at `small` have {', '.join(same)}." if same else ""
+    return f"the paper's own sizes are for a GPU, and none was at hand.{already}"
 
 
 def _summary(verdicts: Sequence[Verdict], scale: Scale) -> str:
@@ -280,7 +297,7 @@ def _hardware(results: Results, paper: Paper, scale: Scale) -> str:
     hours = sum(r.seconds for r in records) / 3600
     return (
         f"Measured on {'; '.join(kinds)}. Seeds {', '.join(map(str, seeds))}; "
-        f"{hours:.1f} hours of runs in all."
+        f"{hours:.1f} hours of runs in all (of what was interrupted, since the last time)."
     )
 
 
@@ -314,7 +331,9 @@ def _changes(paper: Paper) -> list[str]:
     names: dict[str, list[str]] = {}
     for claim in paper.claims:
         if claim.changed:
-            names.setdefault(claim.changed, []).append(f"`{claim.name}`")
+            known = " and ".join(map(str, claim.seen))
+            late = "" if claim.seen == (TRIAL,) else f" Seeds {known} were known by then."
+            names.setdefault(claim.changed + late, []).append(f"`{claim.name}`")
     lines = [f"- {', '.join(of_text)}: {text}" for text, of_text in names.items()]
     return ["### Changed after a first trial", "", *lines, ""] if lines else []
 

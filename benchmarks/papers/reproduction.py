@@ -4,7 +4,7 @@ A *run* measures something once for each seed, and gives raw figures. *Exhibits*
 figures and tables, drawn from the raw figures of one or several runs. A *claim* is one number of
 each run's raw figures and an inequality about it. It is reproduced if the inequality holds in every
 run that it is about, for every seed that decides: for all, where runs and inequality were fixed
-before anything was measured, and else for those on which nothing was tried.
+before anything was measured, and else for those that nobody had seen when they were.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Scale = Literal["small", "paper"]
 SCALES: Final[tuple[Scale, ...]] = ("small", "paper")
 
 TRIAL: Final = 0
-"""The seed of all first trials."""
+"""The seed of first trials."""
 
 Raw = dict[str, Any]
 """Figures that JSON can hold: numbers, texts, and lists and dicts of these."""
@@ -64,6 +64,7 @@ class Run:
         small: its size on two CPU cores: the arguments of ``measure``.
         paper: the paper's own size.
         version: of what is measured; raw files of another version are measured anew.
+        seeds: how many, from 0 on: more where the first ones do not decide.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Run:
     small: Mapping[str, Any]
     paper: Mapping[str, Any]
     version: int = 1
+    seeds: int = 3
 
     def size(self, scale: Scale) -> dict[str, Any]:
         """Returns the arguments of ``measure``."""
@@ -114,7 +116,8 @@ class Claim:
         at_most: the largest.
         identity: it follows from definitions, and tells of formulas rather than of networks.
         changed: what was changed after a first trial, of the rule or of the runs, and why; empty
-            where nothing was. The other seeds decide a claim that was changed.
+            where nothing was.
+        seen: the seeds whose figures were known when it was changed; the others decide.
     """
 
     name: str
@@ -127,14 +130,15 @@ class Claim:
     at_most: float | None = None
     identity: bool = False
     changed: str = ""
+    seen: tuple[int, ...] = (TRIAL,)
 
     def __post_init__(self) -> None:
         if self.at_least is None and self.at_most is None:
             raise ValueError(f"claim {self.name!r} has neither at_least nor at_most")
 
     def decided_by(self, seed: int) -> bool:
-        """Returns whether the seed is not one on which the claim took its present form."""
-        return not (self.changed and seed == TRIAL)
+        """Returns whether the claim had its present form before the seed was seen."""
+        return not self.changed or seed not in self.seen
 
     def holds(self, value: float) -> bool:
         """Returns whether the inequality holds; it does not for NaN."""

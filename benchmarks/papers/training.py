@@ -20,7 +20,7 @@ from benchmarks.papers.reproduction import Job
 from subspace_optim.curvature.isolation import seeded
 
 Row = dict[str, Any]
-_SAVE_EVERY: Final = 60.0  # seconds
+SAVE_EVERY: Final = 60.0  # seconds
 
 
 class Stateful(Protocol):
@@ -119,7 +119,7 @@ def train(
                 rows.append({"step": step, "diverged": True})
                 over = True
             step += 1
-        if over or time.monotonic() - saved > _SAVE_EVERY:
+        if over or time.monotonic() - saved > SAVE_EVERY:
             keep(over=over)
             saved = time.monotonic()
     return rows

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import shutil
 import signal
+import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +17,18 @@ import torch
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.reproduction import SCALES, Job
 from benchmarks.papers.results import Results, measure
+
+
+@contextlib.contextmanager
+def alone_in(scratch: Path) -> Iterator[None]:
+    """Keeps others out, who end: two processes would write over each other's checkpoints."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (scratch / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill releases it
+        except OSError:
+            sys.exit(f"another process runs this already, in {scratch}")
+        yield
 
 
 def main() -> None:
@@ -40,8 +56,10 @@ def main() -> None:
     path = results.path(paper.key, run.name, options.scale, options.seed)
     scratch = path.with_name(f"{path.stem}-{size:08x}")
     job = Job(options.seed, torch.device(options.device), options.data_root, scratch)
-    results.write(measure(paper, run, options.scale, job))
-    shutil.rmtree(scratch, ignore_errors=True)
+    with alone_in(scratch):
+        results.write(measure(paper, run, options.scale, job))
+        for done in path.parent.glob(f"{path.stem}-*"):  # what was begun at other sizes too
+            shutil.rmtree(done, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -221,14 +221,21 @@ _COST = ("cost-cnn", "cost-resnet9")
 _LOST: Final = (
     "Trainings that ended at a finite loss, up to 10²⁸, did not count as diverged; now those do "
     "that end above ten times the loss at the start. The damped method, which is ours, had to meet "
-    "it too."
+    "it too. The scores of the ResNet9 were not scaled at a first trial."
 )
 _SURVIVE: Final = (
     "What diverged counted as chance, or as an infinite loss. A method that diverges at once is "
     "behind, slower, more volatile and overtaken in an empty sense; now both trainings have to "
     "survive. The damped method, which is ours, was judged too, and by it alone the verdict was "
-    '"not reproduced" where it survives.'
+    '"not reproduced" where it survives. The scores of the ResNet9 were not scaled at first.'
 )
+
+_SCALED: Final = (
+    "At a first trial the ResNet9 put out its scores as they are, and SGD reached less at η = 0.1 "
+    "than at lower rates; now it puts out an eighth of them."
+)
+_ALL: Final = (0, 1, 2)
+"""Of claims that were about the damped method too until these seeds were known."""
 
 CLAIMS: Final = (
     Claim(
@@ -240,6 +247,7 @@ CLAIMS: Final = (
         measure=lambda raw: min(accuracy_gains(raw, pairs(raw))),
         at_least=0.01,
         changed=_LOST,
+        seen=_ALL,
     ),
     Claim(
         name="table-2-ahead",
@@ -250,6 +258,7 @@ CLAIMS: Final = (
         measure=lambda raw: float(np.min(loss_gains(raw))),
         at_least=0.01,
         changed=_LOST,
+        seen=_ALL,
     ),
     Claim(
         name="text-behind",
@@ -260,6 +269,7 @@ CLAIMS: Final = (
         measure=lambda raw: mean(accuracy_gains(raw, survivors(raw))),
         at_most=0.0,
         changed=_SURVIVE,
+        seen=_ALL,
     ),
     Claim(
         name="text-similar",
@@ -271,6 +281,7 @@ CLAIMS: Final = (
         measure=lambda raw: mean(map(abs, accuracy_gains(raw, survivors(raw)))),
         at_most=0.06,
         changed=_SURVIVE,
+        seen=_ALL,
     ),
     Claim(
         name="text-slower",
@@ -282,6 +293,7 @@ CLAIMS: Final = (
         measure=lambda raw: mean(behind(raw)),
         at_least=0.5,
         changed=_SURVIVE,
+        seen=_ALL,
     ),
     Claim(
         name="text-volatile",
@@ -293,6 +305,7 @@ CLAIMS: Final = (
         measure=volatility_ratio,
         at_least=1.1,
         changed=_SURVIVE,
+        seen=_ALL,
     ),
     Claim(
         name="both-diverge-above-0.1",
@@ -302,6 +315,7 @@ CLAIMS: Final = (
         runs=("above-0.1",),
         measure=best_accuracy,
         at_most=0.2,
+        changed=_SCALED,
     ),
     Claim(
         name="starts-faster",
@@ -315,6 +329,7 @@ CLAIMS: Final = (
         changed="The start of a training that diverged later counted like any other. Now both "
         "trainings have to survive: a start that leads to divergence is no faster learning. The "
         "damped method, which is ours, was judged too.",
+        seen=_ALL,
     ),
     Claim(
         name="sgd-overtakes",
@@ -327,6 +342,7 @@ CLAIMS: Final = (
         measure=lambda raw: min(late_leads(raw), default=math.nan),
         at_least=0.9,
         changed=_SURVIVE,
+        seen=_ALL,
     ),
     Claim(
         name="small-batches-cross-early",
@@ -337,6 +353,7 @@ CLAIMS: Final = (
         measure=first_crossover,
         at_most=1.0,
         changed=_SURVIVE,
+        seen=_ALL,
     ),
     Claim(
         name="reasonable-cutoff",

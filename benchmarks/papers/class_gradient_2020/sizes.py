@@ -57,7 +57,8 @@ RUNS: Final = (
         measure_rates,
         _RESNET9 | {"methods": ("sgd", "printed")},
         _RESNET9_PAPER | {"methods": ("sgd", "printed")},
-        version=2,
+        version=3,
+        seeds=4,
     ),
     Run(
         "resnet9-orthogonal",
@@ -65,7 +66,7 @@ RUNS: Final = (
         measure_rates,
         _RESNET9 | {"methods": ("orthogonal",)},
         _RESNET9_PAPER | {"methods": ("orthogonal",)},
-        version=2,
+        version=3,
     ),
     Run(
         "resnet9-damped",
@@ -73,7 +74,7 @@ RUNS: Final = (
         measure_rates,
         _RESNET9 | {"methods": ("sgd", "damped")},
         _RESNET9_PAPER | {"methods": ("sgd", "damped")},
-        version=2,
+        version=3,
     ),
     Run(
         "above-0.1",
@@ -81,7 +82,7 @@ RUNS: Final = (
         measure_rates,
         _RESNET9 | _ABOVE,
         _RESNET9_PAPER | _ABOVE,
-        version=2,
+        version=3,
     ),
     Run(
         "batch-sizes",
@@ -90,6 +91,7 @@ RUNS: Final = (
         _MNIST | {"methods": ("sgd", "printed")},
         _MNIST_PAPER | {"methods": ("sgd", "printed")},
         version=2,
+        seeds=4,
     ),
     Run(
         "batch-sizes-orthogonal",

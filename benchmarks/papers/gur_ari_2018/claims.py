@@ -1,7 +1,4 @@
-"""What `gur_ari_2018` claims, as inequalities that were fixed before anything was measured.
-
-What was changed or added after a first trial says so.
-"""
+"""What `gur_ari_2018` claims, as inequalities; what was changed after a first trial says so."""
 
 from __future__ import annotations
 
@@ -495,7 +492,9 @@ CLAIMS: Final = (
         runs=("two-samples",),
         measure=off_the_trajectory,
         at_most=0.01,
+        identity=True,
         changed=_ADDED,
+        seen=(0, 1),
     ),
     Claim(
         name="toy-gradient-as-printed",
@@ -515,6 +514,7 @@ CLAIMS: Final = (
         runs=("two-samples",),
         measure=lambda raw: float(raw["gradient"][-1]),
         at_most=0.1,
+        identity=True,
     ),
     Claim(
         name="toy-hessian",
@@ -524,6 +524,7 @@ CLAIMS: Final = (
         runs=("two-samples",),
         measure=inverse_time,
         at_most=0.1,
+        identity=True,
     ),
     Claim(
         name="toy-top-subspace-is-fixed",
@@ -545,6 +546,7 @@ CLAIMS: Final = (
         at_most=0,
         identity=True,
         changed=_ADDED,
+        seen=(0, 1),
     ),
     Claim(
         name="toy-top-k-emerges",
@@ -585,6 +587,7 @@ CLAIMS: Final = (
             "After a first trial it was the rule of the claim after this one for a time, and is a "
             "claim of its own now: the paper says both."
         ),
+        seen=(0, 1),
     ),
     Claim(
         name="low-rank-newton-goes-on",
@@ -599,5 +602,6 @@ CLAIMS: Final = (
             "which held; that is the claim before this one now, and this one has its first form "
             "again. Losses have six digits: lower by less is not lower."
         ),
+        seen=(0, 1),
     ),
 )

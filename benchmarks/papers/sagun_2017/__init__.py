@@ -62,6 +62,9 @@ _CAUSES: Final = {
     "furthest apart; whether neighbours come nearer as they grow differs between the seeds.",
     "small-batch-generalises": "Part II ends before its training loss has come back: it is higher "
     "than at the switch (Figure 9). Whether more steps would bring the test accuracy is not known.",
+    "one-basin": "At some seeds the loss on the line rises well above an even change from end to "
+    "end, though never above the higher end. Part II ends before its training loss has come back "
+    "(Figure 9); whether more steps would flatten the line is not known.",
     "trivial-eigenvalues": "With 20 examples, in some seeds, a few eigenvalues too many are above "
     "a thousandth of the largest. Those of the Gauss-Newton part are all there, so that it is the "
     "second part of the Hessian that lifts them.",

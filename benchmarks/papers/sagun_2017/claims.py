@@ -193,9 +193,9 @@ def accuracy_gained(raw: Raw) -> float:
 
 
 def barrier(raw: Raw) -> float:
-    """The highest loss between the ends of the line, over that of the higher end."""
-    losses = [row["train_loss"] for row in raw["line"] if 0 <= row["alpha"] <= 1]
-    return float(np.max(losses) / np.max([losses[0], losses[-1]]))
+    """The highest ratio of the loss, between the ends, to a straight line between those of both."""
+    losses = np.array([row["train_loss"] for row in raw["line"] if 0 <= row["alpha"] <= 1])
+    return float(np.max(losses / np.linspace(losses[0], losses[-1], len(losses))))
 
 
 # --- section 2 and appendix B --------------------------------------------------------------------
@@ -377,10 +377,14 @@ CLAIMS: Final = (
         name="one-basin",
         says="There is no barrier on the straight line between the ends of both parts.",
         source="section 4.1, Figure 10",
-        quantity="highest loss on the line, over that of its higher end",
+        quantity="highest loss on the line, over one that changes evenly from end to end",
         runs=("phases",),
         measure=barrier,
         at_most=1.05,
+        changed="It was the highest loss over that of the higher end, which was 1 at all seeds: "
+        "one end is at two to four times the loss of the other, and what rises on the way to it "
+        "was no barrier.",
+        seen=(0, 1, 2),
     ),
     Claim(
         name="second-part-is-small",
@@ -423,6 +427,7 @@ CLAIMS: Final = (
         identity=True,
         changed="It was added. At a first trial zeros of the Hessian were too few at one seed, and "
         "this tells whether those of its Gauss-Newton part are all there.",
+        seen=(0, 1),
     ),
     Claim(
         name="bulk-is-marchenko-pastur",

@@ -89,6 +89,7 @@ RUNS: Final = (
             "every": 100,
             "lr": 0.01,
         },
+        seeds=4,
     ),
     Run("parts-mnist", "the parts of the Hessian on MNIST", parts, _PARTS, _PARTS),
     Run(

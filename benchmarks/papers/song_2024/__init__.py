@@ -13,7 +13,8 @@ eighth of the usual width, no batch norm and the initialisation of He et al. 201
 of the usual width. The data are smaller where the table of sizes says so, so that a CPU will do;
 "pool 2" are CIFAR-10 images of 16x16, averaged.
 
-MNIST-5k is a balanced subset of the training set, not its first 5,000 images.
+MNIST-5k is a balanced subset of the training set, not its first 5,000 images; what is less than
+5,000 images of CIFAR-10 has as many of each class too.
 
 χ_k is measured every so many steps ("look", "measure"), and its moving average, which starts at 0,
 is over the measured values, with a factor of 0.5; the paper's is presumably over steps, with 0.9.
@@ -69,7 +70,7 @@ _CAUSES: Final = {
     """,
     "dom-fails": """
         The transformer and ResNet8 are not aligned, so that they decide nothing. VGG11 at its rate
-        goes up and down so much that a hundred steps of SGD need not lower the loss.
+        goes up and down so much that fifty steps of SGD need not lower the loss.
     """,
     "bulk-works": "The transformer is not aligned, so that it decides nothing.",
     "dom-stays-near": "The transformer is not aligned, so that it decides nothing.",

@@ -83,7 +83,7 @@ def eigenvalues_along_sgd(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
 
 def _with_both(part: Raw) -> Raw:
     """The rows that have the next k eigenvalues too."""
-    chosen = [i for i, values in enumerate(part["next_eigenvalues"]) if values]
+    chosen = [i for i, row in enumerate(part["next_eigenvalues"]) if isinstance(row, list) and row]
     return {
         name: [part[name][i] for i in chosen]
         for name in ("step", "eigenvalues", "next_eigenvalues")
@@ -96,10 +96,15 @@ def _eigenvalues(axes: Axes, parts: Sequence[Raw]) -> None:
         ("eigenvalues", LOOK.dominant, "top k"),
         ("next_eigenvalues", LOOK.bulk, "next k"),
     ):
-        steps = [step for part in parts for step in part["step"]]
-        values = np.array([row for part in parts for row in part[name]], dtype=float)
-        if values.size:
-            lines = axes.plot(steps, values, color=colour, lw=0.9)
+        rows = [
+            (step, row)
+            for part in parts
+            for step, row in zip(part["step"], part[name], strict=True)
+            if isinstance(row, list)  # the last row of what diverged has none
+        ]
+        if rows:
+            steps, values = zip(*rows, strict=True)
+            lines = axes.plot(steps, np.array(values, dtype=float), color=colour, lw=0.9)
             lines[0].set_label(text)
 
 
@@ -113,10 +118,10 @@ def alignment_along_sgd(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
     for axes, run in zip(panels, runs, strict=True):
         raw = first_of(raws[run])
         if raw is not None:
+            before, after = raw["phases"]["warmup"], raw["phases"]["SGD"]
+            steps = before["step"] + after["step"]
             for column, name, look in lines:
-                for phase, label in (("warmup", ""), ("SGD", name)):
-                    part = raw["phases"][phase]
-                    line(axes, part["step"], part[column], True, label, **look)
+                line(axes, steps, before[column] + after[column], True, name, **look)
             mark(axes, raw["switch_step"])
         axes.set(ylim=(0, 1.05), xlabel="step", ylabel="χ_k of the gradient")
     return finished(panels)
@@ -313,8 +318,8 @@ def table_of_rates(
     rows = [head]
     found = list(raws[run].values())
     for name in OPTIMIZERS:
-        means = [mean(raw[name][f"mean_{rate}"] for raw in found) for rate in _RATES]
-        stds = [mean(raw[name][f"std_{rate}"] for raw in found) for rate in _RATES]
+        means = [mean(raw[name][f"mean_{rate}"] for raw in found) for rate in _COLUMNS]
+        stds = [mean(raw[name][f"std_{rate}"] for raw in found) for rate in _COLUMNS]
         row = [name, *(f"{m:.4f} ({s:.4f})" for m, s in zip(means, stds, strict=True))]
         row.append(f"{math.exp(mean(raw[name]['mean_log_loss'] for raw in found)):.3g}")
         if papers:
@@ -326,7 +331,7 @@ def table_of_rates(
     return rows
 
 
-_RATES: Final = ("dom_lr", "bulk_lr")
+_COLUMNS: Final = ("dom_lr", "bulk_lr")
 
 
 # --- the exhibits ------------------------------------------------------------------------------

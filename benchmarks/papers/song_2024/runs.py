@@ -17,14 +17,12 @@ import subspace_optim as so
 from benchmarks.data import Dataset
 from benchmarks.experiment import WARMUP, Settings, compare
 from benchmarks.losses import LOSSES, mse
-from benchmarks.models import CNN, build, mlp
+from benchmarks.models import CNN, Transformer, mlp
 from benchmarks.papers import networks, problems
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Row, save, train
+from benchmarks.papers.training import SAVE_EVERY, Row, save, train
 
 Columns = dict[str, list[Any]]
-
-_SAVE_EVERY: Final = 60.0  # seconds
 
 
 def dataset(job: Job, model: str, examples: int, pool: int) -> Dataset:
@@ -41,7 +39,9 @@ def network(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
     makers: dict[str, Callable[[], nn.Module]] = {
         "mlp": lambda: mlp(math.prod(shape), outputs, width=width),
         "cnn": lambda: CNN((shape[0], shape[1], shape[2]), outputs, width=width),
-        "transformer": lambda: build("transformer", data, num_outputs=outputs, seed=job.seed),
+        "transformer": lambda: Transformer(
+            data.vocabulary or 0, shape[0], outputs, width=width, heads=max(1, width // 8)
+        ),
         "vgg11": lambda: networks.vgg11(outputs, width=width),
         "resnet8": lambda: networks.resnet(outputs, (width, 2 * width, 4 * width), 1),
     }
@@ -117,7 +117,7 @@ def critical_experiment(
         nonlocal saved
         if experiment.phase in losses and not experiment.result.finished:
             losses[experiment.phase].append(experiment.loss())
-        if path is not None and time.monotonic() - saved > _SAVE_EVERY:
+        if path is not None and time.monotonic() - saved > SAVE_EVERY:
             save(path, {"experiment": experiment.state_dict(), "losses": losses})
             saved = time.monotonic()
 

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.papers import __main__ as command
+from benchmarks.papers import worker
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.reproduction import Job
 from benchmarks.papers.results import Results, measure
@@ -37,6 +38,7 @@ def test_it_lists_papers_and_what_a_paper_has(capsys):
         (["all", "figure-1"], "name one paper"),
         (["song_2024", "all", "--seeds", "0"], "--seeds 0: at least 1"),
         (["song_2024", "all", "--jobs", "0"], "--jobs 0: at least 1"),
+        (["song_2024", "--publish"], "--publish writes the pages of all papers"),
     ],
 )
 def test_what_there_is_not_is_refused_in_one_message(arguments, message, capsys):
@@ -76,6 +78,29 @@ def test_only_what_is_not_on_disk_is_run_all_of_a_seed_first(tmp_path):
     assert len(everything) == 2 * len(paper.runs) - 1
 
 
+def test_by_default_there_are_the_seeds_that_claims_take(tmp_path):
+    options = command._parser().parse_args(["sagun_2017", "figure-9", "figure-1"])
+    wanted = {"sagun_2017": [PAPERS["sagun_2017"].exhibit(name) for name in options.exhibits]}
+    tasks = [str(task) for task in command.tasks_of(options, wanted, Results(tmp_path))]
+    growth, phases = (
+        [f"sagun_2017 {run} seed {s}" for s in range(4)] for run in ("growth", "phases")
+    )
+    assert sorted(tasks) == sorted(growth[:3] + phases)
+
+
+def test_a_second_process_leaves_a_run_to_the_first(tmp_path):
+    with worker.alone_in(tmp_path / "seed-0-1"):
+        with (
+            pytest.raises(SystemExit, match="another process"),
+            worker.alone_in(tmp_path / "seed-0-1"),
+        ):
+            pass
+        with worker.alone_in(tmp_path / "seed-1-1"):
+            pass
+    with worker.alone_in(tmp_path / "seed-0-1"):
+        pass
+
+
 def start(results, *arguments):
     code = [sys.executable, "-m", "benchmarks.papers", "song_2024", *arguments]
     code += ["--results", str(results)]
@@ -108,7 +133,7 @@ def test_a_figure_is_measured_drawn_judged_and_not_measured_again(tmp_path):
 @pytest.mark.parametrize(
     ("seeds", "verdict", "figures"),
     [
-        (1, "not decided by seed 0, of the trials: It is near 2.", "(2)"),
+        (1, "not decided by seeds known when it changed: It is near 2.", "(2)"),
         (2, "reproduced: It is near 2.", "(2) 2.01"),
     ],
 )

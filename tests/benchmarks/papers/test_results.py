@@ -5,21 +5,15 @@ import json
 import math
 import os
 import re
-import sys
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
 from benchmarks.papers.reproduction import Claim, Job, Paper, paragraphs
 from benchmarks.papers.results import Results, measure
 from benchmarks.papers.verdicts import verdict
-
-sys.path.insert(0, str(Path(__file__).parent))
-from made_up import PAPER, first
-
-sys.path.pop(0)
+from tests.benchmarks.papers.made_up import PAPER, first
 
 
 @pytest.fixture

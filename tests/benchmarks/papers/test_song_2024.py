@@ -191,7 +191,7 @@ class KilledError(Exception):
 @pytest.mark.parametrize("end", [KilledError, KeyboardInterrupt])
 def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch, end):
     monkeypatch.setattr(problems, "real", made_up)
-    monkeypatch.setattr(runs, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0.0)
     run = tiny(PAPER.run("sgd-mlp-mse"))
     whole = run.measure(Job(0), **run.small)
     saved = []
@@ -316,3 +316,19 @@ def test_rates_are_judged_by_their_order():
     assert not CLAIMS["rate-and-speed"].holds(
         claims.rate_and_speed(rates((0.01, 0.08, 0.4, 2.0), (0.1, 0.3, 0.2, 0.4)))
     )
+
+
+def test_eigenvalues_of_what_diverged_are_drawn_up_to_there():
+    part = {
+        "switch_step": 1,
+        "step": [0, 1, 2],
+        "loss": [1.0, 2.0, math.nan],
+        "chi_gradient": [0.5, 0.9, math.nan],
+        "eigenvalues": [[3.0, 2.0], [4.0, 2.0], math.nan],
+        "next_eigenvalues": [[1.0, 0.5], [1.0, 0.5], math.nan],
+    }
+    raws = {"switching": {0: {"SGD to GD": part, "GD to SGD": part}}}
+    figure = PAPER.exhibit("figure-20").draw(raws)
+    eigenvalues = figure.axes[2].lines[:4]
+    assert [list(line.get_xdata()) for line in eigenvalues] == [[0, 1]] * 4
+    assert [list(line.get_ydata()) for line in eigenvalues] == [[3, 4], [2, 2], [1, 1], [0.5, 0.5]]
