@@ -421,9 +421,8 @@ EXHIBITS: Final = (
         draw=draw_line,
         note="In the paper, by its text, there is no barrier between the ends, and the line beyond "
         "them confirms that the end of the large batches is the sharper. Part II has not converged "
-        "here: its end is the highest point of the line, as the claim is about, at a loss well "
-        "above the other. Between them the loss is not always below the straight line through "
-        "both ends, at one seed up to 1.6 times it, with a small hump.",
+        "here: its end is at a loss well above the other. Between them the loss is not always "
+        "below an even change from end to end, at one seed up to 1.6 times it, with a small hump.",
     ),
     Exhibit(
         "section-2",
