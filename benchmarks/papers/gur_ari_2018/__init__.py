@@ -117,6 +117,10 @@ _CAUSES: Final = {
         The ConvNet is hardly trained at step 100. Its top subspace goes on turning afterwards: the
         last two bases, 200 steps apart, share about half of it (0.60, 0.45 and 0.52).
     """,
+    "largest-eigenvalue-decays": """
+        ResNet-18 has not fitted its images by its last step at the seeds where λ_1 has not fallen
+        to a half; where it has fitted most of them, λ_1 has fallen to a third.
+    """,
     "gradient-is-no-eigenvector": """
         The smallest spread of all bases decides. With ten digits it holds at the steps that the
         paper shows (50, 100 and 200), and fails at one or two later bases (1,000; 800; 300 and 400

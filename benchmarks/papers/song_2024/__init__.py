@@ -82,8 +82,9 @@ _CAUSES: Final = {
     "bulk-goes-as-far": "The transformer is not aligned, so that it decides nothing.",
     "edge-dom-fails": """
         Dom-GD takes away what the ups and downs along the dominant directions add to the loss, and
-        then stands still, with hardly any of its gradient dominant. In the 600 steps of a branch
-        that is a good part of the decrease of GD, whose loss keeps its ups and downs.
+        goes no further: at seed 1 it then stands still, at seed 0 it climbs a little. In the 600
+        steps of a branch that is a good part of the decrease of GD, whose loss goes up and down by
+        about as much as it falls, so that shares of its fall are rough.
     """,
     "sam-edge-falls": """
         A slip: SAM's edge rises with the gradient's norm, from 0 to 2/η, as the formula has it.
