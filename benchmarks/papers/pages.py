@@ -52,7 +52,7 @@ def publish(results: Results, papers: Mapping[str, Paper], folder: Path) -> list
     for paper in papers.values():
         for scale in SCALES:
             for exhibit in paper.exhibits:
-                if exhibit.draw is not None and _measured(published, paper, exhibit, scale):
+                if exhibit.draw is not None and _measured(published, paper, exhibit.runs, scale):
                     written.append(folder / picture(paper, exhibit, scale))
                     raws = published.raws(paper, exhibit.runs, scale)
                     save(exhibit.draw(raws), written[-1])
@@ -117,12 +117,8 @@ def markdown(rows: Rows) -> str:
     return "\n".join(" | ".join(row).strip() for row in (head, rule, *body))
 
 
-def _measured(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) -> bool:
-    return any(results.of(paper, run, scale) for run in exhibit.runs)
-
-
-def _any(results: Results, paper: Paper, scale: Scale) -> bool:
-    return any(results.of(paper, run.name, scale) for run in paper.runs)
+def _measured(results: Results, paper: Paper, runs: Iterable[str], scale: Scale) -> bool:
+    return any(results.of(paper, run, scale) for run in runs)
 
 
 def _tally(verdicts: Iterable[Verdict]) -> tuple[list[Word], list[Word]]:
@@ -198,8 +194,9 @@ def _index(
     lines = [_HEAD]
     table = [["paper", "scale", *WORDS, "not measured", "identities, reproduced"]]
     for paper in papers.values():
+        names = [run.name for run in paper.runs]
         for scale in SCALES:
-            if scale != "small" and not _any(results, paper, scale):
+            if scale != "small" and not _measured(results, paper, names, scale):
                 continue
             link = f"[{paper.citation}]({paper.key}.md)"
             counts = _counts(verdicts[paper.key, scale])
@@ -246,7 +243,7 @@ def _minutes(records: Iterable[Record]) -> str:
 def _page(results: Results, paper: Paper, of_scales: Mapping[Scale, Sequence[Verdict]]) -> str:
     lines = [f"# {paper.citation}", "", f"[The paper]({paper.address}); here `{paper.key}`.", ""]
     for scale, verdicts in of_scales.items():
-        if not _any(results, paper, scale):
+        if not _measured(results, paper, [run.name for run in paper.runs], scale):
             # What a GPU is for was not run without one, and the page says so.
             lines += [f"Nothing was run at `{scale}`: {_why_not(paper, scale)}", ""]
             continue
@@ -331,7 +328,7 @@ def _changes(paper: Paper) -> list[str]:
     names: dict[str, list[str]] = {}
     for claim in paper.claims:
         if claim.changed:
-            known = " and ".join(map(str, claim.seen))
+            known = ", ".join(map(str, claim.seen))
             late = "" if claim.seen == (TRIAL,) else f" Seeds {known} were known by then."
             names.setdefault(claim.changed + late, []).append(f"`{claim.name}`")
     lines = [f"- {', '.join(of_text)}: {text}" for text, of_text in names.items()]
@@ -353,7 +350,7 @@ def _marked(claim: Claim, seed: int, value: float) -> str:
 
 def _exhibit(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) -> list[str]:
     lines = [f"### {exhibit.name}: {exhibit.title}", ""]
-    if not _measured(results, paper, exhibit, scale):
+    if not _measured(results, paper, exhibit.runs, scale):
         return [*lines, "Not run.", ""]
     if exhibit.draw is not None:
         lines += [f"![{exhibit.title}]({picture(paper, exhibit, scale)})", ""]

@@ -221,13 +221,13 @@ _COST = ("cost-cnn", "cost-resnet9")
 _LOST: Final = (
     "Trainings that ended at a finite loss, up to 10²⁸, did not count as diverged; now those do "
     "that end above ten times the loss at the start. The damped method, which is ours, had to meet "
-    "it too. The scores of the ResNet9 were not scaled at a first trial."
+    "it too."
 )
 _SURVIVE: Final = (
     "What diverged counted as chance, or as an infinite loss. A method that diverges at once is "
     "behind, slower, more volatile and overtaken in an empty sense; now both trainings have to "
     "survive. The damped method, which is ours, was judged too, and by it alone the verdict was "
-    '"not reproduced" where it survives. The scores of the ResNet9 were not scaled at first.'
+    '"not reproduced" where it survives.'
 )
 
 _SCALED: Final = (
@@ -246,7 +246,7 @@ CLAIMS: Final = (
         runs=_FIGURE_1,
         measure=lambda raw: min(accuracy_gains(raw, pairs(raw))),
         at_least=0.01,
-        changed=_LOST,
+        changed=f"{_LOST} {_SCALED}",
         seen=_ALL,
     ),
     Claim(
@@ -257,7 +257,7 @@ CLAIMS: Final = (
         runs=_FIGURE_1,
         measure=lambda raw: float(np.min(loss_gains(raw))),
         at_least=0.01,
-        changed=_LOST,
+        changed=f"{_LOST} {_SCALED}",
         seen=_ALL,
     ),
     Claim(
@@ -268,7 +268,7 @@ CLAIMS: Final = (
         runs=_FIGURE_1,
         measure=lambda raw: mean(accuracy_gains(raw, survivors(raw))),
         at_most=0.0,
-        changed=_SURVIVE,
+        changed=f"{_SURVIVE} {_SCALED}",
         seen=_ALL,
     ),
     Claim(
@@ -280,7 +280,7 @@ CLAIMS: Final = (
         runs=_FIGURE_1,
         measure=lambda raw: mean(map(abs, accuracy_gains(raw, survivors(raw)))),
         at_most=0.06,
-        changed=_SURVIVE,
+        changed=f"{_SURVIVE} {_SCALED}",
         seen=_ALL,
     ),
     Claim(
@@ -292,7 +292,7 @@ CLAIMS: Final = (
         runs=_FIGURE_1,
         measure=lambda raw: mean(behind(raw)),
         at_least=0.5,
-        changed=_SURVIVE,
+        changed=f"{_SURVIVE} {_SCALED}",
         seen=_ALL,
     ),
     Claim(
@@ -304,7 +304,7 @@ CLAIMS: Final = (
         runs=_FIGURE_1,
         measure=volatility_ratio,
         at_least=1.1,
-        changed=_SURVIVE,
+        changed=f"{_SURVIVE} {_SCALED}",
         seen=_ALL,
     ),
     Claim(

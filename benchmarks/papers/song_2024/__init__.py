@@ -54,6 +54,7 @@ SAM-edge is the corrected formula, with ρ: ‖g‖/(2ρ) · (√(1 + 8ρ/(η‖
 Figure 8 is an illustration, without data.
 """
 
+_NOT_ALIGNED: Final = "The transformer is not aligned, so that it decides nothing."
 _CAUSES: Final = {
     "low-rank": """
         In ResNet8 the eigenvalues fall off gradually, past the k-th as before it.
@@ -76,10 +77,10 @@ _CAUSES: Final = {
         The transformer is not aligned, as with squared error. The CNN is; the MLP is too, but
         hardly above 0.9 on average, since its χ_k falls to 0.6 at single steps.
     """,
-    "dom-fails-ce": "The transformer is not aligned, so that it decides nothing.",
-    "bulk-works": "The transformer is not aligned, so that it decides nothing.",
-    "dom-stays-near": "The transformer is not aligned, so that it decides nothing.",
-    "bulk-goes-as-far": "The transformer is not aligned, so that it decides nothing.",
+    "dom-fails-ce": _NOT_ALIGNED,
+    "bulk-works": _NOT_ALIGNED,
+    "dom-stays-near": _NOT_ALIGNED,
+    "bulk-goes-as-far": _NOT_ALIGNED,
     "edge-dom-fails": """
         Dom-GD takes away what the ups and downs along the dominant directions add to the loss, and
         goes no further: at seed 1 it then stands still, at seed 0 it climbs a little. In the 600

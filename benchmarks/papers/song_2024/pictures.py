@@ -76,34 +76,26 @@ def eigenvalues_along_sgd(raws: RawOfSeeds, runs: Sequence[str]) -> Figure:
     for axes, run in zip(panels, runs, strict=True):
         raw = first_of(raws[run])
         if raw is not None:
-            _eigenvalues(axes, [_with_both(raw["phases"][phase]) for phase in ("warmup", "SGD")])
+            _eigenvalues(axes, [raw["phases"][phase] for phase in ("warmup", "SGD")])
         axes.set(xlabel="step", ylabel="eigenvalues")
     return finished(panels)
 
 
-def _with_both(part: Raw) -> Raw:
-    """The rows that have the next k eigenvalues too."""
-    chosen = [i for i, row in enumerate(part["next_eigenvalues"]) if isinstance(row, list) and row]
-    return {
-        name: [part[name][i] for i in chosen]
-        for name in ("step", "eigenvalues", "next_eigenvalues")
-    }
-
-
 def _eigenvalues(axes: Axes, parts: Sequence[Raw]) -> None:
-    """The top k and the next k of one seed, thin lines since there are so many."""
-    for name, colour, text in (
-        ("eigenvalues", LOOK.dominant, "top k"),
-        ("next_eigenvalues", LOOK.bulk, "next k"),
-    ):
-        rows = [
-            (step, row)
-            for part in parts
-            for step, row in zip(part["step"], part[name], strict=True)
-            if isinstance(row, list)  # the last row of what diverged has none
-        ]
-        if rows:
-            steps, values = zip(*rows, strict=True)
+    """The top k and the next k of one seed, thin lines since there are so many.
+
+    Some rows have the top k alone, and the last one of what diverged has none.
+    """
+    rows = [
+        (part["step"][i], part["eigenvalues"][i], following)
+        for part in parts
+        for i, following in enumerate(part["next_eigenvalues"])
+        if isinstance(following, list) and following
+    ]
+    if rows:
+        steps, *both = zip(*rows, strict=True)
+        looks = ((LOOK.dominant, "top k"), (LOOK.bulk, "next k"))
+        for values, (colour, text) in zip(both, looks, strict=True):
             lines = axes.plot(steps, np.array(values, dtype=float), color=colour, lw=0.9)
             lines[0].set_label(text)
 
@@ -304,6 +296,9 @@ _PAPERS_TABLE_1: Final = {
 """Mean and deviation of Dom-LR and Bulk-LR. Those of Tables 2 and 3 are missing in our text."""
 
 
+_COLUMNS: Final = ("dom_lr", "bulk_lr")
+
+
 def table_of_rates(
     raws: RawOfSeeds, run: str, papers: Mapping[str, Sequence[tuple[float, float]]] | None = None
 ) -> Rows:
@@ -329,9 +324,6 @@ def table_of_rates(
                 row.append(f"({ratio})" if theirs < deviation else ratio)
         rows.append(row)
     return rows
-
-
-_COLUMNS: Final = ("dom_lr", "bulk_lr")
 
 
 # --- the exhibits ------------------------------------------------------------------------------

@@ -40,7 +40,11 @@ def network(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
         "mlp": lambda: mlp(math.prod(shape), outputs, width=width),
         "cnn": lambda: CNN((shape[0], shape[1], shape[2]), outputs, width=width),
         "transformer": lambda: Transformer(
-            data.vocabulary or 0, shape[0], outputs, width=width, heads=max(1, width // 8)
+            data.vocabulary or 0,  # of images, which it does not get
+            shape[0],
+            outputs,
+            width=width,
+            heads=max(1, width // 8),  # the paper's: 8 of 64
         ),
         "vgg11": lambda: networks.vgg11(outputs, width=width),
         "resnet8": lambda: networks.resnet(outputs, (width, 2 * width, 4 * width), 1),
