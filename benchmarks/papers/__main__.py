@@ -2,8 +2,8 @@
 
 Without arguments it lists the papers; with a paper its figures, tables and claims; with figures or
 tables too, or ``all``, it measures what they need, as far as it is not on disk, draws them and says
-what holds. What was measured is kept run by run and seed by seed, in ``results/papers``; a run that
-was interrupted goes on where it was.
+what holds. What was measured is kept run by run and seed by seed, in ``results/papers``, with the
+pictures and all verdicts, ``claims.json``; a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.files import replacing
 from benchmarks.gallery import save
 from benchmarks.papers.catalogue import PAPERS
-from benchmarks.papers.pages import RAW, publish
+from benchmarks.papers.pages import CLAIMS, RAW, claims, judged, publish
 from benchmarks.papers.reproduction import SCALES, Exhibit, Paper, Run, Scale
 from benchmarks.papers.results import Results
 from benchmarks.papers.verdicts import verdict
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGES: Final = ROOT / "docs" / "papers"
+_START: Final = 3.4
+"""Seconds that a run's process takes before it runs: the imports, on the machine of the pages."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,8 @@ def _estimate(
     tasks: Sequence[Task], options: argparse.Namespace, folders: Sequence[Results]
 ) -> str:
     known = [seconds_of(task, options.scale, folders) for task in tasks]
-    minutes = sum(seconds for seconds in known if seconds is not None) / 60 / options.jobs
+    all_of_them = sum(seconds + _START for seconds in known if seconds is not None)
+    minutes = all_of_them / 60 / options.jobs
     unknown = known.count(None)
     if unknown == len(tasks):
         return f"{len(tasks)} runs; none was ever made at this size, so how long is not known"
@@ -205,7 +209,7 @@ def _list_paper(paper: Paper, console: Console) -> None:
 def _show(
     wanted: dict[str, list[Exhibit]], results: Results, scale: Scale, console: Console
 ) -> None:
-    """Draws the figures, and prints the tables and the verdicts of claims about their runs."""
+    """Draws the figures, prints their tables and the verdicts of claims about their runs."""
     for key, exhibits in wanted.items():
         paper = PAPERS[key]
         runs = {name for exhibit in exhibits for name in exhibit.runs}
@@ -236,25 +240,30 @@ def _show(
             )
             word = found.word if found.complete else "not decided by seeds known when it changed"
             style = {"reproduced": "green", "not reproduced": "red"}.get(word, "dim")
-            console.print(f"{word}: {claim.says}", style=style, highlight=False)
+            says = f"{claim.says} (identity)" if claim.identity else claim.says
+            console.print(f"{word}: {claim.name}: {says}", style=style, highlight=False)
             console.print(f"    {claim.inequality}: {texts}", highlight=False)
+    with replacing(results.folder / CLAIMS) as partial:
+        partial.write_text(claims(results, PAPERS, judged(results, PAPERS)), encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.papers",
-        description=(__doc__ or "").split("\n\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=(__doc__ or "").split("\n\n")[1].replace("``", ""),
     )
     add = parser.add_argument
     add("paper", nargs="?", choices=(*PAPERS, "all"), help="which; all: all of every paper")
     add("exhibits", nargs="*", metavar="FIGURE", help="such as figure-1 or table-2, or all")
-    add("--scale", choices=SCALES, default="small", help="paper: the paper's own size, for a GPU")
+    size = "small (the default), or the paper's own size, for a GPU"
+    add("--scale", choices=SCALES, default="small", help=size)
     add("--seeds", type=int, help="how many, from 0 on (default: 3, or what a run's claims take)")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    jobs = "runs at a time (default: %(default)s)"
+    add("--jobs", type=int, default=os.cpu_count() or 1, help=jobs)
     add("--device", choices=("cpu", "cuda"), help="default at small: cpu")
     add("--data-root", help="folder of data sets (default: $SUBSPACE_OPTIM_DATA, else the hub)")
-    add("--results", type=Path, default=Path("results/papers"), help="where raw figures are kept")
+    folder = "where raw figures are kept (default: %(default)s)"
+    add("--results", type=Path, default=Path("results/papers"), help=folder)
     add("--publish", action="store_true", help="write docs/papers from what is in --results")
     return parser
 

@@ -24,14 +24,19 @@ from benchmarks.papers.reproduction import (
     Rows,
     Run,
     Scale,
+    paragraphs,
 )
 from benchmarks.papers.results import Record, Results
 from benchmarks.papers.verdicts import WORDS, Verdict, Word, verdict
 
 RAW: Final = "raw"
 PICTURES: Final = "pictures"
+CLAIMS: Final = "claims.json"
 _TINY: Final = 1e-12
 """Figures below this are told apart from zero alone."""
+
+Verdicts = Mapping[tuple[str, Scale], Sequence[Verdict]]
+"""By paper and scale."""
 
 
 def publish(results: Results, papers: Mapping[str, Paper], folder: Path) -> list[Path]:
@@ -82,21 +87,31 @@ def _copy(results: Results, published: Results, papers: Mapping[str, Paper]) -> 
             path.unlink()
 
 
-def render(results: Results, papers: Mapping[str, Paper]) -> dict[str, str]:
-    """Returns the text of ``claims.json``, of the index and of each page, by the file's name."""
-    # Once: each verdict reads its raw files.
-    verdicts = {
+def judged(results: Results, papers: Mapping[str, Paper]) -> Verdicts:
+    """Returns the verdict on each claim, by paper and scale."""
+    return {
         (key, scale): [verdict(results, paper, claim, scale) for claim in paper.claims]
         for scale in SCALES
         for key, paper in papers.items()
     }
+
+
+def claims(results: Results, papers: Mapping[str, Paper], verdicts: Verdicts) -> str:
+    """Returns the text of ``claims.json``: all claims that are decided."""
     entries = [
         _entry(results, papers[key], found, scale)
         for (key, scale), of_paper in verdicts.items()
         for found in of_paper
         if found.complete
     ]
-    pages = {"claims.json": json.dumps(entries, indent=1, ensure_ascii=False) + "\n"}
+    return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
+
+
+def render(results: Results, papers: Mapping[str, Paper]) -> dict[str, str]:
+    """Returns the text of ``claims.json``, of the index and of each page, by the file's name."""
+    # Once: each verdict reads its raw files.
+    verdicts = judged(results, papers)
+    pages = {CLAIMS: claims(results, papers, verdicts)}
     pages["index.md"] = _index(results, papers, verdicts)
     for key, paper in papers.items():
         of_scales = {scale: verdicts[key, scale] for scale in SCALES}
@@ -189,7 +204,7 @@ them in the code, `benchmarks/papers/<paper>`.
 def _index(
     results: Results,
     papers: Mapping[str, Paper],
-    verdicts: Mapping[tuple[str, Scale], Sequence[Verdict]],
+    verdicts: Verdicts,
 ) -> str:
     lines = [_HEAD]
     table = [["paper", "scale", *WORDS, "not measured", "identities, reproduced"]]
@@ -202,7 +217,8 @@ def _index(
             counts = _counts(verdicts[paper.key, scale])
             table.append([link, f"`{scale}`", *counts])
     lines += [markdown(table), ""]
-    lines += [_SIZES]
+    hours = sum(r.seconds for r in _all_records(results, papers.values(), "small")) / 3600
+    lines += [_SIZES, f"All seeds together take {hours:.1f} core-hours.", ""]
     for paper in papers.values():
         rows = [["run", "what", "for", "size", "seeds", "minutes"]]
         for run in paper.runs:
@@ -213,6 +229,15 @@ def _index(
             rows.append([f"`{run.name}`", run.what, shown, _size(run), seeds, minutes])
         lines += [f"### {paper.key}", "", markdown(rows), ""]
     return "\n".join(lines)
+
+
+def _all_records(results: Results, papers: Iterable[Paper], scale: Scale) -> list[Record]:
+    return [
+        record
+        for paper in papers
+        for run in paper.runs
+        for record in results.of(paper, run.name, scale).values()
+    ]
 
 
 def _counts(verdicts: Iterable[Verdict]) -> list[str]:
@@ -245,9 +270,12 @@ def _page(results: Results, paper: Paper, of_scales: Mapping[Scale, Sequence[Ver
     for scale, verdicts in of_scales.items():
         if not _measured(results, paper, [run.name for run in paper.runs], scale):
             # What a GPU is for was not run without one, and the page says so.
+            lines += [f"## Figures and tables, `{scale}`", ""]
             lines += [f"Nothing was run at `{scale}`: {_why_not(paper, scale)}", ""]
             continue
         complete = [v for v in verdicts if v.complete]
+        if scale == "small":
+            lines += [line for part in paragraphs(paper.outcome) for line in (part, "")]
         lines += [_summary(complete, scale), "", _hardware(results, paper, scale), ""]
         lines += [f"## Claims, `{scale}`", "", markdown(_claims(verdicts)), ""]
         if scale == "small":
@@ -264,7 +292,7 @@ def _why_not(paper: Paper, scale: Scale) -> str:
     if scale == "small":
         return "`make papers` does it."
     same = [f"`{run.name}`" for run in paper.runs if run.size("small") == run.size("paper")]
-    already = f" The paper's size already at `small` have {', '.join(same)}." if same else ""
+    already = f" Of the same size there as at `small` are {', '.join(same)}." if same else ""
     return f"the paper's own sizes are for a GPU, and none was at hand.{already}"
 
 
@@ -277,12 +305,12 @@ def _summary(verdicts: Sequence[Verdict], scale: Scale) -> str:
     )
     return (
         f"At `{scale}`, of {len(words)} claims: {counts}{also}. "
-        "In pictures the first seed is drawn strongly, the others thinly."
+        "In pictures the first seed is drawn strongly, and the others thinly, or it alone."
     )
 
 
 def _hardware(results: Results, paper: Paper, scale: Scale) -> str:
-    records = [r for run in paper.runs for r in results.of(paper, run.name, scale).values()]
+    records = _all_records(results, [paper], scale)
     kinds = sorted(
         {
             f"{r.machine['gpu'] or r.machine['cpu']}, {r.machine['threads']} threads a run, "

@@ -168,8 +168,9 @@ class Paper:
         exhibits: what is shown.
         claims: what is decided.
         differences: what is other than in the paper, and why; a sentence each.
-        causes: of claims that were not reproduced, by name: why, as far as it is known. They alone
-            are written after the runs.
+        outcome: what came out at ``small``, in short.
+        causes: of claims that were not reproduced, by name: why, as far as it is known. They and
+            the outcome alone are written after the runs.
     """
 
     key: str
@@ -179,6 +180,7 @@ class Paper:
     exhibits: tuple[Exhibit, ...]
     claims: tuple[Claim, ...]
     differences: tuple[str, ...]
+    outcome: str
     causes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -196,8 +198,15 @@ class Paper:
             raise ValueError(f"{self.key}: causes of claims that there are not: {unknown}")
 
     def run(self, name: str) -> Run:
-        """Returns the run of that name."""
-        return next(run for run in self.runs if run.name == name)
+        """Returns the run of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for run in self.runs:
+            if run.name == name:
+                return run
+        raise KeyError(name)
 
     def exhibit(self, name: str) -> Exhibit:
         """Returns the exhibit of that name.

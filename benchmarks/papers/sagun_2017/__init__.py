@@ -34,6 +34,19 @@ paper: data and sizes of these runs are ours. The eigenpairs of the split have a
 the largest eigenvalue.
 """
 
+_OUTCOME: Final = """
+At the end of training the Hessian is its Gauss-Newton part, to 0.1 % on MNIST and 3 % on clusters;
+its negative eigenvalues are tiny; and large batches end sharper than small ones, as in the paper.
+With ReLU the elbow of the scree plot is at the number of clusters, or one off, in most rows. The
+exact counts of Table 1 do not come out, those with tanh among them, and differ between seeds.
+
+Other things did not come out at these sizes: that less separable data move the outliers and leave
+the bulk (here the losses differ too), that networks of all widths have as many large eigenvalues
+and left edges of one shape, and that small batches after large ones generalise better. On the line
+between the ends of both the loss is never above the higher end; but at two of four seeds it is up
+to 1.3 and 1.6 times an even change from one to the other.
+"""
+
 _CAUSES: Final = {
     "one-outlier-a-cluster": "With 50 clusters and gradient descent the elbow is at far fewer in "
     "some seeds, where the largest ratio is at 49, and one seed of SGD at covariance 10 has it "
@@ -63,7 +76,8 @@ _CAUSES: Final = {
     "small-batch-generalises": "Part II ends before its training loss has come back: it is higher "
     "than at the switch (Figure 9). Whether more steps would bring the test accuracy is not known.",
     "one-basin": "At some seeds the loss on the line rises well above an even change from end to "
-    "end, though never above the higher end. Part II ends before its training loss has come back "
+    "end, though never above the higher end, and at the seed that decides without a hump: that is "
+    "no barrier in a narrower sense. Part II ends before its training loss has come back "
     "(Figure 9); whether more steps would flatten the line is not known.",
     "trivial-eigenvalues": "With 20 examples, in some seeds, a few eigenvalues too many are above "
     "a thousandth of the largest. Those of the Gauss-Newton part are all there, so that it is the "
@@ -79,5 +93,6 @@ PAPER: Final = Paper(
     exhibits=EXHIBITS,
     claims=CLAIMS,
     differences=paragraphs(_DIFFERENCES),
+    outcome=_OUTCOME,
     causes=_CAUSES,
 )

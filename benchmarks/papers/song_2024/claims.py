@@ -24,8 +24,8 @@ STANDARD: Final = ("sgd-vgg11", "sgd-resnet8")
 GD: Final = ("gd-mlp", "gd-cnn", "gd-transformer")
 _RATES: Final = ("rates-transformer", "rates-mlp", "rates-cnn")
 
-_NEAR_1: Final = 0.9
-_NEAR_0: Final = 0.2
+ALIGNED: Final = 0.9
+_IN_BULK: Final = 0.2
 _FAILS: Final = 0.1
 _AS_EFFECTIVE: Final = 0.9
 _TRAINED: Final = 1e-3
@@ -75,7 +75,7 @@ def achieved(branch: str) -> Callable[[Raw], float]:
     def share(raw: Raw) -> float:
         losses = raw["losses"]
         trained = decrease(losses["SGD"])
-        if not alignment_of_sgd(raw) >= _NEAR_1 or trained < _TRAINED * losses["SGD"][0]:
+        if not alignment_of_sgd(raw) >= ALIGNED or trained < _TRAINED * losses["SGD"][0]:
             return math.nan
         return decrease(losses[branch]) / trained
 
@@ -86,7 +86,7 @@ def moved(branch: str) -> Callable[[Raw], float]:
     """The distance from the switch in a branch, over that of SGD; NaN without the premise."""
 
     def share(raw: Raw) -> float:
-        if not alignment_of_sgd(raw) >= _NEAR_1:
+        if not alignment_of_sgd(raw) >= ALIGNED:
             return math.nan
         return float(raw["final_distance"][branch] / raw["final_distance"]["SGD"])
 
@@ -241,7 +241,7 @@ def _critical(runs: tuple[str, ...], where: str, figures: Sequence[str], key: st
             quantity="mean χ_k of the gradient along SGD after the switch",
             runs=runs,
             measure=alignment_of_sgd,
-            at_least=_NEAR_1,
+            at_least=ALIGNED,
             changed=_SIZES,
         ),
         Claim(
@@ -333,7 +333,7 @@ CLAIMS: Final = (
         quantity="mean χ_k of the gradient over the second half of GD",
         runs=GD,
         measure=lambda raw: mean(_second_half(raw["chi_gradient"])),
-        at_most=_NEAR_0,
+        at_most=_IN_BULK,
     ),
     Claim(
         name="sgd-follows-gd",
@@ -351,7 +351,7 @@ CLAIMS: Final = (
         quantity="mean χ_10 over the second half after the switch",
         runs=("switching",),
         measure=lambda raw: mean(_second_half(_after_switch(raw, "SGD to GD"))),
-        at_most=_NEAR_0,
+        at_most=_IN_BULK,
         changed=_SIZES,
     ),
     Claim(
@@ -361,7 +361,7 @@ CLAIMS: Final = (
         quantity="mean χ_10 over the second half after the switch",
         runs=("switching",),
         measure=lambda raw: mean(_second_half(_after_switch(raw, "GD to SGD"))),
-        at_least=_NEAR_1,
+        at_least=ALIGNED,
         changed=_SIZES,
     ),
     Claim(
@@ -381,7 +381,7 @@ CLAIMS: Final = (
         quantity="mean χ_1 over the second half of GD",
         runs=("toy",),
         measure=lambda raw: float(raw["GD"]["mean_chi_of_the_second_half"]),
-        at_most=_NEAR_0,
+        at_most=_IN_BULK,
         identity=True,
     ),
     Claim(
@@ -391,7 +391,7 @@ CLAIMS: Final = (
         quantity="mean χ_1 over the second half of SGD",
         runs=("toy",),
         measure=lambda raw: float(raw["SGD"]["mean_chi_of_the_second_half"]),
-        at_least=_NEAR_1,
+        at_least=ALIGNED,
     ),
     Claim(
         name="toy-dom-fails",
@@ -423,7 +423,7 @@ CLAIMS: Final = (
         quantity="mean χ_10 of the gradient along GD after the switch",
         runs=("edge",),
         measure=alignment_at_edge("GD", "chi_gradient"),
-        at_least=_NEAR_1,
+        at_least=ALIGNED,
     ),
     Claim(
         name="edge-dom-fails",
@@ -462,7 +462,7 @@ CLAIMS: Final = (
         quantity="mean χ_10 of the update along SAM after the switch",
         runs=("sam",),
         measure=alignment_at_edge("SAM", "chi_update"),
-        at_least=_NEAR_1,
+        at_least=ALIGNED,
     ),
     Claim(
         name="sam-dom-fails",

@@ -361,6 +361,7 @@ def at_the_edge(
     every: int,
     after: int,
     measure: int,
+    refresh: int | Literal["auto"] = "auto",
 ) -> Raw:
     """Full-batch GD, or SAM, to its edge of stability; from there it, and its projections.
 
@@ -374,6 +375,7 @@ def at_the_edge(
         every: measure at one step in so many before the switch.
         after: steps after the switch.
         measure: the same after the switch.
+        refresh: of the projecting optimizers' basis; 1 is the paper's protocol.
 
     Returns:
         Columns of each phase, those of ``Monitor``, and the losses of all its steps: at the edge
@@ -413,7 +415,7 @@ def at_the_edge(
         warm = name == "before"
         if not warm:
             net.load_state_dict(at_switch)
-        subspace = so.DominantSubspace(hessian, k, seed=job.seed)
+        subspace = so.DominantSubspace(hessian, k, refresh=refresh, seed=job.seed)
         optimizer = make(name, subspace)
         next_k = k if warm or name == names[0] else 0
         monitor = so.Monitor(optimizer, subspace, every=every if warm else measure, next_k=next_k)

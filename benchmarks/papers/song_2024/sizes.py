@@ -275,6 +275,7 @@ def _of_model(
 
 
 _EDGE: Final = {"width": 200, "every": 100, "measure": 20}
+_EDGE_PAPER: Final = _EDGE | {"examples": 5000, "refresh": 1}
 
 RUNS: Final = (
     *(_critical(name) for name in _CRITICAL),
@@ -313,7 +314,7 @@ RUNS: Final = (
         "the MLP: GD at the edge of stability, then GD, Dom-GD, Bulk-GD",
         at_the_edge,
         _EDGE | {"rho": 0.0, "lr": 0.1, "examples": 1000, "switch": 2500, "after": 600},
-        _EDGE | {"rho": 0.0, "lr": 0.1, "examples": 5000, "switch": 2500, "after": 2500},
+        _EDGE_PAPER | {"rho": 0.0, "lr": 0.1, "switch": 2500, "after": 2500},
         version=2,
     ),
     Run(
@@ -322,7 +323,7 @@ RUNS: Final = (
         at_the_edge,
         _EDGE
         | {"rho": 0.1, "lr": 0.01, "examples": 1000, "switch": 5000, "every": 200, "after": 600},
-        _EDGE | {"rho": 0.1, "lr": 0.01, "examples": 5000, "switch": 5000, "after": 5000},
+        _EDGE_PAPER | {"rho": 0.1, "lr": 0.01, "switch": 5000, "after": 5000},
         version=2,
     ),
     *_of_model("rates", "effective rates of GD and Adam", effective_rates, _RATES, version=2),

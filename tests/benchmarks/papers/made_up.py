@@ -61,4 +61,8 @@ PAPER = Paper(
     ),
     differences=("There is no paper.",),
     causes={"up": "It is told.", "fast": "It is slow."},
+    outcome="""
+        Lines go
+        up.
+    """,
 )

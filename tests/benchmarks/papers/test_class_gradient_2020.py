@@ -22,6 +22,7 @@ TINY = {
     "resnet9": _RATES,
     "resnet9-orthogonal": _RATES,
     "resnet9-damped": _RATES,
+    "resnet9-readings": _RATES,
     "above-0.1": _RATES,
     "batch-sizes": _SIZES,
     "batch-sizes-orthogonal": _SIZES,
@@ -97,7 +98,7 @@ def test_every_exhibit_shows_what_there_is(raws, seeds, tmp_path):
 def test_all_methods_start_from_the_same_network(raws):
     losses = {
         curve["loss"][0]
-        for run in ("resnet9", "resnet9-orthogonal", "resnet9-damped")
+        for run in ("resnet9", "resnet9-orthogonal", "resnet9-damped", "resnet9-readings")
         for of_method in raws[run][0]["curves"].values()
         for curve in of_method.values()
     }
@@ -309,6 +310,8 @@ def test_methods_differ_in_what_they_are_named_after():
     for method, orthogonal, rate, damping in (
         ("printed", False, 1.0, 0.0),
         ("orthogonal", True, 1.0, 0.0),
+        ("slowed", False, 0.1, 0.0),
+        ("added", False, 1.0, 1.0),
         ("damped", False, 0.1, 1.0),
     ):
         optimizer, subspace = runs.optimizer_of(method, model, 2, 0.05)

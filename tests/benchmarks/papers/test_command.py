@@ -116,7 +116,11 @@ def test_a_figure_is_measured_drawn_judged_and_not_measured_again(tmp_path):
     assert process.returncode == 0, output
     assert "2 runs" in output.splitlines()[0]  # the estimate comes first
     assert "song_2024 toy seed 1" in output
-    assert "reproduced: On the toy quadratic the gradient along SGD" in output
+    assert "reproduced: toy-sgd: On the toy quadratic the gradient along SGD" in output
+    assert "reproduced: toy-gd: " in output
+    assert "vector. (identity)" in output
+    kept = json.loads((tmp_path / "claims.json").read_text())
+    assert {claim["claim"]: claim["verdict"] for claim in kept}["toy-sgd"] == "reproduced"
     picture = tmp_path / "small" / "song_2024" / "figure-7.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     runs = tmp_path / "small" / "song_2024" / "toy"
@@ -133,8 +137,8 @@ def test_a_figure_is_measured_drawn_judged_and_not_measured_again(tmp_path):
 @pytest.mark.parametrize(
     ("seeds", "verdict", "figures"),
     [
-        (1, "not decided by seeds known when it changed: It is near 2.", "(2)"),
-        (2, "reproduced: It is near 2.", "(2) 2.01"),
+        (1, "not decided by seeds known when it changed: near: It is near 2. (identity)", "(2)"),
+        (2, "reproduced: near: It is near 2. (identity)", "(2) 2.01"),
     ],
 )
 def test_what_a_trial_changed_is_decided_by_other_seeds(

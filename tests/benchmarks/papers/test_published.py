@@ -45,3 +45,18 @@ def test_what_was_not_reproduced_has_its_cause():
     for claim in claims:
         if claim["scale"] == "small" and claim["verdict"] != "reproduced":
             assert claim["claim"] in PAPERS[claim["paper"]].causes, claim["claim"]
+
+
+def test_every_page_begins_with_what_came_out():
+    assert all(paper.outcome for paper in PAPERS.values())
+
+
+def test_there_are_enough_claims_and_seeds():
+    claims = json.loads((DOCS / "claims.json").read_text())
+    small = [claim for claim in claims if claim["scale"] == "small"]
+    assert len(small) == sum(len(paper.claims) for paper in PAPERS.values()) >= 40
+    for key in PAPERS:
+        assert sum(claim["paper"] == key for claim in small) >= 8, key
+    for claim in small:
+        assert all(len(seeds) >= 3 for seeds in claim["figures"].values()), claim["claim"]
+        assert claim["decided_by"], claim["claim"]
