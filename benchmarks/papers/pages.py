@@ -292,7 +292,7 @@ def _why_not(paper: Paper, scale: Scale) -> str:
     if scale == "small":
         return "`make papers` does it."
     same = [f"`{run.name}`" for run in paper.runs if run.size("small") == run.size("paper")]
-    already = f" Of the same size there as at `small` are {', '.join(same)}." if same else ""
+    already = f" Of the same size at both: {', '.join(same)}." if same else ""
     return f"the paper's own sizes are for a GPU, and none was at hand.{already}"
 
 

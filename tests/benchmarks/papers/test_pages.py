@@ -42,7 +42,7 @@ def test_a_page_has_claims_figures_tables_and_differences(folder):
     assert "it goes up." in page
     assert "- There is no paper." in page
     assert "Nothing was run at `paper`: the paper's own sizes are for a GPU" in page
-    assert "Of the same size there as at `small` are `flat`." in page
+    assert "Of the same size at both: `flat`." in page
     assert (folder / PICTURES / "made_up-figure-1.png").read_bytes().startswith(b"\x89PNG")
     index = (folder / "index.md").read_text()
     link = "[Nobody 1900, On lines](made_up.md)"
