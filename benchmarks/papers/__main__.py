@@ -31,7 +31,7 @@ from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.pages import CLAIMS, RAW, claims, judged, publish
 from benchmarks.papers.reproduction import SCALES, Exhibit, Paper, Run, Scale
 from benchmarks.papers.results import Results
-from benchmarks.papers.verdicts import verdict
+from benchmarks.papers.verdicts import Verdict, verdict, written
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGES: Final = ROOT / "docs" / "papers"
@@ -209,42 +209,49 @@ def _list_paper(paper: Paper, console: Console) -> None:
 def _show(
     wanted: dict[str, list[Exhibit]], results: Results, scale: Scale, console: Console
 ) -> None:
-    """Draws the figures, prints their tables and the verdicts of claims about their runs."""
+    """Shows what is wanted with the claims about its runs, and writes the verdicts on all."""
     for key, exhibits in wanted.items():
-        paper = PAPERS[key]
         runs = {name for exhibit in exhibits for name in exhibit.runs}
         for exhibit in exhibits:
-            raws = results.raws(paper, exhibit.runs, scale)
-            if not any(raws.values()):
-                continue
-            if exhibit.draw is not None:
-                path = results.folder / scale / key / f"{exhibit.name}.png"
-                save(exhibit.draw(raws), path)
-                console.print(f"{exhibit.title}: {path}", highlight=False)
-            if exhibit.table is not None:
-                head, *rows = exhibit.table(raws)
-                table = Table(*head, box=None, header_style="bold", pad_edge=False)
-                for row in rows:
-                    table.add_row(*row)
-                console.print(exhibit.title, table)
-        for claim in paper.claims:
-            if runs.isdisjoint(claim.runs):
-                continue
-            found = verdict(results, paper, claim, scale)
-            if not all(found.figures.values()):
-                continue
-            texts = " ".join(
-                f"{value:.3g}" if claim.decided_by(seed) else f"({value:.3g})"
-                for seeds in found.figures.values()
-                for seed, value in seeds.items()
-            )
-            word = found.word if found.complete else "not decided by seeds known when it changed"
-            style = {"reproduced": "green", "not reproduced": "red"}.get(word, "dim")
-            says = f"{claim.says} (identity)" if claim.identity else claim.says
-            console.print(f"{word}: {claim.name}: {says}", style=style, highlight=False)
-            console.print(f"    {claim.inequality}: {texts}", highlight=False)
+            _show_exhibit(PAPERS[key], exhibit, results, scale, console)
+        for claim in PAPERS[key].claims:
+            if not runs.isdisjoint(claim.runs):
+                _show_verdict(verdict(results, PAPERS[key], claim, scale), console)
     with replacing(results.folder / CLAIMS) as partial:
         partial.write_text(claims(results, PAPERS, judged(results, PAPERS)), encoding="utf-8")
+
+
+def _show_exhibit(
+    paper: Paper, exhibit: Exhibit, results: Results, scale: Scale, console: Console
+) -> None:
+    raws = results.raws(paper, exhibit.runs, scale)
+    if not any(raws.values()):
+        return
+    if exhibit.draw is not None:
+        path = results.folder / scale / paper.key / f"{exhibit.name}.png"
+        save(exhibit.draw(raws), path)
+        console.print(f"{exhibit.title}: {path}", highlight=False)
+    if exhibit.table is not None:
+        head, *rows = exhibit.table(raws)
+        table = Table(*head, box=None, header_style="bold", pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        console.print(exhibit.title, table)
+
+
+def _show_verdict(found: Verdict, console: Console) -> None:
+    """Prints the verdict, if all runs of the claim were made."""
+    if not all(found.figures.values()):
+        return
+    claim = found.claim
+    figures = " ".join(
+        written(claim, *each) for seeds in found.figures.values() for each in seeds.items()
+    )
+    word = found.word if found.complete else "not decided by seeds known when it changed"
+    style = {"reproduced": "green", "not reproduced": "red"}.get(word, "dim")
+    says = f"{claim.says} (identity)" if claim.identity else claim.says
+    console.print(f"{word}: {claim.name}: {says}", style=style, highlight=False)
+    console.print(f"    {claim.inequality}: {figures}", highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:

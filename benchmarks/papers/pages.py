@@ -18,7 +18,6 @@ from benchmarks.gallery import save
 from benchmarks.papers.reproduction import (
     SCALES,
     TRIAL,
-    Claim,
     Exhibit,
     Paper,
     Rows,
@@ -27,13 +26,11 @@ from benchmarks.papers.reproduction import (
     paragraphs,
 )
 from benchmarks.papers.results import Record, Results
-from benchmarks.papers.verdicts import WORDS, Verdict, Word, verdict
+from benchmarks.papers.verdicts import WORDS, Verdict, Word, verdict, written
 
 RAW: Final = "raw"
 PICTURES: Final = "pictures"
 CLAIMS: Final = "claims.json"
-_TINY: Final = 1e-12
-"""Figures below this are told apart from zero alone."""
 
 Verdicts = Mapping[tuple[str, Scale], Sequence[Verdict]]
 """By paper and scale."""
@@ -331,7 +328,7 @@ def _claims(verdicts: Iterable[Verdict]) -> Rows:
     for found in verdicts:
         claim = found.claim
         figures = "<br>".join(
-            f"`{run}` " + " ".join(_marked(claim, *each) for each in seeds.items())
+            f"`{run}` " + " ".join(written(claim, *each, failing="**") for each in seeds.items())
             for run, seeds in found.figures.items()
         )
         word = found.word if found.word == "reproduced" else f"**{found.word}**"
@@ -361,19 +358,6 @@ def _changes(paper: Paper) -> list[str]:
             names.setdefault(claim.changed + late, []).append(f"`{claim.name}`")
     lines = [f"- {', '.join(of_text)}: {text}" for text, of_text in names.items()]
     return ["### Changed after a first trial", "", *lines, ""] if lines else []
-
-
-def _marked(claim: Claim, seed: int, value: float) -> str:
-    """The figure of a seed; in bold where the inequality fails, in parentheses if of a trial."""
-    text = (
-        f"{value:.3g}"
-        if claim.holds(float(f"{value:.3g}")) == claim.holds(value)
-        else f"{value:.6g}"
-    )
-    if 0 < abs(value) < _TINY:
-        text = f"below {_TINY:g}"
-    text = text if claim.holds(value) or math.isnan(value) else f"**{text}**"
-    return text if claim.decided_by(seed) else f"({text})"
 
 
 def _exhibit(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) -> list[str]:

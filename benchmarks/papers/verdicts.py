@@ -14,6 +14,8 @@ from benchmarks.papers.results import Results
 Word = Literal["reproduced", "not reproduced", "undecided", "not measured"]
 WORDS: Final[tuple[Word, ...]] = ("reproduced", "not reproduced", "undecided")
 """Of what was measured."""
+_TINY: Final = 1e-12
+"""Figures below this are told apart from zero alone."""
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,19 @@ def _figure(claim: Claim, raw: dict[str, object]) -> float:
         return float(claim.measure(raw))
     except (ZeroDivisionError, statistics.StatisticsError):
         return math.nan
+
+
+def written(claim: Claim, seed: int, value: float, failing: str = "") -> str:
+    """Returns the figure of a seed: on its side of the inequality, in parentheses if of a trial.
+
+    Args:
+        claim: that the figure is of.
+        seed: of the run.
+        value: the figure.
+        failing: around figures for which the inequality fails.
+    """
+    digits = 3 if claim.holds(float(f"{value:.3g}")) == claim.holds(value) else 6
+    text = f"below {_TINY:g}" if 0 < abs(value) < _TINY else f"{value:.{digits}g}"
+    if not claim.holds(value) and not math.isnan(value):
+        text = f"{failing}{text}{failing}"
+    return text if claim.decided_by(seed) else f"({text})"
