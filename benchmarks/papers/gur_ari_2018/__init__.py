@@ -66,9 +66,9 @@ gradient is nearly one eigenvector.
 
 Of the nine rows of Table 1 five are within 0.05 at all seeds, and that of random labels on MNIST is
 off by up to 0.052. Lower by 0.20, 0.13 and 0.07 are batches of 256, trained for many more epochs
-than the paper's, dropout, and random labels on CIFAR-10, of which a third to three quarters are
-fitted. The solvable model is as the paper has it, but for a factor of 4 in print. Newton's method
-in the top subspace, which the paper proposes, descends and then stands still.
+than the paper's, dropout, and random labels on CIFAR-10, of which 32 to 78 % are fitted. The
+solvable model is as the paper has it, but for a factor of 4 in print. Newton's method in the top
+subspace, which the paper proposes, descends and then stands still.
 """
 
 _CAUSES: Final = {
@@ -94,10 +94,10 @@ _CAUSES: Final = {
         ResNet-18 alone, where subspaces of 9 to 20 dimensions are about equally preserved.
     """,
     "f-top-starts-small": """
-        The ConvNet starts with nearly half of its gradient in the top subspace, and with three
-        times as many images too (Figure 12, Adam). The paper's starts from another initialisation;
-        whether that is the cause was not tried. ResNet-18 starts with a quarter to two fifths; why
-        is not known.
+        The ConvNet starts with about half of its gradient in the top subspace (0.45 to 0.62), with
+        three times as many images too (Figure 12, Adam). The paper's starts from another
+        initialisation; whether that is the cause was not tried. ResNet-18 starts with a quarter to
+        two fifths; why is not known.
     """,
     "f-top-in-all-variants": """
         It holds without hidden layers and with softplus. At η = 0.01 the gradient comes in late,
@@ -146,14 +146,14 @@ _CAUSES: Final = {
         The smallest spread of all bases decides. With ten digits it holds at the steps that the
         paper shows (50, 100 and 200), and fails at one or two later bases (1,000; 800; 300 and 400
         at seeds 0, 1 and 2) and not at those beside them. With the digits 0 to 4 the gradient is
-        nearly one eigenvector at some bases, early ones among them, and spread over several at
-        others. Why is not known.
+        nearly one eigenvector at some bases of seeds 0 and 1, early ones among them, and spread
+        over several at others. Why is not known.
     """,
     "an-outlier-for-each-class": """
         For digits the eigenvalues fall off in steps, and at some seeds the largest is among the
         first ten (or five), not at their end; the paper reads their number off a picture. With
-        random labels they fall off without any gap, though the labels are fitted. Why is not known;
-        ours are labels of only 1,000 images of 7x7 pixels.
+        random labels they fall off without any gap after the first, though the labels are fitted.
+        Why is not known; ours are labels of only 1,000 images of 7x7 pixels.
     """,
     "toy-gradient-as-printed": """
         A misprint: the middle of equation 17 is a quarter of its right-hand side, and so is the

@@ -73,15 +73,16 @@ _CAUSES: Final = {
     "left-edge-scales": "The paper says that the shapes 'appear to be converging', and the "
     "inequality asks that they be one. The narrowest and the widest of the four networks are the "
     "furthest apart; whether neighbours come nearer as they grow differs between the seeds.",
-    "small-batch-generalises": "Part II ends before its training loss has come back: it is higher "
-    "than at the switch (Figure 9). Whether more steps would bring the test accuracy is not known.",
+    "small-batch-generalises": "Part II ends before its training loss has come back to that at the "
+    "switch, but at seed 1, where it had until its last row (Figure 9). Whether more steps would "
+    "bring the test accuracy is not known.",
     "one-basin": "At some seeds the loss on the line rises well above an even change from end to "
     "end, though never above the higher end, and at the seed that decides without a hump: that is "
-    "no barrier in a narrower sense. Part II ends before its training loss has come back "
+    "no barrier in a narrower sense. The end of Part II is at a loss well above the other "
     "(Figure 9); whether more steps would flatten the line is not known.",
-    "trivial-eigenvalues": "With 20 examples, in some seeds, a few eigenvalues too many are above "
-    "a thousandth of the largest. Those of the Gauss-Newton part are all there, so that it is the "
-    "second part of the Hessian that lifts them.",
+    "trivial-eigenvalues": "With 20 examples, in some seeds, two to three per cent too many are "
+    "above a thousandth of the largest. Those of the Gauss-Newton part are all there, so that it "
+    "is the second part of the Hessian that lifts them.",
 }
 
 PAPER: Final = Paper(

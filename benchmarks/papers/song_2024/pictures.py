@@ -359,7 +359,8 @@ _OTHERS: Final = (
 )
 _AVERAGE: Final = (
     "In the paper χ_k reaches 1 after a few early steps, and stays near it. The average, of the "
-    "first seed, begins at 0, and rises from there where χ_k itself does not."
+    "first seed, starts from 0, so that its first point is half of χ_k: a rise from there need not "
+    "be one of χ_k."
 )
 
 
@@ -506,9 +507,9 @@ _EXHIBITS: Final = (
         table=partial(table_of_rates, run="rates-transformer", papers=_PAPERS_TABLE_1),
         note="In the paper the data are 1,000 examples, and here 100; ours are means over every "
         "50th step. The ratio to a mean that is below its own deviation is in parentheses. Adam's "
-        "Dom-LR without momentum is as the paper's at the first step (0.04), and 0.14 to 0.32 from "
-        "step 50 on; with momentum, single steps of up to 0.9 either way make its mean. Why the "
-        "paper's are smaller is not known.",
+        "Dom-LR without momentum is 0.04 to 0.06 at the first step, and 0.14 to 0.32 from step 50 "
+        "on; with momentum, single steps of up to 0.9 either way shift its mean (medians of 0.10, "
+        "0.001 and 0.05). Why the paper's are smaller is not known.",
     ),
     Exhibit(
         "table-2",
