@@ -31,7 +31,7 @@ from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.pages import CLAIMS, RAW, claims, judged, publish
 from benchmarks.papers.reproduction import SCALES, Exhibit, Paper, Run, Scale
 from benchmarks.papers.results import Results
-from benchmarks.papers.verdicts import Verdict, verdict, written
+from benchmarks.papers.verdicts import Verdict, written
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGES: Final = ROOT / "docs" / "papers"
@@ -166,8 +166,7 @@ def _estimate(
     tasks: Sequence[Task], options: argparse.Namespace, folders: Sequence[Results]
 ) -> str:
     known = [seconds_of(task, options.scale, folders) for task in tasks]
-    all_of_them = sum(seconds + _START for seconds in known if seconds is not None)
-    minutes = all_of_them / 60 / options.jobs
+    minutes = sum(each + _START for each in known if each is not None) / 60 / options.jobs
     unknown = known.count(None)
     if unknown == len(tasks):
         return f"{len(tasks)} runs; none was ever made at this size, so how long is not known"
@@ -210,15 +209,16 @@ def _show(
     wanted: dict[str, list[Exhibit]], results: Results, scale: Scale, console: Console
 ) -> None:
     """Shows what is wanted with the claims about its runs, and writes the verdicts on all."""
+    verdicts = judged(results, PAPERS)
     for key, exhibits in wanted.items():
         runs = {name for exhibit in exhibits for name in exhibit.runs}
         for exhibit in exhibits:
             _show_exhibit(PAPERS[key], exhibit, results, scale, console)
-        for claim in PAPERS[key].claims:
-            if not runs.isdisjoint(claim.runs):
-                _show_verdict(verdict(results, PAPERS[key], claim, scale), console)
+        for found in verdicts[key, scale]:
+            if not runs.isdisjoint(found.claim.runs):
+                _show_verdict(found, console)
     with replacing(results.folder / CLAIMS) as partial:
-        partial.write_text(claims(results, PAPERS, judged(results, PAPERS)), encoding="utf-8")
+        partial.write_text(claims(results, PAPERS, verdicts), encoding="utf-8")
 
 
 def _show_exhibit(

@@ -103,7 +103,7 @@ def vgg11(outputs: int, *, channels: int = 3, width: int = 64) -> nn.Sequential:
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # torch: None, if without
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # None only with bias=False
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, outputs))
 
 

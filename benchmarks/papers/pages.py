@@ -23,7 +23,6 @@ from benchmarks.papers.reproduction import (
     Rows,
     Run,
     Scale,
-    paragraphs,
 )
 from benchmarks.papers.results import Record, Results
 from benchmarks.papers.verdicts import WORDS, Verdict, Word, verdict, written
@@ -54,7 +53,7 @@ def publish(results: Results, papers: Mapping[str, Paper], folder: Path) -> list
     for paper in papers.values():
         for scale in SCALES:
             for exhibit in paper.exhibits:
-                if exhibit.draw is not None and _measured(published, paper, exhibit.runs, scale):
+                if exhibit.draw is not None and _measured(published, paper, exhibit, scale):
                     written.append(folder / picture(paper, exhibit, scale))
                     raws = published.raws(paper, exhibit.runs, scale)
                     save(exhibit.draw(raws), written[-1])
@@ -129,8 +128,12 @@ def markdown(rows: Rows) -> str:
     return "\n".join(" | ".join(row).strip() for row in (head, rule, *body))
 
 
-def _measured(results: Results, paper: Paper, runs: Iterable[str], scale: Scale) -> bool:
-    return any(results.of(paper, run, scale) for run in runs)
+def _measured(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) -> bool:
+    return any(results.of(paper, run, scale) for run in exhibit.runs)
+
+
+def _records(results: Results, paper: Paper, scale: Scale) -> list[Record]:
+    return [r for run in paper.runs for r in results.of(paper, run.name, scale).values()]
 
 
 def _tally(verdicts: Iterable[Verdict]) -> tuple[list[Word], list[Word]]:
@@ -206,16 +209,15 @@ def _index(
     lines = [_HEAD]
     table = [["paper", "scale", *WORDS, "not measured", "identities, reproduced"]]
     for paper in papers.values():
-        names = [run.name for run in paper.runs]
         for scale in SCALES:
-            if scale != "small" and not _measured(results, paper, names, scale):
+            if scale != "small" and not _records(results, paper, scale):
                 continue
             link = f"[{paper.citation}]({paper.key}.md)"
             counts = _counts(verdicts[paper.key, scale])
             table.append([link, f"`{scale}`", *counts])
     lines += [markdown(table), ""]
-    hours = sum(r.seconds for r in _all_records(results, papers.values(), "small")) / 3600
-    lines += [_SIZES, f"All seeds together take {hours:.1f} core-hours.", ""]
+    made = [r for paper in papers.values() for r in _records(results, paper, "small")]
+    lines += [_SIZES, f"All seeds together take {_hours(made):.1f} core-hours.", ""]
     for paper in papers.values():
         rows = [["run", "what", "for", "size", "seeds", "minutes"]]
         for run in paper.runs:
@@ -226,15 +228,6 @@ def _index(
             rows.append([f"`{run.name}`", run.what, shown, _size(run), seeds, minutes])
         lines += [f"### {paper.key}", "", markdown(rows), ""]
     return "\n".join(lines)
-
-
-def _all_records(results: Results, papers: Iterable[Paper], scale: Scale) -> list[Record]:
-    return [
-        record
-        for paper in papers
-        for run in paper.runs
-        for record in results.of(paper, run.name, scale).values()
-    ]
 
 
 def _counts(verdicts: Iterable[Verdict]) -> list[str]:
@@ -254,6 +247,10 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _hours(records: Iterable[Record]) -> float:
+    return sum(record.seconds for record in records) / 3600
+
+
 def _minutes(records: Iterable[Record]) -> str:
     seconds = [record.seconds for record in records]
     return f"{statistics.median(seconds) / 60:.1f}" if seconds else "not run"
@@ -265,15 +262,16 @@ def _minutes(records: Iterable[Record]) -> str:
 def _page(results: Results, paper: Paper, of_scales: Mapping[Scale, Sequence[Verdict]]) -> str:
     lines = [f"# {paper.citation}", "", f"[The paper]({paper.address}); here `{paper.key}`.", ""]
     for scale, verdicts in of_scales.items():
-        if not _measured(results, paper, [run.name for run in paper.runs], scale):
+        records = _records(results, paper, scale)
+        if not records:
             # What a GPU is for was not run without one, and the page says so.
             lines += [f"## Figures and tables, `{scale}`", ""]
             lines += [f"Nothing was run at `{scale}`: {_why_not(paper, scale)}", ""]
             continue
         complete = [v for v in verdicts if v.complete]
         if scale == "small":
-            lines += [line for part in paragraphs(paper.outcome) for line in (part, "")]
-        lines += [_summary(complete, scale), "", _hardware(results, paper, scale), ""]
+            lines += [line for part in paper.outcome for line in (part, "")]
+        lines += [_summary(complete, scale), "", _hardware(records), ""]
         lines += [f"## Claims, `{scale}`", "", markdown(_claims(verdicts)), ""]
         if scale == "small":
             lines += _causes(paper, complete) + _changes(paper)
@@ -306,8 +304,7 @@ def _summary(verdicts: Sequence[Verdict], scale: Scale) -> str:
     )
 
 
-def _hardware(results: Results, paper: Paper, scale: Scale) -> str:
-    records = _all_records(results, [paper], scale)
+def _hardware(records: Sequence[Record]) -> str:
     kinds = sorted(
         {
             f"{r.machine['gpu'] or r.machine['cpu']}, {r.machine['threads']} threads a run, "
@@ -316,10 +313,10 @@ def _hardware(results: Results, paper: Paper, scale: Scale) -> str:
         }
     )
     seeds = sorted({r.seed for r in records})
-    hours = sum(r.seconds for r in records) / 3600
     return (
         f"Measured on {'; '.join(kinds)}. Seeds {', '.join(map(str, seeds))}; "
-        f"{hours:.1f} hours of runs in all (of what was interrupted, since the last time)."
+        f"{_hours(records):.1f} hours of runs in all "
+        "(of what was interrupted, since the last time)."
     )
 
 
@@ -362,7 +359,7 @@ def _changes(paper: Paper) -> list[str]:
 
 def _exhibit(results: Results, paper: Paper, exhibit: Exhibit, scale: Scale) -> list[str]:
     lines = [f"### {exhibit.name}: {exhibit.title}", ""]
-    if not _measured(results, paper, exhibit.runs, scale):
+    if not _measured(results, paper, exhibit, scale):
         return [*lines, "Not run.", ""]
     if exhibit.draw is not None:
         lines += [f"![{exhibit.title}]({picture(paper, exhibit, scale)})", ""]

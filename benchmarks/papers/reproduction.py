@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 from matplotlib.figure import Figure
@@ -168,7 +168,7 @@ class Paper:
         exhibits: what is shown.
         claims: what is decided.
         differences: what is other than in the paper, and why; a sentence each.
-        outcome: what came out at ``small``, in short.
+        outcome: what came out at ``small``, in short; a paragraph each.
         causes: of claims that were not reproduced, by name: why, as far as it is known. They and
             the outcome alone are written after the runs.
     """
@@ -180,7 +180,7 @@ class Paper:
     exhibits: tuple[Exhibit, ...]
     claims: tuple[Claim, ...]
     differences: tuple[str, ...]
-    outcome: str
+    outcome: tuple[str, ...]
     causes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -198,26 +198,22 @@ class Paper:
             raise ValueError(f"{self.key}: causes of claims that there are not: {unknown}")
 
     def run(self, name: str) -> Run:
-        """Returns the run of that name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for run in self.runs:
-            if run.name == name:
-                return run
-        raise KeyError(name)
+        """Returns the run of that name; a ``KeyError`` tells that there is none."""
+        return _named(self.runs, name)
 
     def exhibit(self, name: str) -> Exhibit:
-        """Returns the exhibit of that name.
+        """Returns the exhibit of that name; a ``KeyError`` tells that there is none."""
+        return _named(self.exhibits, name)
 
-        Raises:
-            KeyError: there is none.
-        """
-        for exhibit in self.exhibits:
-            if exhibit.name == name:
-                return exhibit
-        raise KeyError(name)
+
+_Part = TypeVar("_Part", Run, Exhibit)
+
+
+def _named(parts: Iterable[_Part], name: str) -> _Part:
+    for part in parts:
+        if part.name == name:
+            return part
+    raise KeyError(name)
 
 
 def mean(values: Iterable[float]) -> float:

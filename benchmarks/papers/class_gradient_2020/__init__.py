@@ -132,6 +132,6 @@ PAPER: Final = Paper(
     exhibits=EXHIBITS,
     claims=CLAIMS,
     differences=paragraphs(_DIFFERENCES),
-    outcome=_OUTCOME,
+    outcome=paragraphs(_OUTCOME),
     causes=_CAUSES,
 )

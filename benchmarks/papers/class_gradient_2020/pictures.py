@@ -33,11 +33,12 @@ _STYLES: Final = {
 }
 _RATES: Final = ("resnet9", "resnet9-orthogonal", "resnet9-damped")
 _ALL_RATES: Final = (*_RATES, "resnet9-readings")
-_METHODS: Final = {name: label for name, (label, _, _) in _STYLES.items()} | {
+_METHODS: Final = {name: _STYLES[name][0] for name in ("printed", "orthogonal")} | {
     "slowed": "with Newton's rate 1 - μ",
     "added": "with 1 added to each λ",
     "damped": "damped, by both",
 }
+"""The rows of Tables 1 and 2 beneath SGD's."""
 _BATCHES: Final = ("batch-sizes", "batch-sizes-orthogonal", "batch-sizes-damped")
 _CROSSES: Final = {"sgd": 14.0, "printed": 11.0, "orthogonal": 7.5, "damped": 4.5}
 """Sizes, so that crosses at one place do not hide one another: later ones are smaller."""
@@ -199,12 +200,12 @@ def _beside(raws: RawOfSeeds, printed: Mapping[str, tuple[float, float]], end: E
         }
         ours = ends.get("sgd", {})
         rows.append([rate, "SGD", f"{sgd:g}", over_seeds(ours.values()), "", ""])
-        for method in ("printed", "orthogonal", "slowed", "added", "damped"):
+        for method, label in _METHODS.items():
             theirs = ends.get(method, {})
             gains = [theirs[seed] - ours[seed] for seed in theirs if seed in ours]
             paper = [f"{newton:g}", f"{newton - sgd:+.4g}"] if method == "printed" else ["–", "–"]
             mine = [over_seeds(theirs.values()), over_seeds(gains)]
-            rows.append([rate, _METHODS[method], paper[0], mine[0], paper[1], mine[1]])
+            rows.append([rate, label, paper[0], mine[0], paper[1], mine[1]])
     return rows
 
 

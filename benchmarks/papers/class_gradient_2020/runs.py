@@ -110,13 +110,13 @@ def optimizer_of(
     subspace = so.ClassGradientSubspace(
         model, classes, decay=DECAY, orthogonal=method == "orthogonal"
     )
-    calm = {}
-    if method in ("slowed", "damped"):
-        calm["newton_lr"] = 1 - momentum
-    if method in ("added", "damped"):
-        calm["damping"] = 1.0
     optimizer = so.ClassGradientQuasiNewton(
-        model.parameters(), lr=lr, momentum=momentum, subspace=subspace, **calm
+        model.parameters(),
+        lr=lr,
+        momentum=momentum,
+        newton_lr=1 - momentum if method in ("slowed", "damped") else 1.0,
+        damping=1.0 if method in ("added", "damped") else 0.0,
+        subspace=subspace,
     )
     return optimizer, subspace
 

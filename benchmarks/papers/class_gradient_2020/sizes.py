@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from benchmarks.papers.class_gradient_2020.runs import (
+    Method,
     measure_batches,
     measure_class_gradients,
     measure_cost,
@@ -50,38 +51,43 @@ _CLASSES: Final = {
     "probes": 10,
 }
 
+
+def _rates(name: str, what: str, methods: tuple[Method, ...], **other: Any) -> Run:
+    """ResNet9 at several rates; ``other``: of the run."""
+    size = {"methods": methods}
+    return Run(name, what, measure_rates, _RESNET9 | size, _RESNET9_PAPER | size, **other)
+
+
+def _batches(name: str, what: str, methods: tuple[Method, ...], **other: Any) -> Run:
+    """A small CNN with several batch sizes; ``other``: of the run."""
+    size = {"methods": methods}
+    return Run(name, what, measure_batches, _MNIST | size, _MNIST_PAPER | size, version=2, **other)
+
+
 RUNS: Final = (
-    Run(
+    _rates(
         "resnet9",
         "ResNet9 on CIFAR-10 by SGD and by the quasi-Newton method as printed, at three rates",
-        measure_rates,
-        _RESNET9 | {"methods": ("sgd", "printed")},
-        _RESNET9_PAPER | {"methods": ("sgd", "printed")},
+        ("sgd", "printed"),
         version=3,
         seeds=4,
     ),
-    Run(
+    _rates(
         "resnet9-orthogonal",
         "the same by the quasi-Newton method with orthogonal vectors in eq. 15",
-        measure_rates,
-        _RESNET9 | {"methods": ("orthogonal",)},
-        _RESNET9_PAPER | {"methods": ("orthogonal",)},
+        ("orthogonal",),
         version=3,
     ),
-    Run(
+    _rates(
         "resnet9-damped",
         "the same by the damped quasi-Newton method",
-        measure_rates,
-        _RESNET9 | {"methods": ("damped",)},
-        _RESNET9_PAPER | {"methods": ("damped",)},
+        ("damped",),
         version=3,
     ),
-    Run(
+    _rates(
         "resnet9-readings",
         "the same with one of the two that make the damped method, the other as printed",
-        measure_rates,
-        _RESNET9 | {"methods": ("slowed", "added")},
-        _RESNET9_PAPER | {"methods": ("slowed", "added")},
+        ("slowed", "added"),
     ),
     Run(
         "above-0.1",
@@ -91,30 +97,21 @@ RUNS: Final = (
         _RESNET9_PAPER | _ABOVE,
         version=3,
     ),
-    Run(
+    _batches(
         "batch-sizes",
         "a small CNN on MNIST by SGD and by the quasi-Newton method as printed",
-        measure_batches,
-        _MNIST | {"methods": ("sgd", "printed")},
-        _MNIST_PAPER | {"methods": ("sgd", "printed")},
-        version=2,
+        ("sgd", "printed"),
         seeds=4,
     ),
-    Run(
+    _batches(
         "batch-sizes-orthogonal",
         "the same by the quasi-Newton method with orthogonal vectors in eq. 15",
-        measure_batches,
-        _MNIST | {"methods": ("orthogonal",)},
-        _MNIST_PAPER | {"methods": ("orthogonal",)},
-        version=2,
+        ("orthogonal",),
     ),
-    Run(
+    _batches(
         "batch-sizes-damped",
         "the same by the damped quasi-Newton method",
-        measure_batches,
-        _MNIST | {"methods": ("damped",)},
-        _MNIST_PAPER | {"methods": ("damped",)},
-        version=2,
+        ("damped",),
     ),
     Run(
         "class-gradients",

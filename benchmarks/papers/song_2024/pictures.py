@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any, Final
 
 import numpy as np
@@ -132,7 +133,7 @@ def table_of_switches(raws: RawOfSeeds) -> Rows:
             "step of the switch, by seed",
             "where the average reached 0.95",
             "χ_k at the start",
-            "above 0.9 from step",
+            f"above {ALIGNED} from step",
             "mean χ_k after the switch",
         ]
     ]
@@ -154,12 +155,10 @@ def table_of_switches(raws: RawOfSeeds) -> Rows:
 
 def _aligned_from(raw: Raw) -> str:
     """The first measured step of the warm-up from which on χ_k is at least 0.9 up to its end."""
-    warmup, found = raw["phases"]["warmup"], "–"
-    for step, chi in zip(reversed(warmup["step"]), reversed(warmup["chi_gradient"]), strict=True):
-        if not chi >= ALIGNED:
-            break
-        found = f"{step:,}"
-    return found
+    warmup = raw["phases"]["warmup"]
+    backward = zip(reversed(warmup["step"]), reversed(warmup["chi_gradient"]), strict=True)
+    aligned = [step for step, _ in takewhile(lambda row: row[1] >= ALIGNED, backward)]
+    return f"{aligned[-1]:,}" if aligned else "–"
 
 
 def distances_of_branches(raws: RawOfSeeds) -> Figure:
@@ -354,10 +353,10 @@ def table_of_rates(
 # --- the exhibits ------------------------------------------------------------------------------
 
 
-_OTHERS: Final = (
+_PREMISE: Final = (
     "Where the gradient is not dominant (the table of the switches), a panel tells nothing of that."
 )
-_AVERAGE: Final = (
+_ALIGNMENT: Final = (
     "In the paper χ_k reaches 1 after a few early steps, and stays near it. The average, of the "
     "first seed, starts from 0, so that its first point is half of χ_k: a rise from there need not "
     "be one of χ_k."
@@ -377,12 +376,12 @@ def _critical(
         aligned: (
             "χ_k of the gradient along SGD",
             alignment_along_sgd,
-            _AVERAGE,
+            _ALIGNMENT,
         ),
         loss: (
             "Training loss of SGD and its projections",
             losses_of_branches,
-            f"In the paper training stops with Dom-SGD, and goes on with {others}. {_OTHERS}",
+            f"In the paper training stops with Dom-SGD, and goes on with {others}. {_PREMISE}",
         ),
     }
     return [
@@ -490,7 +489,7 @@ _EXHIBITS: Final = (
         MSE,
         draw=distances_of_branches,
         note="In the paper Dom-SGD makes no further progress, in contrast to SGD and Bulk-SGD. "
-        f"{_OTHERS}",
+        f"{_PREMISE}",
     ),
     Exhibit(
         "switches",

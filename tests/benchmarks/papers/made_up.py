@@ -61,8 +61,5 @@ PAPER = Paper(
     ),
     differences=("There is no paper.",),
     causes={"up": "It is told.", "fast": "It is slow."},
-    outcome="""
-        Lines go
-        up.
-    """,
+    outcome=("Lines go up.",),
 )

@@ -130,5 +130,5 @@ def test_a_paper_is_consistent():
     with pytest.raises(ValueError, match="occurs twice"):
         replace(PAPER, runs=(PAPER.runs[0], PAPER.runs[0]))
     with pytest.raises(ValueError, match=r"table-1 needs runs that there are not: \{'flat'\}"):
-        Paper("a", "b", "c", PAPER.runs[:1], PAPER.exhibits, (), (), "")
+        Paper("a", "b", "c", PAPER.runs[:1], PAPER.exhibits, (), (), ())
     assert paragraphs("\na b\nc\n\nd\n") == ("a b c", "d")
