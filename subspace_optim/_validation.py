@@ -38,6 +38,14 @@ class SecondDerivativeError(RuntimeError):
     """A model part without a second derivative: a fused kernel, a function made for one pass."""
 
 
+class NotOneFunctionError(RuntimeError):
+    """A loss that is not one function of parameters and data, or not the mean it is taken for."""
+
+
+class InconsistentDerivativeError(RuntimeError):
+    """A gradient or a product that is not the derivative of the user's loss."""
+
+
 class ConvergenceWarning(UserWarning):
     """An eigensolve that stopped before it reached the accuracy that was asked for."""
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from subspace_optim._validation import (
@@ -21,15 +19,15 @@ from subspace_optim._validation import (
     check_integer,
     check_number,
 )
-from subspace_optim.curvature.differentiation import Slopes, refuse_reentrant_checkpoints
+from subspace_optim.curvature.evaluation import Point, Slopes, refuse_reentrant_checkpoints
 from subspace_optim.curvature.isolation import full_precision, random_state_kept
-from subspace_optim.curvature.objective import Holder, unwrapped
-from subspace_optim.curvature.parameters import ParameterSpace, digest
+from subspace_optim.curvature.objective import WrittenOut, unwrapped
+from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, Params, digest
 from subspace_optim.curvature.ranks import Ranks
+from subspace_optim.curvature.surroundings import ALONE, Surroundings
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
 # Where C backward passes are faster than one that is batched. Measured on CPU, C = 10, batches of
 # 500: 52 against 63 ms for an MLP, 2.1 against 4.5 s for a CNN, whose convolutions become grouped.
 _LOOPED = ("cpu",)
@@ -142,7 +140,7 @@ class ClassGradientSubspace:
         *,
         decay: float = 0.9,
         orthogonal: bool = False,
-        params: Iterable[Tensor] | None = None,
+        params: Params = None,
         coupled: bool | None = None,
         process_group: Any = None,
     ) -> None:
@@ -165,7 +163,8 @@ class ClassGradientSubspace:
         self.orthogonal = orthogonal
         self.coupled = coupled
         self.stats = ClassGradientStats()
-        self._holder = Holder(self.model)
+        self._written: list[Tensor] = []  # what the forward pass writes to, beside buffers
+        self._watched = False
         self._averages: _Averages | None = None
         self._given: LowRankCurvature | EigenBasis | None = None
 
@@ -197,7 +196,7 @@ class ClassGradientSubspace:
         """
         start = time.perf_counter()
         device, C, P = self.parameters.device, self.num_classes, self.parameters.size
-        with full_precision(device, fused=True), random_state_kept(device, None):
+        with ALONE, full_precision(device, fused=True), random_state_kept(device, None):
             self._agree()
             sums = self._ranks.total(
                 (C * (P + 2),), self.parameters.dtype, device, lambda sums: self._add_to(sums, x, y)
@@ -285,7 +284,7 @@ class ClassGradientSubspace:
         gradients, spreads, counts = self._split(sums)
         y, found = self._checked(x, y)
         counts += torch.tensor(found, dtype=counts.dtype, device=counts.device)
-        leaves, state = self._leaves()
+        point = self._point()
         x = self._input(x)
 
         seen: list[tuple[Tensor, Tensor]] = []  # logits, and the classes
@@ -297,7 +296,7 @@ class ClassGradientSubspace:
             seen.append((logits.detach(), y))
             own = logits.gather(1, y[:, None])[:, 0]
             scores = own.new_zeros(len(spreads)).index_add(0, y, own)
-            for k, slopes in _gradients(scores, present, leaves):
+            for k, slopes in _gradients(scores, present, point.leaves):
                 for view, slope in zip(
                     self.parameters.unflatten(gradients[k]), slopes, strict=True
                 ):
@@ -305,20 +304,17 @@ class ClassGradientSubspace:
                         view.copy_(slope)
 
         coupled = _are_coupled(self.model) if self.coupled is None else self.coupled
+        seed = int(torch.randint(2**31, ()))  # masks follow the present random state
         present = [k for k, n in enumerate(found) if n]
         if coupled:
-            self._at(state, partial(add, x, y, present))
+            with self._evaluating(point, seed):
+                add(x, y, present)
         else:
             parts = y.argsort(stable=True).split(found)
 
-            def add_class(k: int) -> None:  # the gradient of class k needs its examples only
-                add(self._examples(x, parts[k]), y[parts[k]], [k])
-
-            if any(True for _ in self.model.buffers()):  # as they are now, for every class
-                for k in present:
-                    self._at(state, partial(add_class, k))
-            else:
-                self._at(state, lambda: _for_each(present, add_class))
+            for k in present:  # the gradient of class k needs its examples only
+                with self._evaluating(point, seed + k):
+                    add(self._examples(x, parts[k]), y[parts[k]], [k])
         logits, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
         spreads.index_add_(0, y, _spread(logits, y).to(spreads.dtype))
 
@@ -355,8 +351,8 @@ class ClassGradientSubspace:
         """Returns a tensor on the model's device, of the precision of its copies."""
         if not isinstance(x, Tensor):
             return x
-        upcast = any(p.dtype in _LOW_PRECISION for p in self.model.parameters())
-        low = upcast and x.dtype in _LOW_PRECISION
+        upcast = any(p.dtype in LOW_PRECISION for p in self.model.parameters())
+        low = upcast and x.dtype in LOW_PRECISION
         return x.to(self.parameters.device, torch.float32 if low else x.dtype)
 
     def _examples(self, x: Any, indices: Tensor) -> Any:
@@ -371,25 +367,20 @@ class ClassGradientSubspace:
             allowed = "a tensor, or what takes a tensor of indices: x[indices]"
             raise ArgumentError("x", type(x).__name__, allowed, f"It raised: {error}") from error
 
-    def _leaves(self) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Views of the parameters, low precision as float32 copies; first those to move."""
-        chosen = set(self.parameters.names)
-        state = {}
-        for name, p in self.model.named_parameters():
-            q = p.detach().to(torch.float32 if p.dtype in _LOW_PRECISION else p.dtype)
-            state[f"model.{name}"] = q.requires_grad_(name in chosen)
-        return [state[f"model.{name}"] for name in self.parameters.names], state
+    @contextmanager
+    def _evaluating(self, point: Point, seed: int) -> Iterator[None]:
+        with point.at(seed), WrittenOut():
+            if self._watched:
+                yield
+                return
+            with point.surroundings.writes() as seen:
+                yield
+            self._written, self._watched = seen, True
 
-    def _at(self, state: dict[str, Tensor], action: Callable[[], None]) -> None:
-        """Does ``action`` with these parameters in the model, and copies of its buffers.
-
-        The backward pass too is done there: checkpointed parts run the model again in it.
-        """
-        buffers = {}
-        for name, buffer in self.model.named_buffers():
-            dtype = torch.float32 if buffer.dtype in _LOW_PRECISION else buffer.dtype
-            buffers[f"model.{name}"] = buffer.detach().to(dtype, copy=True)
-        functional_call(self._holder, state | buffers, (action,))
+    def _point(self) -> Point:
+        """Returns the present parameters, low precision as float32 copies."""
+        surroundings = Surroundings(self.model, None, self.parameters.device)
+        return Point(self.parameters.tensors, surroundings, in_place=False, written=self._written)
 
     def _logits(self, x: Any, examples: int) -> Tensor:
         """Returns ``model(x)``.
@@ -450,11 +441,6 @@ class ClassGradientSubspace:
         inverse = torch.where(seen, inverse, 1.0).to(gradients.dtype)
         gradients.mul_(inverse[:, None])
         return _Averages(gradients, torch.where(seen, norms, known), squares, updates)
-
-
-def _for_each(classes: list[int], action: Callable[[int], None]) -> None:
-    for k in classes:
-        action(k)
 
 
 def _are_coupled(model: nn.Module) -> bool:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from subspace_optim._validation import check_number
-from subspace_optim.curvature.differentiation import Linearisation, LossAt, Slopes, first_order
+from subspace_optim.curvature.evaluation import (
+    Evaluate,
+    Linearisation,
+    Point,
+    Slopes,
+    first_order,
+    gradient_at,
+)
 from subspace_optim.curvature.isolation import Mode
 from subspace_optim.curvature.mean_loss import MeanLossOperator
 from subspace_optim.curvature.objective import OfBatch
+from subspace_optim.curvature.parameters import Params, length
+from subspace_optim.curvature.proof import Products
 
 
 class FiniteDifferenceHessian(MeanLossOperator):
@@ -25,7 +34,8 @@ class FiniteDifferenceHessian(MeanLossOperator):
 
     For models with fused kernels, or functions made for one backward pass: it needs gradients
     only, and leaves every kernel as it is. Where ``HessianOperator`` works, it is faster and
-    exact. θ is never moved: perturbed copies take its place.
+    exact. Nothing is written to the parameters: they hold perturbed copies for the time of a
+    gradient.
 
     The step is the best one under two assumptions: gradients have a relative error u, and the
     loss changes its shape over a length ℓ, so that with λ = ‖H‖ a gradient is of size λℓ and
@@ -61,12 +71,15 @@ class FiniteDifferenceHessian(MeanLossOperator):
         rounding: u, the relative error of gradients (default: the machine epsilon of the dtype).
             For kernels that compute in bf16 take about 1e-4: their roundings partly cancel.
         process_group: sums over its ranks, as in ``HessianOperator`` (default: none).
+        verify: whether it proves, as ``HessianOperator`` does, that the loss is one function and
+            the gradient the user's. Its products are differences of these by definition.
 
     Raises:
         ArgumentError: an argument that cannot be used; the message names the way out.
     """
 
     _fused_kernels: ClassVar[bool] = True
+    _products: ClassVar[Products] = "differences"
 
     def __init__(
         self,
@@ -74,12 +87,13 @@ class FiniteDifferenceHessian(MeanLossOperator):
         loss_fn: Callable[[Any, Any], Tensor] | OfBatch,
         data: Any,
         *,
-        params: Iterable[Tensor] | None = None,
+        params: Params = None,
         mode: Mode | None = None,
         memory_budget: int | None = None,
         seed: int = 0,
         rounding: float | None = None,
         process_group: Any = None,
+        verify: bool = True,
     ) -> None:
         if rounding is not None:
             check_number("rounding", rounding, exclusive=True)
@@ -92,6 +106,7 @@ class FiniteDifferenceHessian(MeanLossOperator):
             memory_budget=memory_budget,
             seed=seed,
             process_group=process_group,
+            verify=verify,
         )
         self._rounding = rounding
         self.stats.engine = "finite_difference"
@@ -112,15 +127,17 @@ class FiniteDifferenceHessian(MeanLossOperator):
         self.stats.gradients += 2 * len(vectors)
         return products
 
-    def _linearise(self, loss_at: LossAt, leaves: Sequence[Tensor]) -> Linearisation:
-        step = (3 * self.rounding) ** (1 / 3) * _length(leaves)
+    def _linearise(self, evaluate: Evaluate, point: Point) -> Linearisation:
+        leaves = point.leaves
+        step = (3 * self.rounding) ** (1 / 3) * length(leaves)
 
         def gradient(direction: list[Tensor], distance: Tensor) -> Slopes:
             moved = [
-                torch.add(p.detach(), d * distance).to(p.dtype).requires_grad_()
+                torch.add(p.detach(), d * distance).to(p.dtype)
                 for p, d in zip(leaves, direction, strict=True)
             ]
-            return first_order(loss_at, moved).slopes
+            with point.at(evaluate.seed), point.displaced(moved) as there:
+                return gradient_at(evaluate, there).slopes
 
         def product(v: list[Tensor]) -> Slopes:
             norm = torch.stack([torch.linalg.vector_norm(piece) for piece in v]).norm()
@@ -131,17 +148,6 @@ class FiniteDifferenceHessian(MeanLossOperator):
                 for a, b in zip(ahead, behind, strict=True)
             ]
 
-        batch = first_order(loss_at, leaves)
+        batch = first_order(evaluate, point)
         batch.product = product
         return batch
-
-
-def _length(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns ℓ, the median of ``‖W‖ / n^{1/4}`` over the matrices; 1 where they are zero.
-
-    The lower median, over what is not zero: neither an embedding's large norm nor a layer that
-    starts at zero decides.
-    """
-    matrices = [t.detach() for t in tensors if t.dim() > 1] or [t.detach() for t in tensors]
-    lengths = torch.stack([t.double().norm() / t.numel() ** 0.25 for t in matrices])
-    return torch.where(lengths > 0, lengths, torch.nan).nanmedian().nan_to_num(1.0)

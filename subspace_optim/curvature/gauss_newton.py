@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.curvature.differentiation import (
+from subspace_optim.curvature.evaluation import (
+    Evaluate,
     Linearisation,
-    LossAt,
+    Point,
     Slopes,
     explained,
     refuse_functions_of_one_pass,
@@ -22,6 +23,8 @@ from subspace_optim.curvature.differentiation import (
 from subspace_optim.curvature.isolation import Mode
 from subspace_optim.curvature.mean_loss import MeanLossOperator
 from subspace_optim.curvature.objective import BatchLoss, OfBatch
+from subspace_optim.curvature.parameters import Params
+from subspace_optim.curvature.proof import Products
 
 _NO_OUTPUT = (
     "batch_loss",
@@ -61,6 +64,8 @@ class GaussNewtonOperator(MeanLossOperator):
         memory_budget: bytes for what is kept (default: a quarter of the memory that is free).
         seed: of the dropout masks.
         process_group: sums over its ranks, as in ``HessianOperator`` (default: none).
+        verify: whether it proves itself, as ``HessianOperator`` does: that its products are
+            symmetric, and the rest.
 
     Products raise what those of ``HessianOperator`` do, and ``ArgumentError`` for an output that
     holds anything but real tensors, and for a loss that looks at the parameters themselves.
@@ -69,17 +74,20 @@ class GaussNewtonOperator(MeanLossOperator):
         ArgumentError: an argument that cannot be used; the message names the way out.
     """
 
+    _products: ClassVar[Products] = "symmetric"
+
     def __init__(
         self,
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
         data: Any,
         *,
-        params: Iterable[Tensor] | None = None,
+        params: Params = None,
         mode: Mode | None = None,
         memory_budget: int | None = None,
         seed: int = 0,
         process_group: Any = None,
+        verify: bool = True,
     ) -> None:
         if isinstance(loss_fn, OfBatch):
             raise ArgumentError(*_NO_OUTPUT)
@@ -93,7 +101,9 @@ class GaussNewtonOperator(MeanLossOperator):
             memory_budget=memory_budget,
             seed=seed,
             process_group=process_group,
+            verify=verify,
         )
+        self._user_loss = loss_fn
         self.stats.engine = "double_backward"
 
     @classmethod
@@ -111,10 +121,10 @@ class GaussNewtonOperator(MeanLossOperator):
         """
         raise ArgumentError(*_NO_OUTPUT)
 
-    def _linearise(self, loss_at: LossAt, leaves: Sequence[Tensor]) -> Linearisation:
+    def _linearise(self, evaluate: Evaluate, point: Point) -> Linearisation:
         with explained(), self._loss.split() as ends:
-            loss, weight = loss_at(leaves)
-            return gauss_newton(loss, weight, ends, leaves)
+            loss, weight = evaluate()
+            return gauss_newton(loss, weight, ends, point.leaves)
 
 
 class SplitLoss:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from subspace_optim._validation import ArgumentError, EngineWarning
-from subspace_optim.curvature.differentiation import (
+from subspace_optim._validation import (
+    ArgumentError,
+    EngineWarning,
+    InconsistentDerivativeError,
+)
+from subspace_optim.curvature.evaluation import (
     ENGINES,
+    Evaluate,
     Linearisation,
-    LossAt,
+    Point,
     double_backward,
 )
 from subspace_optim.curvature.isolation import Mode
 from subspace_optim.curvature.mean_loss import MeanLossOperator
 from subspace_optim.curvature.objective import OfBatch
+from subspace_optim.curvature.parameters import Params
+from subspace_optim.curvature.proof import Report
 
-Engine = Literal["double_backward", "func"]
+Engine = Literal["auto", "func", "double_backward"]
 
 
 class HessianOperator(MeanLossOperator):
@@ -29,9 +36,16 @@ class HessianOperator(MeanLossOperator):
         H v = \nabla_\theta \langle \nabla_\theta L(\theta), v \rangle, \qquad
         L(\theta) = \frac{1}{N} \sum_b n_b \, \ell(f_\theta(x_b), y_b), \quad N = \sum_b n_b
 
-    It differentiates the function that training minimises: the model in its current mode, with
-    dropout masks fixed by ``seed``, batch statistics of each batch of ``data``, and no autocast.
+    It differentiates the function that training minimises: the user's own model in its current
+    mode, with all that draws at random seeded, batch statistics of each batch of ``data``, and no
+    autocast, neither around the model nor inside of it. What an evaluation changes is put back:
+    buffers, generators, and the attributes, lists and closures that model and loss can reach.
     bf16 and fp16 parameters are differentiated through float32 copies.
+
+    At its first use, and again where the structure of the model has changed, it proves itself on
+    a few examples: that the loss is one function, that the gradient is the one of
+    ``loss.backward()``, that products are its derivative and symmetric, and that two batches
+    together are the mean of both. ``check()`` does so at any time, with a report.
 
     The graph of each batch's gradient is kept and reused for every product at the same
     parameters, as long as all of them fit ``memory_budget``; the batches beyond it stream, their
@@ -54,18 +68,21 @@ class HessianOperator(MeanLossOperator):
         mode: ``"train"`` or ``"eval"`` (default: the mode that the model is in).
         memory_budget: bytes for kept graphs (default: a quarter of the memory that is free).
         seed: of the dropout masks.
-        engine: ``"double_backward"``, two passes of ``torch.autograd``, or ``"func"``, where
-            ``torch.func.grad`` transforms the loss and its gradient is differentiated. Both give
-            the same products at the same cost. ``"func"`` builds graphs more slowly (a tenth to
-            a half of a gradient on usual networks, several gradients on tiny ones), and for
-            models that it cannot transform, such as those with checkpointed parts or functions
-            without ``setup_context``, the other engine is used, with an ``EngineWarning``.
+        engine: ``"func"``, the ``vjp`` of ``torch.func.grad``, at leaves that stand in the places
+            of the parameters for the time of an evaluation; ``"double_backward"``, two passes of
+            ``torch.autograd`` at the parameters themselves, for losses that reach them past the
+            modules (lists, closures, caches) and for what ``torch.func`` cannot transform
+            (checkpointed parts, functions without ``setup_context``, gradients inside of the
+            loss); or ``"auto"``, the first of these that proves right. ``stats.engine`` tells
+            which it is. Both give the same products at the same cost.
         process_group: sums over its ranks, each with its own part of the data (default: none).
+        verify: whether it proves itself.
 
     Products and gradients raise ``ArgumentError`` for a loss that is no scalar and for batches
     that are no pairs, ``NonFiniteError`` for a loss that is not finite, ``DataChangedError`` for
-    a pass whose data differ from the first, and products ``SecondDerivativeError`` for a part of
-    the model that has none: ``FiniteDifferenceHessian`` is for those.
+    a pass whose data differ from the first, ``NotOneFunctionError`` and
+    ``InconsistentDerivativeError`` for a proof that fails, and products ``SecondDerivativeError``
+    for a part of the model that has none: ``FiniteDifferenceHessian`` is for those.
 
     Raises:
         ArgumentError: an argument that cannot be used; the message names the way out.
@@ -77,15 +94,16 @@ class HessianOperator(MeanLossOperator):
         loss_fn: Callable[[Any, Any], Tensor] | OfBatch,
         data: Any,
         *,
-        params: Iterable[Tensor] | None = None,
+        params: Params = None,
         mode: Mode | None = None,
         memory_budget: int | None = None,
         seed: int = 0,
-        engine: Engine = "double_backward",
+        engine: Engine = "auto",
         process_group: Any = None,
+        verify: bool = True,
     ) -> None:
-        if engine not in ENGINES:
-            raise ArgumentError("engine", engine, "'double_backward' or 'func'")
+        if engine not in ("auto", *ENGINES):
+            raise ArgumentError("engine", engine, "'auto', 'func' or 'double_backward'")
         super().__init__(
             model,
             loss_fn,
@@ -95,22 +113,57 @@ class HessianOperator(MeanLossOperator):
             memory_budget=memory_budget,
             seed=seed,
             process_group=process_group,
+            verify=verify,
         )
-        self.stats.engine = engine
+        self._asked_for_func = engine == "func"
+        # What nobody proves differentiates by the parameters themselves: that cannot miss one.
+        preferred = "func" if verify else "double_backward"
+        self.stats.engine = preferred if engine == "auto" else engine
 
-    def _linearise(self, loss_at: LossAt, leaves: Sequence[Tensor]) -> Linearisation:
-        if self.stats.engine == "double_backward":
-            return double_backward(loss_at, leaves)
+    def check(self) -> Report:
+        """Proves the operator at the present parameters, and tells what came out.
+
+        Returns:
+            What was compared and how far it was off, with a verdict, for the engine at present;
+            for double backward where ``torch.func`` cannot transform the model. Nothing is raised
+            for a proof that fails.
+        """
+        engine = self.stats.engine
         try:
-            return ENGINES[self.stats.engine](loss_at, leaves)
-        except Exception as error:  # noqa: BLE001 (the model's own errors the other engine raises too)
-            linearisation = double_backward(loss_at, leaves)
+            return super().check()
+        except Exception:
+            if engine != "func":
+                raise
+            self.stats.engine = "double_backward"
+            return super().check()
+        finally:
+            self.stats.engine = engine
+
+    def _linearise(self, evaluate: Evaluate, point: Point) -> Linearisation:
+        if self.stats.engine == "func":
+            return ENGINES["func"](evaluate, point)
+        return double_backward(evaluate, point)
+
+    def _prove(self, point: Point, *, products: bool) -> Point:
+        """Proves products by ``torch.func``, or else those by double backward."""
+        if self.stats.engine != "func":
+            return super()._prove(point, products=products)
+        try:
+            return super()._prove(point, products=products)
+        except Exception as caught:  # noqa: BLE001 (one of the model's own the other engine raises too)
+            error = caught
+            self.stats.engine = "double_backward"
+            try:
+                proved = self._point_of(point.surroundings, point.key)
+                super()._prove(proved, products=products)
+            except BaseException:
+                self.stats.engine = "func"
+                raise
+        if self._asked_for_func or isinstance(error, InconsistentDerivativeError):
             message = (
-                f"torch.func cannot transform this model ({type(error).__name__}: {error}). The "
-                "engine 'double_backward' takes its place: products are the same and cost the "
-                "same. What is lost is only what 'func' was chosen for, a second way to the "
-                "same numbers."
+                f"Products by torch.func cannot be had of this model ({type(error).__name__}: "
+                f"{error}). The engine 'double_backward' takes their place: it has been proved, "
+                "and costs the same."
             )
             warnings.warn(message, EngineWarning, stacklevel=2)
-            self.stats.engine = "double_backward"
-            return linearisation
+        return proved

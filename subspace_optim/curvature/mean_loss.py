@@ -5,28 +5,33 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from subspace_optim._validation import ArgumentError, NonFiniteError
+from subspace_optim._validation import ArgumentError, DataChangedError, NonFiniteError
 from subspace_optim.curvature.batches import Batches, Supervised
-from subspace_optim.curvature.differentiation import Linearisation, LossAt, Slopes, first_order
-from subspace_optim.curvature.isolation import Mode, full_precision, in_mode, seeded
+from subspace_optim.curvature.evaluation import (
+    Evaluate,
+    Linearisation,
+    Point,
+    Slopes,
+    first_order,
+    value,
+)
+from subspace_optim.curvature.isolation import Mode, full_precision, in_mode
 from subspace_optim.curvature.memory import AllocationMeter, free_memory
 from subspace_optim.curvature.objective import BatchLoss, Objective, OfBatch, unwrapped
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats
-from subspace_optim.curvature.parameters import ParameterSpace, digest
+from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
+from subspace_optim.curvature.proof import Parts, Products, Proof, Report
 from subspace_optim.curvature.ranks import Ranks
+from subspace_optim.curvature.surroundings import ALONE, Surroundings
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
-Result = TypeVar("Result")
-Differentiate = Callable[[LossAt, Sequence[Tensor]], Linearisation]
+Differentiate = Callable[[Evaluate, Point], Linearisation]
 
 
 class MeanLossOperator(CurvatureOperator):
@@ -43,20 +48,25 @@ class MeanLossOperator(CurvatureOperator):
     Args:
         model: called as ``model(x)``. ``DistributedDataParallel`` and ``torch.compile`` wrappers
             are taken off.
-        loss_fn: ``loss_fn(output, target)``, a mean over examples.
+        loss_fn: ``loss_fn(output, target)``, a mean over examples, or a loss of torch's, which is
+            asked what it is a mean over (``averages``).
         data: ``(x, y)``, or any re-iterable of such batches that yields the same ones in every
             pass. Batches are moved to the parameters' device.
-        params: the parameters to differentiate by (default: all that require a gradient).
+        params: the parameters to differentiate by: tensors, a pattern of their names, or a
+            predicate of (name, tensor) (default: all that require a gradient).
         mode: ``"train"`` or ``"eval"`` (default: the mode that the model is in).
         memory_budget: bytes for what is kept (default: a quarter of the memory that is free).
         seed: of the dropout masks.
         process_group: sums over its ranks, each with its own part of the data (default: none).
+        verify: proves the operator at its first use, and again where the model's structure has
+            changed (``proof``).
 
     Raises:
         ArgumentError: an argument that cannot be used; the message names the way out.
     """
 
     _fused_kernels: ClassVar[bool] = False  # whether fused attention may stay fused
+    _products: ClassVar[Products] = "derivative"
 
     def __init__(
         self,
@@ -64,11 +74,12 @@ class MeanLossOperator(CurvatureOperator):
         loss_fn: Callable[[Any, Any], Tensor] | OfBatch,
         data: Any,
         *,
-        params: Iterable[Tensor] | None = None,
+        params: Params = None,
         mode: Mode | None = None,
         memory_budget: int | None = None,
         seed: int = 0,
         process_group: Any = None,
+        verify: bool = True,
     ) -> None:
         self._ranks = Ranks(process_group)
         with self._ranks.all_or_none():
@@ -82,6 +93,8 @@ class MeanLossOperator(CurvatureOperator):
                 isinstance(memory_budget, int | float) and memory_budget >= 0
             ):
                 raise ArgumentError("memory_budget", memory_budget, "a number of bytes, or None")
+            if not isinstance(verify, bool):
+                raise ArgumentError("verify", verify, "True or False")
             self.model = unwrapped(model)
             self.parameters = ParameterSpace(self.model, params)
             batch_loss = loss_fn.function if isinstance(loss_fn, OfBatch) else Supervised(loss_fn)
@@ -91,7 +104,9 @@ class MeanLossOperator(CurvatureOperator):
         self._mode = mode
         self._memory_budget = memory_budget
         self._seed = seed
-        self._point: _Point | None = None
+        self._proof = self._proof_of(demanded=verify)
+        self._user_loss: Any = loss_fn.function if isinstance(loss_fn, OfBatch) else loss_fn
+        self._point: Point | None = None
         self._frozen = False
 
     @classmethod
@@ -116,8 +131,8 @@ class MeanLossOperator(CurvatureOperator):
         return cls(model, OfBatch(batch_loss), data, **options)
 
     @abstractmethod
-    def _linearise(self, loss_at: LossAt, leaves: Sequence[Tensor]) -> Linearisation:
-        """Returns loss, gradient and product of one batch at the parameters ``leaves``."""
+    def _linearise(self, evaluate: Evaluate, point: Point) -> Linearisation:
+        """Returns loss, gradient and product of one batch at ``point``."""
 
     def matvec(self, v: Tensor) -> Tensor:
         """Returns the product with ``v: (P,)``, a new ``(P,)``."""
@@ -132,19 +147,30 @@ class MeanLossOperator(CurvatureOperator):
         if vectors.dim() != 2 or vectors.shape[1] != self.size:
             shape = tuple(vectors.shape)
             raise ArgumentError("the shape of vectors", shape, f"(j, {self.size}), one a row")
-        with self._fixed() as point:
+        with self._fixed(products=True) as point:
             if point.kept is None:
                 self._accumulate(point, self._linearise, keep=True)
             vectors = vectors.to(self.device, self.dtype).contiguous()
 
-            def add_to(products: Tensor) -> None:
-                for batch in self._linearisations(point):
-                    for v, product in zip(vectors, products, strict=True):
-                        slopes = batch.product(self.parameters.unflatten(v))
-                        self._add(slopes, batch.weight, product)
-                    del batch  # before the graph of the next one is built
+            def multiply(batch: Linearisation, products: Tensor) -> None:
+                for v, product in zip(vectors, products, strict=True):
+                    slopes = batch.product(self.parameters.unflatten(v))
+                    self._add(slopes, batch.weight, product)
 
-            products = self._total(point, vectors.shape, self.dtype, add_to)
+            def add_to(products: Tensor) -> None:
+                kept = point.kept or {}
+                if kept:  # at the point: checkpointed parts run the model again
+                    with point.at(self._seed):
+                        for batch in kept.values():
+                            multiply(batch, products)
+                if point.streamed:
+                    for index, data, _ in self._read(point):
+                        if index not in kept:
+                            evaluate = Evaluate(self._objective, data, self._seed_of(index))
+                            with point.at(evaluate.seed):
+                                multiply(self._linearise(evaluate, point), products)
+
+            products = self._ranks.total(vectors.shape, self.dtype, self.device, add_to)
             self.stats.products += len(vectors)
             return products.div_(point.weight)
 
@@ -153,16 +179,51 @@ class MeanLossOperator(CurvatureOperator):
         with self._fixed() as point:
             if point.gradient is None:
                 self._accumulate(point, first_order)
-            gradient: Tensor = point.gradient
-            return gradient.clone()
+            assert point.gradient is not None  # noqa: S101 (the pass has found it)
+            return point.gradient.clone()
 
     def loss(self) -> float:
         """Returns ``L(θ)``, from the gradient's pass where there was one."""
         with self._fixed() as point:
             if point.loss is None:
-                self._accumulate(point, None)
-            loss: float = point.loss
-            return loss
+                self._accumulate(point, value)
+            assert point.loss is not None  # noqa: S101 (the pass has found it)
+            return point.loss
+
+    def check(self) -> Report:
+        """Proves the operator at the present parameters, and tells what came out.
+
+        Returns:
+            What was compared and how far it was off, with a verdict. Nothing is raised for one
+            that fails.
+        """
+        with self._entered():
+            return self._proof.report(self._point_of(self._look()[0]))
+
+    def state(self) -> int:
+        """Returns a number that differs where anything does that the matrix depends on.
+
+        That is all that the operator can see: parameters and buffers of the model, of the loss
+        and of what else they reach, and the mode of every module. All ranks get the same.
+        """
+        with self._entered():
+            tensors, modes = self._look()[1:]
+        own = torch.tensor(hash((int(digest(tensors)), modes)), device=self.device)
+        return int(self._ranks.sum_(own))
+
+    def elsewhere(self) -> tuple[list[Tensor], int]:
+        """Returns what the matrix depends on beside its own parameters.
+
+        Returns:
+            Floating tensors, and a number that differs where anything else does.
+        """
+        own = {id(p) for p in self.parameters.tensors}
+        with self._entered():
+            tensors, modes = self._look()[1:]
+        others = [t for t in tensors if id(t) not in own]
+        moving = [t for t in others if t.is_floating_point() and t.layout == torch.strided]
+        known = {id(t) for t in moving}
+        return moving, hash((int(digest(t for t in others if id(t) not in known)), modes))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -175,35 +236,87 @@ class MeanLossOperator(CurvatureOperator):
         if self._point is not None:
             self._point.kept = None
 
+    # --- parameter states -----------------------------------------------------------------------
+
     @contextmanager
-    def _fixed(self) -> Iterator[_Point]:
+    def _entered(self) -> Iterator[None]:
+        """Alone, in full precision, outside autocast, and in the mode of this operator."""
+        precision = full_precision(self.device, fused=self._fused_kernels)
+        with ALONE, precision, in_mode(self.model, self._mode):
+            yield
+
+    @contextmanager
+    def _fixed(self, *, products: bool = False) -> Iterator[Point]:
         """Enters the present parameter state; inside of another entry, the same one."""
         if self._frozen and self._point is not None:
-            yield self._point
+            yield self._proven(self._point, products=products)
             return
-        precision = full_precision(self.device, fused=self._fused_kernels)
-        with precision, in_mode(self.model, self._mode):
+        with self._entered():
             self._frozen = True
             try:
-                yield self._move_to_current()
+                yield self._proven(self._move_to_current(), products=products)
             finally:
                 self._frozen = False
 
-    def _move_to_current(self) -> _Point:
+    def _look(self) -> tuple[Surroundings, list[Tensor], tuple[bool, ...]]:
+        """Returns what the loss reaches now, the tensors that it depends on, and all modes."""
+        surroundings = Surroundings(self.model, self._user_loss, self.device)
+        modes = tuple(module.training for module in surroundings.modules)
+        return surroundings, surroundings.tensors(), modes
+
+    def _move_to_current(self) -> Point:
         """Returns what is known of the present parameter state; what was of another is dropped."""
-        state = [*self.model.parameters(), *self.model.buffers()]
-        key = (
-            int(digest(state)),
-            self.device,
-            tuple(module.training for module in self.model.modules()),
-        )
+        surroundings, tensors, modes = self._look()
+        # By identity too: parameters that were replaced by equal ones are others to differentiate.
+        own = tuple(map(id, self.parameters.tensors))
+        key = (int(digest(tensors)), modes, self.device, own)
         if self._point is not None and self._point.key != key:
             self._forget()  # first: its graphs are gone before others are built
         self._agree()
         if self._point is None:
-            low = any(p.dtype in _LOW_PRECISION for p in self.model.parameters())
-            self._point = _Point(key, *self._copies(), upcast=low)
+            self._point = self._point_of(surroundings, key)
         return self._point
+
+    def _point_of(self, surroundings: Surroundings, key: object = None) -> Point:
+        return Point(
+            self.parameters.tensors,
+            surroundings,
+            in_place=self.stats.engine != "func",
+            written=self._proof.written,
+            key=key,
+        )
+
+    def _proof_of(self, *, demanded: bool) -> Proof:
+        parts = Parts(
+            self._objective,
+            self.parameters,
+            self.stats,
+            self._seed,
+            self._batches,
+            self._linearise,
+            self._products,
+        )
+        return Proof(parts, demanded=demanded)
+
+    def _proven(self, point: Point, *, products: bool) -> Point:
+        """Proves the operator where that is due.
+
+        Returns:
+            The point; another one, if the proof has changed the engine.
+        """
+        if not self._proof.is_due("products" if products else "function"):
+            return point
+        with self._ranks.all_or_none():
+            proved = self._prove(point, products=products)
+        if proved is not point:
+            self._forget()
+            self._point = proved
+        return proved
+
+    def _prove(self, point: Point, *, products: bool) -> Point:
+        """Returns the point at which the proof succeeded."""
+        self._proof.run(point, products=products)
+        return point
 
     def _agree(self) -> None:
         """Sees to it that all ranks go on from the same parameters and the same knowledge.
@@ -227,26 +340,25 @@ class MeanLossOperator(CurvatureOperator):
         self.release()  # what is kept may know the point that it belongs to
         self._point = None
 
-    def _copies(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copies of parameters and buffers, low precision as float32: training may go on."""
+    # --- passes over the data -------------------------------------------------------------------
 
-        def copy(tensor: Tensor) -> Tensor:
-            low = tensor.dtype in _LOW_PRECISION
-            return tensor.detach().to(torch.float32 if low else tensor.dtype, copy=True)
+    def _read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
+        """Yields the index of each batch, the batch on the device, and its bytes."""
+        self.stats.passes += 1
+        return self._batches.read(self.device, upcast=point.upcast)
 
-        parameters = {n: copy(p) for n, p in self._objective.named_parameters()}
-        for name in self.parameters.names:
-            parameters[f"model.{name}"].requires_grad_()
-        return parameters, {n: copy(b) for n, b in self._objective.named_buffers()}
+    def _seed_of(self, index: int) -> int:
+        """Batches that the ranks take in turn have the masks that one process gives them."""
+        return self._seed + index * self._ranks.size + self._ranks.rank
 
     def _accumulate(
-        self, point: _Point, differentiate: Differentiate | None, *, keep: bool = False
+        self, point: Point, differentiate: Differentiate, *, keep: bool = False
     ) -> None:
         """One pass over the data: loss, gradient, and what of it is kept for products.
 
         Args:
             point: where, and what is found out is added to.
-            differentiate: how; ``None`` for the loss alone.
+            differentiate: how; ``value`` for the loss alone.
             keep: keeps what products need, as long as it fits the budget.
 
         Raises:
@@ -256,25 +368,33 @@ class MeanLossOperator(CurvatureOperator):
         budget = self._budget() if keep else 0.0
         kept: dict[int, Linearisation] = {}
         used = count = 0
-        size = self.size if differentiate else 0
+        size = 0 if differentiate is value else self.size
         gradient = torch.zeros(size, dtype=self.dtype, device=self.device)
 
+        pieces: list[Any] = []
+
         def add_to(sums: Tensor) -> None:
-            nonlocal used, count
-            for index, nbytes, evaluate in self._evaluations(point):
+            nonlocal used, count, pieces
+            for index, batch_of_data, nbytes in self._read(point):
                 count += 1
-                with AllocationMeter() as meter:
-                    batch = evaluate(differentiate)
+                evaluate = Evaluate(self._objective, batch_of_data, self._seed_of(index))
+                if self._proof.is_due("mean"):
+                    pieces = self._proof.see(batch_of_data, pieces)
+                metering = AllocationMeter() if keep else nullcontext()
+                with metering as meter, point.at(evaluate.seed), self._proof.watching(point):
+                    batch = differentiate(evaluate, point)
                 sums += torch.stack([_weighted(batch.loss.double(), batch.weight), batch.weight])
-                if differentiate:
+                if size:
                     self._add(batch.slopes, batch.weight, gradient)
                     batch.slopes = ()  # it has been added up, and is held no longer
-                if keep and used + (held := meter.alive() + nbytes) <= budget:
+                if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
                     used += held
                     kept[index] = batch
-                del batch  # before the graph of the next one is built
+                del batch, evaluate, batch_of_data  # before the graph of the next one is built
+            if pieces:
+                self._proof.mean(point, pieces)
 
-        total, weight = self._total(point, (2,), torch.float64, add_to).tolist()
+        total, weight = self._ranks.total((2,), torch.float64, self.device, add_to).tolist()
         if weight == 0:
             raise ArgumentError("data", "of no examples", "at least one example of weight above 0")
         loss = total / weight if weight > 0 else math.nan
@@ -284,8 +404,10 @@ class MeanLossOperator(CurvatureOperator):
                 "curvature. Lower the learning rate, or look for NaN in parameters and data."
             )
             raise NonFiniteError(message)
+        self._compare(point, loss)
+        self._proof.done("mean")
         point.loss, point.weight = loss, weight
-        if differentiate:
+        if size:
             self.stats.gradients += 1
             point.gradient = self._ranks.sum_(gradient).div_(weight)
         if keep:
@@ -293,70 +415,25 @@ class MeanLossOperator(CurvatureOperator):
             self.stats.graphs_kept, self.stats.graphs_streamed = len(kept), point.streamed
             self.stats.graph_bytes = used
 
-    def _total(
-        self, point: _Point, shape: Sequence[int], dtype: torch.dtype, add_to: Callable[..., None]
-    ) -> Tensor:
-        """Returns the sum over the ranks of what ``add_to`` adds to zeros, done at ``point``.
+    def _compare(self, point: Point, loss: float) -> None:
+        """Compares the loss of a pass with that of an earlier one at the same parameter state.
 
-        The whole pass is done there, since checkpointed parts run the model again in a backward
-        pass.
+        Raises:
+            DataChangedError: they differ: by something that the operator does not see.
         """
-
-        def add(total: Tensor) -> None:
-            self._at(point, lambda: add_to(total))
-
-        return self._ranks.total(shape, dtype, self.device, add)
-
-    def _linearisations(self, point: _Point) -> Iterator[Linearisation]:
-        """Yields every batch, ready for products: the kept ones, then the others one by one."""
-        kept = point.kept or {}
-        yield from kept.values()
-        if point.streamed:
-            for index, _, evaluate in self._evaluations(point):
-                if index not in kept:
-                    yield evaluate(self._linearise)
-
-    def _evaluations(
-        self, point: _Point
-    ) -> Iterator[tuple[int, int, Callable[[Differentiate | None], Linearisation]]]:
-        """Yields for each batch its index, its bytes, and what evaluates it at ``point``."""
-        names = [f"model.{name}" for name in self.parameters.names]
-        leaves = [point.parameters[name] for name in names]
-        self.stats.passes += 1
-
-        for index, batch, nbytes in self._batches.read(self.device, upcast=point.upcast):
-            # Batches that the ranks take in turn have the masks that one process gives them.
-            seed = self._seed + index * self._ranks.size + self._ranks.rank
-
-            def loss_at(
-                parameters: Sequence[Tensor], batch: Any = batch, seed: int = seed
-            ) -> tuple[Tensor, Tensor]:
-                state = dict(zip(names, parameters, strict=True))
-                with seeded(self.device, seed):
-                    return self._at(point, lambda: self._objective.evaluate(batch), state)
-
-            def evaluate(
-                differentiate: Differentiate | None, loss_at: LossAt = loss_at
-            ) -> Linearisation:
-                if differentiate is None:
-                    with torch.no_grad():
-                        return Linearisation(*loss_at(leaves))
-                return differentiate(loss_at, leaves)
-
-            yield index, nbytes, evaluate
-
-    def _at(
-        self,
-        point: _Point,
-        action: Callable[[], Result],
-        parameters: dict[str, Tensor] | None = None,
-    ) -> Result:
-        """Returns ``action()``, done with the model at ``point``, or at these parameters."""
-        # Cloned: batch norm and spectral norm write into their buffers.
-        state = {name: buffer.clone() for name, buffer in point.buffers.items()}
-        state |= point.parameters | (parameters or {})
-        result: Result = functional_call(self._objective, state, (action,))
-        return result
+        epsilon = torch.finfo(self.dtype).eps
+        if point.loss is None or math.isclose(
+            loss, point.loss, rel_tol=epsilon**0.5, abs_tol=epsilon
+        ):
+            return
+        before, point.loss = point.loss, None
+        self._forget()
+        raise DataChangedError(
+            f"The mean loss over the data is {loss:.8g}, and was {before:.8g} in an earlier pass "
+            "at the same parameters: it depends on something that the operator cannot see, such "
+            "as another model in the closure of the loss, or data that were written in place. "
+            "Make that a part of the model, or of the loss as a module, or make the operator anew."
+        )
 
     def _add(self, slopes: Slopes, weight: Tensor, into: Tensor) -> None:
         """Adds one batch's weighted term to the vector ``into: (P,)``.
@@ -393,23 +470,3 @@ class MeanLossOperator(CurvatureOperator):
 def _weighted(value: Tensor, weight: Tensor) -> Tensor:
     """Returns ``weight · value``; zeros for a batch of weight 0, whose mean is NaN."""
     return torch.where(weight > 0, value * weight, 0.0)
-
-
-@dataclass
-class _Point:
-    """A parameter state, and what is known of the loss there."""
-
-    key: object
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    upcast: bool  # parameters of low precision are here as float32, and so are their inputs
-    weight: float = 0.0
-    loss: Any = None  # a float, a tensor and a dict of batches once a pass has found them
-    gradient: Any = None
-    kept: Any = None
-    streamed: int = 0
-
-    def known(self) -> int:
-        """Returns a number that tells which of these have been found, 0 for none."""
-        found = (self.loss is not None, self.gradient is not None, self.kept is not None)
-        return sum(1 << bit for bit, is_known in enumerate(found) if is_known)

@@ -26,6 +26,7 @@ class OperatorStats:
             held, or was when it was last needed.
         graphs_streamed: batches whose graph is built anew for each block of products.
         graph_bytes: memory of the kept graphs, and of the batches that they hold.
+        verification: gradients and products of some examples that proofs took (``verify``).
         engine: how products are computed at present.
     """
 
@@ -35,6 +36,7 @@ class OperatorStats:
     graphs_kept: int = 0
     graphs_streamed: int = 0
     graph_bytes: int = 0
+    verification: int = 0
     engine: str = ""
 
 
@@ -87,6 +89,18 @@ class CurvatureOperator(ABC):
     @abstractmethod
     def loss(self) -> float:
         """Returns the mean loss over all of the data."""
+
+    def state(self) -> int:
+        """Returns a number that differs where anything does that the matrix depends on."""
+        return self.parameters.digest()
+
+    def elsewhere(self) -> tuple[list[Tensor], int]:
+        """Returns what the matrix depends on beside its own parameters.
+
+        Returns:
+            Floating tensors, and a number that differs where anything else does.
+        """
+        return [], 0
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

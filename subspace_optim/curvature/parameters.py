@@ -2,60 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError
 
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+"""Parameters of these dtypes are differentiated through float32 copies."""
 _PIECE = 1 << 20
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+
+
+Params = Iterable[Tensor] | str | Callable[[str, Tensor], bool] | None
+"""Which parameters: tensors, a pattern of names, a predicate of (name, tensor), or all."""
 
 
 class ParameterSpace:
     """Parameters of a model, in order, as the coordinates of ``θ``.
 
+    They are known by their names: what stands under them now is what is measured. Parameters that
+    ``load_state_dict(assign=True)`` or a new layer of the same shape have put in their places are
+    followed; where a name is gone, or its shape is another, there is an error.
+
     Args:
         model: the model that owns them.
-        params: which of its parameters (default: all that require a gradient). Tied parameters
-            count once.
+        params: which of its parameters: tensors, a pattern of their names such as
+            ``"blocks.*.attn.*"``, or a predicate of (name, tensor) (default: all that require a
+            gradient). Tied parameters count once.
 
     Attributes:
         model: as given.
-        tensors: the parameters, each once.
         names: their names in the model.
+        shapes: their shapes, one a name.
 
     Raises:
-        ArgumentError: there are none, one is not the model's, frozen, complex, sparse, listed
-            twice, or they are on several devices.
+        ArgumentError: there are none, one is not the model's, frozen, complex, sparse, sharded,
+            listed twice, or they are on several devices.
     """
 
-    def __init__(self, model: nn.Module, params: Iterable[Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, params: Params = None) -> None:
         names = {id(p): name for name, p in model.named_parameters()}
-        if params is None:
-            chosen: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-            remedy = "The model has no parameter that requires a gradient."
-        else:
-            chosen = [params] if isinstance(params, Tensor) else list(params)
-            remedy = "Leave `params` out for all that require a gradient."
+        chosen, remedy = _chosen(model, params)
         if not chosen:
-            raise ArgumentError("params", chosen, "at least one parameter", remedy)
+            named = params if isinstance(params, str) else chosen
+            raise ArgumentError("params", named, "at least one parameter", remedy)
         for index, p in enumerate(chosen):
             label = f"params[{index}]"
             if id(p) not in names:
                 shape = tuple(p.shape) if isinstance(p, Tensor) else p
                 raise ArgumentError(label, shape, "a parameter of the model", remedy)
-            label = f"parameter '{names[id(p)]}'"
-            if not p.requires_grad:
-                raise ArgumentError(label, "frozen", "trainable", "Unfreeze it or leave it out.")
-            if not p.is_floating_point():
-                raise ArgumentError(
-                    label, p.dtype, "real", "View it as real numbers, or leave it out."
-                )
-            if p.layout != torch.strided:
-                raise ArgumentError(label, p.layout, "dense", "Use a dense layer, or leave it out.")
+            _check(f"parameter '{names[id(p)]}'", p)
         if len({id(p) for p in chosen}) < len(chosen):
             raise ArgumentError("params", f"a list of {len(chosen)}", "without repetition")
         devices = {p.device for p in chosen}
@@ -63,13 +64,33 @@ class ParameterSpace:
             found = ", ".join(sorted(map(str, devices)))
             raise ArgumentError("the devices of params", found, "one device", "Move the model.")
         self.model = model
-        self.tensors = chosen
         self.names = [names[id(p)] for p in chosen]
+        self.shapes = [p.shape for p in chosen]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The parameters that stand under the names now, each once.
+
+        Raises:
+            ArgumentError: one is gone, or has another shape than when the space was made.
+        """
+        found = []
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            p = _under(self.model, name)
+            if p is None or p.shape != shape:
+                state = "gone" if p is None else f"of shape {tuple(p.shape)}"
+                remedy = (
+                    "The model has been changed since its operator was made. Make operator, "
+                    "subspace and optimizer anew."
+                )
+                raise ArgumentError(f"parameter '{name}'", state, f"of {tuple(shape)}", remedy)
+            found.append(p)
+        return found
 
     @property
     def size(self) -> int:
         """P, the number of coordinates."""
-        return sum(p.numel() for p in self.tensors)
+        return sum(shape.numel() for shape in self.shapes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,8 +116,8 @@ class ParameterSpace:
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """Returns ``flat: (P,)`` as views, one of the shape of each parameter."""
-        pieces = flat.split([p.numel() for p in self.tensors])
-        return [piece.view(p.shape) for piece, p in zip(pieces, self.tensors, strict=True)]
+        pieces = flat.split([shape.numel() for shape in self.shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def name_in_model(self, tensor: Tensor) -> str | None:
         """Returns the name of a parameter of the model, in this space or not; else ``None``."""
@@ -110,6 +131,64 @@ class ParameterSpace:
         them.
         """
         return int(digest(self.model.parameters()))
+
+
+def _chosen(model: nn.Module, params: Params) -> tuple[list[Any], str]:
+    """Returns the parameters that are meant, and what to say where they cannot be used."""
+    named = list(model.named_parameters())
+    if params is None:
+        remedy = "The model has no parameter that requires a gradient."
+        return [p for _, p in named if p.requires_grad], remedy
+    if isinstance(params, str):
+        remedy = f"Its parameters have names such as {', '.join(repr(n) for n, _ in named[:3])}."
+        return [p for name, p in named if fnmatchcase(name, params)], remedy
+    if callable(params):
+        remedy = "It is called with the name and the tensor of each parameter."
+        return [p for name, p in named if params(name, p)], remedy
+    remedy = "Leave `params` out for all that require a gradient."
+    return [params] if isinstance(params, Tensor) else list(params), remedy
+
+
+def _check(label: str, p: Tensor) -> None:
+    """Checks that one can differentiate by a parameter.
+
+    Raises:
+        ArgumentError: it is frozen, complex, sparse or sharded.
+    """
+    if not p.requires_grad:
+        raise ArgumentError(label, "frozen", "trainable", "Unfreeze it or leave it out.")
+    if not p.is_floating_point():
+        raise ArgumentError(label, p.dtype, "real", "View it as real numbers, or leave it out.")
+    if p.layout != torch.strided:
+        raise ArgumentError(label, p.layout, "dense", "Use a dense layer, or leave it out.")
+    if hasattr(p, "placements"):  # a DTensor: of FSDP2, or of tensor parallel layers
+        remedy = "Measure before the model is sharded, or a copy that is not."
+        raise ArgumentError(label, f"sharded ({type(p).__name__})", "whole on each rank", remedy)
+
+
+def _under(model: nn.Module, name: str) -> Tensor | None:
+    """Returns the parameter of this name, if the model has one."""
+    module: Any = model
+    *path, last = name.split(".")
+    for part in path:
+        module = module._modules.get(part)  # noqa: SLF001 (get_submodule() is slow, and raises)
+        if module is None:
+            return None
+    parameter: Tensor | None = module._parameters.get(last)  # noqa: SLF001
+    return parameter
+
+
+def length(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns ℓ, the median of ``‖W‖ / n^{1/4}`` over the matrices; 1 where they are zero.
+
+    A direction of high curvature moves a matrix by about one of rank one, which is to be compared
+    with its spectral norm, for a square W of n random entries ``‖W‖ / n^{1/4}``. The lower median,
+    over what is not zero: neither an embedding's large norm nor a layer that starts at zero
+    decides.
+    """
+    matrices = [t.detach() for t in tensors if t.dim() > 1] or [t.detach() for t in tensors]
+    lengths = torch.stack([t.double().norm() / t.numel() ** 0.25 for t in matrices])
+    return torch.where(lengths > 0, lengths, torch.nan).nanmedian().nan_to_num(1.0)
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,510 @@
+"""An evaluation leaves everything as it found it, whatever the loss reads, writes and draws."""
+
+import random
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import subspace_optim as so
+from subspace_optim.curvature.surroundings import Surroundings
+from tests.observe import Seen
+
+X, Y = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 2
+CPU = torch.device("cpu")
+shared_rng = np.random.default_rng(3)
+calls = 0
+
+
+class Net(nn.Module):
+    """A network whose forward pass does something on the side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Counter(Net):
+    steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps = self.steps + 1
+        return self.body(x) * (1 + self.steps)
+
+
+class GlobalCounter(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        global calls  # noqa: PLW0603 (what some people write)
+        calls += 1
+        return self.body(x) * (1 + calls)
+
+
+class Lists(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[float] = []
+        self.table: dict[str, int] = {}
+        self.recent: deque[int] = deque(maxlen=3)
+        self.nested = {"inner": [1.0]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log.append(1.0)
+        self.table[str(len(self.log))] = 1
+        self.recent.append(len(self.log))
+        self.nested["inner"][0] += 1
+        return self.body(x) * self.nested["inner"][0] + len(self.recent)
+
+
+class Hidden(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x)
+        out = out if self.hidden is None else out + self.hidden
+        self.hidden = out.detach().mean(0)
+        return out
+
+
+class WrittenInPlace(Net):
+    """A plain tensor, no buffer, that the forward pass writes into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centre = torch.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x)
+        result = out - self.centre
+        with torch.no_grad():
+            self.centre.mul_(0.5).add_(out.mean(0))
+        return result
+
+
+class Momentum(Net):
+    """An encoder that follows the other one by writing through `.data`, as MoCo's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(3, 2).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for p in self.key.parameters():
+            p.data.mul_(0.9).add_(0.1)
+        return self.body(x) * self.key(x)
+
+
+class NumpyArray(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.running = np.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.running[:] = 0.5 * self.running + 1
+        return self.body(x) + float(self.running[0])
+
+
+class OwnGenerator(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * torch.rand(2, generator=self.rng)
+
+
+class NumpyGenerators(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.new, self.old = np.random.default_rng(1), np.random.RandomState(2)
+        self.python = random.Random(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * (self.new.random() + self.old.rand() + self.python.random())
+
+
+class GlobalGenerators(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = np.random.rand() + random.random() + shared_rng.random()  # noqa: NPY002
+        return self.body(x) * drawn
+
+
+class Meter:
+    """An object of the user's that is no module."""
+
+    def __init__(self) -> None:
+        self.total, self.history = 0.0, [0.0]
+
+    def __call__(self, out: Tensor) -> None:
+        self.total += float(out.detach().sum())
+        self.history.append(self.total)
+
+
+class Metered(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter = Meter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x)
+        self.meter(out)
+        return out * (1 + len(self.meter.history))
+
+
+class Rebound(Net):
+    """A buffer that the forward pass replaces by another tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = self.scale * 0.5
+        return self.body(x) * self.scale
+
+
+NETS = [
+    Net, Counter, GlobalCounter, Lists, Hidden, WrittenInPlace, Momentum, NumpyArray, OwnGenerator,
+    NumpyGenerators, GlobalGenerators, Metered, Rebound,
+]  # fmt: skip
+
+
+class CentredLoss(nn.Module):
+    """A loss with a running centre, and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(2))
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy((out - self.centre) * self.weight, y)
+        self.centre.mul_(0.9).add_(out.detach().mean(0), alpha=0.1)
+        return loss
+
+
+def closure_loss() -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss with a critic and a counter in its closure."""
+    torch.manual_seed(2)
+    critic = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    seen = 0
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        return F.cross_entropy(out, y) + F.softplus(-critic(out)).mean() / seen
+
+    return loss
+
+
+LOSSES = {"plain": lambda: F.cross_entropy, "module": CentredLoss, "closure": closure_loss}
+
+
+def train(net: nn.Module, loss_fn: Any, *, watched: bool) -> tuple[Tensor, Any]:
+    """Five steps; the state of everything that a forward pass can change, at the end."""
+    global calls, shared_rng
+    calls, shared_rng = 0, np.random.default_rng(3)
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    random.seed(5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    hessian = so.HessianOperator(net, loss_fn, (X, Y))
+    if watched:
+        so.Monitor(optimizer, so.DominantSubspace(hessian, k=1), every=2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_fn(net(X), Y).backward()
+        optimizer.step()
+    theta = torch.cat([p.detach().flatten() for p in net.parameters()])
+    drawn = torch.rand(1).item(), np.random.rand(), random.random(), shared_rng.random()  # noqa: NPY002
+    return theta, (calls, drawn)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", NETS)
+def test_training_does_not_change_by_a_bit_because_somebody_looks(kind, loss):
+    plain, watched = (train(kind(), LOSSES[loss](), watched=w) for w in (False, True))
+    assert torch.equal(plain[0], watched[0])
+    assert plain[1] == watched[1]
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", NETS)
+def test_one_parameter_state_has_one_loss_gradient_and_matrix(kind, loss, budget):
+    net = kind()
+    data = [(X[:4], Y[:4]), (X[4:], Y[4:])]
+    operator = so.HessianOperator(net, LOSSES[loss](), data, memory_budget=budget)
+    v = torch.ones(operator.size)
+    first = operator.matvec(v), operator.gradient(), operator.loss()
+    torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002 (what goes on elsewhere)
+    operator._forget()
+    second = operator.matvec(v), operator.gradient(), operator.loss()
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert first[2] == second[2]
+
+
+def test_what_the_loss_depends_on_is_part_of_the_parameter_state():
+    """Its own parameters and buffers, those of a critic in its closure, and modes."""
+    net, loss = Net(), CentredLoss()
+    critic = nn.Linear(2, 1)
+
+    def together(out: Tensor, y: Tensor) -> Tensor:
+        return loss(out, y) + critic(out).mean()
+
+    operator = so.HessianOperator(net, together, (X, Y))
+    states = [operator.state()]
+    assert operator.state() == states[0]
+    for change in (
+        lambda: loss.weight.data.add_(1),
+        lambda: loss.centre.add_(1),
+        lambda: critic.weight.data.mul_(2),
+        critic.eval,
+        lambda: net.body[0].bias.data.add_(1),
+    ):
+        change()
+        states.append(operator.state())
+        true = torch.autograd.grad(together(net(X), Y), list(net.parameters()))
+        loss.centre.zero_()  # the line above has moved it
+        states[-1] = operator.state()
+        true = torch.cat([g.flatten() for g in torch.autograd.grad(
+            F.cross_entropy((net(X) - loss.centre) * loss.weight, Y) + critic(net(X)).mean(),
+            list(net.parameters()),
+        )])  # fmt: skip
+        torch.testing.assert_close(operator.gradient(), true)
+    assert len(set(states)) >= 4
+
+
+def test_statistics_that_batch_norm_only_writes_are_no_part_of_the_state():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    operator = so.HessianOperator(net, F.cross_entropy, (X, Y))
+    before = operator.state()
+    net(X)
+    assert operator.state() == before
+    net.eval()
+    still = operator.state()
+    net[1].running_mean += 1
+    assert len({before, still, operator.state()}) == 3
+
+
+# --- object identity, whatever is called and whatever fails ---------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.b.weight = self.a.weight
+        self.out = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class Shared(nn.Module):
+    """One layer under several names, in lists, and as an attribute beside them."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.layers = nn.ModuleList([self.layer] * times)
+        self.again = nn.Sequential(*self.layers, nn.Linear(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(torch.tanh(self.layers[0](x)))
+
+
+def parametrized(kind: str) -> nn.Module:
+    wrap = getattr(nn.utils.parametrizations, kind)
+    return nn.Sequential(wrap(nn.Linear(3, 3)), nn.Tanh(), nn.Linear(3, 2))
+
+
+def models() -> st.SearchStrategy[nn.Module]:
+    return st.one_of(
+        st.builds(Tied),
+        st.builds(Shared, st.integers(1, 3)),
+        st.sampled_from(["weight_norm", "spectral_norm", "orthogonal"]).map(parametrized),
+        st.sampled_from([Momentum, Rebound, Hidden]).map(lambda kind: kind()),
+        st.just(None).map(
+            lambda _: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        ),
+    )
+
+
+def held(model: nn.Module) -> list[Any]:
+    """Every parameter and buffer by its place, with what it holds."""
+    return [
+        (id(module), name, id(t), None if t is None else t.detach().clone())
+        for module in model.modules()
+        for owner in (module._parameters, module._buffers)
+        for name, t in owner.items()
+    ]
+
+
+def assert_as_it_was(model: nn.Module, before: list[Any]) -> None:
+    now = held(model)
+    assert [entry[:3] for entry in now] == [entry[:3] for entry in before]
+    for (*_, a), (*_, b) in zip(now, before, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+USES: dict[str, Callable[[nn.Module], Any]] = {
+    "loss": lambda m: so.HessianOperator(m, F.cross_entropy, (X, Y)).loss(),
+    "gradient": lambda m: so.HessianOperator(m, F.cross_entropy, (X, Y)).gradient(),
+    "func": lambda m: _product(so.HessianOperator(m, F.cross_entropy, (X, Y))),
+    "double_backward": lambda m: _product(
+        so.HessianOperator(m, F.cross_entropy, (X, Y), engine="double_backward")
+    ),
+    "gauss_newton": lambda m: _product(so.GaussNewtonOperator(m, F.cross_entropy, (X, Y))),
+    "differences": lambda m: _product(so.FiniteDifferenceHessian(m, F.cross_entropy, (X, Y))),
+    "check": lambda m: so.HessianOperator(m, F.cross_entropy, (X, Y)).check(),
+    "class_gradients": lambda m: so.ClassGradientSubspace(m, 2).observe(X, Y),
+}
+
+
+def _product(operator: so.CurvatureOperator) -> Tensor:
+    return operator.matvec(torch.ones(operator.size))
+
+
+@settings(max_examples=40)
+@given(model=models(), use=st.sampled_from(sorted(USES)))
+def test_modules_hold_the_same_objects_after_every_call(model, use):
+    before = held(model)
+    USES[use](model)
+    assert_as_it_was(model, before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Fails(TorchDispatchMode):
+    """Raises at one operation."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        super().__init__()
+        self.at, self.error, self.seen = at, error, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.seen == self.at:
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@settings(max_examples=60)
+@given(
+    model=models(),
+    use=st.sampled_from(["func", "double_backward", "differences", "class_gradients"]),
+    share=st.floats(0, 1),
+    error=st.sampled_from([torch.OutOfMemoryError("injected"), KeyboardInterrupt()]),
+)
+def test_modules_hold_the_same_objects_after_an_error_at_any_operation(model, use, share, error):
+    before = held(model)
+    count = Fails(0, error)
+    with count:
+        USES[use](model)
+    failing = Fails(1 + int(share * (count.seen - 1)), error)
+    try:
+        with failing:
+            USES[use](model)
+    except (RuntimeError, KeyboardInterrupt):
+        pass
+    assert_as_it_was(model, before)
+    USES[use](model)
+
+
+def test_an_interrupt_waits_until_the_evaluation_is_over():
+    net, seen = Net(), Seen()
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        if not seen:
+            signal.raise_signal(signal.SIGINT)
+        seen.append(1)
+        return F.cross_entropy(out, y)
+
+    before = held(net)
+    operator = so.HessianOperator(net, loss_fn, (X, Y))
+    with pytest.raises(KeyboardInterrupt):
+        operator.gradient()
+    assert len(seen) == 1
+    assert_as_it_was(net, before)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    operator.gradient()
+
+
+def test_threads_evaluate_one_after_the_other():
+    net = Net()
+    before, inside, most = held(net), Seen(), Seen()
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        inside.append(1)
+        most.append(len(inside))
+        threading.Event().wait(0.001)
+        inside.clear()
+        return F.cross_entropy(out, y)
+
+    operators = [so.HessianOperator(net, loss_fn, (X, Y)) for _ in range(3)]
+    threads = [threading.Thread(target=operator.gradient) for operator in operators]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) >= 3
+    assert max(most) == 1
+    assert_as_it_was(net, before)
+
+
+def test_gradient_hooks_of_the_user_are_neither_called_nor_lost():
+    net, called = Net(), Seen()
+    handle = net.body[0].weight.register_hook(lambda g: called.append(1) or g * 0)
+    data = X, Y
+    plain = Net()
+    plain.load_state_dict(net.state_dict())
+    for engine in ("func", "double_backward"):
+        ours = so.HessianOperator(net, F.cross_entropy, data, engine=engine).gradient()
+        assert torch.equal(ours, so.HessianOperator(plain, F.cross_entropy, data).gradient())
+    assert not called
+    F.cross_entropy(net(X), Y).backward()
+    assert called
+    assert not net.body[0].weight.grad.any()
+    handle.remove()
+
+
+# --- what is found --------------------------------------------------------------------------------
+
+
+def test_closures_globals_partials_and_methods_lead_to_modules():
+    critic, teacher, other = nn.Linear(2, 1), nn.Linear(2, 2), nn.Linear(1, 1)
+
+    class Loss:
+        def __init__(self) -> None:
+            self.parts = {"teacher": [teacher]}
+
+        def compute(self, out: Tensor, y: Tensor, extra: nn.Module = other) -> Tensor:
+            return critic(out).mean() + self.parts["teacher"][0](out).mean()
+
+    net = Net()
+    found = Surroundings(net, Loss().compute, CPU).modules
+    assert {id(m) for m in (critic, teacher, other, net)} <= {id(m) for m in found}
+    assert found[0] is net
+
+
+def test_libraries_are_not_walked_through():
+    """Torch, NumPy and the standard library are large, and keep no state of the user's."""
+    found = Surroundings(Net(), F.cross_entropy, CPU)
+    assert len(found.modules) == 5
+    assert len(found._namespaces) < 100
