@@ -4,41 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from subspace_optim._validation import ArgumentError, DataChangedError
+from subspace_optim.curvature.averages import Weight, averaged, examples
 from subspace_optim.curvature.isolation import random_state_kept
-from subspace_optim.curvature.parameters import digest
+from subspace_optim.curvature.layouts import dense_parts
+from subspace_optim.curvature.loaders import check_loader, own_loader
+from subspace_optim.curvature.parameters import LOW_PRECISION, digest
+from subspace_optim.curvature.structure import contents, moved, moves_itself, tensors
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
+# The most batches of data without a length: a stream without an end would be read for ever. Epochs
+# are shorter, and this many are counted in seconds where a batch costs little to read.
+UNSIZED_LIMIT = 4096
+# Where the first pass stops to count them. Data of fewer batches are not read twice for it.
+_FEW = 64
 
 
 class Batches:
     """Passes over ``data``, each checked to be the same as the first.
 
+    A ``DataLoader`` is read through a copy that has an iterator and samplers of its own, so that a
+    training loop can read it meanwhile; a ``DistributedSampler`` stays at the epoch it is at.
+
+    Data that are held in tensors (``(x, y)``, a list of batches) are read anew only when a
+    version counter says that they may have been written in place. What leaves the counters is not
+    seen: writes through ``tensor.data``, or through an array that shares the memory.
+
     Args:
         data: ``(x, y)``, or any re-iterable of batches: a list, a ``DataLoader`` that does not
-            shuffle. A mapping is one batch.
+            shuffle. A mapping is one batch, and so is an object that is no iterable.
         pairs: the batches are pairs, so that a list of two tensors is no list of batches.
 
     Raises:
         ArgumentError: it is a list of two tensors (ambiguous), a generator (it can be read only
-            once), a loader that shuffles, or empty.
+            once), or empty.
     """
 
     def __init__(self, data: Any, *, pairs: bool) -> None:
-        self.data: Iterable[Any] = [data] if _is_batch(data) else data
+        self.data: Iterable[Any] = [data] if _is_batch(data, pairs=pairs) else data
         # Python's own containers hold the same batches in every pass; other iterables are asked.
-        self._checked = not isinstance(self.data, list | tuple)
-        self._reference: list[int] | None = None
-        tensors = isinstance(data, list) and all(isinstance(t, Tensor) for t in data)
-        if pairs and tensors and len(data) == 2:
+        self._stored = isinstance(self.data, list | tuple)
+        self._reference: list[int] | None = None  # digests of the first pass ...
+        self._written = 0  # ... and the version of stored data that they are known to hold for
+        self._stores: list[Any] = []
+        self._watched: list[Tensor] = []
+        tensors_only = isinstance(data, list) and all(isinstance(t, Tensor) for t in data)
+        if pairs and tensors_only and len(data) == 2:
             raise ArgumentError(
                 "data",
                 "a list of two tensors",
@@ -52,98 +70,189 @@ class Batches:
                 "`(x, y)` or an iterable that can be read again and again",
                 "A generator is used up by its first pass: make it a list or a DataLoader.",
             )
-        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
-            raise ArgumentError(
-                "data",
-                "a DataLoader that shuffles",
-                "one that yields the same batches in every pass",
-                "Make a second DataLoader of the same data set with shuffle=False.",
-            )
+        if isinstance(self.data, DataLoader):
+            check_loader(self.data)
+            self.data = own_loader(self.data)
         length = None
-        with suppress(TypeError):  # loaders of streams have no length
+        with suppress(TypeError, NotImplementedError):  # loaders of streams have no length
             length = len(self.data)  # type: ignore[arg-type]
         if length == 0:
             raise ArgumentError("data", "empty", "at least one batch")
+        self._ends = length is not None
 
-    def read(self, device: torch.device, *, upcast: bool) -> Iterator[tuple[int, Any, int]]:
+    def read(
+        self, device: torch.device, *, upcast: bool = False, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[int, Any, int]]:
         """Yields the index of each batch, the batch on ``device``, and its bytes.
 
         Of the bytes count those that the pass has brought: none for what the user's own list
         holds on the device.
 
-        A pass that differed from the first raises ``DataChangedError`` at its end.
+        A pass that differed from the first raises ``DataChangedError`` at its end, or at its start
+        if the data are stored.
 
         Args:
             device: where the parameters live.
             upcast: bf16 and fp16 inputs become float32, as the parameters do.
+            dtype: that all floating-point inputs take (default: they keep theirs).
 
         Raises:
             ArgumentError: there is no batch.
         """
+
+        def cast(own: torch.dtype) -> torch.dtype:
+            if dtype is not None and own.is_floating_point:
+                return dtype
+            if dtype is not None and own.is_complex:
+                return dtype.to_complex()
+            return torch.float32 if upcast and own in LOW_PRECISION else own
+
+        def new_bytes(batch: Any, elsewhere: Any) -> int:
+            if self._stored and elsewhere is batch:
+                return 0
+            found = {t.data_ptr() for t in (_parts(batch) if self._stored else [])}
+            return sum(t.nbytes for t in _parts(elsewhere) if t.data_ptr() not in found)
+
+        self._watch()
+        written = self.fingerprint()
+        if self._stored and self._reference is not None and written != self._written:
+            self._compare([int(digest(contents(batch))) for batch in self.data])
+            self._written = written
+        unknown = not self._stored or self._reference is None
         digests: list[Tensor] = []
-
-        def move(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):  # a tokenizer's batch moves itself
-                return leaf.to(device) if hasattr(leaf, "to") else leaf
-            low = upcast and leaf.dtype in _LOW_PRECISION
-            return leaf.to(device, torch.float32 if low else leaf.dtype)
-
-        def new_bytes(batch: Any, moved: Any) -> int:
-            found = {t.data_ptr() for t in ([] if self._checked else _tensors(batch))}
-            return sum(t.nbytes for t in _tensors(moved) if t.data_ptr() not in found)
-
         index = -1
         with random_state_kept(device, self.data):
             for index, batch in enumerate(self.data):
-                if self._checked:
-                    digests.append(digest(_tensors(batch)))
-                moved = tree_map(move, batch)
-                yield index, moved, new_bytes(batch, moved)
+                if index == _FEW and not self._ends:
+                    self._check_end(device)
+                if unknown:
+                    digests.append(digest(contents(batch)))
+                elsewhere = moved(batch, device, cast)
+                yield index, elsewhere, new_bytes(batch, elsewhere)
         if index < 0:
             raise ArgumentError("data", "empty", "at least one batch")
-        if self._checked:
+        if unknown:
             self._compare([int(d) for d in digests])
+            self._written = written
+
+    def fingerprint(self) -> int:
+        """Returns a number that changes when data in tensors are written, without a pass.
+
+        The tensors are those of a list of batches, or of the ``TensorDataset`` of a loader. It
+        may change for nothing, as when a tensor is overwritten by what it held.
+        """
+        stores = _stores(self.data)
+        if [id(part) for part in stores] != [id(part) for part in self._stores]:
+            self._watch()
+        versions = [t._version for t in self._watched]  # noqa: SLF001 (it has no public name)
+        places = [t.data_ptr() for t in self._watched if t.layout == torch.strided]
+        return hash((*map(id, self._watched), *versions, *places))
+
+    def _check_end(self, device: torch.device) -> None:
+        """Checks that data without a length have an end, before more is computed on them.
+
+        Raises:
+            ArgumentError: they have more than ``UNSIZED_LIMIT`` batches.
+        """
+        with random_state_kept(device, self.data):
+            some = islice(self._read_apart(), UNSIZED_LIMIT + 1)
+            count = sum(1 for _ in some)
+        if count > UNSIZED_LIMIT:
+            raise ArgumentError(
+                "data",
+                "an iterable without a length",
+                f"at an end after {UNSIZED_LIMIT} batches",
+                "Cut a stream: `list(itertools.islice(loader, 100))`. Give data that do have an "
+                "end a `__len__`.",
+            )
+        self._ends = True
+
+    def _read_apart(self) -> Iterable[Any]:
+        """The data, to be read with no iterator of those that read them already."""
+        return own_loader(self.data) if isinstance(self.data, DataLoader) else self.data
+
+    def _watch(self) -> None:
+        """Looks for the tensors that the data are held in."""
+        self._stores = _stores(self.data)
+        self._watched = [t for t in tensors(self._stores) if not t.is_inference()]
+
+    def forget(self) -> None:
+        """Takes the next pass for the first, as when the data of this one had to be mended."""
+        self._reference = None
 
     def _compare(self, digests: list[int]) -> None:
         if self._reference is None:
             self._reference = digests
         elif digests != self._reference:
             differing = sum(a != b for a, b in zip(digests, self._reference, strict=False))
+            remedy = "give it data without shuffling, augmentation or drop_last."
+            if self._stored:
+                remedy = "they were written in place, so make a new operator of them."
             message = (
                 f"This pass over the data differs from the first: {len(digests)} batches instead "
                 f"of {len(self._reference)}, {differing} of them changed. The curvature must be "
-                "one fixed matrix: give it data without shuffling, augmentation or drop_last."
+                f"one fixed matrix: {remedy}"
             )
             raise DataChangedError(message)
 
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    """Yields the tensors of a batch, those in a tokenizer's mapping too."""
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from _tensors(list(leaf.values()))
+    def __getstate__(self) -> dict[str, Any]:
+        # Iterators with workers cannot be copied, and the tensors of a copy are others.
+        return self.__dict__ | {"data": self._read_apart(), "_stores": [], "_watched": []}
 
 
-def _is_batch(data: object) -> bool:
-    """Whether ``data`` is one batch: a mapping, or a tuple whose first element is a tensor."""
-    if isinstance(data, Mapping):
+def _is_batch(data: Any, *, pairs: bool) -> bool:
+    """Whether ``data`` is one batch, and not an iterable of batches."""
+    if isinstance(data, Mapping | Tensor):
         return True
-    return isinstance(data, tuple) and len(data) > 0 and isinstance(data[0], Tensor)
+    if isinstance(data, tuple) and len(data) > 0:
+        if isinstance(data[0], Tensor):
+            return True
+        return pairs and len(data) == 2 and not all(_is_pair(item) for item in data)
+    if isinstance(data, Iterable) or hasattr(data, "__getitem__"):
+        return False
+    return moves_itself(data) or any(True for _ in tensors(data))
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple | list) and len(item) == 2 and not moves_itself(item)
+
+
+def _parts(batch: Any) -> Iterator[Tensor]:
+    """Yields the strided tensors that a batch is made of."""
+    return (part for tensor in tensors(batch) for part in dense_parts(tensor.detach()))
+
+
+def _stores(data: Any) -> list[Any]:
+    """What data are held in, if it is known: the batches of a list, the tensors of a data set."""
+    if isinstance(data, list | tuple):
+        return list(data)
+    if isinstance(data, DataLoader | Subset):
+        return _stores(data.dataset)
+    if isinstance(data, ConcatDataset):
+        return [store for dataset in data.datasets for store in _stores(dataset)]
+    return list(data.tensors) if isinstance(data, TensorDataset) else []
 
 
 @dataclass
 class Supervised:
-    """``batch_loss(model, (x, y)) = loss_fn(model(x), y)``, weighted by its examples."""
+    """``batch_loss(model, (x, y)) = loss_fn(model(x), y)``, and what it is a mean over.
+
+    Args:
+        loss_fn: ``loss_fn(output, target)``. What ``averaged`` cannot tell of it, is a mean over
+            examples.
+
+    Attributes:
+        summed: the loss of the batch before was a sum and no mean, of weight 1.
+    """
 
     loss_fn: Callable[[Any, Any], Tensor]
+    summed: bool = field(default=False, init=False)
 
-    def __call__(self, model: Callable[[Any], Any], batch: Any) -> tuple[Tensor, int]:
-        """Returns the mean loss of a batch and its number of examples.
+    def __call__(self, model: Callable[[Any], Any], batch: Any) -> tuple[Tensor, Weight]:
+        """Returns the loss of a batch and its weight.
 
         Raises:
-            ArgumentError: the batch is no pair, or holds no tensor.
+            ArgumentError: the batch is no pair.
         """
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ArgumentError(
@@ -153,15 +262,7 @@ class Supervised:
                 "For batches of another form use HessianOperator.from_loss.",
             )
         x, y = batch
-        counted = next((t for t in tree_leaves([y, x]) if isinstance(t, Tensor) and t.dim()), None)
-        if counted is None:
-            raise ArgumentError("a batch of data", "of no tensor", "of at least one example")
-        return self.loss_fn(model(x), y), len(counted)
-
-
-def concatenated(a: Any, b: Any) -> Any:
-    """TEMPORARY"""
-    try:
-        return tree_map(lambda x, y: torch.cat([x, y]), a, b)
-    except Exception:
-        return None
+        count = examples(x, y)
+        average = averaged(self.loss_fn, model(x), y)
+        self.summed = average.summed
+        return average.loss, count if average.weight is None else average.weight

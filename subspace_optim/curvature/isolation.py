@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from subspace_optim.curvature.loaders import loader_parts
+
 Mode = Literal["train", "eval"]
 
 
@@ -40,12 +42,8 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _loader_generators(data: object) -> list[torch.Generator]:
-    """The generators that a ``DataLoader`` draws its order from."""
-    sampler = getattr(data, "sampler", None)
-    batch_sampler = getattr(data, "batch_sampler", None)
-    inner = getattr(batch_sampler, "sampler", None)
-    owners = (data, sampler, batch_sampler, inner)
-    found = [getattr(owner, "generator", None) for owner in owners]
+    """The generators that a ``DataLoader`` and its samplers draw from."""
+    found = [getattr(part, "generator", None) for part in loader_parts(data)]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 

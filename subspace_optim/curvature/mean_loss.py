@@ -269,7 +269,7 @@ class MeanLossOperator(CurvatureOperator):
         surroundings, tensors, modes = self._look()
         # By identity too: parameters that were replaced by equal ones are others to differentiate.
         own = tuple(map(id, self.parameters.tensors))
-        key = (int(digest(tensors)), modes, self.device, own)
+        key = (int(digest(tensors)), modes, self.device, own, self._batches.fingerprint())
         if self._point is not None and self._point.key != key:
             self._forget()  # first: its graphs are gone before others are built
         self._agree()
@@ -397,6 +397,8 @@ class MeanLossOperator(CurvatureOperator):
         total, weight = self._ranks.total((2,), torch.float64, self.device, add_to).tolist()
         if weight == 0:
             raise ArgumentError("data", "of no examples", "at least one example of weight above 0")
+        if getattr(self._objective.batch_loss, "summed", False):
+            weight = 1.0  # of all data together: the matrix is that of the sum
         loss = total / weight if weight > 0 else math.nan
         if not math.isfinite(loss):
             message = (

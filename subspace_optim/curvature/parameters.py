@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.layouts import dense_parts
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """Parameters of these dtypes are differentiated through float32 copies."""
@@ -205,11 +206,12 @@ def digest(tensors: Iterable[Tensor]) -> Tensor:
 
     The weights are fixed, random and odd: one element that changes always changes the sum, and
     elements that change places do but by chance. 8 bytes are read as two integers: as one, an even
-    number of changed signs, 2⁶³ each, would add up to 0.
+    number of changed signs, 2⁶³ each, would add up to 0. Of sparse tensors the indices count, and
+    the values.
     """
     total: Tensor | None = None
-    for tensor in tensors:
-        elements = tensor.detach().contiguous().view(-1)
+    for tensor in (part for whole in tensors for part in dense_parts(whole.detach())):
+        elements = tensor.resolve_conj().resolve_neg().contiguous().view(-1)
         if elements.dtype == torch.bool:
             elements = elements.to(torch.uint8)
         if elements.is_complex():

@@ -35,7 +35,8 @@ from subspace_optim._validation import (
     NotOneFunctionError,
     SecondDerivativeError,
 )
-from subspace_optim.curvature.batches import Batches, concatenated
+from subspace_optim.curvature.averages import concatenated
+from subspace_optim.curvature.batches import Batches
 from subspace_optim.curvature.evaluation import (
     Evaluate,
     Linearisation,
@@ -48,6 +49,7 @@ from subspace_optim.curvature.evaluation import (
 from subspace_optim.curvature.objective import Objective
 from subspace_optim.curvature.operator import OperatorStats
 from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, length
+from subspace_optim.curvature.structure import moved
 
 _EXAMPLES = 24
 """Examples of the first batch that the proof is made on, where it can be cut."""
@@ -268,8 +270,11 @@ class Proof:
             NotOneFunctionError: it is another combination of both.
         """
         report = report or Report(self._parts.stats.engine)
-        together = concatenated(*pieces) if len(pieces) == 2 else None
-        if together is None or self._parts.space.size < 8:
+        pairs = all(isinstance(piece, tuple | list) and len(piece) == 2 for piece in pieces)
+        if len(pieces) < 2 or not pairs or self._parts.space.size < 8:
+            return
+        together = concatenated(*pieces)
+        if together is None:
             return
         try:
             found = [self._gradient_of(batch, point) for batch in (*pieces, together)]
@@ -326,6 +331,11 @@ class _Trial:
     def of(self, batch: Any) -> Evaluate:
         """Returns the loss of a batch."""
         return Evaluate(self.parts.objective, batch, self.parts.seed)
+
+    def _cast(self, dtype: torch.dtype) -> Any:
+        """Returns the batch with floating numbers of another dtype."""
+        device = self.parts.space.device
+        return moved(self.batch, device, lambda own: dtype if own.is_floating_point else own)
 
     def flat(self, slopes: Any) -> Tensor:
         """Returns a gradient, or a product, as one vector in float64."""
@@ -388,7 +398,7 @@ class _Trial:
         user = Point(
             point.own, point.surroundings, in_place=True, written=point.written, native=low
         )
-        batch = _cast_down(self.batch, point.own[0].dtype) if low else self.batch
+        batch = self._cast(point.own[0].dtype) if low else self.batch
         try:
             with user.at(self.parts.seed):
                 found = gradient_at(self.of(batch), user.leaves)
@@ -456,7 +466,7 @@ class _Trial:
             dtype=torch.float64,
             written=self.point.written,
         )
-        batch = tree_map(partial(_cast, torch.float64), self.batch)
+        batch = self._cast(torch.float64)
         evaluate = self.of(batch)
         self.report.gradients += 1
         try:
@@ -606,15 +616,6 @@ def _random_like(leaves: Any, generator: torch.Generator) -> list[Tensor]:
     drawn = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in leaves]
     norm = torch.stack([d.norm() for d in drawn]).norm()
     return [(d / norm).to(p) for d, p in zip(drawn, leaves, strict=True)]
-
-
-def _cast(dtype: torch.dtype, leaf: Any) -> Any:
-    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-
-def _cast_down(batch: Any, dtype: torch.dtype) -> Any:
-    """Returns a batch in the parameters' low precision, as the user's own step has it."""
-    return tree_map(partial(_cast, dtype), batch)
 
 
 def head(batch: Any, examples: int) -> Any:

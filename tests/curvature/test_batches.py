@@ -1,25 +1,40 @@
 """Passes over the data: which data are refused, and which are seen to change between passes."""
 
+import copy
+import gc
+import itertools
+import multiprocessing
+import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
+    Subset,
+    SubsetRandomSampler,
     TensorDataset,
+    WeightedRandomSampler,
 )
 
 from subspace_optim._validation import ArgumentError, DataChangedError
-from subspace_optim.curvature import HessianOperator
+from subspace_optim.curvature import HessianOperator, batches
+from subspace_optim.curvature.batches import Batches
 from tests.dense import half_squared_error, make_problem
 
 PROBLEM = make_problem("mlp", "mse", sizes=[7])
@@ -176,10 +191,36 @@ def test_low_precision_inputs_of_a_float32_model_are_left_to_the_model():
             lambda: DataLoader(Items(), shuffle=True),
             r"'a DataLoader that shuffles', .* with shuffle=False",
         ),
+        (
+            lambda: DataLoader(
+                Items(), batch_sampler=BatchSampler(RandomSampler(Items()), 3, False)
+            ),
+            r"'a DataLoader that shuffles', .* with shuffle=False",
+        ),
+        (
+            lambda: DataLoader(Items(), sampler=WeightedRandomSampler([1.0] * len(X), len(X))),
+            r"WeightedRandomSampler, which draws other .* `list\(loader\)`",
+        ),
+        (
+            lambda: DataLoader(Items(), sampler=SubsetRandomSampler([0, 1, 2])),
+            r"SubsetRandomSampler, which shuffles', .* `torch.utils.data.Subset\(dataset",
+        ),
         (lambda: DataLoader(TensorDataset(X[:0], Y[:0])), "data is 'empty'"),
         (lambda: DataLoader(Items(), batch_size=9, drop_last=True), "data is 'empty'"),
     ],
-    ids=["list", "iterator", "generator", "no_list", "no_tuple", "shuffles", "no_set", "dropped"],
+    ids=[
+        "list",
+        "iterator",
+        "generator",
+        "no_list",
+        "no_tuple",
+        "shuffles",
+        "within",
+        "weighted",
+        "subset",
+        "no_set",
+        "dropped",
+    ],
 )
 def test_data_that_cannot_be_used_are_refused_at_once(make, message):
     with pytest.raises(ArgumentError, match=message):
@@ -269,16 +310,6 @@ def test_the_message_counts_what_changed():
         operator.gradient()
 
 
-def test_shuffling_inside_a_batch_sampler_is_seen_once_the_random_state_moved():
-    """The order follows from torch's random state, which each pass leaves as found."""
-    sampler = BatchSampler(RandomSampler(Items()), 3, drop_last=False)
-    operator = operator_of(DataLoader(Items(), batch_sampler=sampler))
-    operator.loss()
-    torch.rand(1)
-    with pytest.raises(DataChangedError, match="differs from the first"):
-        operator.gradient()
-
-
 def test_targets_that_change_are_seen_too():
     class Relabelled(Items):
         labels = np.random.default_rng(0)
@@ -309,3 +340,363 @@ def test_batches_of_a_tokenizer_that_change_are_seen():
     operator.loss()
     with pytest.raises(DataChangedError, match="differs from the first"):
         operator.gradient()
+
+
+@dataclass
+class Sample:
+    x: Tensor
+    note: str = ""
+
+
+class Fields:
+    """Holds its tensor in a dict, as graphs do."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.store = {"x": x}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Sample,
+        Fields,
+        lambda x: [Sample(x), Sample(x)],
+        lambda x: {"inputs": {"x": x}},
+        lambda x: pack_sequence(list(x.flip(0).split(2))),
+        lambda x: x.to_sparse(),
+        lambda x: (x[:0], x.numpy()),
+        lambda x: Sample(x[:0], note=str(x)),
+    ],
+    ids=["object", "graph", "list", "mapping", "packed", "sparse", "array", "text"],
+)
+def test_augmentation_is_seen_in_batches_of_all_forms(form):
+    """Batches are pairs, or what the user's own loss of a batch takes."""
+
+    class Augmented:
+        def __init__(self, noise: float) -> None:
+            self.noise, self.draws = noise, torch.Generator().manual_seed(0)
+
+        def __iter__(self) -> Iterator[Any]:
+            yield form(X + self.noise * torch.rand(X.shape, generator=self.draws).double())
+
+    still, noisy = Batches(Augmented(0.0), pairs=False), Batches(Augmented(0.1), pairs=False)
+    for _ in range(3):
+        assert passed(still) == 1
+    assert passed(noisy) == 1
+    with pytest.raises(DataChangedError, match="differs from the first"):
+        passed(noisy)
+
+
+def passed(data: Batches, **options: Any) -> int:
+    return sum(1 for _ in data.read(torch.device("cpu"), **options))
+
+
+# --- one loader for training and for the operator -----------------------------------------------
+
+
+def loader_with_workers(**options: Any) -> DataLoader:
+    return DataLoader(Items(), batch_size=3, num_workers=1, persistent_workers=True, **options)
+
+
+def test_passes_in_the_middle_of_an_epoch_leave_the_epoch_as_it_is():
+    """Persistent workers serve one iterator, which a second reader would set back to its start."""
+    loader, dense = loader_with_workers(), PROBLEM.dense()
+    operator, seen = operator_of(loader, memory_budget=0), []
+    for _ in range(2):
+        for x, _ in loader:
+            seen.append(len(x))
+            assert torch.allclose(operator.gradient(), dense.gradient, rtol=0, atol=1e-12)
+            operator.matvec(ones(operator))
+    assert seen == [3, 3, 1] * 2
+
+
+def test_workers_of_an_operator_end_with_it():
+    before = multiprocessing.active_children()
+    operator = operator_of(loader_with_workers())
+    operator.loss()
+    assert len(multiprocessing.active_children()) == len(before) + 1
+    del operator
+    gc.collect()
+    assert multiprocessing.active_children() == before
+
+
+def test_a_program_ends_with_an_operator_whose_workers_wait():
+    program = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from subspace_optim import HessianOperator
+
+if __name__ == "__main__":
+    data = TensorDataset(torch.ones(4, 2), torch.zeros(4, 1))
+    loader = DataLoader(data, num_workers=1, persistent_workers=True)
+    operator = HessianOperator(torch.nn.Linear(2, 1), torch.nn.MSELoss(), loader)
+    print(operator.loss() >= 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_an_operator_with_workers_can_be_copied(copied):
+    data = TensorDataset(X, Y)
+    operator = operator_of(DataLoader(data, num_workers=1, persistent_workers=True))
+    loss = operator.loss()
+    assert copied(operator).loss() == loss
+    assert operator.loss() == loss
+
+
+def test_the_loader_is_left_as_it_was():
+    sampler = DistributedSampler(Items(), num_replicas=2, rank=0)
+    loader = DataLoader(Items(), batch_size=3, sampler=sampler)
+    before = dict(vars(loader)), dict(vars(sampler))
+    operator_of(loader).gradient()
+    assert (dict(vars(loader)), dict(vars(sampler))) == before
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_the_epoch_that_training_sets_has_no_part_in_the_operators_passes(wrap):
+    sampler = DistributedSampler(Items(), num_replicas=2, rank=0)
+    loader = DataLoader(Items(), batch_size=3, sampler=sampler)
+    if wrap:
+        batches_of = BatchSampler(sampler, 3, False)
+        loader = DataLoader(Items(), batch_sampler=batches_of)
+    operator, orders = operator_of(loader, memory_budget=0), set()
+    loss = operator.loss()
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        orders.add(str([x.tolist() for x, _ in loader]))
+        operator.matvec(ones(operator))
+    assert len(orders) > 1  # training has other examples in each epoch
+    assert operator.loss() == loss
+
+
+# --- data without an end ------------------------------------------------------------------------
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            torch.rand(1)
+            index = int(torch.randint(len(X), (), generator=generator))
+            yield X[index], Y[index]
+
+
+class Repeated:
+    """So many batches, and no length."""
+
+    def __init__(self, times: float) -> None:
+        self.times = times
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.repeat((X, Y), self.times)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [DataLoader(Endless(), batch_size=2), Endless(), Repeated(batches.UNSIZED_LIMIT + 1)],
+    ids=["loader", "data_set", "own"],
+)
+def test_data_without_an_end_are_refused_before_much_is_computed(data, monkeypatch):
+    monkeypatch.setattr(Repeated, "__iter__", lambda self: itertools.cycle([(X, Y)]))
+    calls = []
+    model = nn.Linear(3, 2).double()
+    model.register_forward_hook(lambda *_: calls.append(1))
+    operator = HessianOperator(model, half_squared_error, data)
+    before = torch.get_rng_state()
+    message = (
+        r"without a length', but must be at an end after 4096 batches\. .*islice\(loader, 100\)"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        operator.loss()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(calls) <= 64
+
+
+@pytest.mark.parametrize("times", [63, 64, 65, 100])
+def test_data_without_a_length_may_have_as_many_batches_as_the_limit(times, monkeypatch):
+    monkeypatch.setattr(batches, "UNSIZED_LIMIT", 99)
+    data = Batches(Repeated(times), pairs=True)
+    if times < 100:
+        assert passed(data) == passed(data) == times
+    else:
+        with pytest.raises(ArgumentError, match="at an end after 99 batches"):
+            passed(data)
+
+
+def test_data_with_a_length_have_no_limit(monkeypatch):
+    monkeypatch.setattr(batches, "UNSIZED_LIMIT", 99)
+    examples = TensorDataset(torch.zeros(200, 1), torch.zeros(200))
+    assert passed(Batches(DataLoader(examples), pairs=True)) == 200
+
+
+def test_a_persistent_stream_is_counted_beside_the_pass():
+    class Long(IterableDataset):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(torch.arange(150.0)[:, None])
+
+    loader = DataLoader(Long(), batch_size=2, num_workers=1, persistent_workers=True)
+    data = Batches(loader, pairs=False)
+    read = [batch for _, batch, _ in data.read(torch.device("cpu"))]
+    assert torch.equal(torch.cat(read)[:, 0], torch.arange(150.0))
+    assert passed(data) == 75
+
+
+# --- data that are written in place -------------------------------------------------------------
+
+
+def stores(x: Tensor, y: Tensor) -> dict[str, Any]:
+    half = TensorDataset(x[:3], y[:3])
+    return {
+        "pair": (x, y),
+        "list": [(x[:3], y[:3]), (x[3:], y[3:])],
+        "nested": [((x[:3], Sample(x[3:])), y)],
+        "sparse": [(x.to_sparse(), y)],
+        "loader": DataLoader(TensorDataset(x, y), batch_size=3),
+        "subset": DataLoader(ConcatDataset([Subset(half, [0, 1, 2]), half])),
+    }
+
+
+@pytest.mark.parametrize("form", stores(X, Y))
+def test_writing_data_in_place_is_seen_without_a_pass_and_is_an_error_at_the_next(form):
+    x, y = X.clone(), Y.clone()
+    data = Batches(stores(x, y)[form], pairs=True)
+    passed(data)
+    before = data.fingerprint()
+    assert passed(data) > 0
+    assert data.fingerprint() == before
+    written = x if form != "sparse" else data.data[0][0]
+    written.mul_(2)
+    assert data.fingerprint() != before
+    with pytest.raises(DataChangedError, match="of them changed"):
+        passed(data)
+
+
+def test_the_message_tells_of_the_writing_before_anything_is_read():
+    x, y = X.clone(), Y.clone()
+    operator = operator_of([(x[:2], y[:2]), (x[2:], y[2:])], memory_budget=0)
+    operator.gradient()
+    x[0] += 1
+    with pytest.raises(DataChangedError, match=r"1 of them changed.* written in place.*new oper"):
+        operator.matvec(ones(operator))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda x: x.copy_(x.clone()), lambda x: x.neg_().neg_()],
+    ids=["overwritten", "there_and_back"],
+)
+def test_writing_what_was_there_is_no_change(write):
+    x, y = X.clone(), Y.clone()
+    data = Batches((x, y), pairs=True)
+    passed(data)
+    write(x)
+    assert passed(data) == passed(data) == 1
+
+
+def test_batches_that_take_the_place_of_others_are_seen():
+    listed = [(X, Y), (X[:2], Y[:2])]
+    data = Batches(listed, pairs=True)
+    passed(data)
+    before = data.fingerprint()
+    listed[1] = (X[2:4], Y[2:4])
+    assert data.fingerprint() != before
+    with pytest.raises(DataChangedError, match="2 batches instead of 2, 1 of them changed"):
+        passed(data)
+
+
+def test_memory_that_takes_the_place_of_other_memory_is_seen():
+    """``x.data = other`` leaves the version counter."""
+    x = X.clone()
+    data = Batches((x, Y), pairs=True)
+    passed(data)
+    x.data = X + 1
+    with pytest.raises(DataChangedError, match="written in place"):
+        passed(data)
+
+
+def test_a_pass_that_was_not_finished_is_no_reference():
+    x = X.clone()
+    data = Batches([(x, Y), (x, Y)], pairs=True)
+    next(data.read(torch.device("cpu")))
+    x.add_(1)
+    assert passed(data) == 2
+
+
+def test_data_that_were_mended_are_read_as_new_ones_if_what_was_known_is_forgotten():
+    x = X.clone()
+    x[0, 0] = torch.nan
+    data = Batches((x, Y), pairs=True)
+    passed(data)
+    x[0, 0] = 1
+    data.forget()
+    assert passed(data) == passed(data) == 1
+
+
+def test_a_copy_of_data_is_known_as_the_same_data():
+    data = Batches([(X, Y)], pairs=True)
+    passed(data)
+    copied = pickle.loads(pickle.dumps(data))
+    assert passed(copied) == 1
+    copied.data[0][0].add_(1)
+    with pytest.raises(DataChangedError, match="written in place"):
+        passed(copied)
+
+
+def test_tensors_made_in_inference_mode_have_no_version_and_can_be_used():
+    with torch.inference_mode():
+        x = X.clone()
+    data = Batches((x, Y), pairs=True)
+    assert passed(data) == passed(data) == 1
+
+
+# --- dtypes -------------------------------------------------------------------------------------
+
+
+def test_all_floating_point_inputs_take_a_dtype_that_is_asked_for():
+    batch = (Sample(X.bfloat16()), {"y": Y.float(), "n": torch.arange(3), "z": X.cfloat()})
+    ((_, (sample, rest), _),) = Batches(batch, pairs=True).read(
+        torch.device("cpu"), dtype=torch.float64
+    )
+    assert sample.x.dtype == rest["y"].dtype == torch.float64
+    assert (rest["n"].dtype, rest["z"].dtype) == (torch.int64, torch.complex128)
+    assert batch[0].x.dtype == torch.bfloat16  # the user's own
+
+
+def test_low_precision_inputs_inside_of_objects_become_float32():
+    packed = pack_sequence([X.half()])
+    ((_, (sample, other), nbytes),) = Batches((Sample(X.half()), packed), pairs=True).read(
+        torch.device("cpu"), upcast=True
+    )
+    assert sample.x.dtype == other.data.dtype == torch.float32
+    assert nbytes == 2 * 4 * X.numel()
+
+
+# --- what is one batch --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "pairs"),
+    [
+        ((X, Y), True),
+        ((pack_sequence([X]), Y), True),
+        (({"x": X}, Y), True),
+        (((X, X), Y), True),
+        ((Sample(X), Y), True),
+        (([X[0], X[1], X[2]], [{"boxes": X}] * 3), True),
+        ({"x": X}, False),
+        (Sample(X), False),
+        (pack_sequence([X]), False),
+        (X, False),
+    ],
+)
+def test_one_batch_is_read_as_one(data, pairs):
+    ((_, batch, _),) = Batches(data, pairs=pairs).read(torch.device("cpu"))
+    assert batch is data or isinstance(data, tuple)
+
+
+@pytest.mark.parametrize("data", [[(X, Y), (X, Y)], ((X, Y), (X, Y)), [(Sample(X), Y)] * 2])
+def test_batches_are_read_as_several(data):
+    assert passed(Batches(data, pairs=True)) == 2

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature import ParameterSpace
+from subspace_optim.curvature.parameters import digest
 from tests.dense import TiedMLP
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -295,3 +296,43 @@ def test_the_digest_reaches_every_element_of_a_large_tensor():
         seen.add(space.digest())
         p[element] = 0
     assert len(seen) == 7
+
+
+LAYOUTS = {
+    "sparse_coo": lambda dense: dense.to_sparse(),
+    "sparse_csr": lambda dense: dense.to_sparse_csr(),
+    "sparse_csc": lambda dense: dense.to_sparse_csc(),
+    "sparse_bsr": lambda dense: dense.to_sparse_bsr((2, 2)),
+    "sparse_bsc": lambda dense: dense.to_sparse_bsc((2, 2)),
+    "nested": lambda dense: torch.nested.nested_tensor([dense, dense[:1]]),
+    "jagged": lambda dense: torch.nested.nested_tensor([dense, dense[:1]], layout=torch.jagged),
+    "conjugated": lambda dense: torch.complex(dense, dense).conj(),
+    "negated": lambda dense: torch.complex(dense, dense).conj().imag,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_tensors_of_all_layouts_have_a_digest_of_what_they_hold(layout):
+    """A buffer may be a sparse adjacency matrix."""
+    dense = torch.zeros(4, 6)
+    dense[0, 1], dense[2, 3], dense[3, 5] = 1.0, 2.0, 3.0
+    make = LAYOUTS[layout]
+    seen = {int(digest([make(dense)]))}
+    assert int(digest([make(dense.clone())])) in seen
+    for row, column, value in [(0, 1, 1.5), (2, 3, -2.0), (1, 0, 1.0), (3, 5, 0.0)]:
+        other = dense.clone()
+        other[row, column] = value
+        seen.add(int(digest([make(other)])))
+    moved = dense.roll(2, dims=1)  # the same values in other places
+    assert len(seen | {int(digest([make(moved)]))}) == 6
+
+
+def test_the_digest_of_a_sparse_tensor_does_not_see_in_which_order_its_entries_were_given():
+    indices, values = torch.tensor([[2, 0, 1], [1, 0, 1]]), torch.tensor([1.0, 2.0, 3.0])
+    first = torch.sparse_coo_tensor(indices, values, (3, 2), check_invariants=True)
+    second = torch.sparse_coo_tensor(
+        indices.flip(1), values.flip(0), (3, 2), check_invariants=True
+    ).coalesce()
+    assert int(digest([first])) == int(digest([second]))
