@@ -5,6 +5,7 @@ from importlib.metadata import version
 from subspace_optim import diagnostics
 from subspace_optim._validation import (
     ArgumentError,
+    AttachedTwiceWarning,
     ConvergenceWarning,
     DataChangedError,
     EngineWarning,
@@ -13,6 +14,7 @@ from subspace_optim._validation import (
     NonFiniteError,
     SecondDerivativeError,
     StaleBasisWarning,
+    UnseenStepsWarning,
 )
 from subspace_optim.curvature import (
     ClassGradientSubspace,
@@ -42,6 +44,7 @@ __version__ = version("subspace_optim")
 __all__ = [
     "SAM",
     "ArgumentError",
+    "AttachedTwiceWarning",
     "BulkSAM",
     "BulkSGD",
     "ClassGradientQuasiNewton",
@@ -69,6 +72,7 @@ __all__ = [
     "SecondDerivativeError",
     "StaleBasisWarning",
     "Subspace",
+    "UnseenStepsWarning",
     "diagnostics",
     "project_updates",
 ]
