@@ -5,6 +5,7 @@ from importlib.metadata import version
 from subspace_optim import diagnostics
 from subspace_optim._validation import (
     ArgumentError,
+    AttachedTwiceWarning,
     ConvergenceWarning,
     DataChangedError,
     EngineWarning,
@@ -15,6 +16,7 @@ from subspace_optim._validation import (
     NotOneFunctionError,
     SecondDerivativeError,
     StaleBasisWarning,
+    UnseenStepsWarning,
 )
 from subspace_optim.curvature import (
     ClassGradientSubspace,
@@ -44,6 +46,7 @@ __version__ = version("subspace_optim")
 __all__ = [
     "SAM",
     "ArgumentError",
+    "AttachedTwiceWarning",
     "BulkSAM",
     "BulkSGD",
     "ClassGradientQuasiNewton",
@@ -73,6 +76,7 @@ __all__ = [
     "SecondDerivativeError",
     "StaleBasisWarning",
     "Subspace",
+    "UnseenStepsWarning",
     "diagnostics",
     "project_updates",
 ]

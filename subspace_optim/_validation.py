@@ -63,7 +63,15 @@ class NoGapWarning(UserWarning):
 
 
 class LogWarning(UserWarning):
-    """A row of a monitor that a file or a logger did not take."""
+    """A row of a monitor that could not be measured, or that a file or a logger did not take."""
+
+
+class UnseenStepsWarning(UserWarning):
+    """Parameters that move without the steps of the optimizer that is watched."""
+
+
+class AttachedTwiceWarning(UserWarning):
+    """A projection or a monitor that takes the place of one that was attached before."""
 
 
 def check_integer(

@@ -24,17 +24,17 @@ ALLOWED: dict[str, set[str]] = {
     ".pace": set(),  # numbers alone
     ".ageing": {"._validation", ".linalg", ".curvature", ".pace"},
     ".subspace": {"._validation", ".linalg", ".curvature", ".ageing", ".subspace"},
-    ".joint_steps": {"._validation", ".curvature"},
+    ".step_hooks": {"._validation", ".curvature"},
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.
-    ".optim._base": {"._validation", ".curvature", ".subspace"},
-    ".optim": {"._validation", ".curvature", ".subspace", ".joint_steps", ".optim._base"},
+    ".optim._base": {"._validation", ".curvature", ".subspace", ".step_hooks"},
+    ".optim": {"._validation", ".curvature", ".subspace", ".step_hooks", ".optim._base"},
     ".optim.__init__": {".optim._base", ".optim"},
     ".diagnostics": {
         "._validation",
         ".linalg",
         ".curvature",
         ".subspace",
-        ".joint_steps",
+        ".step_hooks",
         ".diagnostics",
     },
     ".__init__": {"._validation", ".linalg", ".curvature", ".subspace", ".optim", ".diagnostics"},

@@ -33,7 +33,7 @@ class Log:
     def __init__(self, name: str, send: Send) -> None:
         self.name, self._send = name, send
         self._pending: list[Row] = []
-        self._failing = False
+        self._failing = self._sending = False
 
     def __call__(self, row: Row) -> None:
         """Sends the row, after those that wait."""
@@ -41,7 +41,10 @@ class Log:
         self.flush()
 
     def flush(self) -> None:
-        """Sends what waits."""
+        """Sends what waits. A place that takes a row may call for it again."""
+        if self._sending:
+            return
+        self._sending = True
         try:
             while self._pending:
                 self._send(self._pending[0])
@@ -52,6 +55,8 @@ class Log:
         except Exception as error:  # noqa: BLE001 (whatever a place of the user's raises)
             del self._pending[0]
             self._warn(error, "Rows that it refuses are left out")
+        finally:
+            self._sending = False
 
     def _warn(self, error: Exception, consequence: str) -> None:
         if not self._failing:
@@ -63,7 +68,7 @@ class Log:
             warnings.warn(message, LogWarning, stacklevel=3)
 
 
-def logs(targets: Any, columns: Sequence[str], *, append: bool) -> list[Log]:
+def logs(targets: Any, columns: Sequence[str], *, append: bool, files: bool = True) -> list[Log]:
     """Returns a log for each target.
 
     Args:
@@ -72,6 +77,7 @@ def logs(targets: Any, columns: Sequence[str], *, append: bool) -> list[Log]:
             ``None`` for nothing.
         columns: the names in every row.
         append: whether files may be there already; theirs must be the same columns.
+        files: whether this process writes them; if not, they are left to the one that does.
 
     Raises:
         ArgumentError: a target is none of these, or its file cannot be written.
@@ -82,6 +88,8 @@ def logs(targets: Any, columns: Sequence[str], *, append: bool) -> list[Log]:
     if not one and not isinstance(targets, Iterable):
         raise ArgumentError("log", type(targets).__name__, _ALLOWED)
     chosen = [targets] if one else list(targets)
+    if not files:
+        chosen = [target for target in chosen if not isinstance(target, str | Path)]
     for target in chosen:
         _check(target, append)
     return [_log(target, columns) for target in chosen]

@@ -17,16 +17,16 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from subspace_optim._validation import (
     ArgumentError,
+    AttachedTwiceWarning,
     LogWarning,
-    NonFiniteError,
     check_integer,
 )
 from subspace_optim.diagnostics.alignment import alignment
 from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
 from subspace_optim.diagnostics.logs import logs
 from subspace_optim.diagnostics.stability import preconditioned_sharpness, thresholds
-from subspace_optim.joint_steps import JointSteps, optimizers_of
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.step_hooks import JointSteps, attached, optimizers_of
 from subspace_optim.subspace import DominantSubspace
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ COLUMNS = (
     "gradients",
     "products",
 )
+_STATE = {"history", "start", "steps", "clock", "seen"}
 _LISTS = {"eigenvalues": "eigenvalue", "next_eigenvalues": "next_eigenvalue"}
 
 
@@ -107,12 +108,16 @@ class Monitor:
 
     Training does not change by a bit: nothing is written to parameters, gradients, buffers or
     random states. A step that is not recorded costs a counter; steps with all rates zero, such as
-    those with which checkpoints are prepared, are no steps. A loss or a curvature that is not
-    finite makes a row of NaN and a warning: a training that diverges goes on to do so.
+    those with which checkpoints are prepared, are no steps. What cannot be measured, for a loss
+    that is not finite or for want of memory, is a row of NaN and one warning: training goes on.
+
+    Wrappers such as Accelerate's, Lightning's and Fabric's are followed to the optimizer inside; of
+    an optimizer that steps another one, such as Lookahead, a row is of the whole displacement.
 
     Args:
-        optimizer: any optimizer, or a sequence of optimizers that step in turn: one row for one
-            step of each.
+        optimizer: any optimizer, wrapped or not, or a sequence of optimizers that step in turn:
+            one row for one step of each. A monitor of the same rows that is attached already, as
+            where a cell of a notebook is run again, is detached with a warning.
         subspace: the subspace to measure in; its basis is refreshed as it is due, at most once
             for each parameter state, whether an optimizer or a monitor asks first.
         every: record one step in so many, or those at which ``every(step)`` is true.
@@ -124,12 +129,9 @@ class Monitor:
             ``add_scalar`` such as TensorBoard's ``SummaryWriter``, or a callable that takes a row
             as a dict, such as ``wandb.log``; or a sequence of these. A row is in its file before
             the next step, and outlives a kill. What a log does not take is a ``LogWarning``,
-            never an end of the training.
+            never an end of the training. With a ``process_group`` files are written by rank 0.
         append: adds to files that are there already, of a run that is taken up again. A step that
             was recorded after the checkpoint is then in the file twice.
-
-    Attributes:
-        history: a list for each column.
 
     Raises:
         ArgumentError: an argument is of the wrong type or out of range, an optimizer is of
@@ -155,12 +157,13 @@ class Monitor:
             every = check_integer("every", every, minimum=1, remedy=remedy)
         space, k = subspace.parameters, subspace.k
         next_k = check_integer("next_k", next_k, minimum=0, maximum=space.size - k)
-        if preconditioned and not all(isinstance(each, Adam | AdamW) for each in optimizers):
+        adam = all(isinstance(each.optimizer, Adam | AdamW) for each in optimizers)
+        if preconditioned and not adam:
             remedy = "The thresholds of other optimizers are for the sharpness itself."
             raise ArgumentError("preconditioned", True, "False, but for Adam and AdamW", remedy)
         self.every = every
         self.subspace = subspace
-        self.history: dict[str, list[Any]] = {column: [] for column in COLUMNS}
+        self._history: dict[str, list[Any]] = {column: [] for column in COLUMNS}
         self._preconditioned = preconditioned
         self._next = (
             DominantSubspace(
@@ -178,12 +181,53 @@ class Monitor:
         self._moved = True  # whether that came to its end, as far as is known with a change
         self._unmeasured: dict[str, Any] | None = None
         self._before: _Before | None = None
-        self._logs = logs(log, list(self._flat(self._empty_row())), append=append)
+        self._failing = False
+        # A step that goes on after the one inside, as Lookahead's, has another threshold; SAM's
+        # is told by its radius.
+        self._with_thresholds = [
+            each.optimizer
+            for each in optimizers
+            if len(each.members) == 1 or "rho" in each.optimizer.param_groups[0]
+        ]
+        ranks = getattr(subspace.operator, "_ranks", None)
+        files = ranks is None or ranks.rank == 0  # of the ranks, which have the same rows, one
+        columns = list(self._flat(self._empty_row()))
+        self._logs = logs(log, columns, append=append, files=files)
+        owners = [steps.owner for steps in attached(optimizers)]
+        twins = [each for each in owners if isinstance(each, Monitor) and each.kind == self.kind]
+        for twin in twins:
+            twin.detach()
         # Last: a projection that was attached later must have been applied.
-        self._joint = JointSteps(optimizers, self._begin, self._end, last=True)
+        self._joint = JointSteps(
+            optimizers,
+            space,
+            owner=self,
+            begin=self._begin,
+            end=self._end,
+            undo=self._forget,
+            last=True,
+        )
+        if twins:
+            message = (
+                "A monitor of the same rows was attached to the optimizer. It is detached, as by "
+                "its detach(), and keeps its history; the new one takes its place."
+            )
+            warnings.warn(message, AttachedTwiceWarning, stacklevel=2)
+
+    @property
+    def history(self) -> dict[str, list[Any]]:
+        """A list for each column, with an entry for each row."""
+        self._joint.check()
+        return self._history
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the rows depend on, beside the optimizer."""
+        return id(self.subspace), self.every, self._counts["next_eigenvalues"], self._preconditioned
 
     def detach(self) -> None:
         """Removes the monitor from its optimizers. The history stays."""
+        self._joint.check()
         self._joint.finish()
         self._joint.remove()
         self._before = None
@@ -210,10 +254,8 @@ class Monitor:
         if recorded:
             try:
                 self._before = self._look()
-            except NonFiniteError as error:
-                message = f"The row of step {self._steps} is NaN: {error}"
-                warnings.warn(message, LogWarning, stacklevel=2)
-                self._unmeasured = self._empty_row()
+            except Exception as error:  # noqa: BLE001 (training is worth more than its record)
+                self._unmeasured = self._failed(error)
         self._clock, self._seen, self._asked = subspace.clock, recorded, subspace.asked
 
     def _is_recorded(self) -> bool:
@@ -231,7 +273,7 @@ class Monitor:
         row = self._empty_row() | {"loss": operator.loss()}
         norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
         # Now: a scheduler may change the rate before several optimizers have all stepped.
-        row |= {"gradient_norm": norm} | thresholds(self._joint.optimizers, norm)
+        row |= {"gradient_norm": norm} | thresholds(self._with_thresholds, norm)
         eigenvalues = basis.eigenvalues.tolist()
         if subspace.gap is not None:
             row["gap"] = subspace.gap
@@ -252,12 +294,33 @@ class Monitor:
         return _Before(space.flatten(space.tensors), basis, gradient, row)
 
     def _end(self) -> None:
-        row = self._unmeasured if self._before is None else self._row(self._before)
-        self._before = self._unmeasured = None
+        row, before = self._unmeasured, self._before
+        self._forget()
+        if before is not None:
+            try:
+                row = self._row(before)
+                self._failing = False
+            except Exception as error:  # noqa: BLE001 (training is worth more than its record)
+                row = self._failed(error)
         self._moved = row is None or row["update_norm"] != 0
         self._steps += 1
         if row is not None:
             self._add(row)
+
+    def _forget(self) -> None:
+        """Of a step that raised there is no row."""
+        self._before = self._unmeasured = None
+
+    def _failed(self, error: Exception) -> dict[str, Any]:
+        """Returns the row of what could not be measured. One warning, until a row can be again."""
+        with suppress(Exception):
+            self.subspace.operator.release()
+        if not self._failing:
+            self._failing = True
+            kind = type(error).__name__
+            message = f"The row of step {self._steps} is NaN: {error} ({kind}) Training goes on."
+            warnings.warn(message, LogWarning, stacklevel=2)
+        return self._empty_row()
 
     @torch.no_grad()
     def _row(self, before: _Before) -> dict[str, Any]:
@@ -281,7 +344,7 @@ class Monitor:
 
     def _add(self, row: dict[str, Any]) -> None:
         for column in COLUMNS:
-            self.history[column].append(row[column])
+            self._history[column].append(row[column])
         for log in self._logs:
             log(self._flat(row))
 
@@ -311,8 +374,8 @@ class Monitor:
         Raises:
             ArgumentError: it is of another model, or no monitor's.
         """
-        missing = self.state_dict().keys() - state_dict.keys()
-        missing |= self.history.keys() - state_dict.get("history", {}).keys()
+        missing = _STATE - state_dict.keys()
+        missing |= self._history.keys() - state_dict.get("history", {}).keys()
         if missing:
             found = f"without {', '.join(sorted(missing))}"
             raise ArgumentError("the loaded state", found, "that of a monitor of this version")
@@ -326,7 +389,8 @@ class Monitor:
                 allowed = f"{count} in each row"
                 remedy = "It is of another k or next_k."
                 raise ArgumentError("the loaded state", f"of other {column}", allowed, remedy)
-        self.history = {column: list(state_dict["history"][column]) for column in COLUMNS}
+        self._joint.forget()
+        self._history = {column: list(state_dict["history"][column]) for column in COLUMNS}
         self._start = start.to(self._start, copy=True)
         self._steps = state_dict["steps"]
         self._clock = state_dict["clock"]

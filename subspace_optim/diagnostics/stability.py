@@ -19,6 +19,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from subspace_optim._validation import ArgumentError, check_number
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.linalg.lanczos import top_eigenpairs
+from subspace_optim.step_hooks import optimizers_of
 
 
 def stability_threshold(
@@ -182,7 +183,7 @@ def preconditioned_sharpness(
     Reference:
         Cohen et al. 2022, *Adaptive gradient methods at the edge of stability*.
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = [each.optimizer for each in optimizers_of(optimizer, operator.parameters)]
     for each in optimizers:
         if not isinstance(each, Adam | AdamW):
             raise ArgumentError("optimizer", type(each).__name__, "Adam or AdamW of torch.optim")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -13,15 +14,20 @@ from torch.optim.optimizer import ParamsT
 
 from subspace_optim._validation import ArgumentError, check_number
 from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.step_hooks import outside_autocast, parameters_of
 from subspace_optim.subspace import EigenBasis, Subspace, check_subspace, projector_of
 
 Basis = TypeVar("Basis")
+Moves = list[tuple[list[Tensor], list[Tensor], float]]
+"""Parameters, what is added to them, and the factor of that."""
 
 
 class CheckedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose options are checked wherever they are given.
 
-    ``step`` evaluates the closure and then takes the step that ``_descend`` writes.
+    ``step`` evaluates the closure and then takes the step that ``_descend`` writes. It happens, or
+    an exception leaves parameters and state as they were: ``_descend`` computes all that is new in
+    other memory, and ``_commit`` puts it in place.
     """
 
     @staticmethod
@@ -51,8 +57,24 @@ class CheckedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._descend()
+        with self._outside_autocast():
+            self._descend()
         return loss
+
+    def _commit(self, buffers: dict[Tensor, Tensor], moves: Moves) -> None:
+        """Makes the step happen, all of it: an exception in between is raised afterwards.
+
+        Args:
+            buffers: the new momentum buffers.
+            moves: what is added to the parameters.
+        """
+        errors = [_add(*move) for move in moves if move[0]]
+        torch.clear_autocast_cache()  # its copies of parameters
+        for p, buffer in buffers.items():
+            self.state[p]["momentum_buffer"] = buffer
+        for error in errors:
+            if error is not None:
+                raise error
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch's optimizers do, after its options and parameters were checked.
@@ -74,7 +96,9 @@ class CheckedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads options and state; those of ``torch.optim.SGD`` too, where the options are its.
 
-        The subspace has a ``state_dict`` of its own.
+        The subspace has a ``state_dict`` of its own. A state that cannot be used is refused before
+        anything is changed: options out of range, and momentum buffers that are not finite or not
+        of their parameters' shapes.
         """
         super().load_state_dict(state_dict)
         for group in self.param_groups:  # checkpoints of older torch have fewer options
@@ -86,6 +110,9 @@ class CheckedOptimizer(torch.optim.Optimizer):
         defaults = state.get("defaults", getattr(self, "defaults", {}))
         for group in state.get("param_groups", []):
             self._check_options(defaults | group)
+        if "defaults" not in state:  # it is loaded: a copy of a run that diverged is none the less
+            for p, entries in state.get("state", {}).items():
+                check_buffer(p, entries)
         super().__setstate__(state)
 
     def _check_gradients(self) -> None:
@@ -94,14 +121,13 @@ class CheckedOptimizer(torch.optim.Optimizer):
         Raises:
             ArgumentError: one is not.
         """
-        for p in self._parameters():
+        for p in parameters_of(self):
             if p.grad is not None and p.grad.layout != torch.strided:
                 label = f"the gradient of a parameter of shape {tuple(p.shape)}"
                 raise ArgumentError(label, p.grad.layout, "dense", "Use sparse=False.")
 
-    def _parameters(self) -> Iterator[Tensor]:
-        for group in self.param_groups:
-            yield from group["params"]
+    def _outside_autocast(self) -> AbstractContextManager[None]:
+        return outside_autocast(parameters_of(self)[0].device)
 
     def _moves(self) -> bool:
         """Whether a rate is above 0: steps that prepare a checkpoint have none."""
@@ -111,7 +137,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
 class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
     """An optimizer whose update is a function of all groups' direction and of a basis."""
 
-    subspace: Subspace | None = None  # an optimizer that was pickled or copied alone has none
+    subspace: Subspace | None  # an optimizer that was pickled or copied alone has none
     _memory: Tensor | None = None  # of the update
     _projects = False
 
@@ -121,13 +147,16 @@ class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
         super().__init__(params, defaults)
 
     @abstractmethod
-    def _update(self, index: dict[Tensor, int], basis: Basis | None) -> Tensor:
-        """Returns what is added to the parameters, ``(P,)``, and moves the buffers on.
+    def _update(
+        self, index: dict[Tensor, int], basis: Basis | None, buffers: dict[Tensor, Tensor]
+    ) -> Tensor:
+        """Returns what is added to the parameters, ``(P,)``.
 
         Args:
             index: where each parameter is among the subspace's.
             basis: at the present parameters; ``None`` where every rate is 0, so that the result
                 is not used.
+            buffers: takes the new momentum buffers.
         """
 
     def _descend(self) -> None:
@@ -137,11 +166,10 @@ class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
             return
         # Where every rate is 0, nothing moves: no reason to pay for a basis.
         basis = self._basis(subspace) if self._moves() else None
-        update = self._update(index, basis)
-        if basis is not None:
-            moved = subspace.parameters.unflatten(update)
-            for p, i in index.items():
-                p.add_(moved[i])
+        buffers: dict[Tensor, Tensor] = {}
+        update = self._update(index, basis, buffers)
+        added = subspace.parameters.unflatten(update)
+        self._commit(buffers, [] if basis is None else [(list(index), added, 1.0)])
 
     @abstractmethod
     def _basis(self, subspace: Subspace) -> Basis:
@@ -150,6 +178,10 @@ class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_membership(group["params"], self._subspace().parameters)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("subspace", None)
+        super().__setstate__(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # With `deepcopy((model, subspace, optimizer))` the copies belong together. Alone, a copy
@@ -179,7 +211,7 @@ class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
             ArgumentError: a parameter is missing on either side, was frozen since, or has a
                 sparse gradient.
         """
-        check_same(list(self._parameters()), space)
+        check_same(parameters_of(self), space)
         for p, name in zip(space.tensors, space.names, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ArgumentError(
@@ -192,9 +224,12 @@ class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
         return group
 
     def _gather(
-        self, index: dict[Tensor, int], factor: Callable[[dict[str, Any]], float | Tensor]
+        self,
+        index: dict[Tensor, int],
+        factor: Callable[[dict[str, Any]], float | Tensor],
+        buffers: dict[Tensor, Tensor],
     ) -> Tensor:
-        """Returns each group's direction times its factor, as one vector; buffers are moved on.
+        """Returns each group's direction times its factor, as one vector, and the new buffers.
 
         The memory is kept for the next step: fresh memory for millions of numbers would cost as
         much as all of the arithmetic.
@@ -213,7 +248,8 @@ class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
             scale = factor(group)
             scale = scale.reshape(()) if isinstance(scale, Tensor) else scale
             params = [p for p in group["params"] if p in index and p.grad is not None]
-            for p, direction in sgd_directions(params, self._direction(group), self.state):
+            options = self._direction(group)
+            for p, direction in sgd_directions(params, options, self.state, buffers):
                 view = views[index[p]]
                 if direction.dtype == view.dtype:
                     torch.mul(direction, scale, out=view)
@@ -244,9 +280,23 @@ class RestrictedSGD(SubspaceOptimizer[EigenBasis]):
     def _basis(self, subspace: Subspace) -> EigenBasis:
         return projector_of(subspace)
 
-    def _update(self, index: dict[Tensor, int], basis: EigenBasis | None) -> Tensor:
-        update = self._gather(index, lambda group: -group["lr"])
+    def _update(
+        self, index: dict[Tensor, int], basis: EigenBasis | None, buffers: dict[Tensor, Tensor]
+    ) -> Tensor:
+        update = self._gather(index, lambda group: -group["lr"], buffers)
         return update if basis is None else self._restrict(basis, update)
+
+
+def _add(params: list[Tensor], added: list[Tensor], factor: float) -> BaseException | None:
+    """Adds in one call of torch, and returns the exception that was raised before or after it."""
+    version = params[0]._version  # noqa: SLF001 (counts what is written)
+    try:
+        torch._foreach_add_(params, added, alpha=factor)
+    except BaseException as error:  # noqa: BLE001 (an interrupt is raised after the call)
+        if params[0]._version == version:  # noqa: SLF001
+            torch._foreach_add_(params, added, alpha=factor)
+        return error
+    return None
 
 
 _PLAIN = {
@@ -260,9 +310,12 @@ _PLAIN = {
 
 
 def sgd_directions(
-    params: list[Tensor], group: dict[str, Any], state: dict[Tensor, Any]
+    params: list[Tensor],
+    group: dict[str, Any],
+    state: dict[Tensor, Any],
+    buffers: dict[Tensor, Tensor],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields each parameter with the direction of ``torch.optim.SGD``, and moves buffers on.
+    """Yields each parameter with the direction of ``torch.optim.SGD``.
 
     With gradient g, weight decay w, momentum μ, dampening τ and buffer b: ``d = g + wθ``
     (``−g + wθ`` to maximize), ``b ← μb + (1 − τ)d`` (at first ``b = d``), and the direction
@@ -271,16 +324,20 @@ def sgd_directions(
     Args:
         params: of one group, with gradients.
         group: its options.
-        state: of the optimizer, where the buffers are.
+        state: of the optimizer, where the buffers are; only read.
+        buffers: takes the new ones.
     """
     group = _PLAIN | group
     together = group["foreach"] is None or group["foreach"]
     for some in [params] if together and params else [[p] for p in params]:
-        yield from zip(some, _directions(some, group, state), strict=True)
+        yield from zip(some, _directions(some, group, state, buffers), strict=True)
 
 
 def _directions(
-    params: list[Tensor], group: dict[str, Any], state: dict[Tensor, Any]
+    params: list[Tensor],
+    group: dict[str, Any],
+    state: dict[Tensor, Any],
+    buffers: dict[Tensor, Tensor],
 ) -> list[Tensor]:
     directions = [p.grad for p in params if p.grad is not None]
     momentum, decay = group["momentum"], group["weight_decay"]
@@ -290,19 +347,42 @@ def _directions(
         directions = list(torch._foreach_add(directions, params, alpha=decay))
     if momentum == 0:
         return directions
-    buffers = [state[p].get("momentum_buffer") for p in params]
-    for p, direction, buffer in zip(params, directions, buffers, strict=True):
-        if buffer is None:
-            state[p]["momentum_buffer"] = direction.detach().clone()
-    old = [(b, d) for b, d in zip(buffers, directions, strict=True) if b is not None]
-    if old:
-        running, fresh = [b for b, _ in old], [d for _, d in old]
-        torch._foreach_mul_(running, momentum)
-        torch._foreach_add_(running, fresh, alpha=1 - group["dampening"])
-    current = [state[p]["momentum_buffer"] for p in params]
+    known = dict(zip(params, directions, strict=True))
+    old = {p: state[p].get("momentum_buffer") for p in params if p in state}
+    running = [p for p in params if old.get(p) is not None]
+    if running:
+        new = list(torch._foreach_mul([old[p] for p in running], momentum))
+        torch._foreach_add_(new, [known[p] for p in running], alpha=1 - group["dampening"])
+        buffers |= zip(running, new, strict=True)
+    buffers |= {p: d.detach().clone() for p, d in known.items() if p not in buffers}
+    current = [buffers[p] for p in params]
     if group["nesterov"]:
         return list(torch._foreach_add(directions, current, alpha=momentum))
     return current
+
+
+def check_buffer(parameter: Any, entries: Any) -> None:
+    """Checks what a state that is loaded has for one parameter.
+
+    Raises:
+        ArgumentError: it is no dict, or its momentum buffer cannot be used.
+    """
+    remedy = "The state was damaged, or is of a run that had diverged."
+    if not isinstance(entries, dict):
+        kind = type(entries).__name__
+        raise ArgumentError("the loaded state of a parameter", kind, "a dict", remedy)
+    buffer = entries.get("momentum_buffer")
+    if buffer is None or not isinstance(parameter, Tensor):
+        return
+    label, shape = "momentum_buffer of the loaded state", tuple(parameter.shape)
+    if not isinstance(buffer, Tensor):
+        raise ArgumentError(label, type(buffer).__name__, "a tensor", remedy)
+    if buffer.layout != torch.strided:
+        raise ArgumentError(label, buffer.layout, "dense", remedy)
+    if tuple(buffer.shape) != shape:
+        raise ArgumentError(label, f"of shape {tuple(buffer.shape)}", f"of shape {shape}", remedy)
+    if not bool(buffer.isfinite().all()):
+        raise ArgumentError(label, "not finite", "finite", remedy)
 
 
 def check_sgd_options(group: dict[str, Any]) -> None:

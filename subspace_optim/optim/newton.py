@@ -49,8 +49,10 @@ class SubspaceNewton(SubspaceOptimizer[Curvature]):
     def _basis(self, subspace: Subspace) -> Curvature:
         return basis_of(subspace)
 
-    def _update(self, index: dict[Tensor, int], basis: Curvature | None) -> Tensor:
-        update = self._gather(index, lambda _: 1.0)
+    def _update(
+        self, index: dict[Tensor, int], basis: Curvature | None, buffers: dict[Tensor, Tensor]
+    ) -> Tensor:
+        update = self._gather(index, lambda _: 1.0, buffers)
         if basis is None:
             return update
         rates = {p: self._rates(group) for group in self.param_groups for p in group["params"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Literal
 
@@ -9,9 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from subspace_optim._validation import ArgumentError
-from subspace_optim.joint_steps import JointSteps, optimizers_of
+from subspace_optim._validation import ArgumentError, AttachedTwiceWarning
 from subspace_optim.optim._base import check_same
+from subspace_optim.step_hooks import (
+    Followed,
+    JointSteps,
+    attached,
+    optimizers_of,
+    parameters_of,
+    write,
+)
 from subspace_optim.subspace import EigenBasis, Subspace, check_subspace, projector_of
 
 
@@ -19,51 +27,94 @@ class Projection:
     """What ``project_updates`` returns: its ``remove()`` makes the optimizers whole again."""
 
     def __init__(
-        self, optimizers: list[Optimizer], subspace: Subspace, onto: Literal["dominant", "bulk"]
+        self, optimizers: list[Followed], subspace: Subspace, onto: Literal["dominant", "bulk"]
     ) -> None:
         self.subspace, self.onto = subspace, onto
-        self._optimizers = optimizers
-        self._before: tuple[Tensor, EigenBasis] | None = None  # θ_t, and the basis there
-        self._steps = JointSteps(optimizers, self._begin, self._project, last=False)
+        # θ_t, the basis there, and what the optimizers knew
+        self._before: tuple[Tensor, EigenBasis, list[_Known]] | None = None
+        self._steps = JointSteps(
+            optimizers,
+            subspace.parameters,
+            owner=self,
+            begin=self._begin,
+            end=self._project,
+            undo=self._undo,
+            last=False,
+        )
 
     def remove(self) -> None:
         """Lets the optimizers make their own updates again."""
+        self._steps.check()
         self._steps.remove()
         self._before = None
 
     @torch.no_grad()
     def _begin(self) -> None:
-        space = self.subspace.parameters
-        check_same(_parameters(self._optimizers), space)
-        if self._before is not None:  # the step before raised, somewhere between its moves
+        optimizers, space = self._steps.optimizers, self.subspace.parameters
+        check_same([p for each in optimizers for p in parameters_of(each)], space)
+        if self._before is not None:  # the step before raised, and was called past our guard
             self._forget_pairs()
-        self._before = space.flatten(space.tensors), projector_of(self.subspace)
+        theta, basis = space.flatten(space.tensors), projector_of(self.subspace)
+        self._before = theta, basis, [_Known(each) for each in optimizers]
 
     @torch.no_grad()
     def _project(self) -> None:
         if self._before is None:
             return
-        space, (theta, basis) = self.subspace.parameters, self._before
-        self._before = None
+        space, (theta, basis, _) = self.subspace.parameters, self._before
         update = space.flatten(space.tensors).sub_(theta)
         if self.onto == "dominant":
             basis.project(update, out=update)
         else:
             basis.project_out(update, out=update)
-        for p, value in zip(space.tensors, space.unflatten(theta.add_(update)), strict=True):
-            p.copy_(value)
+        self._write(space.unflatten(update.add_(theta)))
         self._forget_pairs()
+
+    def _undo(self) -> None:
+        if self._before is None:
+            return
+        theta, _, known = self._before
+        self._write(self.subspace.parameters.unflatten(theta))
+        for each in known:
+            each.restore()
+        self._forget_pairs()
+
+    def _write(self, values: list[Tensor]) -> None:
+        try:
+            write(self.subspace.parameters.tensors, values)
+        finally:
+            self._before = None
 
     def _forget_pairs(self) -> None:
         """Lets LBFGS begin anew: its pairs tell of moves that were not made."""
-        for each in self._optimizers:
+        for each in self._steps.optimizers:
             if isinstance(each, LBFGS):
                 for state in each.state.values():
                     state["n_iter"] = 0
 
 
-def _parameters(optimizers: list[Optimizer]) -> list[Tensor]:
-    return [p for each in optimizers for group in each.param_groups for p in group["params"]]
+class _Known:
+    """What an optimizer knows before a step: its entries, and the counts among them.
+
+    Moments that it changes in place are not copied: that would cost as much as they do.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._entries = {p: dict(state) for p, state in optimizer.state.items()}
+        values = [value for entries in self._entries.values() for value in entries.values()]
+        self._counts = [v for v in values if isinstance(v, Tensor) and v.numel() == 1]
+        self._values = [count.clone() for count in self._counts]
+
+    def restore(self) -> None:
+        state = self._optimizer.state
+        for p in list(state):
+            if p not in self._entries:
+                del state[p]
+        for p, entries in self._entries.items():
+            state[p].clear()
+            state[p].update(entries)
+        write(self._counts, self._values)
 
 
 def project_updates(
@@ -81,18 +132,26 @@ def project_updates(
     SGD.
 
     It goes through torch's public step hooks, so that schedulers, gradient scalers, closures and
-    monitors go on as before. ``LBFGS`` moves many times in a step: its whole displacement is
-    projected, and its memory of pairs is cleared, since they tell of moves that were not made.
+    monitors go on as before. Wrappers such as Accelerate's, Lightning's and Fabric's are followed
+    to the optimizer inside; of an optimizer that steps another one, such as Lookahead, the whole
+    displacement is projected. An exception in a step leaves the parameters as they were, and the
+    optimizer's counts and entries; moments that it changes in place it may have begun to change,
+    since a copy of them would be needed at every step.
+
+    ``LBFGS`` moves many times in a step: its whole displacement is projected, and its memory of
+    pairs is cleared, since they tell of moves that were not made.
 
     Args:
-        optimizer: an optimizer, or a sequence that together holds the parameters of the subspace
-            (Muon, and AdamW for the rest): they are projected jointly, after the last has stepped.
+        optimizer: an optimizer, wrapped or not, or a sequence that together holds the parameters
+            of the subspace (Muon, and AdamW for the rest): they are projected jointly, after the
+            last has stepped.
         subspace: where the basis comes from, such as ``DominantSubspace``. It is asked once a
             step, before it.
         onto: ``"dominant"`` or ``"bulk"``.
 
     Returns:
-        A handle; its ``remove()`` ends the projection.
+        A handle; its ``remove()`` ends the projection. One that is there already, as where a cell
+        of a notebook is run again, is removed with a warning.
 
     Raises:
         ArgumentError: an argument is of the wrong kind, or a parameter is held by one side alone.
@@ -100,6 +159,18 @@ def project_updates(
     if onto not in ("dominant", "bulk"):
         raise ArgumentError("onto", onto, "'dominant' or 'bulk'")
     check_subspace(subspace, projects=True)
-    optimizers = optimizers_of(optimizer, subspace.parameters)
-    check_same(_parameters(optimizers), subspace.parameters)
-    return Projection(optimizers, subspace, onto)
+    space = subspace.parameters
+    optimizers = optimizers_of(optimizer, space)
+    check_same([p for each in optimizers for p in parameters_of(each.optimizer)], space)
+    owners = [steps.owner for steps in attached(optimizers)]
+    before = [owner for owner in owners if isinstance(owner, Projection)]
+    for each in before:
+        each.remove()
+    projection = Projection(optimizers, subspace, onto)
+    if before:
+        message = (
+            f"The optimizer was projected already, onto={before[0].onto!r}. That projection is "
+            f"removed, as by its handle.remove(); onto={onto!r} takes its place."
+        )
+        warnings.warn(message, AttachedTwiceWarning, stacklevel=2)
+    return projection

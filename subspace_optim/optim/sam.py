@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch.optim.optimizer import ParamsT
 from subspace_optim._validation import ArgumentError, check_number
 from subspace_optim.optim._base import (
     CheckedOptimizer,
+    Moves,
     RestrictedSGD,
     check_sgd_options,
     sgd_directions,
 )
+from subspace_optim.step_hooks import innermost, parameters_of, write
 from subspace_optim.subspace import EigenBasis, Subspace
 
 
@@ -34,42 +37,61 @@ class _TwoSteps(CheckedOptimizer):
         if not isinstance(group["adaptive"], bool):
             raise ArgumentError("adaptive", group["adaptive"], "True or False")
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Takes one step, with two evaluations of the closure.
 
         A gradient that is not finite, in either of them, leaves parameters and buffers as they
-        were. An error in the closure does so too, and goes on.
+        were. An error in the closure does so too, and goes on. After ``first_step()`` it is
+        ``second_step()``, with a closure that is evaluated before.
 
         Args:
-            closure: clears the gradients, evaluates the loss on the minibatch, calls
-                ``backward()`` and returns the loss.
+            closure: evaluates the loss on the minibatch, calls ``backward()`` and returns the
+                loss. It may clear the gradients; it may not add to those of earlier minibatches,
+                which it cannot evaluate again.
 
         Returns:
             What ``closure`` returned at θ_t.
+        """
+        if self._before is None:
+            return self._take(closure)
+        loss = None
+        if closure is not None:
+            with self._going_back(), torch.enable_grad():
+                loss = closure()
+        self.second_step()
+        return loss
+
+    # Torch would call the step hooks around all of step(): after first_step() they would see the
+    # parameters displaced. So what they are called around is here.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @torch.optim.Optimizer.profile_hook_step
+    @torch.no_grad()
+    def _take(self, closure: Callable[[], float] | None) -> float | None:
+        """Takes a step from θ_t.
 
         Raises:
             RuntimeError: there is no closure, and ``second_step()`` is not the caller.
         """
-        if self._ready or (closure is None and not self._moves()):
-            self._descend()  # without any rate, as checkpoints are prepared: only buffers are made
-            return None
-        if closure is None:
-            raise RuntimeError(
-                f"{type(self).__name__} needs the gradient at two points: call step(closure), or "
-                "first_step() after a backward pass and second_step() after another."
-            )
-        with torch.enable_grad():
-            loss = closure()
-        self.first_step()
-        try:
-            if self._finite:
-                with torch.enable_grad():
-                    closure()
-        except BaseException:
-            self._return()
-            raise
-        if self._return():
+        loss = None
+        # Without any rate, as checkpoints are prepared, only buffers are made.
+        if not self._ready and (closure is not None or self._moves()):
+            if closure is None:
+                raise RuntimeError(
+                    f"{type(self).__name__} needs the gradient at two points: call step(closure), "
+                    "or first_step() after a backward pass and second_step() after another."
+                )
+            with _nothing_added(parameters_of(self)), torch.enable_grad():
+                loss = closure()
+            with self._going_back():
+                self.first_step()
+                if self._finite:
+                    self.zero_grad()
+                    with torch.enable_grad():
+                        closure()
+            if not self._return():
+                return loss
+        with self._outside_autocast():
             self._descend()
         return loss
 
@@ -88,11 +110,26 @@ class _TwoSteps(CheckedOptimizer):
             zero_grad: clears the gradients afterwards.
 
         Raises:
-            RuntimeError: it was called before, without ``second_step()``.
+            RuntimeError: it was called before, without ``second_step()``. The parameters are back
+                at θ_t then.
         """
+        own = innermost(self)
+        if own is not self:  # of a wrapper that has our class
+            own.first_step(zero_grad)
+            return
         if self._before is not None:
-            raise RuntimeError("first_step() was called before: second_step() has to follow it.")
+            self._put_back()
+            raise RuntimeError(
+                "first_step() was called before: second_step() has to follow it. The parameters "
+                "are back where that first_step() found them: begin the step anew."
+            )
         self._check_gradients()
+        with self._outside_autocast():
+            self._displace()
+        if zero_grad:
+            self.zero_grad()
+
+    def _displace(self) -> None:
         moving = [
             (p, group)
             for group in self.param_groups
@@ -100,16 +137,16 @@ class _TwoSteps(CheckedOptimizer):
             if p.requires_grad and p.grad is not None
         ]
         norm = _norm([p.grad * p.abs() if g["adaptive"] else p.grad for p, g in moving])
-        self._finite = math.isfinite(norm)
-        self._before = {p: p.detach().clone() for p, _ in moving} if self._finite else {}
-        if self._finite and norm > 0:
-            for p, group in moving:
+        finite = math.isfinite(norm)
+        self._before = {p: p.detach().clone() for p, _ in moving} if finite else {}
+        self._finite = finite
+        with self._going_back():
+            for p, group in moving if finite and norm > 0 else []:
                 slope = p.grad.to(torch.promote_types(p.dtype, torch.float32)) / norm
                 if group["adaptive"]:
                     slope.mul_(p.abs().square())
                 p.add_(slope, alpha=-group["rho"] if group["maximize"] else group["rho"])
-        if zero_grad:
-            self.zero_grad()
+        torch.clear_autocast_cache()  # its copies of parameters
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
@@ -118,7 +155,8 @@ class _TwoSteps(CheckedOptimizer):
         With a ``GradScaler``, ``scaler.unscale_(optimizer)`` comes before and
         ``scaler.update()`` after it. If a gradient of either pass is not finite, there is no step:
         the parameters are θ_t, and step hooks are not called. The scaler knows of the gradients
-        of this pass alone: an overflow in the first one alone does not lower its scale.
+        of this pass alone: an overflow in the first one alone does not lower its scale. An error
+        leaves the parameters at θ_t.
 
         Args:
             zero_grad: clears the gradients afterwards.
@@ -126,9 +164,12 @@ class _TwoSteps(CheckedOptimizer):
         Raises:
             RuntimeError: ``first_step()`` was not called.
         """
-        if self._before is None:
+        own = innermost(self)
+        if own._before is None:  # noqa: SLF001 (ours)
             raise RuntimeError("second_step() was called without first_step() before it.")
-        if self._return():
+        if own is not self:
+            self.step()  # the wrapper's, which counts it, and calls that of `own`
+        elif self._return():
             self._ready = True
             try:
                 self.step()  # the hooked one: hooks and schedulers see one step, from θ_t
@@ -139,15 +180,67 @@ class _TwoSteps(CheckedOptimizer):
 
     def _return(self) -> bool:
         """Puts θ_t back, and tells whether the gradients of both passes were finite."""
-        before, self._before = self._before or {}, None
-        for p, value in before.items():
-            p.copy_(value)
-        return self._finite and math.isfinite(_norm(list(self._gradients())))
+        self._put_back()
+        gradients = [p.grad for p in parameters_of(self) if p.requires_grad and p.grad is not None]
+        with self._outside_autocast():
+            return self._finite and math.isfinite(_norm(gradients))
 
-    def _gradients(self) -> Iterator[Tensor]:
-        for p in self._parameters():
-            if p.requires_grad and p.grad is not None:
-                yield p.grad
+    def _put_back(self) -> None:
+        before = self._before or {}
+        try:
+            with self._outside_autocast():
+                write(list(before), list(before.values()))
+        finally:
+            self._before = None
+
+    @contextmanager
+    def _going_back(self) -> Iterator[None]:
+        """An exception puts θ_t back."""
+        try:
+            yield
+        except BaseException:
+            self._put_back()
+            raise
+
+
+@contextmanager
+def _nothing_added(params: list[Tensor]) -> Iterator[None]:
+    """Refuses a backward pass that adds to gradients that are there, and one that is none.
+
+    At the perturbed point a closure can evaluate its own minibatch alone, and not those whose
+    gradients were accumulated before.
+
+    Raises:
+        ArgumentError: the closure makes such a pass.
+    """
+    known = {p: p.grad for p in params if p.requires_grad and p.grad is not None}
+    versions = [gradient._version for gradient in known.values()]  # noqa: SLF001 (counts writes)
+    if not known:
+        yield
+        return
+    found: list[bool] = []  # whether a gradient was there as one arrived, and was added to it
+    added: list[bool] = []
+    last = next(reversed(known))
+    handles = [
+        last.register_hook(lambda _: found.append(last.grad is not None and bool(last.grad.any()))),
+        last.register_post_accumulate_grad_hook(lambda _: added.extend(found[:1])),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    untouched = all(p.grad is gradient for p, gradient in known.items())
+    untouched &= versions == [gradient._version for gradient in known.values()]  # noqa: SLF001
+    if untouched or (added and added[0]):
+        raise ArgumentError(
+            "closure",
+            f"one that {'computes no' if untouched else 'adds to the'} gradients",
+            "one that computes the gradients of all of the step's data",
+            "Where they are accumulated, take the step in two calls (in Lightning by manual "
+            "optimization): first_step() after the backward passes, second_step() after the same "
+            "passes again.",
+        )
 
 
 def _norm(tensors: list[Tensor]) -> float:
@@ -225,11 +318,13 @@ class SAM(_TwoSteps):
         super().__init__(params, defaults)
 
     def _descend(self) -> None:
+        buffers: dict[Tensor, Tensor] = {}
+        moves: Moves = []
         for group in self.param_groups:
-            lr = float(group["lr"])
             params = [p for p in group["params"] if p.requires_grad and p.grad is not None]
-            for p, direction in sgd_directions(params, group, self.state):
-                p.add_(direction, alpha=-lr)
+            directions = [d for _, d in sgd_directions(params, group, self.state, buffers)]
+            moves.append((params, directions, -float(group["lr"])))
+        self._commit(buffers, moves)
 
 
 class SubspaceSAM(_TwoSteps, RestrictedSGD):

@@ -1,0 +1,369 @@
+"""How steps are followed: optimizers, wrapped or in turn, as one step with beginning and end."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import ASGD, Optimizer, Rprop
+
+from subspace_optim._validation import ArgumentError, UnseenStepsWarning
+from subspace_optim.curvature.parameters import ParameterSpace, digest
+
+# Which optimizer steps.
+
+
+@dataclass(eq=False)
+class Followed:
+    """An optimizer whose ``step`` is a whole step, and those inside of it.
+
+    The step of one inside is a part of the outer one's, and a whole step where it is called alone:
+    so does a SAM of others that is called twice, after it has put the parameters back.
+
+    Attributes:
+        optimizer: the outermost.
+        members: all of them, the outermost first.
+        calls: of their ``step`` that are under way.
+        hooks: of them that have begun, as the hooks tell. A subclass that calls
+            ``super().step()`` fires them twice.
+    """
+
+    optimizer: Optimizer
+    members: list[Optimizer]
+    calls: int = 0
+    hooks: int = 0
+
+
+def optimizers_of(argument: Any, space: ParameterSpace) -> list[Followed]:
+    """Returns one optimizer, or a sequence of them, wrapped or not, as those that really step.
+
+    Raises:
+        ArgumentError: there is none, one cannot be followed or is there twice, or none of its
+            parameters is in ``space``.
+    """
+    several = isinstance(argument, Iterable) and not hasattr(argument, "step")
+    chains = [_chain(each) for each in (argument if several else [argument])]
+    if not chains:
+        raise ArgumentError("optimizer", "an empty sequence", "at least one optimizer")
+    members = [id(each) for chain in chains for each in chain]
+    if len(set(members)) < len(members):
+        raise ArgumentError("optimizer", f"a sequence of {len(chains)}", "without repetition")
+    known = {id(p) for p in space.tensors}
+    for chain in chains:
+        if not any(id(p) in known for p in parameters_of(chain[0])):
+            remedy = "Build operator and subspace from the model that the optimizer trains."
+            raise ArgumentError("optimizer", "of another model", "one of the subspace's", remedy)
+    return [Followed(chain[0], chain) for chain in chains]
+
+
+def innermost(optimizer: Any) -> Any:
+    """Returns the optimizer that a wrapper passes steps on to; itself, if it is no wrapper."""
+    return _chain(optimizer)[0]
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Returns the parameters of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+_INSIDE = ("optimizer", "base_optimizer", "inner_optimizer", "optim", "base")
+
+
+def _chain(given: Any) -> list[Optimizer]:
+    """Returns the optimizers that move parameters when ``given`` steps, the outermost first.
+
+    Accelerate's, Lightning's and Fabric's wrappers have the class of an optimizer, and pass steps
+    on, or skip them: what they have in the place of ``state`` is that of the one they wrap. One
+    with a state of its own, such as Lookahead or SAM, moves the parameters itself.
+
+    Raises:
+        ArgumentError: there is none, or several that a wrapper passes steps on to.
+    """
+    own = getattr(given, "__dict__", {})
+    inside = {
+        id(value): value
+        for name, value in own.items()
+        if isinstance(value, Optimizer)
+        or (name.lstrip("_") in _INSIDE and callable(getattr(value, "step", None)))
+    }
+    below = [each for value in inside.values() for each in _chain(value)]
+    kind, state = type(given).__name__, own.get("state")
+    passes = bool(below) and (state is None or state is below[0].state)
+    if isinstance(given, Optimizer) and not passes:
+        held = {id(p) for p in parameters_of(given)}
+        return [given, *(b for b in below if held & {id(p) for p in parameters_of(b)})]
+    if not below:
+        allowed = "a torch.optim.Optimizer, a wrapper that holds one, or several in a sequence"
+        raise ArgumentError("optimizer", kind, allowed)
+    if len(inside) > 1:
+        remedy = "Pass those that it steps, in a sequence."
+        raise ArgumentError("optimizer", f"{kind}, with several inside", "one", remedy)
+    if not isinstance(given, Optimizer) and state is not None and "param_groups" in own:
+        remedy = "Or pass the one inside, to follow the moves of that alone."
+        allowed = "a torch.optim.Optimizer, where it has a state of its own"
+        raise ArgumentError("optimizer", kind, allowed, remedy)
+    return below
+
+
+def attached(optimizers: Iterable[Followed]) -> list[JointSteps]:
+    """Returns what follows the steps of any of them already."""
+    members = [each for followed in optimizers for each in followed.members]
+    return list(dict.fromkeys(steps for each in members for steps in _followers(each)))
+
+
+def _followers(optimizer: Optimizer) -> list[JointSteps]:
+    hooks = vars(optimizer).get("_optimizer_step_pre_hooks", {}).values()
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, JointSteps)]
+
+
+# What a step is.
+
+
+class JointSteps:
+    """Calls ``begin`` before the first of some optimizers steps, ``end`` after the last has.
+
+    It works through torch's public step hooks. A step that moves nothing is none: one with all
+    rates zero prepares a checkpoint, and one with infinities is skipped by the gradient scaler
+    inside of a fused optimizer. A round does not wait for an optimizer whose gradients are not
+    finite, since the scaler skips it, and if one steps again before the others have, the round ends
+    there and another begins. The step of a subclass that calls ``super().step()`` is one step, and
+    so is that of an optimizer which steps another inside. A step that raises is undone. All three
+    are called outside of autocast.
+
+    Args:
+        optimizers: which of them.
+        space: the parameters that are looked at.
+        owner: whom the steps are followed for.
+        begin: before anything of the round has moved.
+        end: after all of it has.
+        undo: after an exception, wherever it was raised.
+        last: ``end`` comes after the hooks that others have registered, in whatever order.
+
+    Attributes:
+        optimizers: the outermost ones.
+        owner: as given.
+        watchful: whether a round may end early, where the scaler will skip what is left of it. To
+            see that takes a pass over the gradients.
+    """
+
+    def __init__(
+        self,
+        optimizers: list[Followed],
+        space: ParameterSpace,
+        *,
+        owner: object,
+        begin: Callable[[], None],
+        end: Callable[[], None],
+        undo: Callable[[], None],
+        last: bool,
+    ) -> None:
+        self.optimizers = [each.optimizer for each in optimizers]
+        self.owner = owner
+        self.watchful = True
+        self._begin, self._end, self._undo, self._last = begin, end, undo, last
+        self._device = space.device
+        self._round: set[int] = set()  # those that step in this round ...
+        self._waiting: set[int] = set()  # ... and those of them that have still to
+        held = {id(p) for each in self.optimizers for p in parameters_of(each)}
+        self._watched = [p for p in space.tensors if id(p) in held]
+        self._start: int | None = int(digest(self._watched))  # until a step is seen
+        self._removed = False
+        self._of = {id(member): each for each in optimizers for member in each.members}
+        members = [member for each in optimizers for member in each.members]
+        for each in members:
+            _guard(each)
+        self._before = [each.register_step_pre_hook(self._pre) for each in members]
+        self._after = {id(each): each.register_step_post_hook(self._post) for each in members}
+
+    def remove(self) -> None:
+        """Takes the hooks off; of a step that is under way, after it."""
+        self._removed, self._waiting, self._start = True, set(), None
+        if not any(each.calls for each in self._of.values()):
+            for handle in (*self._before, *self._after.values()):
+                handle.remove()
+
+    def finish(self) -> None:
+        """Ends a round of which some have stepped."""
+        if self._waiting and self._waiting != self._round:
+            self._call(self._end)
+
+    def check(self) -> None:
+        """Warns once if the parameters have moved and no step was seen."""
+        if self._start is not None and int(digest(self._watched)) != self._start:
+            self._start = None
+            kinds = ", ".join(type(each).__name__ for each in self.optimizers)
+            message = (
+                f"The parameters have moved since {type(self.owner).__name__} was attached, but no "
+                f"step of {kinds} was seen. If a checkpoint was loaded, all is well; if the model "
+                "was trained, another optimizer did it, a copy of this one, or a compiled step: "
+                "attach it to the optimizer whose step() is called."
+            )
+            warnings.warn(message, UnseenStepsWarning, stacklevel=3)
+
+    def forget(self) -> None:
+        """Takes the parameters as they are now for those of the attachment."""
+        if self._start is not None:
+            self._start = int(digest(self._watched))
+
+    def enter(self, optimizer: Optimizer) -> None:
+        """``step()`` was called."""
+        self._of[id(optimizer)].calls += 1
+
+    def leave(self, optimizer: Optimizer, *, failed: bool) -> None:
+        """It has returned, or raised."""
+        followed = self._of[id(optimizer)]
+        followed.calls -= 1
+        if followed.calls:
+            return
+        followed.hooks = 0
+        if self._removed:
+            self.remove()
+        if failed:
+            self._waiting = set()
+            with outside_autocast(self._device):
+                self._undo()
+
+    def _pre(self, optimizer: Optimizer, *_: object) -> None:
+        followed = self._of[id(optimizer)]
+        if not followed.calls:  # it was called past the guard, so that an exception is not seen
+            followed.hooks = 0
+        followed.hooks += 1
+        if followed.hooks > 1 or self._removed:
+            return
+        moving = {id(each) for each in self.optimizers if _moves(each)}
+        own = id(followed.optimizer)
+        if own not in moving:
+            return
+        self._start = None
+        if self._last and not self._comes_last(optimizer):
+            self._after[id(optimizer)].remove()
+            self._after[id(optimizer)] = optimizer.register_step_post_hook(self._post)
+        if self._waiting and self._waiting != self._round:
+            if own in self._waiting:
+                return
+            self.finish()
+        self._round = moving
+        self._call(self._begin)
+        self._waiting = set(moving)
+
+    def _comes_last(self, optimizer: Optimizer) -> bool:
+        """Whether no hook was registered after ours: they run in the order of registration."""
+        hooks = optimizer._optimizer_step_post_hooks  # noqa: SLF001 (no public way to look)
+        return next(reversed(hooks), None) == self._after[id(optimizer)].id
+
+    def _post(self, optimizer: Optimizer, *_: object) -> None:
+        followed = self._of[id(optimizer)]
+        followed.hooks -= 1
+        own = id(followed.optimizer)
+        if followed.hooks or own not in self._waiting:
+            return
+        self._waiting.discard(own)
+        waiting = [each for each in self.optimizers if id(each) in self._waiting]
+        if waiting and not self.watchful:
+            return
+        if not any(_is_finite(each) for each in waiting):
+            self._call(self._end)
+
+    def _call(self, part: Callable[[], None]) -> None:
+        self._waiting = set()
+        with outside_autocast(self._device):
+            try:
+                part()
+            except BaseException:
+                self._undo()
+                raise
+
+
+def _guard(optimizer: Optimizer) -> None:
+    """Lets those that follow ``optimizer.step`` know of its beginning and its exceptions.
+
+    Torch's hooks know no exceptions. They are made to fire, too, where a class keeps torch from
+    wrapping its ``step``, by not calling ``super().__init__()``.
+    """
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        if name not in vars(optimizer):
+            setattr(optimizer, name, OrderedDict())
+    step: Any = optimizer.step
+    if getattr(step, "guarded", False):
+        return
+
+    @wraps(step)
+    def unbound(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+    function = getattr(step, "__func__", unbound)  # not a method where a scheduler has wrapped it
+    if not getattr(step, "hooked", False):
+        function = Optimizer.profile_hook_step(function)
+
+    @wraps(function)
+    def guarded(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        followers, failed = _followers(optimizer), True
+        for each in followers:
+            each.enter(optimizer)
+        try:
+            result = function(optimizer, *args, **kwargs)
+            failed = False
+        finally:
+            for each in followers:
+                each.leave(optimizer, failed=failed)
+        return result
+
+    guarded.guarded = guarded.hooked = True  # type: ignore[attr-defined]
+    optimizer.step = MethodType(guarded, optimizer)  # type: ignore[method-assign]
+
+
+def _moves(optimizer: Optimizer) -> bool:
+    """Whether a step can change anything."""
+    found: Any = getattr(optimizer, "found_inf", None)  # set by the scaler, for fused optimizers
+    if isinstance(found, Tensor) and bool(found):
+        return False
+    if isinstance(optimizer, _OWN_RATES) and optimizer.state:
+        return True
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return any(rate is None or float(rate) != 0 for rate in rates)
+
+
+def _is_finite(optimizer: Optimizer) -> bool:
+    """Whether all of its gradients are finite."""
+    gradients = [p.grad for p in parameters_of(optimizer)]
+    finite = [gradient.isfinite().all() for gradient in gradients if gradient is not None]
+    return not finite or bool(torch.stack(finite).all())
+
+
+_OWN_RATES = (ASGD, Rprop)  # the rate of the step before, and one for each coordinate
+
+
+# What happens in one.
+
+
+@contextmanager
+def outside_autocast(device: torch.device) -> Iterator[None]:
+    """Computes in the dtypes that are there."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+@torch.no_grad()
+def write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copies ``values`` to ``tensors``, all of them: an exception in between is raised after."""
+    if not tensors:
+        return
+    try:
+        torch._foreach_copy_(list(tensors), list(values))
+    except BaseException:
+        torch._foreach_copy_(list(tensors), list(values))
+        raise
+    finally:
+        torch.clear_autocast_cache()  # its copies of parameters
