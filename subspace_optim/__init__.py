@@ -11,6 +11,7 @@ from subspace_optim._validation import (
     LogWarning,
     NoGapWarning,
     NonFiniteError,
+    RanksWarning,
     SecondDerivativeError,
     StaleBasisWarning,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "NoGapWarning",
     "NonFiniteError",
     "ParameterSpace",
+    "RanksWarning",
     "ResidualOperator",
     "SecondDerivativeError",
     "StaleBasisWarning",
