@@ -62,6 +62,10 @@ class NoGapWarning(UserWarning):
     """A subspace that is not defined: ``λ_k`` and ``λ_{k+1}`` cannot be told apart."""
 
 
+class RanksWarning(UserWarning):
+    """Ranks that train together and are measured each by itself."""
+
+
 class LogWarning(UserWarning):
     """A row of a monitor that could not be measured, or that a file or a logger did not take."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from subspace_optim._validation import NoGapWarning
+from subspace_optim._validation import ArgumentError, NoGapWarning
+from subspace_optim.curvature.checkpoints import SavedState, checksum
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.lanczos import top_eigenpairs
@@ -70,6 +72,9 @@ class SubspaceStats:
 class AgeingBasis:
     """The top k eigenpairs of an operator, solved for, refined, and probed.
 
+    What it holds is replaced and never written into, so that a refresh is made on a ``trial``,
+    which takes the place of the original when all of it has succeeded.
+
     Args:
         operator: the operator.
         k: how many pairs.
@@ -112,6 +117,18 @@ class AgeingBasis:
         if self.basis is None or self._guard is None or self._guard.k == 0:
             return None
         return float(self.basis.eigenvalues[-1] - self._guard.eigenvalues[0])
+
+    def trial(self) -> Self:
+        """Returns a copy to work on: what fails half-way leaves the original as it is."""
+        trial = copy.copy(self)
+        trial.stats = replace(self.stats)
+        return trial
+
+    def fingerprint(self) -> int:
+        """Returns a number that ranks which hold the same basis have in common."""
+        values = None if self.basis is None else self.basis.eigenvalues
+        stats = replace(self.stats, products=0, gradients=0, seconds=0.0)
+        return checksum(self._numbers() | {"eigenvalues": values, "stats": asdict(stats)})
 
     # --- while the parameters move ---------------------------------------------------------------
 
@@ -156,7 +173,7 @@ class AgeingBasis:
         if result.unevenness is not None and not self._ratios:
             self._unevenness = result.unevenness
         if math.isfinite(found):
-            self._pace.observe(*moved, found)
+            self._pace = self._pace.observe(*moved, found)
             found = self._pace.growth(*moved)
         entered = bool((result.guard.eigenvalues >= basis.eigenvalues[-1]).any())
         entered = entered or result.shrunk < _SHRUNK
@@ -219,7 +236,7 @@ class AgeingBasis:
             self.stats.bound = self.stats.estimate = 1.0
             return
         if 0 < result.before < math.inf:
-            self._pace.observe(*self._moved(), result.before)
+            self._pace = self._pace.observe(*self._moved(), result.before)
         self._settle(result.basis, result.guard)
         if self.gapless:
             return
@@ -249,18 +266,24 @@ class AgeingBasis:
         self.gapless = last - below <= self.tol * scale
         if self.gapless:
             self.stats.bound = self.stats.estimate = 1.0
-            if not self._warned:
-                self._warned = True
-                message = (
-                    f"λ_{self.k} = {last:.4g} and λ_{self.k + 1} = {below:.4g} cannot be told "
-                    f"apart at tol={self.tol:g}: the dominant subspace of dimension {self.k} is "
-                    "not defined, and every parameter state gets a new solve as long as this "
-                    "lasts. Choose a k with a gap below it, or refresh=n."
-                )
-                warnings.warn(message, NoGapWarning, stacklevel=2)
+
+    def warn_of_no_gap(self) -> None:
+        """Warns, once, where ``λ_k`` and ``λ_{k+1}`` cannot be told apart."""
+        if not self.gapless or self._warned:
+            return
+        self._warned = True
+        basis, guard = self._present()
+        last, below = float(basis.eigenvalues[-1]), float(guard.eigenvalues[0])
+        message = (
+            f"λ_{self.k} = {last:.4g} and λ_{self.k + 1} = {below:.4g} cannot be told "
+            f"apart at tol={self.tol:g}: the dominant subspace of dimension {self.k} is "
+            "not defined, and every parameter state gets a new solve as long as this "
+            "lasts. Choose a k with a gap below it, or refresh=n."
+        )
+        warnings.warn(message, NoGapWarning, stacklevel=5)
 
     def _certify(self, ageing: float, *, bound: float) -> None:
-        self._pace.refreshed(ageing)
+        self._pace = self._pace.refreshed(ageing)
         self.stats.bound = min(1.0, bound)
         self.stats.estimate = self._sine(0.0)
         self._probe_at = self._limit / 2, math.inf
@@ -320,24 +343,6 @@ class AgeingBasis:
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns basis, guard and all that is known of them, as tensors and plain numbers."""
-        pairs = {"": self.basis, "guard_": self._guard}
-        return {
-            f"{prefix}{name}": None if pair is None else getattr(pair, name)
-            for prefix, pair in pairs.items()
-            for name in ("eigenvalues", "vectors", "residuals")
-        } | {
-            "gapless": self.gapless,
-            "lowest": self._lowest,
-            "mean": self._mean,
-            "anchor": self._anchor,
-            "pace": asdict(self._pace),
-            "ratios": list(self._ratios),
-            "unevenness": self._unevenness,
-            "probe_at": list(self._probe_at),
-        }
-
     def fits(self) -> bool:
         """Whether there is a basis, in the dtype and on the device that the parameters have now."""
         basis, operator = self.basis, self.operator
@@ -346,30 +351,140 @@ class AgeingBasis:
             operator.device,
         )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what ``state_dict()`` returned, to the operator's device.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns copies of basis and guard, and all that is known of them, as plain numbers.
+
+        What is not there is zeros of the same shape, so that a state can be read into another.
+        """
+        operator = self.operator
+
+        def saved(found: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+            if found is None:
+                return torch.zeros(shape, dtype=operator.dtype, device=operator.device)
+            return found.detach().clone()
+
+        held = {"basis": self.basis, "guard": self._guard, "anchor": self._anchor}
+        state: dict[str, Any] = {
+            "known": {name: value is not None for name, value in held.items()},
+            "anchor": saved(self._anchor, (operator.size,)),
+        }
+        for prefix, pairs in (("", self.basis), ("guard_", self._guard)):
+            for name, shape in self._shapes(prefix).items():
+                state[f"{prefix}{name}"] = saved(getattr(pairs, name, None), shape)
+        return state | self._numbers()
+
+    def loaded(self, state: SavedState) -> Self:
+        """Returns a copy that holds what was saved; what cannot be raises ``ArgumentError``.
 
         A basis whose age is not known, of a run with ``refresh=n``, is dropped where an angle is
         followed: the next update is a solve.
         """
+        loaded = self.trial()
+        loaded._load(state)  # noqa: SLF001 (of this class)
+        return loaded
 
-        def take(name: str) -> Tensor:
-            tensor: Tensor = state_dict[name].detach()
-            return tensor.to(self.operator.device, self.operator.dtype, copy=True)
+    def _load(self, state: SavedState) -> None:
+        """Takes all that was saved.
 
-        def pairs(prefix: str) -> EigenBasis | None:
-            names = [f"{prefix}{name}" for name in ("eigenvalues", "vectors", "residuals")]
-            if state_dict[names[0]] is None:
-                return None
-            return EigenBasis(*map(take, names))
+        Raises:
+            ArgumentError: an entry is none that this class could have saved.
+        """
+        self.stats = _loaded_stats(state)
+        known = state.inside("known", ["basis", "guard", "anchor"])
+        has_basis, has_guard, has_anchor = map(known.flag, ("basis", "guard", "anchor"))
+        if has_basis < has_guard or has_guard < has_anchor:
+            found = {"basis": has_basis, "guard": has_guard, "anchor": has_anchor}
+            allowed = "a basis where there is a guard, and a guard where there is an anchor"
+            raise ArgumentError("the loaded known", found, allowed)
+        self.basis = self._loaded_pairs(state, "") if has_basis else None
+        self._guard = self._loaded_pairs(state, "guard_") if has_guard else None
+        self._anchor = self._loaded_tensor(state, "anchor", (self.operator.size,))
+        if not has_anchor:
+            self._anchor = None
+            if self.max_angle is not None:
+                self.basis = self._guard = None
+        self.gapless = state.flag("gapless")
+        self._lowest, self._mean = state.number("lowest"), state.number("mean")
+        pace = state.inside("pace", [field.name for field in fields(Pace)])
+        observed = pace.rows("observed", 3, minimum=0, infinite=True)
+        self._pace = Pace(
+            start=pace.number("start", minimum=0, infinite=True),
+            observed=tuple((inside, outside, ageing) for inside, outside, ageing in observed),
+            trust=pace.number("trust", minimum=0.5, infinite=True),
+        )
+        self._ratios = state.numbers("ratios", minimum=0, maximum=1)
+        self._unevenness = state.optional("unevenness", minimum=0)
+        estimate, distance = state.numbers("probe_at", 2, minimum=0, infinite=True)
+        self._probe_at = min(estimate, self._limit), distance
 
-        basis, guard, pace = pairs(""), pairs("guard_"), Pace(**state_dict["pace"])
-        self._anchor = None if state_dict["anchor"] is None else take("anchor")
-        aged = self.max_angle is not None and self._anchor is None
-        self.basis, self._guard = (None, None) if aged else (basis, guard)
-        self.gapless = state_dict["gapless"]
-        self._lowest, self._mean = state_dict["lowest"], state_dict["mean"]
-        self._pace = pace
-        self._ratios = list(state_dict["ratios"])
-        self._unevenness = state_dict["unevenness"]
-        self._probe_at = tuple(state_dict["probe_at"])
+    @property
+    def entries(self) -> set[str]:
+        """The names in ``state_dict()``."""
+        pairs = {f"{prefix}{name}" for prefix in ("", "guard_") for name in self._shapes(prefix)}
+        return {"known", "anchor", *pairs, *self._numbers()}
+
+    def rows(self) -> dict[str, Tensor]:
+        """Returns all that is orthonormal, by its name in a state."""
+        held = {"vectors": self.basis, "guard_vectors": self._guard}
+        return {name: pairs.vectors for name, pairs in held.items() if pairs is not None}
+
+    def _numbers(self) -> dict[str, Any]:
+        return {
+            "gapless": self.gapless,
+            "lowest": self._lowest,
+            "mean": self._mean,
+            "pace": asdict(self._pace),
+            "ratios": list(self._ratios),
+            "unevenness": self._unevenness,
+            "probe_at": list(self._probe_at),
+        }
+
+    def _shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        size = self.operator.size
+        k = min(1, size - self.k) if prefix else self.k
+        return {"eigenvalues": (k,), "vectors": (k, size), "residuals": (k,)}
+
+    def _loaded_pairs(self, state: SavedState, prefix: str) -> EigenBasis:
+        """Returns pairs that were saved.
+
+        Raises:
+            ArgumentError: they are none, or not in order.
+        """
+        pairs = EigenBasis(
+            **{
+                name: self._loaded_tensor(
+                    state, f"{prefix}{name}", shape, minimum=0 if name == "residuals" else None
+                )
+                for name, shape in self._shapes(prefix).items()
+            }
+        )
+        values = pairs.eigenvalues.tolist()
+        if values != sorted(values, reverse=True):
+            raise ArgumentError(f"the loaded {prefix}eigenvalues", values, "in descending order")
+        return pairs
+
+    def _loaded_tensor(
+        self, state: SavedState, name: str, shape: tuple[int, ...], **limits: Any
+    ) -> Tensor:
+        operator, remedy = self.operator, "The state is of another model or k."
+        return state.tensor(name, shape, operator.dtype, operator.device, remedy=remedy, **limits)
+
+
+def _loaded_stats(state: SavedState) -> SubspaceStats:
+    """Returns the counts that were saved.
+
+    Raises:
+        ArgumentError: one is none.
+    """
+    stats = state.inside("stats", [field.name for field in fields(SubspaceStats)])
+    counts = ("refreshes", "cold", "probes", "failures", "products", "gradients")
+    loaded = SubspaceStats(
+        **{name: stats.count(name) for name in counts},
+        bound=stats.optional("bound", minimum=0, maximum=1),
+        estimate=stats.optional("estimate", minimum=0, maximum=1),
+        seconds=stats.number("seconds", minimum=0),
+    )
+    if loaded.cold > loaded.refreshes:
+        allowed = f"at most the refreshes, {loaded.refreshes}"
+        raise ArgumentError("the loaded stats.cold", loaded.cold, allowed)
+    return loaded

@@ -13,9 +13,11 @@ and a spike at once, where counting steps would have to be told.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+Observation = tuple[float, float, float]
 
 _MEMORY = 8
 """Observations that the rates are fitted to: the latest, since rates drift."""
@@ -27,9 +29,9 @@ _NOTHING = 1e-12
 """Stands for a rate, or for the inverse of one, that is 0."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pace:
-    """The ageing that a displacement brings, as far as the observations tell.
+    """The ageing that a displacement brings, as far as the observations tell; a value.
 
     Each observation bounds both rates from above, ``a ≤ A/‖Pδ‖`` and ``b ≤ A/‖P⊥δ‖``. The squares
     of the rates are fitted to all observations, each relative to its own ``A²``, by least squares
@@ -44,37 +46,39 @@ class Pace:
     """
 
     start: float = 0.0
-    observed: list[tuple[float, float, float]] = field(default_factory=list)
+    observed: tuple[Observation, ...] = ()
     trust: float = 1.0
 
     def growth(self, inside: float, outside: float) -> float:
         """Returns the ageing that a displacement of these two lengths is expected to add."""
-        return self.trust * self._fitted(inside, outside)
+        return self.trust * _fitted(self.observed, inside, outside)
 
-    def observe(self, inside: float, outside: float, ageing: float) -> None:
-        """Learns from a probe. A surprise makes all that was learned before worthless."""
-        if not ageing <= _SURPRISE * math.hypot(self.start, self.growth(inside, outside)):
-            self.observed = []
-        self.observed = [*self.observed, (inside, outside, ageing)][-_MEMORY:]
-        fitted = self._fitted(inside, outside)
-        self.trust = (1 + ageing / fitted) / 2 if fitted > 0 else 1.0
+    def observe(self, inside: float, outside: float, ageing: float) -> Pace:
+        """Returns what a probe teaches. A surprise makes all that was learned before worthless."""
+        expected = math.hypot(self.start, self.growth(inside, outside))
+        before = self.observed if ageing <= _SURPRISE * expected else ()
+        observed = (*before, (inside, outside, ageing))[-_MEMORY:]
+        fitted = _fitted(observed, inside, outside)
+        trust = (1 + ageing / fitted) / 2 if fitted > 0 else 1.0
+        return replace(self, observed=observed, trust=trust)
 
-    def refreshed(self, start: float) -> None:
-        """Begins anew with a basis of ageing ``start``. The rates are remembered."""
-        self.start, self.trust = start, 1.0
+    def refreshed(self, start: float) -> Pace:
+        """Returns the pace of a new basis of ageing ``start``. The rates are remembered."""
+        return replace(self, start=start, trust=1.0)
 
-    def _fitted(self, inside: float, outside: float) -> float:
-        if inside == outside == 0:
-            return 0.0
-        if not self.observed:
-            return math.inf
-        # A Hessian that does not change, up to rounding, has a rate of almost nothing.
-        observed = [(i, o, max(a, _NOTHING * math.hypot(i, o))) for i, o, a in self.observed]
-        *lengths, ageings = np.array(observed).T
-        relative = np.square(np.array(lengths) / ageings)
-        bounds = 1 / np.maximum(relative.max(axis=1), _NOTHING**2)
-        shares = (relative * bounds[:, None]).T
-        ridge = _RIDGE * np.eye(2)
-        fit = np.linalg.solve(shares.T @ shares + ridge, (shares.sum(axis=0) + _RIDGE))
-        squared_rates = np.clip(fit, 0.0, 1.0) * bounds
-        return float(np.sqrt(squared_rates @ np.square([inside, outside])))
+
+def _fitted(observed: tuple[Observation, ...], inside: float, outside: float) -> float:
+    if inside == outside == 0:
+        return 0.0
+    if not observed:
+        return math.inf
+    # A Hessian that does not change, up to rounding, has a rate of almost nothing.
+    rows = [(i, o, max(a, _NOTHING * math.hypot(i, o))) for i, o, a in observed]
+    *lengths, ageings = np.array(rows).T
+    relative = np.square(np.array(lengths) / ageings)
+    bounds = 1 / np.maximum(relative.max(axis=1), _NOTHING**2)
+    shares = (relative * bounds[:, None]).T
+    ridge = _RIDGE * np.eye(2)
+    fit = np.linalg.solve(shares.T @ shares + ridge, (shares.sum(axis=0) + _RIDGE))
+    squared_rates = np.clip(fit, 0.0, 1.0) * bounds
+    return float(np.sqrt(squared_rates @ np.square([inside, outside])))

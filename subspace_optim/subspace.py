@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -18,9 +18,11 @@ from subspace_optim._validation import (
     check_number,
 )
 from subspace_optim.ageing import AgeingBasis, SubspaceStats
+from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.curvature.objective import unwrapped
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.curvature.ranks import ranks_of
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.lanczos import column_blocks, orthonormalise_
 from subspace_optim.linalg.low_rank import LowRankCurvature
@@ -39,6 +41,8 @@ __all__ = [
 ]
 
 _FAILURES_IN_A_ROW = 3
+_ROOM = 4
+"""What a saved basis may be off by, in units of what a basis that is given may be."""
 
 
 @runtime_checkable
@@ -159,26 +163,30 @@ class DominantSubspace:
         if not isinstance(operator, CurvatureOperator):
             kind = type(operator).__name__
             raise ArgumentError("operator", kind, "a CurvatureOperator such as HessianOperator")
-        remedy = f"The operator has {operator.size} parameters."
-        self.k = check_integer("k", k, minimum=1, maximum=operator.size, remedy=remedy)
-        auto = isinstance(refresh, str) and refresh == "auto"
-        if not auto:
-            remedy = "Or 'auto', which keeps a basis for as long as it serves."
-            refresh = check_integer("refresh", refresh, minimum=1, remedy=remedy)
-        check_number("max_angle", max_angle, exclusive=True)
-        if max_angle > 1:
-            raise ArgumentError("max_angle", max_angle, "at most 1", "It is the sine of an angle.")
-        check_number("tol", tol, exclusive=True)
+        self._ranks = ranks_of(operator)
+        with self._ranks.all_or_none():
+            remedy = f"The operator has {operator.size} parameters."
+            self.k = check_integer("k", k, minimum=1, maximum=operator.size, remedy=remedy)
+            auto = isinstance(refresh, str) and refresh == "auto"
+            if not auto:
+                remedy = "Or 'auto', which keeps a basis for as long as it serves."
+                refresh = check_integer("refresh", refresh, minimum=1, remedy=remedy)
+            check_number("max_angle", max_angle, exclusive=True)
+            if max_angle > 1:
+                remedy = "It is the sine of an angle."
+                raise ArgumentError("max_angle", max_angle, "at most 1", remedy)
+            check_number("tol", tol, exclusive=True)
+            self.seed = check_integer("seed", seed, minimum=0)
         self.refresh_every: int | Literal["auto"] = refresh
-        self.max_angle = max_angle
+        self.max_angle = float(max_angle)
         self.operator = operator
-        self.tol = tol
-        self.seed = check_integer("seed", seed, minimum=0)
+        self.tol = float(tol)
+        self._ranks.check_alike("Pass the same on each.", **self._options())
         self._held = self._holder(
             operator,
             self.k,
-            tol=tol,
-            max_angle=max_angle if auto else None,
+            tol=self.tol,
+            max_angle=self.max_angle if auto else None,
             seed=self.seed,
         )
         self.asked = 0
@@ -188,6 +196,7 @@ class DominantSubspace:
         self._state_clock = 0
         self._attempted: int | None = None  # ... and when the basis was last decided upon
         self._failures = 0
+        self._settled: tuple[int, int] | None = None  # state and clock of the last decision
 
     @property
     def parameters(self) -> ParameterSpace:
@@ -231,16 +240,7 @@ class DominantSubspace:
         The first refresh that fails raises its error. A later one warns with
         ``StaleBasisWarning`` and leaves the last basis in use; the third in a row raises.
         """
-        state, held = self._look(), self._held
-        if held.basis is None or not held.fits():
-            return self._attempt(state, held.solve)
-        if state == self._attempted:
-            return held.basis
-        if self.refresh_every == "auto":
-            return held.basis if held.serves() else self._attempt(state, held.renew)
-        if self._clock - self._refreshed_at >= self.refresh_every:
-            return self._attempt(state, held.solve)
-        return held.basis
+        return self._provide(forced=False)
 
     def refresh(self) -> EigenBasis:
         """Returns a new basis for the present parameters, whether one is due or not.
@@ -248,100 +248,187 @@ class DominantSubspace:
         With ``refresh="auto"`` it is the basis that is there, refined, if there is one, a gap
         below it, and that is enough.
         """
-        held = self._held
-        return self._attempt(self._look(), held.refresh if held.fits() else held.solve)
+        return self._provide(forced=True)
 
-    def _look(self) -> int:
-        """Returns the present parameter state, and counts it if it is new."""
-        state = self.parameters.digest()
+    def _provide(self, *, forced: bool) -> EigenBasis:
+        held, seen = self._held, (0, 0)
+
+        def is_due() -> bool | None:
+            nonlocal seen
+            seen = self._look()
+            if forced or not held.fits():
+                return True
+            # What all ranks have decided together is known to each of them.
+            return None if seen == self._settled else self._is_due(*seen)
+
+        due = self._ranks.any(is_due)
+        state, clock = seen
         self.asked += 1
         if state != self._state:
-            self._state = state
-            self._clock = max(self._clock, self._state_clock + 1)
-            self._state_clock = self._clock
-        return state
-
-    def _attempt(self, state: int, work: Callable[[], None]) -> EigenBasis:
-        """Does the work at the present parameters, and returns the basis that is then in use.
-
-        Raises:
-            RuntimeError: the work failed, and there is no basis, or it is the third in a row.
-        """
-        stats, before = self.stats, asdict(self.operator.stats)
-        start, refreshes = time.perf_counter(), stats.refreshes
-        try:
-            with self.operator.frozen():
-                work()
-        except RuntimeError as error:  # non-finite, out of memory, no second derivative
-            stats.failures += 1
-            self._failures += 1
-            if self.basis is None or self._failures >= _FAILURES_IN_A_ROW:
-                raise
-            message = (
-                f"The refresh at step {self._clock} failed ({error}). The basis of step "
-                f"{self._refreshed_at} stays in use; failure {self._failures} of at most "
-                f"{_FAILURES_IN_A_ROW - 1} in a row."
-            )
-            warnings.warn(message, StaleBasisWarning, stacklevel=3)
-        else:
-            self._failures = 0
-        finally:
-            self.operator.release()
-            stats.seconds += time.perf_counter() - start
-            stats.products += self.operator.stats.products - before["products"]
-            stats.gradients += self.operator.stats.gradients - before["gradients"]
-        if stats.refreshes > refreshes:
-            self._refreshed_at = self._clock
-        self._attempted = state
-        assert self.basis is not None  # noqa: S101 (where there is none, the work makes one)
+            self._state, self._state_clock, self._clock = state, clock, clock
+        if due:
+            renewed = _refresh if forced else _renew if self.refresh_every == "auto" else _solve
+            self._attempt(state, renewed if held.fits() else _solve)
+        if not due or state == self._attempted:
+            self._settled = seen
+        assert self.basis is not None  # noqa: S101 (where there is none, an attempt makes one)
         return self.basis
+
+    def _look(self) -> tuple[int, int]:
+        """Returns the present parameter state, and the clock there: a new one is a step more."""
+        state = self.parameters.digest()
+        is_new = state != self._state
+        return state, max(self._clock, self._state_clock + 1) if is_new else self._clock
+
+    def _is_due(self, state: int, clock: int) -> bool:
+        """Whether the basis that is there is too old for the present parameters."""
+        if state == self._attempted:
+            return False
+        if self.refresh_every == "auto":
+            return not self._held.serves()
+        return clock - self._refreshed_at >= self.refresh_every or not self._is_finite()
+
+    def _is_finite(self) -> bool:
+        """Whether all parameters are: those that are not stay the same, step after step."""
+        with torch.no_grad():
+            largest = nn.utils.get_total_norm(self.parameters.tensors, torch.inf)
+        return bool(torch.isfinite(largest))
+
+    def _attempt(self, state: int, work: Callable[[AgeingBasis], None]) -> None:
+        """Does the work at the present parameters: all of it is taken over, or nothing.
+
+        What has failed is raised if there is no basis, or it is the third failure in a row.
+        """
+        operator, stats, trial = self.operator, self.stats, self._held.trial()
+        start, before = time.perf_counter(), asdict(operator.stats)
+        failure: RuntimeError | MemoryError | None = None
+        try:
+            with self._ranks.all_or_none():
+                self._check_ranks(trial, work)
+                with operator.frozen():
+                    work(trial)
+        except (RuntimeError, MemoryError) as error:  # non-finite, out of memory, no derivative
+            failure = error
+        else:
+            if trial.stats.refreshes > stats.refreshes:
+                self._refreshed_at = self._clock
+            self._take(trial)
+            self._failures, self._attempted = 0, state
+        finally:
+            operator.release()
+            stats.seconds += time.perf_counter() - start
+            stats.products += operator.stats.products - before["products"]
+            stats.gradients += operator.stats.gradients - before["gradients"]
+        if failure is None:
+            self._held.warn_of_no_gap()
+            return
+        stats.failures += 1
+        self._failures += 1
+        if self.basis is None or self._failures >= _FAILURES_IN_A_ROW:
+            raise failure
+        if self._is_finite():
+            self._attempted = state  # once a state; where training has diverged, at each update
+        message = (
+            f"The refresh at step {self._clock} failed ({failure}). The basis of step "
+            f"{self._refreshed_at} stays in use; failure {self._failures} of at most "
+            f"{_FAILURES_IN_A_ROW - 1} in a row."
+        )
+        warnings.warn(message, StaleBasisWarning, stacklevel=4)
+
+    def _take(self, trial: AgeingBasis) -> None:
+        """Puts the trial in the place of what was held, in one assignment; ``stats`` live on."""
+        stats, self._held = self.stats, trial
+        vars(stats).update(vars(trial.stats))
+        trial.stats = stats
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "k": self.k,
+            "refresh": self.refresh_every,
+            "max_angle": self.max_angle,
+            "tol": self.tol,
+            "seed": self.seed,
+        }
+
+    def _check_ranks(self, held: AgeingBasis, work: Callable[[AgeingBasis], None]) -> None:
+        """Sees to it that all ranks do the same work."""
+        if self._ranks.group is not None:
+            remedy = "Construct and ask the subspaces alike, and load one state on all ranks."
+            own = {"what is due": work.__name__, "the basis": held.fingerprint()}
+            own |= {"the number of failures": self._failures}
+            self._ranks.check_alike(remedy, **self._options(), **own)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the basis and the counters, for ``torch.save``; a scheduler's twin.
 
-        A run that loads it goes on with the same basis and refreshes at the same steps.
+        A run that loads it goes on with the same basis and refreshes at the same steps. The
+        tensors are copies, and of the same shapes whether there is a basis or not, so that
+        ``torch.distributed.checkpoint`` can read into the state of a subspace that has none.
         """
-        return self._held.state_dict() | {
+        entries = self._held.state_dict() | self._counters() | {"stats": asdict(self.stats)}
+        return {"version": VERSION} | entries | {"checksum": _checksum(entries)}
+
+    def _counters(self) -> dict[str, int | None]:
+        return {
             "clock": self._clock,
             "refreshed_at": self._refreshed_at,
             "state": self._state,
             "state_clock": self._state_clock,
             "attempted": self._attempted,
             "failures_in_a_row": self._failures,
-            "stats": asdict(self.stats),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the basis and the counters of ``state_dict``, on the operator's device.
 
+        All of them, or none: a state of another model, k or version, an entry that is missing or
+        cannot be, and one that was changed raise an ``ArgumentError`` that names it.
+
         Args:
             state_dict: what ``state_dict()`` returned. Model, optimizer and subspace may be
                 loaded in any order.
-
-        Raises:
-            ArgumentError: its basis has another dimension, or belongs to another model.
         """
-        missing = self.state_dict().keys() - state_dict.keys()
-        if missing:
-            found = f"without {', '.join(sorted(missing))}"
-            remedy = (
-                "Pass what `subspace.state_dict()` returned, not the optimizer's or the model's."
-            )
-            raise ArgumentError("the loaded state", found, "that of a subspace", remedy)
-        vectors = state_dict["vectors"]
-        if vectors is not None:
-            shape, own = tuple(vectors.shape), (self.k, self.operator.size)
-            if shape != own:
-                remedy = "The state is of another model or k."
-                raise ArgumentError("the shape of the loaded basis", shape, f"{own}", remedy)
-        self._held.load_state_dict(state_dict)
-        self._held.stats = SubspaceStats(**state_dict["stats"])
-        self._clock = state_dict["clock"]
-        self._refreshed_at = state_dict["refreshed_at"]
-        self._state = state_dict["state"]
-        self._state_clock = state_dict["state_clock"]
-        self._attempted = state_dict["attempted"]
-        self._failures = state_dict["failures_in_a_row"]
+        names = {"version", "stats", "checksum", *self._held.entries, *self._counters()}
+        remedy = "Pass what `subspace.state_dict()` returned, not the optimizer's or the model's."
+        state = SavedState(state_dict, names, remedy)
+        held = self._held.loaded(state)
+        for name, rows in held.rows().items():
+            saved = state_dict[name].dtype
+            accuracy = max(torch.finfo(dtype).eps for dtype in (saved, rows.dtype))
+            check_orthonormal(f"the loaded {name}", rows, _ROOM * accuracy)
+            if rows.dtype != saved:
+                orthonormalise_(rows)
+        clock = state.count("clock")
+        remedy = f"The loaded clock is {clock}."
+        refreshed_at = state.count("refreshed_at", maximum=clock, remedy=remedy)
+        state_clock = state.count("state_clock", maximum=clock, remedy=remedy)
+        failures = state.count("failures_in_a_row", maximum=held.stats.failures)
+        seen, attempted = state.digest("state"), state.digest("attempted")
+        state.check_sum(_checksum({name: state_dict[name] for name in names}))
+
+        self._take(held)
+        self._clock, self._refreshed_at, self._failures = clock, refreshed_at, failures
+        self._state, self._state_clock, self._attempted = seen, state_clock, attempted
+        self._settled = None
+
+
+def _solve(held: AgeingBasis) -> None:
+    held.solve()
+
+
+def _renew(held: AgeingBasis) -> None:
+    held.renew()
+
+
+def _refresh(held: AgeingBasis) -> None:
+    held.refresh()
+
+
+def _checksum(state: Mapping[str, Any]) -> int:
+    """Of all that decides; what the basis has cost does not, and differs between ranks."""
+    certificate = {name: state["stats"][name] for name in ("bound", "estimate")}
+    others = {"version", "stats", "checksum"}
+    return checksum({n: value for n, value in state.items() if n not in others} | certificate)
 
 
 class FixedSubspace:

@@ -251,7 +251,7 @@ def test_what_is_no_state_of_a_subspace_is_named_and_changes_nothing():
     for other in ({}, sgd(problem, subspace).state_dict()):
         with pytest.raises(so.ArgumentError, match=r"without .*vectors.*subspace\.state_dict\(\)"):
             subspace.load_state_dict(other)
-    with pytest.raises(TypeError):
+    with pytest.raises(so.ArgumentError, match="the loaded pace is 'NoneType', but must be a dict"):
         subspace.load_state_dict(subspace.state_dict() | {"pace": None})
     assert subspace.basis is basis
 
@@ -358,12 +358,31 @@ def test_parameters_that_are_not_finite_leave_the_basis_in_use_with_a_warning():
         problem.model[0].weight.fill_(math.nan)
     with pytest.warns(so.StaleBasisWarning, match="failed"):
         assert subspace.update() is basis
-    assert subspace.update() is basis  # one attempt for one state
+    assert subspace.stats.estimate == 1
     problem.model.load_state_dict(saved)
     nudge(problem.model, 1e-6)
     assert subspace.update() is basis
     assert subspace.stats.failures == 1
     assert subspace.stats.estimate < MAX_ANGLE
+
+
+@pytest.mark.parametrize("refresh", ["auto", 1, 5])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_training_that_has_diverged_ends_with_the_third_failure(value, refresh):
+    """Its parameters stay NaN, bit for bit the same at every step, and the clock stands still."""
+    problem = Problem("mlp", 0)
+    subspace = so.DominantSubspace(problem.hessian, 2, refresh=refresh)
+    basis = subspace.update()
+    optimizer = sgd(problem, subspace)
+    with torch.no_grad():
+        problem.model[0].weight.fill_(value)
+    for failures in (1, 2):
+        with pytest.warns(so.StaleBasisWarning, match=rf"mean loss .* nan .*failure {failures} of"):
+            assert subspace.update() is basis
+        problem.step(optimizer)
+    with pytest.raises(so.NonFiniteError, match="Lower the learning rate"):
+        subspace.update()
+    assert (subspace.stats.failures, subspace.stats.refreshes) == (3, 1)
 
 
 @pytest.mark.parametrize("saved_at", [1, 2, 7, 12])

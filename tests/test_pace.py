@@ -20,7 +20,7 @@ def ageing(a: float, b: float, inside: float, outside: float) -> float:
 def learned(a: float, b: float, moves: list[tuple[float, float]], noise: float = 0.0) -> Pace:
     random, pace = np.random.default_rng(0), Pace()
     for move in moves:
-        pace.observe(*move, ageing(a, b, *move) * (1 + noise * random.standard_normal()))
+        pace = pace.observe(*move, ageing(a, b, *move) * (1 + noise * random.standard_normal()))
     return pace
 
 
@@ -55,7 +55,7 @@ def test_a_kind_of_movement_that_was_not_seen_is_expected_to_age_the_basis_as_mu
 
 def test_a_refresh_keeps_the_rates_and_begins_with_its_own_ageing():
     pace = learned(2.0, 2.0, [(0.1, 0.1), (0.2, 0.1)])
-    pace.refreshed(0.05)
+    pace = pace.refreshed(0.05)
     assert pace.start == 0.05
     assert pace.growth(0.0, 0.0) == 0
     assert pace.growth(0.1, 0.2) == pytest.approx(ageing(2.0, 2.0, 0.1, 0.2), rel=0.1)
@@ -65,7 +65,7 @@ def test_a_surprise_makes_what_was_learned_before_worthless():
     slow = [(0.01 * i, 0.02 * i) for i in range(1, 8)]
     pace = learned(1.0, 1.0, slow)
     fast = ageing(9.0, 9.0, 0.1, 0.1)
-    pace.observe(0.1, 0.1, fast)
+    pace = pace.observe(0.1, 0.1, fast)
     assert pace.growth(0.1, 0.1) == pytest.approx(fast, rel=0.1)
     assert len(pace.observed) == 1
 
@@ -73,7 +73,7 @@ def test_a_surprise_makes_what_was_learned_before_worthless():
 def test_a_slower_pace_is_taken_up_in_a_few_probes():
     pace = learned(5.0, 5.0, [(0.01 * i, 0.02 * i) for i in range(1, 9)])
     for i in range(1, 9):
-        pace.observe(0.01 * i, 0.02 * i, ageing(1.0, 1.0, 0.01 * i, 0.02 * i))
+        pace = pace.observe(0.01 * i, 0.02 * i, ageing(1.0, 1.0, 0.01 * i, 0.02 * i))
     assert pace.growth(0.1, 0.2) == pytest.approx(ageing(1.0, 1.0, 0.1, 0.2), rel=0.1)
 
 

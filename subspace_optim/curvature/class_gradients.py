@@ -19,6 +19,7 @@ from subspace_optim._validation import (
     check_integer,
     check_number,
 )
+from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.curvature.evaluation import Point, Slopes, refuse_reentrant_checkpoints
 from subspace_optim.curvature.isolation import full_precision, random_state_kept
 from subspace_optim.curvature.objective import WrittenOut, unwrapped
@@ -196,58 +197,83 @@ class ClassGradientSubspace:
         """
         start = time.perf_counter()
         device, C, P = self.parameters.device, self.num_classes, self.parameters.size
-        with ALONE, full_precision(device, fused=True), random_state_kept(device, None):
+        with (
+            ALONE,
+            full_precision(device, fused=True),
+            random_state_kept(device, None),
+            self._ranks.all_or_none(),
+        ):
             self._agree()
             sums = self._ranks.total(
                 (C * (P + 2),), self.parameters.dtype, device, lambda sums: self._add_to(sums, x, y)
             )
-            self._averages = self._averaged(*self._split(sums))
-        self._given = None
+            averages = self._averaged(*self._split(sums))
+        self._given, self._averages = None, averages
         self.stats.observations += 1
         self.stats.seconds += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the averages, for ``torch.save``: a run that loads them goes on bit by bit."""
-        averages = dict.fromkeys(("vectors", "norms", "squares", "updates"))
-        return (averages if self._averages is None else vars(self._averages)) | {
-            "stats": asdict(self.stats)
-        }
+        """Returns the averages, for ``torch.save``: a run that loads them goes on bit by bit.
+
+        The tensors are copies, and of the same shapes whether anything was observed or not, so
+        that ``torch.distributed.checkpoint`` can read into the state of a new subspace.
+        """
+        device, averages = self.parameters.device, self._averages
+        entries: dict[str, Any] = {"observed": averages is not None}
+        for name, (shape, dtype) in self._kinds().items():
+            entries[name] = (
+                torch.zeros(shape, dtype=dtype, device=device)
+                if averages is None
+                else getattr(averages, name).clone()
+            )
+        entries["checksum"] = checksum(entries)
+        return {"version": VERSION, **entries, "stats": asdict(self.stats)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the averages of ``state_dict``, on the model's device.
 
+        All of them, or none: a state of another model, number of classes or version, an entry that
+        is missing or cannot be, and one that was changed raise an ``ArgumentError`` that names it.
+
         Args:
             state_dict: what ``state_dict()`` returned.
-
-        Raises:
-            ArgumentError: they are of another model, or of another number of classes.
         """
-        C, P = self.num_classes, self.parameters.size
-        dtypes = {
-            "vectors": self.parameters.dtype,
-            "norms": torch.float64,
-            "squares": torch.float64,
-            "updates": torch.int64,
+        kinds = self._kinds()
+        names = {"version", "observed", *kinds, "checksum", "stats"}
+        state = SavedState(state_dict, names, "Pass what `subspace.state_dict()` returned.")
+        observed, remedy = state.flag("observed"), "The state is of another model or num_classes."
+        loaded = _Averages(
+            **{
+                name: state.tensor(
+                    name,
+                    shape,
+                    dtype,
+                    self.parameters.device,
+                    minimum=None if name == "vectors" else 0,
+                    remedy=remedy,
+                )
+                for name, (shape, dtype) in kinds.items()
+            }
+        )
+        costs = state.inside("stats", ["observations", "seconds"])
+        stats = ClassGradientStats(costs.count("observations"), costs.number("seconds", minimum=0))
+        if observed:
+            _check_averages(loaded, stats.observations, state_dict["vectors"].dtype)
+        state.check_sum(checksum({name: state_dict[name] for name in ("observed", *kinds)}))
+
+        self._given = None
+        self._averages = loaded if observed else None
+        self.stats = stats
+
+    def _kinds(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The shapes and dtypes of the averages."""
+        C = self.num_classes
+        return {
+            "vectors": ((C, self.parameters.size), self.parameters.dtype),
+            "norms": ((C,), torch.float64),
+            "squares": ((C,), torch.float64),
+            "updates": ((C,), torch.int64),
         }
-        missing = {*dtypes, "stats"} - state_dict.keys()
-        if missing:
-            found = f"without {', '.join(sorted(missing))}"
-            remedy = "Pass what `subspace.state_dict()` returned."
-            raise ArgumentError("the loaded state", found, "that of a subspace", remedy)
-        loaded = {name: state_dict[name] for name in dtypes}
-        empty = [value is None for value in loaded.values()]
-        for name, value in loaded.items():
-            shape = None if value is None else tuple(value.shape)
-            own = (C, P) if name == "vectors" else (C,)
-            if shape != own and not all(empty):
-                remedy = "The state is of another model or num_classes."
-                raise ArgumentError(f"the shape of the loaded {name}", shape, f"{own}", remedy)
-        stats = ClassGradientStats(**state_dict["stats"])
-        self._averages = None
-        if not all(empty):
-            device = self.parameters.device
-            self._averages = _Averages(**{n: loaded[n].to(device, dtypes[n]) for n in dtypes})
-        self._given, self.stats = None, stats
 
     def _agree(self) -> None:
         """Sees to it that all ranks have the same parameters and averages.
@@ -441,6 +467,29 @@ class ClassGradientSubspace:
         inverse = torch.where(seen, inverse, 1.0).to(gradients.dtype)
         gradients.mul_(inverse[:, None])
         return _Averages(gradients, torch.where(seen, norms, known), squares, updates)
+
+
+def _check_averages(averages: _Averages, observations: int, saved: torch.dtype) -> None:
+    """Checks what all averages have in common.
+
+    Raises:
+        ArgumentError: a vector is neither of norm 1 nor 0, or a class was seen more often than
+            there were minibatches, or has averages and was never seen.
+    """
+    vectors, updates = averages.vectors, averages.updates
+    most = int(updates.max())
+    if most > observations:
+        allowed = f"at most the minibatches observed, {observations}"
+        raise ArgumentError("the largest of the loaded updates", most, allowed)
+    norms = _row_norms(vectors)
+    accuracy = max(torch.finfo(dtype).eps for dtype in (saved, vectors.dtype))
+    off = ((norms - 1).abs() > min(0.01, 8 * vectors.shape[1] ** 0.5 * accuracy)) & (norms != 0)
+    for k in off.nonzero().flatten().tolist():
+        raise ArgumentError(f"the norm of the loaded vectors[{k}]", float(norms[k]), "1, or 0")
+    strange = (updates == 0) & ((norms > 0) | (averages.norms > 0) | (averages.squares > 0))
+    for k in strange.nonzero().flatten().tolist():
+        allowed = "at least 1, as it has averages"
+        raise ArgumentError(f"the loaded updates[{k}]", 0, allowed)
 
 
 def _are_coupled(model: nn.Module) -> bool:

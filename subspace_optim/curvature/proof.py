@@ -510,9 +510,9 @@ class _Trial:
         def gradient(distance: float) -> Tensor:
             values = [b + distance * d for b, d in zip(base, v, strict=True)]
             self.report.gradients += 1
-            with point.at(self.parts.seed), point.displaced(values) as leaves:
-                with constants.held() if self.stops else nullcontext():
-                    return self.flat(gradient_at(evaluate, leaves).slopes)
+            held = constants.held() if self.stops else nullcontext()
+            with point.at(self.parts.seed), point.displaced(values) as leaves, held:
+                return self.flat(gradient_at(evaluate, leaves).slopes)
 
         def difference(step: float) -> Tensor:
             ahead, behind = gradient(step * scale), gradient(-step * scale)

@@ -1,26 +1,37 @@
-"""Sums over the ranks of a process group, and one error on all of them where one fails."""
+"""Sums over the ranks of a process group, and one error on all of them where one fails.
+
+Ranks that wait for each other have to do the same things in the same order. So each thing that
+they do together begins with a *meeting*, one all-reduce of a few numbers: has one of them failed,
+and are all about to do the same? A rank that fails in between goes on to the next meeting, whatever
+the others will do there, and all leave it with the same error.
+"""
 
 from __future__ import annotations
 
 import builtins
+import hashlib
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from subspace_optim import _validation
-from subspace_optim._validation import ArgumentError
+from subspace_optim._validation import ArgumentError, RanksWarning
+
+_Error = TypeVar("_Error", bound=Exception)
 
 
 class Ranks:
     """The ranks that an operator sums over: those of ``process_group``, or this process alone.
 
-    Every method that communicates is called by all ranks in the same order. With one process
-    nothing is communicated, and ``torch.distributed`` need not have been initialised.
+    Every method that communicates is called by all ranks in the same order; a rank that does
+    something else is an error on all. With one process nothing is communicated, and
+    ``torch.distributed`` need not have been initialised.
 
     Args:
         process_group: as given to the operator.
@@ -33,6 +44,8 @@ class Ranks:
         ArgumentError: it is no process group, or one that this process does not belong to.
     """
 
+    _occasion: ClassVar[int] = 0  # counts meetings, and what leads to them
+
     def __init__(self, process_group: Any) -> None:
         known = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
         if process_group is not None and not known:
@@ -42,6 +55,9 @@ class Ranks:
         self.group = process_group
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
+        # Made once: a rank that has run out of memory still has to say so.
+        self._message = torch.zeros(0) if process_group is None else _message(process_group)
+        self._on_cpu = self._message.numpy() if self._message.device.type == "cpu" else None
 
     def total(
         self,
@@ -50,71 +66,162 @@ class Ranks:
         device: torch.device,
         add_to: Callable[[Tensor], None],
     ) -> Tensor:
-        """Returns the sum over ranks of what ``add_to`` adds to zeros; one all-reduce.
-
-        The sum carries the number of ranks that failed in one element more, so that an error of
-        one is an error of all, and none waits for a rank that has left.
-        """
+        """Returns the sum over ranks of what ``add_to`` adds to zeros; one all-reduce of it."""
         if self.group is None:
             total = torch.zeros(shape, dtype=dtype, device=device)
             add_to(total)
             return total
-        packed = torch.zeros(torch.Size(shape).numel() + 1, dtype=dtype, device=device)
-        error = None
-        try:
-            add_to(packed[:-1].view(shape))
-        except Exception as caught:  # noqa: BLE001 (raised below, on all ranks)
-            error = caught
-            packed.zero_()[-1] = 1
-        dist.all_reduce(packed, group=self.group)
-        if packed[-1] > 0:
-            self._raise_first(error)
-        return packed[:-1].view(shape)
+        with self._before(f"the sum of a tensor of shape {tuple(shape)}"):
+            total = torch.zeros(shape, dtype=dtype, device=device)
+            add_to(total)
+        self._all_reduce(total)
+        return total
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums ``tensor`` over the ranks in place."""
         if self.group is not None:
-            dist.all_reduce(tensor, group=self.group)
+            self._meet(f"the sum of a tensor of shape {tuple(tensor.shape)}")
+            self._all_reduce(tensor)
         return tensor
 
     def agree(self, values: Sequence[int], device: torch.device) -> list[bool]:
-        """Returns for each 64-bit value whether it is the same on all ranks; one all-reduce."""
-        if self.group is None:
+        """Returns for each 64-bit value whether it is the same on all ranks."""
+        if self.group is None or self._meet("a comparison", values=values)[1]:
             return [True] * len(values)
         own = torch.tensor(values, dtype=torch.int64, device=device)
         extremes = torch.stack([own, ~own])  # ~x falls as x grows, also at the ends of the range
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, self.group)
+        self._all_reduce(extremes, dist.ReduceOp.MAX)
         largest, smallest = extremes[0], ~extremes[1]
         return [bool(same) for same in (largest == smallest).tolist()]
 
-    @contextmanager
-    def all_or_none(self) -> Iterator[None]:
-        """What fails inside on one rank raises on all."""
+    def any(self, holds: Callable[[], bool | None]) -> bool | None:
+        """Returns whether it holds on any rank. What fails on one raises on all.
+
+        ``None``, which all ranks have to find at once, is that there is nothing to tell.
+        """
         if self.group is None:
-            yield
-            return
-        error = None
+            return holds()
+        found, error = None, None
         try:
-            yield
+            found = holds()
         except Exception as caught:  # noqa: BLE001 (raised below, on all ranks)
             error = caught
-        self._raise_first(error)
+        if found is None and error is None:
+            return None
+        return self._meet("a decision", error, flag=bool(found))[0]
+
+    def check_alike(self, remedy: str, **arguments: object) -> None:
+        """Raises one ``ArgumentError`` on all ranks where they have different arguments.
+
+        Args:
+            remedy: the way out, for the message.
+            **arguments: values that compare by what they are: numbers and strings.
+        """
+        if self.group is None or self._meet("a comparison", values=[_number(repr(arguments))])[1]:
+            return
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, arguments, self.group)
+        for name in arguments:
+            values = [theirs[name] for theirs in found]
+            if any(value != values[0] for value in values):
+                label = f"{name} on the ranks of process_group"
+                raise self._told(ArgumentError(label, values, "the same on all of them", remedy))
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """What fails inside on one rank raises on all, wherever the others are inside."""
+        if self.group is None:
+            yield
+        else:
+            with self._before("the end of what all do or none does"):
+                yield
+
+    @contextmanager
+    def _before(self, doing: str) -> Iterator[None]:
+        """Prepares alone what is done together: then all have met, and none has failed."""
+        error = None
+        Ranks._occasion += 1
+        try:
+            yield
+        except Exception as caught:
+            if getattr(caught, "told_on", None) == Ranks._occasion:
+                raise  # all ranks have heard of it just now
+            error = caught
+        self._meet(doing, error)
+
+    def _meet(
+        self,
+        doing: str,
+        error: Exception | None = None,
+        *,
+        flag: bool = False,
+        values: Sequence[int] = (),
+    ) -> tuple[bool, bool]:
+        """Meets the other ranks; ``RuntimeError`` where they are about to do different things.
+
+        Args:
+            doing: what is done next.
+            error: that this rank has failed with.
+            flag: of this rank.
+            values: of this rank.
+
+        Returns:
+            Whether any rank has the flag, and whether all have the same values.
+        """
+        Ranks._occasion += 1
+        same = [_number(doing), _number(repr(list(values)))]
+        own = [error is not None, flag, *same, *(~x for x in same)]
+        if self._on_cpu is None:
+            self._message.copy_(torch.tensor(own))
+        else:
+            self._on_cpu[:] = own  # torch, which may be what fails, has no part in it
+        self._all_reduce(self._message, dist.ReduceOp.MAX)
+        failed, flagged, *largest = self._message.tolist()
+        if failed:
+            self._raise_first(error)
+        here, alike = (largest[i] == ~largest[i + 2] for i in range(2))
+        if not here:
+            found: list[Any] = [None] * self.size
+            dist.all_gather_object(found, doing, self.group)
+            places = "; ".join(f"rank {rank}: {theirs}" for rank, theirs in enumerate(found))
+            message = (
+                f"The ranks of process_group do different things, and would wait for each other "
+                f"for ever ({places}). Call the same on all of them, in the same order."
+            )
+            raise self._told(RuntimeError(message))
+        return bool(flagged), alike
+
+    def _all_reduce(self, tensor: Tensor, operation: Any = None) -> None:
+        operation = dist.ReduceOp.SUM if operation is None else operation
+        try:
+            dist.all_reduce(tensor, operation, self.group)
+        except Exception as error:
+            self._told(error)  # there is no connection to tell of it by
+            raise
 
     def _raise_first(self, error: Exception | None) -> None:
         """Raises, on every rank, the error of the lowest rank that has one.
 
         The kind is the same on all, because what is done about an error depends on its kind.
         """
-        own = None if error is None else (_plain_kind(error), str(error))
+        own = None if error is None else (_plain_kind(error), _text(error))
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, own, self.group)
-        first = next((rank for rank, described in enumerate(found) if described), None)
-        if first is None:
-            return
+        first = next(rank for rank, described in enumerate(found) if described)
         if error is not None and first == self.rank:
-            raise error
+            raise self._told(error)
         kind, message = found[first]
-        raise _kind(kind)(f"Rank {first} of process_group failed: {message}") from error
+        theirs = _kind(kind)(f"Rank {first} of process_group failed: {message}")
+        raise self._told(theirs) from error
+
+    @staticmethod
+    def _told(error: _Error) -> _Error:
+        """Marks an error that all ranks have: it need not be told once more on its way up.
+
+        On this occasion, that is: the same object may be raised by one rank alone later.
+        """
+        error.told_on = Ranks._occasion  # type: ignore[attr-defined]
+        return error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # a copy on every rank goes on in the same group
@@ -128,10 +235,76 @@ class Ranks:
         )
 
 
+def ranks_of(operator: Any) -> Ranks:
+    """Returns the ranks that the products of an operator are summed over.
+
+    They are those of the operators that it is made of; this process alone, if it tells of none.
+    """
+    for part in (operator, getattr(operator, "hessian", None)):
+        ranks = getattr(part, "ranks", getattr(part, "_ranks", None))
+        if isinstance(ranks, Ranks):
+            return ranks
+    return Ranks(None)
+
+
+def warn_without_group(model: nn.Module, process_group: Any) -> None:
+    """Warns of a model whose ranks train together, while each would measure its own data.
+
+    Args:
+        model: with its wrappers, as it was given to the operator.
+        process_group: as given to the operator.
+    """
+    if process_group is not None or not (dist.is_available() and dist.is_initialized()):
+        return
+    wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    ranks = max((dist.get_world_size(m.process_group) for m in wrappers), default=1)
+    if ranks > 1:
+        message = (
+            f"The model is a DistributedDataParallel of {ranks} ranks, and process_group is None: "
+            "each rank measures the data that it was given, and nothing else. Where these differ, "
+            "so do the bases, and an optimizer that uses them trains the replicas apart. Pass "
+            "process_group=torch.distributed.group.WORLD, or give every rank the same data."
+        )
+        warnings.warn(message, RanksWarning, stacklevel=2)
+
+
+def _message(group: Any) -> Tensor:
+    """Returns room for what is told in a meeting, on a device that the group communicates from."""
+    devices = {device.type for device in group._device_types}  # noqa: SLF001 (no public name)
+    device = "cpu" if "cpu" in devices or not devices else devices.pop()
+    return torch.zeros(6, dtype=torch.int64, device=device)
+
+
+def _number(text: str) -> int:
+    """Returns 64 bits that tell one text from another, on whatever machine."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _text(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 (an error that cannot tell of itself is one all the same)
+        return f"{type(error).__name__}, which has no message"
+
+
 def _plain_kind(error: Exception) -> str:
-    """Returns the name of the first class of ``error`` that one message makes."""
-    names = (cls.__name__ for cls in type(error).__mro__ if cls is not ArgumentError)
-    return next(name for name in names if _kind(name) is not None)
+    """Returns the name of the first class of ``error`` that one message makes.
+
+    ``Exception`` at the latest: a base class and not just any, since what is done about an error
+    depends on what it is a kind of.
+    """
+    return next(cls.__name__ for cls in type(error).__mro__ if _is_plain(cls))
+
+
+def _is_plain(cls: type) -> bool:
+    if _kind(cls.__name__) is not cls:
+        return False
+    try:
+        cls("a message")
+    except TypeError:
+        return False
+    return True
 
 
 def _kind(name: str) -> Any:

@@ -88,8 +88,9 @@ def errors() -> dict[str, Any]:
     found["parameters"] = outcome(lambda: subspace.observe(x, y))
     model[0].weight.data[0, 0] -= rank
     state = subspace.state_dict()
-    loaded = state | {"norms": state["norms"] * (1 + rank)}
-    subspace.load_state_dict(loaded)
+    alone = so.ClassGradientSubspace(model, C)
+    alone.observe(x, y)
+    subspace.load_state_dict(alone.state_dict())
     found["averages"] = outcome(lambda: subspace.observe(x, y))
     subspace.load_state_dict(state)
     after = readings(subspace)

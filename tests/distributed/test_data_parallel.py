@@ -98,11 +98,11 @@ def test_wrapped_models_train_as_in_one_process(ranks):
 def test_each_block_of_products_is_one_sum_whatever_a_rank_keeps(ranks):
     found = alike(ranks, "collectives")
     P = found["size"]
-    # Loss and weight, the gradient, the products; each but the gradient with a mark of failure.
-    assert found["first product"] == [3, P, P + 1]
-    assert found["block of products"] == [5 * P + 1]
+    # Loss and weight, the gradient, the products; before each, six numbers of who has failed.
+    assert found["first product"] == [6, 2, 6, P, 6, P]
+    assert found["block of products"] == [6, 5 * P]
     assert found["gradient and loss"] == []
-    assert found["product outside of frozen"] == [4, P + 1]  # the parameters are compared first
+    assert found["product outside of frozen"] == [6, 6, P]  # the parameters are compared first
 
 
 def test_ranks_that_know_different_things_begin_anew_together(ranks):
