@@ -145,6 +145,15 @@ class AgeingBasis:
             self.probe()
         self._improve()
 
+    def reconsider(self) -> None:
+        """Renews the basis where something else than the parameters has changed.
+
+        No displacement tells how much that ages it: what a probe finds counts in full from then on.
+        """
+        if not self.gapless:
+            self.probe(displaced=False)
+        self._improve()
+
     def refresh(self) -> None:
         """Refines the basis, due or not, and goes on as ``renew`` where that is not enough."""
         if self.basis is None or self.max_angle is None or self.gapless:
@@ -161,19 +170,25 @@ class AgeingBasis:
         if not self._has_room():
             self.solve()
 
-    def probe(self) -> None:
+    def probe(self, *, displaced: bool = True) -> None:
         """Estimates the angle: 1 where the pairs are others than were known.
 
         They are if a direction of the bulk has come to the top, or the gaps have shrunk to less
         than half. Which pair comes next is then not known either.
+
+        Args:
+            displaced: all that the basis has aged since its refresh came with the displacement.
         """
         basis, _ = self._present()
         result, moved = self._probed(guarded=True), self._moved()
         self._guard, found = result.guard, result.ageing
         if result.unevenness is not None and not self._ratios:
             self._unevenness = result.unevenness
-        if math.isfinite(found):
+        if math.isfinite(found) and displaced:
             self._pace = self._pace.observe(*moved, found)
+            found = self._pace.growth(*moved)
+        elif math.isfinite(found):
+            self._pace = self._pace.refreshed(found)
             found = self._pace.growth(*moved)
         entered = bool((result.guard.eigenvalues >= basis.eigenvalues[-1]).any())
         entered = entered or result.shrunk < _SHRUNK

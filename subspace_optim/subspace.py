@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from subspace_optim._validation import (
 from subspace_optim.ageing import AgeingBasis, SubspaceStats
 from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.curvature.objective import unwrapped
-from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.curvature.operator import CurvatureOperator, State
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.ranks import ranks_of
 from subspace_optim.linalg.eigenbasis import EigenBasis
@@ -118,15 +118,18 @@ class DominantSubspace:
 
     (`song_2024`, Definition 1.) Whoever asks first at a parameter state pays for the refresh,
     if one is due; others get the same basis. A parameter state is what the parameters hold: a
-    digest of them tells one from the next, whichever way they were written. Train or eval mode and
-    buffers are not part of it: give the operator a ``mode`` if they change between steps.
+    digest of them tells one from the next, whichever way they were written. What else the loss
+    depends on and the operator can see is part of it: other parameters and buffers of the model, of
+    the loss and of what they reach, modes, and data that were written in place.
 
     With ``refresh="auto"`` a basis is kept while the sine of the largest angle between it and the
     true subspace is estimated to be at most ``max_angle``. The estimate is carried forward by how
     far the parameters have moved, and checked by probes of two products. A basis that has aged
     is refined by one step of subspace iteration, k + 1 products, and solved for anew where that
-    is not enough; its eigenvalues are those of the last refresh. If ``λ_k`` and ``λ_{k+1}``
-    cannot be told apart there is one warning, and each parameter state gets a solve to ``tol``.
+    is not enough; its eigenvalues are those of the last refresh. Where other tensors have changed,
+    no displacement tells of it, and the basis is probed; where a mode has, it is solved for. If
+    ``λ_k`` and ``λ_{k+1}`` cannot be told apart there is one warning, and each parameter state gets
+    a solve to ``tol``.
 
     Args:
         operator: what curvature means: ``HessianOperator``, or any ``CurvatureOperator``.
@@ -196,7 +199,8 @@ class DominantSubspace:
         self._state_clock = 0
         self._attempted: int | None = None  # ... and when the basis was last decided upon
         self._failures = 0
-        self._settled: tuple[int, int] | None = None  # state and clock of the last decision
+        self._elsewhere = self._modes = 0  # of the state at the last attempt
+        self._settled: _Seen | None = None  # at the last decision
 
     @property
     def parameters(self) -> ParameterSpace:
@@ -251,7 +255,7 @@ class DominantSubspace:
         return self._provide(forced=True)
 
     def _provide(self, *, forced: bool) -> EigenBasis:
-        held, seen = self._held, (0, 0)
+        held, seen = self._held, _NOTHING_SEEN
 
         def is_due() -> bool | None:
             nonlocal seen
@@ -259,33 +263,47 @@ class DominantSubspace:
             if forced or not held.fits():
                 return True
             # What all ranks have decided together is known to each of them.
-            return None if seen == self._settled else self._is_due(*seen)
+            return None if seen == self._settled else self._is_due(seen)
 
         due = self._ranks.any(is_due)
-        state, clock = seen
+        state, clock = hash(seen.state), seen.clock
         self.asked += 1
         if state != self._state:
             self._state, self._state_clock, self._clock = state, clock, clock
         if due:
-            renewed = _refresh if forced else _renew if self.refresh_every == "auto" else _solve
-            self._attempt(state, renewed if held.fits() else _solve)
+            self._attempt(seen.state, self._work(seen.state, forced=forced))
         if not due or state == self._attempted:
             self._settled = seen
         assert self.basis is not None  # noqa: S101 (where there is none, an attempt makes one)
         return self.basis
 
-    def _look(self) -> tuple[int, int]:
+    def _look(self) -> _Seen:
         """Returns the present parameter state, and the clock there: a new one is a step more."""
-        state = self.parameters.digest()
-        is_new = state != self._state
-        return state, max(self._clock, self._state_clock + 1) if is_new else self._clock
+        state = self.operator.state()
+        is_new = hash(state) != self._state
+        return _Seen(state, max(self._clock, self._state_clock + 1) if is_new else self._clock)
 
-    def _is_due(self, state: int, clock: int) -> bool:
+    def _work(self, state: State, *, forced: bool) -> Callable[[AgeingBasis], None]:
+        """Returns what is to be done at this state: the same on all ranks."""
+        if not self._held.fits() or self.refresh_every != "auto":
+            return _solve
+        # A mode that has changed makes another matrix, of which the basis that is there tells
+        # nothing; of other tensors a probe tells by how much they have changed it.
+        if self._ranks.any(lambda: state.modes != self._modes):
+            return _solve
+        if forced:
+            return _refresh
+        changed = self._ranks.any(lambda: state.elsewhere != self._elsewhere)
+        return _reconsider if changed else _renew
+
+    def _is_due(self, seen: _Seen) -> bool:
         """Whether the basis that is there is too old for the present parameters."""
-        if state == self._attempted:
+        state, clock = seen
+        if hash(state) == self._attempted:
             return False
         if self.refresh_every == "auto":
-            return not self._held.serves()
+            known = (state.elsewhere, state.modes) == (self._elsewhere, self._modes)
+            return not (self._held.serves() and known)
         return clock - self._refreshed_at >= self.refresh_every or not self._is_finite()
 
     def _is_finite(self) -> bool:
@@ -294,7 +312,7 @@ class DominantSubspace:
             largest = nn.utils.get_total_norm(self.parameters.tensors, torch.inf)
         return bool(torch.isfinite(largest))
 
-    def _attempt(self, state: int, work: Callable[[AgeingBasis], None]) -> None:
+    def _attempt(self, state: State, work: Callable[[AgeingBasis], None]) -> None:
         """Does the work at the present parameters: all of it is taken over, or nothing.
 
         What has failed is raised if there is no basis, or it is the third failure in a row.
@@ -313,7 +331,8 @@ class DominantSubspace:
             if trial.stats.refreshes > stats.refreshes:
                 self._refreshed_at = self._clock
             self._take(trial)
-            self._failures, self._attempted = 0, state
+            self._failures, self._attempted = 0, hash(state)
+            self._elsewhere, self._modes = state.elsewhere, state.modes
         finally:
             operator.release()
             stats.seconds += time.perf_counter() - start
@@ -327,7 +346,9 @@ class DominantSubspace:
         if self.basis is None or self._failures >= _FAILURES_IN_A_ROW:
             raise failure
         if self._is_finite():
-            self._attempted = state  # once a state; where training has diverged, at each update
+            self._attempted = hash(
+                state
+            )  # once a state; where training has diverged, at each update
         message = (
             f"The refresh at step {self._clock} failed ({failure}). The basis of step "
             f"{self._refreshed_at} stays in use; failure {self._failures} of at most "
@@ -375,6 +396,8 @@ class DominantSubspace:
             "state": self._state,
             "state_clock": self._state_clock,
             "attempted": self._attempted,
+            "elsewhere": self._elsewhere,
+            "modes": self._modes,
             "failures_in_a_row": self._failures,
         }
 
@@ -404,12 +427,24 @@ class DominantSubspace:
         state_clock = state.count("state_clock", maximum=clock, remedy=remedy)
         failures = state.count("failures_in_a_row", maximum=held.stats.failures)
         seen, attempted = state.digest("state"), state.digest("attempted")
+        elsewhere, modes = state.digest("elsewhere"), state.digest("modes")
         state.check_sum(_checksum({name: state_dict[name] for name in names}))
 
         self._take(held)
         self._clock, self._refreshed_at, self._failures = clock, refreshed_at, failures
         self._state, self._state_clock, self._attempted = seen, state_clock, attempted
+        self._elsewhere, self._modes = elsewhere or 0, modes or 0
         self._settled = None
+
+
+class _Seen(NamedTuple):
+    """What a look at the operator has found."""
+
+    state: State
+    clock: int
+
+
+_NOTHING_SEEN = _Seen(State(0), 0)
 
 
 def _solve(held: AgeingBasis) -> None:
@@ -418,6 +453,10 @@ def _solve(held: AgeingBasis) -> None:
 
 def _renew(held: AgeingBasis) -> None:
     held.renew()
+
+
+def _reconsider(held: AgeingBasis) -> None:
+    held.reconsider()
 
 
 def _refresh(held: AgeingBasis) -> None:

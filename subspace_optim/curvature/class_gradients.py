@@ -401,7 +401,8 @@ class ClassGradientSubspace:
                 return
             with point.surroundings.writes() as seen:
                 yield
-            self._written, self._watched = seen, True
+            self._written += seen
+            self._watched = True
 
     def _point(self) -> Point:
         """Returns the present parameters, low precision as float32 copies."""

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,19 +48,18 @@ class Point:
         own: the user's parameters.
         surroundings: what else the loss can reach.
         in_place: differentiates by the user's parameters themselves, else by leaves that share
-            their memory, or are copies of them where the dtype asks for it.
+            their memory, or are copies of them where the dtype asks for it (``"always"``: even
+            then).
         dtype: of everything inside of an evaluation; ``None`` for as it is, and float32 in the
             place of low precision.
         written: tensors that an evaluation is known to write to, beside buffers.
-        native: leaves low precision as it is.
     """
 
     own: list[Tensor]
     surroundings: Surroundings
-    in_place: bool
+    in_place: bool | Literal["always"]
     dtype: torch.dtype | None = None
     written: list[Tensor] = field(default_factory=list)
-    native: bool = False
     key: object = None
     weight: float = 0.0
     loss: float | None = None
@@ -71,7 +70,8 @@ class Point:
     def __post_init__(self) -> None:
         self.upcast = any(p.dtype in LOW_PRECISION for p in self.surroundings.parameters())
         low = any(p.dtype in LOW_PRECISION for p in self.own)
-        self.in_place = self.in_place and self.dtype is None and (self.native or not low)
+        copied = self.dtype is not None or (low and self.in_place != "always")
+        self.in_place = bool(self.in_place) and not copied
         self._places = Places(self.surroundings.modules, self.own)
         self.leaves = self.own
         if not self.in_place:
@@ -90,11 +90,7 @@ class Point:
         """Evaluates here: the leaves stand in the model, and all that changes is put back."""
         with ExitStack() as stack:
             enter = stack.enter_context
-            enter(
-                self.surroundings.as_found(
-                    seed, moved=self.written, dtype=self.dtype, upcast=not self.native
-                )
-            )
+            enter(self.surroundings.as_found(seed, moved=self.written, dtype=self.dtype))
             enter(_as_leaves(self.own) if self.in_place else self.holding(self.leaves))
             yield
 

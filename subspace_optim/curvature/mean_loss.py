@@ -25,10 +25,10 @@ from subspace_optim.curvature.evaluation import (
 from subspace_optim.curvature.isolation import Mode, full_precision, in_mode
 from subspace_optim.curvature.memory import AllocationMeter, free_memory
 from subspace_optim.curvature.objective import BatchLoss, Objective, OfBatch, unwrapped
-from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats
+from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
 from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
 from subspace_optim.curvature.proof import Parts, Products, Proof, Report
-from subspace_optim.curvature.ranks import Ranks
+from subspace_optim.curvature.ranks import Ranks, warn_without_group
 from subspace_optim.curvature.surroundings import ALONE, Surroundings
 
 Differentiate = Callable[[Evaluate, Point], Linearisation]
@@ -100,7 +100,9 @@ class MeanLossOperator(CurvatureOperator):
             batch_loss = loss_fn.function if isinstance(loss_fn, OfBatch) else Supervised(loss_fn)
             self._objective = Objective(self.model, batch_loss)
             self._batches = Batches(data, pairs=not isinstance(loss_fn, OfBatch))
+            warn_without_group(model, process_group)
         self.stats = OperatorStats()
+        self._fingerprint, self._data_writes = self._batches.fingerprint(), 0
         self._mode = mode
         self._memory_budget = memory_budget
         self._seed = seed
@@ -200,30 +202,26 @@ class MeanLossOperator(CurvatureOperator):
         with self._entered():
             return self._proof.report(self._point_of(self._look()[0]))
 
-    def state(self) -> int:
-        """Returns a number that differs where anything does that the matrix depends on.
+    def state(self) -> State:
+        """Returns numbers that differ where anything does that the matrix depends on.
 
         That is all that the operator can see: parameters and buffers of the model, of the loss
-        and of what else they reach, and the mode of every module. All ranks get the same.
+        and of what else they reach, the mode of every module, and whether stored data were written.
         """
         with self._entered():
-            tensors, modes = self._look()[1:]
-        own = torch.tensor(hash((int(digest(tensors)), modes)), device=self.device)
-        return int(self._ranks.sum_(own))
+            _, tensors, modes = self._look()
+            own = self.parameters.tensors
+        known = {id(p) for p in own}
+        others = [t for t in tensors if id(t) not in known]
+        return State(int(digest(own)), int(digest(others)), hash((modes, self._writes_to_data())))
 
-    def elsewhere(self) -> tuple[list[Tensor], int]:
-        """Returns what the matrix depends on beside its own parameters.
-
-        Returns:
-            Floating tensors, and a number that differs where anything else does.
-        """
-        own = {id(p) for p in self.parameters.tensors}
-        with self._entered():
-            tensors, modes = self._look()[1:]
-        others = [t for t in tensors if id(t) not in own]
-        moving = [t for t in others if t.is_floating_point() and t.layout == torch.strided]
-        known = {id(t) for t in moving}
-        return moving, hash((int(digest(t for t in others if id(t) not in known)), modes))
+    def _writes_to_data(self) -> int:
+        """Counts how often stored data may have been written in place."""
+        fingerprint = self._batches.fingerprint()
+        if fingerprint != self._fingerprint:
+            self._fingerprint = fingerprint
+            self._data_writes += 1
+        return self._data_writes
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -139,7 +139,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     others = [d for d in range(v.dim()) if d != dim]
     if dim != -1 and v.dim() == 1:
         return v * (g / v.abs())
-    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
+    norm: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1)
+    return v * (g / norm)
 
 
 _PARTS: dict[Any, Callable[..., Tensor]] = {

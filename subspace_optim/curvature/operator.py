@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,20 @@ class OperatorStats:
     graph_bytes: int = 0
     verification: int = 0
     engine: str = ""
+
+
+class State(NamedTuple):
+    """What a matrix depends on at present, as numbers that tell one state from another.
+
+    Attributes:
+        parameters: of those that it is differentiated by.
+        elsewhere: of all other tensors: frozen parameters, buffers, parameters of the loss.
+        modes: of what cannot change by little: the mode of each module, and data written in place.
+    """
+
+    parameters: int
+    elsewhere: int = 0
+    modes: int = 0
 
 
 class CurvatureOperator(ABC):
@@ -90,17 +105,9 @@ class CurvatureOperator(ABC):
     def loss(self) -> float:
         """Returns the mean loss over all of the data."""
 
-    def state(self) -> int:
-        """Returns a number that differs where anything does that the matrix depends on."""
-        return self.parameters.digest()
-
-    def elsewhere(self) -> tuple[list[Tensor], int]:
-        """Returns what the matrix depends on beside its own parameters.
-
-        Returns:
-            Floating tensors, and a number that differs where anything else does.
-        """
-        return [], 0
+    def state(self) -> State:
+        """Returns numbers that differ where anything does that the matrix depends on."""
+        return State(self.parameters.digest())
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -50,6 +50,7 @@ from subspace_optim.curvature.objective import Objective
 from subspace_optim.curvature.operator import OperatorStats
 from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, length
 from subspace_optim.curvature.structure import moved
+from subspace_optim.curvature.surroundings import dtype_inside
 
 _EXAMPLES = 24
 """Examples of the first batch that the proof is made on, where it can be cut."""
@@ -64,7 +65,9 @@ _AGREE = {torch.float64: 1e-3, torch.float32: 3e-2}
 """How well a product and a difference agree."""
 _SYMMETRIC = {torch.float64: 1e-8, torch.float32: 1e-3}
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""How well two ways to one gradient agree; in lower precision they may differ by half of it."""
+"""How well two ways to one gradient agree ..."""
+_ROUNDED = 5e-2
+"""... and if one of them is rounded to low precision."""
 _LINEAR = 1e-3
 """How well a gradient is a combination of two others."""
 _WEIGHED = 2e-2
@@ -211,8 +214,10 @@ class Proof:
             pieces = self.see(batch, pieces)
         try:
             trial = self._trial(point, report)
-            proofs = [trial.gradient, trial.products] if trial else []
-            for prove in [*proofs, partial(self.mean, point, pieces, report)]:
+            proofs: list[Callable[[], None]] = [partial(self.mean, point, pieces, report)]
+            if trial is not None:
+                proofs = [trial.gradient, trial.products, *proofs]
+            for prove in proofs:
                 try:
                     prove()
                 except _FAILURES as error:
@@ -289,7 +294,7 @@ class Proof:
         claimed = [1.0, 1.0] if summed else [w1 / (w1 + w2), w2 / (w1 + w2)]
         rows = torch.stack([first, last])
         scale = float(rows.norm())
-        error = float((torch.tensor(claimed).to(rows) @ rows - both).norm())
+        error = float((rows.new_tensor(claimed) @ rows - both).norm())
         report.mean_error = error / scale if scale > 0 else 0.0
         if error <= _WEIGHED * scale:
             return
@@ -331,11 +336,6 @@ class _Trial:
     def of(self, batch: Any) -> Evaluate:
         """Returns the loss of a batch."""
         return Evaluate(self.parts.objective, batch, self.parts.seed)
-
-    def _cast(self, dtype: torch.dtype) -> Any:
-        """Returns the batch with floating numbers of another dtype."""
-        device = self.parts.space.device
-        return moved(self.batch, device, lambda own: dtype if own.is_floating_point else own)
 
     def flat(self, slopes: Any) -> Tensor:
         """Returns a gradient, or a product, as one vector in float64."""
@@ -395,24 +395,17 @@ class _Trial:
         """
         point = self.point
         low = any(p.dtype in LOW_PRECISION for p in point.own)
-        user = Point(
-            point.own, point.surroundings, in_place=True, written=point.written, native=low
-        )
-        batch = self._cast(point.own[0].dtype) if low else self.batch
-        try:
-            with user.at(self.parts.seed):
-                found = gradient_at(self.of(batch), user.leaves)
-        except Exception:
-            if low:
-                return  # not all kernels are there in low precision
-            raise
-        finally:
-            self.report.gradients += 1
+        user = Point(point.own, point.surroundings, in_place="always", written=point.written)
+        present = [p.detach().to(dtype_inside(p, None)) for p in point.own]
+        self.report.gradients += 1
+        with user.at(self.parts.seed), user.displaced(present) as leaves:
+            found = gradient_at(self.evaluate, leaves)
         theirs = self.flat(found.slopes)
         scale = float(torch.maximum(self.slopes.norm(), theirs.norm()))
         error = float((self.slopes - theirs).norm())
         self.report.gradient_error = error / scale if scale > 0 else 0.0
-        tolerance = 0.5 if low else _SAME[self.parts.space.dtype]
+        # What torch knows a parameter's dtype to be, it rounds the gradient to.
+        tolerance = _ROUNDED if low else _SAME[self.parts.space.dtype]
         if not self.report.gradient_error <= tolerance:
             message = (
                 f"The gradient that is measured ({float(self.slopes.norm()):.4g}) is not the one "
@@ -466,8 +459,13 @@ class _Trial:
             dtype=torch.float64,
             written=self.point.written,
         )
-        batch = self._cast(torch.float64)
-        evaluate = self.of(batch)
+        evaluate = self.of(
+            moved(
+                self.batch,
+                self.parts.space.device,
+                lambda own: torch.float64 if own.is_floating_point else own,
+            )
+        )
         self.report.gradients += 1
         try:
             with wide.at(self.parts.seed):
@@ -590,7 +588,8 @@ class _Constants(TorchFunctionMode):
         return held
 
 
-_STOPS = (Tensor.detach, torch.detach, Tensor.data.__get__)
+_DATA: Any = Tensor.data
+_STOPS = (Tensor.detach, torch.detach, _DATA.__get__)
 _Found = tuple[float, float, torch.dtype]
 _NOT_FINITE = (
     "The loss has no finite second derivative, though it and its gradient are finite: somewhere "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.gauss_newton import GaussNewtonOperator
-from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats
+from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
 
 
 class ResidualOperator(CurvatureOperator):
@@ -94,6 +94,11 @@ class ResidualOperator(CurvatureOperator):
         """Returns the mean loss over all of the data."""
         with self._counted():
             return self.hessian.loss()
+
+    def state(self) -> State:
+        """Returns numbers that differ where anything does that either of the two depends on."""
+        both = self.hessian.state(), self.gauss_newton.state()
+        return State(*(hash(numbers) for numbers in zip(*both, strict=True)))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ parameter state has one loss, and training does not change because somebody meas
 
 from __future__ import annotations
 
+import operator
 import random
 import signal
 import sys
@@ -132,7 +133,7 @@ class Surroundings:
         elif isinstance(thing, np.ndarray):
             if thing.nbytes <= _LARGE and thing.dtype != object:
                 self._arrays.append(thing)
-        elif _keeps_state(type(thing)) and isinstance(getattr(thing, "__dict__", None), dict):
+        elif _keeps_state(thing.__class__) and isinstance(getattr(thing, "__dict__", None), dict):
             self._namespaces.append(thing.__dict__)
             yield from thing.__dict__.values()
             yield vars(type(thing)).get("__call__")
@@ -161,7 +162,6 @@ class Surroundings:
         *,
         moved: Iterable[Tensor] = (),
         dtype: torch.dtype | None = None,
-        upcast: bool = True,
     ) -> Iterator[None]:
         """What is changed inside is put back, and what draws at random draws from ``seed``.
 
@@ -170,8 +170,7 @@ class Surroundings:
         Args:
             seed: of all generators that can be reached.
             moved: tensors that are known to be written to, beside the buffers.
-            dtype: of all floating numbers inside (default: as they are).
-            upcast: low precision becomes float32.
+            dtype: of floating numbers inside (default: low precision becomes float32).
         """
         with ALONE, _interrupts_wait(), ExitStack() as stack:
             # What needs no memory and no operation comes back first: an error changes nothing.
@@ -184,7 +183,7 @@ class Surroundings:
             buffers, written = self.buffers(), {id(t) for t in moved}
             copied = {id(b) for b in buffers} | written
             for t in self.parameters() + buffers + self._loose:
-                wanted = dtype_inside(t, dtype) if upcast else t.dtype
+                wanted = dtype_inside(t, dtype)
                 if id(t) in copied or wanted != t.dtype:
                     held.append((t, t.data))
                     t.data = t.detach().to(wanted, copy=True)
@@ -236,27 +235,25 @@ class Surroundings:
         arrays = [(a, a.copy()) for a in self._arrays]
 
         def restore() -> None:
-            for namespace, before in namespaces:
-                if not _same(namespace, before):
+            for namespace, held in namespaces:
+                if not _same(namespace, held):
                     namespace.clear()
-                    namespace.update(before)
-            for sequence, before in sequences:
-                if len(sequence) != len(before) or any(
-                    a is not b for a, b in zip(sequence, before, strict=True)
-                ):
+                    namespace.update(held)
+            for sequence, items in sequences:
+                if len(sequence) != len(items) or any(map(operator.is_not, sequence, items)):
                     sequence.clear()
                     add = sequence.update if isinstance(sequence, set) else sequence.extend
-                    add(before)
+                    add(items)
             for cell, contents in cells:
                 if contents is not _MISSING and _contents(cell) is not contents:
                     cell.cell_contents = contents
-            for space, before in variables:
-                for name, value in before.items():
+            for space, values in variables:
+                for name, value in values.items():
                     if value is not _MISSING and space.get(name, _MISSING) is not value:
                         space[name] = value
-            for array, values in arrays:
+            for array, numbers in arrays:
                 if array.flags.writeable:
-                    array[...] = values
+                    array[...] = numbers
 
         return restore
 
@@ -388,13 +385,16 @@ def _interrupts_wait() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[tuple[int, Any]] = []
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {s: handler for s, handler in handlers.items() if callable(handler)}
+    came: list[Any] = []
+    handlers: dict[int, Any] = {}
+    for waiting in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(waiting)
+        if callable(handler):
+            handlers[int(waiting)] = handler
 
     def wait(number: int, frame: Any) -> None:
         if came:
-            handlers[number](number, frame)  # type: ignore[operator]
+            handlers[number](number, frame)
         came.append((number, frame))
 
     for number in handlers:
@@ -405,8 +405,7 @@ def _interrupts_wait() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if came:
-            number, frame = came[0]
-            handlers[number](number, frame)  # type: ignore[operator]
+            handlers[came[0][0]](*came[0])
 
 
 class _Writes(TorchDispatchMode):

@@ -23,6 +23,7 @@ import subspace_optim as so
 from subspace_optim.curvature import class_gradients
 from subspace_optim.subspace import Subspace
 from tests.dense import DTYPES, projector
+from tests.observe import Seen
 
 C = 4
 Minibatch = tuple[Tensor, Tensor]
@@ -326,7 +327,7 @@ class Counting(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.calls: list[int] = []
+        self.calls = Seen()
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.append(len(x))
