@@ -401,6 +401,7 @@ def loader_with_workers(**options: Any) -> DataLoader:
 def test_passes_in_the_middle_of_an_epoch_leave_the_epoch_as_it_is():
     """Persistent workers serve one iterator, which a second reader would set back to its start."""
     loader, dense = loader_with_workers(), PROBLEM.dense()
+    next(iter(loader))  # it has its iterator before there is an operator
     operator, seen = operator_of(loader, memory_budget=0), []
     for _ in range(2):
         for x, _ in loader:
