@@ -527,6 +527,18 @@ def test_data_without_a_length_may_have_as_many_batches_as_the_limit(times, monk
             passed(data)
 
 
+def test_counting_the_batches_has_no_part_in_what_the_pass_draws():
+    class Drawn:
+        def __iter__(self) -> Iterator[Tensor]:
+            return (torch.rand(2) for _ in range(70))
+
+    state = torch.get_rng_state()
+    plain = torch.stack(list(Drawn()))
+    torch.set_rng_state(state)
+    read = [batch for _, batch, _ in Batches(Drawn(), pairs=False).read(torch.device("cpu"))]
+    assert torch.equal(torch.stack(read), plain)
+
+
 def test_data_with_a_length_have_no_limit(monkeypatch):
     monkeypatch.setattr(batches, "UNSIZED_LIMIT", 99)
     examples = TensorDataset(torch.zeros(200, 1), torch.zeros(200))
