@@ -23,7 +23,8 @@ from subspace_optim.curvature.structure import contents, moved, moves_itself, te
 # The most batches of data without a length: a stream without an end would be read for ever. Epochs
 # are shorter, and this many are counted in seconds where a batch costs little to read.
 UNSIZED_LIMIT = 4096
-# Where the first pass stops to count them. Data of fewer batches are not read twice for it.
+# Where the first pass stops to count them, if they are no loader's: of a loader without a length
+# it is likely that it has no end. Other data of fewer batches are not read twice for it.
 _FEW = 64
 
 
@@ -123,7 +124,7 @@ class Batches:
         index = -1
         with random_state_kept(device, self.data):
             for index, batch in enumerate(self.data):
-                if index == _FEW and not self._ends:
+                if not self._ends and index == (0 if isinstance(self.data, DataLoader) else _FEW):
                     self._check_end(device)
                 if unknown:
                     digests.append(digest(contents(batch)))

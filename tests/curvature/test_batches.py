@@ -401,6 +401,7 @@ def loader_with_workers(**options: Any) -> DataLoader:
 def test_passes_in_the_middle_of_an_epoch_leave_the_epoch_as_it_is():
     """Persistent workers serve one iterator, which a second reader would set back to its start."""
     loader, dense = loader_with_workers(), PROBLEM.dense()
+    next(iter(loader))  # it has its iterator before there is an operator
     operator, seen = operator_of(loader, memory_budget=0), []
     for _ in range(2):
         for x, _ in loader:
@@ -526,6 +527,18 @@ def test_data_without_a_length_may_have_as_many_batches_as_the_limit(times, monk
             passed(data)
 
 
+def test_counting_the_batches_has_no_part_in_what_the_pass_draws():
+    class Drawn:
+        def __iter__(self) -> Iterator[Tensor]:
+            return (torch.rand(2) for _ in range(70))
+
+    state = torch.get_rng_state()
+    plain = torch.stack(list(Drawn()))
+    torch.set_rng_state(state)
+    read = [batch for _, batch, _ in Batches(Drawn(), pairs=False).read(torch.device("cpu"))]
+    assert torch.equal(torch.stack(read), plain)
+
+
 def test_data_with_a_length_have_no_limit(monkeypatch):
     monkeypatch.setattr(batches, "UNSIZED_LIMIT", 99)
     examples = TensorDataset(torch.zeros(200, 1), torch.zeros(200))
@@ -594,6 +607,21 @@ def test_writing_what_was_there_is_no_change(write):
     passed(data)
     write(x)
     assert passed(data) == passed(data) == 1
+
+
+def test_stored_data_are_looked_at_once_and_again_only_where_they_were_written(monkeypatch):
+    looks = []
+    digest = batches.digest
+    monkeypatch.setattr(batches, "digest", lambda tensors: looks.append(1) or digest(tensors))
+    x = X.clone()
+    data = Batches([(x, Y), (X, Y)], pairs=True)
+    for expected in (2, 2, 2):
+        passed(data)
+        assert len(looks) == expected
+    x.copy_(X)
+    for expected in (4, 4, 4):
+        passed(data)
+        assert len(looks) == expected
 
 
 def test_batches_that_take_the_place_of_others_are_seen():
