@@ -239,11 +239,11 @@ class JointSteps:
         followed.hooks += 1
         if followed.hooks > 1 or self._removed:
             return
+        self._start = None
         moving = {id(each) for each in self.optimizers if _moves(each)}
         own = id(followed.optimizer)
         if own not in moving:
             return
-        self._start = None
         if self._last and not self._comes_last(optimizer):
             self._after[id(optimizer)].remove()
             self._after[id(optimizer)] = optimizer.register_step_post_hook(self._post)
