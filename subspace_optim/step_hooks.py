@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
@@ -239,11 +239,11 @@ class JointSteps:
         followed.hooks += 1
         if followed.hooks > 1 or self._removed:
             return
+        self._start = None
         moving = {id(each) for each in self.optimizers if _moves(each)}
         own = id(followed.optimizer)
         if own not in moving:
             return
-        self._start = None
         if self._last and not self._comes_last(optimizer):
             self._after[id(optimizer)].remove()
             self._after[id(optimizer)] = optimizer.register_step_post_hook(self._post)
@@ -345,14 +345,11 @@ _OWN_RATES = (ASGD, Rprop)  # the rate of the step before, and one for each coor
 # What happens in one.
 
 
-@contextmanager
-def outside_autocast(device: torch.device) -> Iterator[None]:
+def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Computes in the dtypes that are there."""
     if not torch.is_autocast_enabled(device.type):
-        yield
-        return
-    with torch.autocast(device.type, enabled=False):
-        yield
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @torch.no_grad()

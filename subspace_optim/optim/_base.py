@@ -126,8 +126,8 @@ class CheckedOptimizer(torch.optim.Optimizer):
                 label = f"the gradient of a parameter of shape {tuple(p.shape)}"
                 raise ArgumentError(label, p.grad.layout, "dense", "Use sparse=False.")
 
-    def _outside_autocast(self) -> AbstractContextManager[None]:
-        return outside_autocast(parameters_of(self)[0].device)
+    def _outside_autocast(self) -> AbstractContextManager[object]:
+        return outside_autocast(self.param_groups[0]["params"][0].device)
 
     def _moves(self) -> bool:
         """Whether a rate is above 0: steps that prepare a checkpoint have none."""
