@@ -426,7 +426,7 @@ class AgeingBasis:
     def rows(self) -> dict[str, Tensor]:
         """Returns all that is orthonormal, by its name in a state."""
         held = {"vectors": self.basis, "guard_vectors": self._guard}
-        return {name: pairs.vectors for name, pairs in held.items() if pairs is not None}
+        return {n: pairs.vectors for n, pairs in held.items() if pairs is not None and pairs.k}
 
     def _numbers(self) -> dict[str, Any]:
         return {

@@ -76,8 +76,10 @@ class RunsOut(TorchDispatchMode):
 
 
 def state(subspace: so.DominantSubspace) -> dict[str, Any]:
+    """All but the costs: of an attempt that failed, the ranks have done more and less."""
     found = subspace.state_dict()
-    return found | {"stats": found["stats"] | {"seconds": 0}}
+    costs = dict.fromkeys(("seconds", "products", "gradients"), 0)
+    return found | {"stats": found["stats"] | costs}
 
 
 def move(model: nn.Module) -> None:
