@@ -252,20 +252,29 @@ class DominantSubspace:
 
     def _provide(self, *, forced: bool) -> EigenBasis:
         held, seen = self._held, (0, 0)
+        estimate: float | None = None
 
         def is_due() -> bool | None:
-            nonlocal seen
-            seen = self._look()
+            nonlocal seen, estimate
+            seen = state, clock = self._look()
             if forced or not held.fits():
                 return True
-            # What all ranks have decided together is known to each of them.
-            return None if seen == self._settled else self._is_due(*seen)
+            if seen == self._settled:
+                return None  # what all ranks have decided together is known to each of them
+            if state == self._attempted:
+                return False
+            if self.refresh_every == "auto":
+                estimate, serves = held.carried_forward()
+                return not serves
+            return clock - self._refreshed_at >= self.refresh_every or not self._is_finite()
 
         due = self._ranks.any(is_due)
         state, clock = seen
         self.asked += 1
         if state != self._state:
             self._state, self._state_clock, self._clock = state, clock, clock
+        if estimate is not None:
+            self.stats.estimate = estimate
         if due:
             renewed = _refresh if forced else _renew if self.refresh_every == "auto" else _solve
             self._attempt(state, renewed if held.fits() else _solve)
@@ -279,14 +288,6 @@ class DominantSubspace:
         state = self.parameters.digest()
         is_new = state != self._state
         return state, max(self._clock, self._state_clock + 1) if is_new else self._clock
-
-    def _is_due(self, state: int, clock: int) -> bool:
-        """Whether the basis that is there is too old for the present parameters."""
-        if state == self._attempted:
-            return False
-        if self.refresh_every == "auto":
-            return not self._held.serves()
-        return clock - self._refreshed_at >= self.refresh_every or not self._is_finite()
 
     def _is_finite(self) -> bool:
         """Whether all parameters are: those that are not stay the same, step after step."""
