@@ -864,7 +864,7 @@ def same(first: Any, second: Any) -> bool:
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("work", WORKS)
 def test_whatever_stops_a_refresh_half_way_leaves_all_as_it_was(work: str, stop: str) -> None:
-    """At one operation after another: old basis and old certificate, and the next update is as ever."""
+    """Old basis and old certificate, at whichever operation, and the next update is as ever."""
     at, ends = 0, set()
     step = {"memory": 17, "host memory": 41, "Ctrl-C": 29}[stop]
     start = Quartic()
