@@ -132,12 +132,12 @@ class AgeingBasis:
 
     # --- while the parameters move ---------------------------------------------------------------
 
-    def serves(self) -> bool:
-        """Carries the estimate forward to the present parameters: is it small enough?"""
+    def carried_forward(self) -> tuple[float, bool]:
+        """Returns the estimate at the present parameters, and whether it is small enough."""
         moved = self._moved()
-        self.stats.estimate = 1.0 if self.gapless else self._sine(self._pace.growth(*moved))
-        estimate, distance = self._probe_at
-        return self.stats.estimate <= estimate and math.hypot(*moved) <= distance
+        estimate = 1.0 if self.gapless else self._sine(self._pace.growth(*moved))
+        largest, distance = self._probe_at
+        return estimate, estimate <= largest and math.hypot(*moved) <= distance
 
     def renew(self) -> None:
         """Probes the basis; refines it, or solves for it anew, until its angle is small enough."""
@@ -441,7 +441,7 @@ class AgeingBasis:
     def rows(self) -> dict[str, Tensor]:
         """Returns all that is orthonormal, by its name in a state."""
         held = {"vectors": self.basis, "guard_vectors": self._guard}
-        return {name: pairs.vectors for name, pairs in held.items() if pairs is not None}
+        return {n: pairs.vectors for n, pairs in held.items() if pairs is not None and pairs.k}
 
     def _numbers(self) -> dict[str, Any]:
         return {

@@ -199,7 +199,7 @@ class DominantSubspace:
         self._state_clock = 0
         self._attempted: int | None = None  # ... and when the basis was last decided upon
         self._failures = 0
-        self._elsewhere = self._modes = 0  # of the state at the last attempt
+        self._around = 0, 0  # what was elsewhere, and the modes, at the last attempt
         self._settled: _Seen | None = None  # at the last decision
 
     @property
@@ -256,20 +256,29 @@ class DominantSubspace:
 
     def _provide(self, *, forced: bool) -> EigenBasis:
         held, seen = self._held, _NOTHING_SEEN
+        estimate: float | None = None
 
         def is_due() -> bool | None:
-            nonlocal seen
-            seen = self._look()
+            nonlocal seen, estimate
+            seen = state, clock = self._look()
             if forced or not held.fits():
                 return True
-            # What all ranks have decided together is known to each of them.
-            return None if seen == self._settled else self._is_due(seen)
+            if seen == self._settled:
+                return None  # what all ranks have decided together is known to each of them
+            if hash(state) == self._attempted:
+                return False
+            if self.refresh_every == "auto":
+                estimate, serves = held.carried_forward()
+                return not (serves and (state.elsewhere, state.modes) == self._around)
+            return clock - self._refreshed_at >= self.refresh_every or not self._is_finite()
 
         due = self._ranks.any(is_due)
         state, clock = hash(seen.state), seen.clock
         self.asked += 1
         if state != self._state:
             self._state, self._state_clock, self._clock = state, clock, clock
+        if estimate is not None:
+            self.stats.estimate = estimate
         if due:
             self._attempt(seen.state, self._work(seen.state, forced=forced))
         if not due or state == self._attempted:
@@ -289,22 +298,12 @@ class DominantSubspace:
             return _solve
         # A mode that has changed makes another matrix, of which the basis that is there tells
         # nothing; of other tensors a probe tells by how much they have changed it.
-        if self._ranks.any(lambda: state.modes != self._modes):
+        if self._ranks.any(lambda: state.modes != self._around[1]):
             return _solve
         if forced:
             return _refresh
-        changed = self._ranks.any(lambda: state.elsewhere != self._elsewhere)
+        changed = self._ranks.any(lambda: state.elsewhere != self._around[0])
         return _reconsider if changed else _renew
-
-    def _is_due(self, seen: _Seen) -> bool:
-        """Whether the basis that is there is too old for the present parameters."""
-        state, clock = seen
-        if hash(state) == self._attempted:
-            return False
-        if self.refresh_every == "auto":
-            known = (state.elsewhere, state.modes) == (self._elsewhere, self._modes)
-            return not (self._held.serves() and known)
-        return clock - self._refreshed_at >= self.refresh_every or not self._is_finite()
 
     def _is_finite(self) -> bool:
         """Whether all parameters are: those that are not stay the same, step after step."""
@@ -332,7 +331,7 @@ class DominantSubspace:
                 self._refreshed_at = self._clock
             self._take(trial)
             self._failures, self._attempted = 0, hash(state)
-            self._elsewhere, self._modes = state.elsewhere, state.modes
+            self._around = state.elsewhere, state.modes
         finally:
             operator.release()
             stats.seconds += time.perf_counter() - start
@@ -396,8 +395,8 @@ class DominantSubspace:
             "state": self._state,
             "state_clock": self._state_clock,
             "attempted": self._attempted,
-            "elsewhere": self._elsewhere,
-            "modes": self._modes,
+            "elsewhere": self._around[0],
+            "modes": self._around[1],
             "failures_in_a_row": self._failures,
         }
 
@@ -433,7 +432,7 @@ class DominantSubspace:
         self._take(held)
         self._clock, self._refreshed_at, self._failures = clock, refreshed_at, failures
         self._state, self._state_clock, self._attempted = seen, state_clock, attempted
-        self._elsewhere, self._modes = elsewhere or 0, modes or 0
+        self._around = elsewhere or 0, modes or 0
         self._settled = None
 
 

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
 from subspace_optim.linalg import EigenBasis
@@ -810,3 +812,304 @@ def test_every_k_from_1_to_the_number_of_parameters_works(k: Any) -> None:
     basis = subspace.update()
     assert basis.vectors.shape == (int(k), 9)
     assert_fits(model, basis)
+
+
+# Failure half-way: at any operation of torch, by any exception.
+
+
+class Stops(TorchDispatchMode):
+    """Raises at one operation of torch, if there are as many."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        super().__init__()
+        self.at, self.error, self.seen = at, error, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.seen == self.at:
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+STOPS: dict[str, Callable[[], BaseException]] = {
+    "memory": lambda: torch.OutOfMemoryError("out of memory"),
+    "host memory": lambda: MemoryError("out of memory"),
+    "Ctrl-C": KeyboardInterrupt,
+}
+WORKS: dict[str, dict[str, Any]] = {
+    "renew": {"refresh": "auto", "max_angle": 0.01},
+    "solve": {"refresh": 1},
+    "forced": {"refresh": "auto", "max_angle": 0.2},
+}
+
+
+def knowledge(subspace: so.DominantSubspace) -> dict[str, Any]:
+    """All that a subspace knows of its basis, and when it was made; not what that has cost."""
+    state = subspace.state_dict()
+    counts = {"bound", "refreshes", "cold", "probes"}
+    kept = {name: value for name, value in state["stats"].items() if name in counts}
+    passing = {"clock", "state", "state_clock", "attempted", "failures_in_a_row", "checksum"}
+    return {n: value for n, value in state.items() if n not in passing} | {"stats": kept}
+
+
+def same(first: Any, second: Any) -> bool:
+    """Bit by bit, whatever holds them."""
+    leaves, theirs = tree_leaves(first), tree_leaves(second)
+    return len(leaves) == len(theirs) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        for a, b in zip(leaves, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("work", WORKS)
+def test_whatever_stops_a_refresh_half_way_leaves_all_as_it_was(work: str, stop: str) -> None:
+    """Old basis and old certificate, at whichever operation, and the next update is as ever."""
+    at, ends = 0, set()
+    step = {"memory": 17, "host memory": 41, "Ctrl-C": 29}[stop]
+    start = Quartic()
+    prepared = so.DominantSubspace(DenseOperator(start), K, **WORKS[work])
+    prepared.update()
+    start.weights[0].data.mul_(1.1)
+    while True:
+        at += step
+        model, subspace = copy.deepcopy((start, prepared))
+        basis = subspace.basis
+        ask = subspace.refresh if work == "forced" else subspace.update
+        before = knowledge(subspace)
+        kinds: list[type] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                with Stops(at, STOPS[stop]()) as mode:
+                    ask()
+            except (RuntimeError, MemoryError, KeyboardInterrupt) as error:
+                kinds.append(type(error))
+        kinds += [w.category for w in caught]
+        if mode.seen < at:
+            break
+        ends.add(tuple(kinds))
+        if kinds:
+            assert subspace.basis is basis
+            assert same(knowledge(subspace), before)
+            failed = so.StaleBasisWarning in kinds
+            assert subspace.stats.failures == subspace._failures == failed
+        model.weights[0].data.mul_(1.01)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = subspace.update()
+        assert_fits(model, found, 1e-1)
+        assert subspace._failures == 0
+    assert at > 10 * step
+    raised = {"memory": torch.OutOfMemoryError, "host memory": MemoryError}
+    expected = {(raised.get(stop, KeyboardInterrupt),), (so.StaleBasisWarning,)}
+    assert ends <= {(), *expected}
+    assert ((so.StaleBasisWarning,) in ends) == (stop != "Ctrl-C")
+
+
+def test_stats_that_were_looked_up_once_live_on() -> None:
+    model, _, subspace = make()
+    stats = subspace.stats
+    for refreshes in (1, 2):
+        model.weights[0].data.mul_(1.1)
+        subspace.update()
+        assert stats is subspace.stats
+        assert stats.refreshes == refreshes
+
+
+def test_a_warning_that_is_an_error_leaves_a_subspace_that_goes_on() -> None:
+    model, operator, subspace = make()
+    good = subspace.update()
+    operator.failure = math.nan
+    model.weights[0].data.mul_(1.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(so.StaleBasisWarning):
+            subspace.update()
+    assert subspace.update() is good, "tried again at the same state"
+    operator.failure = None
+    model.weights[0].data.mul_(1.1)
+    assert_fits(model, subspace.update())
+
+
+# States that were changed, or are another's.
+
+
+def trained(refresh: Any = "auto") -> so.DominantSubspace:
+    """A subspace with a history: probes, refinements, and ratios that were learned."""
+    model = Quartic()
+    subspace = so.DominantSubspace(DenseOperator(model), K, refresh=refresh, max_angle=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(4):
+        subspace.update()
+        train(model, optimizer)
+    subspace.update()
+    subspace.refresh()
+    return subspace
+
+
+def changed(value: Any) -> list[Any]:
+    """What an entry may be mistaken for, or changed to."""
+    others: list[Any] = [
+        None,
+        "text",
+        [],
+        {},
+        object(),
+        -1,
+        math.nan,
+        1e300,
+        -math.inf,
+        True,
+        10**400,
+    ]
+    if isinstance(value, bool):
+        return [*others, not value]
+    if isinstance(value, Tensor):
+        others += [value[:0], value[..., None], value.long(), value.to(torch.complex64)]
+        others += [value * math.nan, value * 1.01, -value, value.flip(0), value + 1e-3]
+        others += [value.to("meta"), value.to_sparse(), value.half(), value.tolist()]
+        return [*others, value.bool()]
+    if isinstance(value, int | float):
+        return [*others, value + 1, -value, float(value) / 3, torch.tensor(value)]
+    if isinstance(value, list | tuple):
+        return [*others, [*value, 0.5], list(value)[:-1], [math.nan for _ in value], [None]]
+    if isinstance(value, dict):
+        inner = [value | {name: other} for name in value for other in changed(value[name])]
+        return others + inner + [{n: v for n, v in value.items() if n != name} for name in value]
+    return others
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        plain = not a.is_meta and a.layout == torch.strided and a.dtype == b.dtype
+        return plain and torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def refusal(subspace: so.DominantSubspace, state: Any) -> str | None:
+    """What is said of a state that is refused; anything but an `ArgumentError` is raised."""
+    try:
+        subspace.load_state_dict(state)
+    except so.ArgumentError as error:
+        return str(error)
+    return None
+
+
+COSTS = {"refreshes", "cold", "probes", "failures", "products", "gradients", "seconds"}
+
+
+@pytest.mark.parametrize("refresh", ["auto", 2])
+def test_a_state_that_was_changed_is_refused_and_changes_nothing(refresh: Any) -> None:
+    """Every entry in turn; counts of what was spent are as good as any other counts."""
+    state = trained(refresh).state_dict()
+    own = trained(refresh)
+    own.refresh()
+    basis, before = own.basis, own.state_dict()
+    tried = taken = 0
+    for name, value in state.items():
+        tampered = [state | {name: other} for other in changed(value) if not equal(other, value)]
+        tampered.append({n: v for n, v in state.items() if n != name})
+        for other in tampered:
+            tried += 1
+            said = refusal(own, other)
+            if said is not None:
+                assert name in said or "checksum" in said
+                assert own.basis is basis
+                assert same(own.state_dict(), before)
+                continue
+            taken += 1  # what was saved, in another form; or of a basis that has cost other things
+            mine = own.state_dict()
+            costs = {n: mine["stats"][n] for n in COSTS} if name == "stats" else {}
+            assert same(mine, state | {"stats": state["stats"] | costs})
+            own.load_state_dict(before)
+            basis = own.basis
+    assert tried > 400
+    assert 0 < taken < 60
+
+
+def test_a_state_of_another_version_is_refused_by_its_number() -> None:
+    subspace = trained()
+    state = subspace.state_dict()
+    assert state["version"] == 1
+    for version in (0, 2, "1", None):
+        message = f"the version of the loaded state is {version!r}, but must be 1"
+        with pytest.raises(so.ArgumentError, match=message):
+            subspace.load_state_dict(state | {"version": version})
+        with pytest.raises(so.ArgumentError, match=message):
+            subspace.load_state_dict({"version": version})
+
+
+@pytest.mark.parametrize("state", [None, [], "text", 3, nn.Linear(2, 2), {1: 2}, {}])
+def test_what_is_no_state_is_named(state: Any) -> None:
+    subspace = trained()
+    before = subspace.state_dict()
+    with pytest.raises(so.ArgumentError, match="the loaded state is"):
+        subspace.load_state_dict(state)
+    assert same(subspace.state_dict(), before)
+
+
+@settings(max_examples=40)
+@example(k=9, steps=2, refresh="auto", dtype=torch.float32, seed=0)  # no pair comes next
+@given(
+    k=st.integers(1, 9),
+    steps=st.integers(0, 4),
+    refresh=st.sampled_from(["auto", 1, 3]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_whatever_was_saved_is_taken(
+    k: int, steps: int, refresh: Any, dtype: torch.dtype, seed: int
+) -> None:
+    """Also into a subspace that knows nothing, and one that knows other things."""
+
+    def make_one() -> tuple[Quartic, so.DominantSubspace]:
+        model = Quartic(seed=seed, dtype=dtype)
+        return model, so.DominantSubspace(DenseOperator(model), k, refresh=refresh, seed=seed)
+
+    model, subspace = make_one()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", so.NoGapWarning)
+        for _ in range(steps):
+            subspace.update()
+            train(model, optimizer)
+        state = through_a_file(subspace.state_dict())
+        for asked in (False, True):
+            _, other = make_one()
+            if asked:
+                other.refresh()
+            other.load_state_dict(state)
+            assert same(other.state_dict(), state)
+
+
+def test_a_state_shares_no_memory_with_the_basis() -> None:
+    """What reads into the tensors of a state, and may fail, changes nothing."""
+    subspace = trained()
+    before = through_a_file(subspace.state_dict())
+    for value in subspace.state_dict().values():
+        if isinstance(value, Tensor):
+            value.fill_(7)
+    assert same(subspace.state_dict(), before)
+
+
+def test_a_basis_of_lower_precision_is_made_as_exact_as_the_parameters() -> None:
+    _, _, single = make(dtype=torch.float32)
+    single.update()
+    _, _, double = make(dtype=torch.float64)
+    double.load_state_dict(single.state_dict())
+    rows = double.basis.vectors
+    assert (rows @ rows.T - torch.eye(K, dtype=rows.dtype)).abs().max() < 1e-14
+    assert (rows - single.basis.vectors).abs().max() < 1e-6
+
+
+def test_a_basis_that_was_kept_to_a_wider_angle_is_probed_at_the_own_one() -> None:
+    model = Quartic()
+    wide = so.DominantSubspace(DenseOperator(model), K, max_angle=0.9)
+    wide.update()
+    narrow = so.DominantSubspace(DenseOperator(model), K, max_angle=0.01)
+    narrow.load_state_dict(wide.state_dict())
+    for _ in range(5):
+        model.weights[0].data.mul_(1.02)
+        narrow.update()
+        assert narrow.stats.estimate <= 0.01

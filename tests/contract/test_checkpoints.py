@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from itertools import permutations
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._pytree import tree_flatten
 
 import subspace_optim as so
 from tests.checkpoints import through_a_file
@@ -433,3 +436,107 @@ def test_distributed_checkpoints_resume(case: Case, momentum: bool) -> None:
         for one in (run, resumed):
             one.step()
     assert same(run.values(), resumed.values())
+
+
+# torch.distributed.checkpoint of the subspaces themselves, in one process without a group.
+
+
+def saved_and_loaded(folder: Any, saved: Any, fresh: Any, *, whole: bool) -> None:
+    """Through files: the object itself, as torch takes what has a state, or its state."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        if whole:
+            dcp.save({"subspace": saved}, checkpoint_id=folder)
+            dcp.load({"subspace": fresh}, checkpoint_id=folder)
+        else:
+            dcp.save({"subspace": saved.state_dict()}, checkpoint_id=folder)
+            state = {"subspace": fresh.state_dict()}
+            dcp.load(state, checkpoint_id=folder)
+            fresh.load_state_dict(state["subspace"])
+
+
+def same_state(first: Any, second: Any) -> bool:
+    """Bit by bit, each entry of both."""
+    (leaves, spec), (theirs, their_spec) = tree_flatten(first), tree_flatten(second)
+    return spec == their_spec and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(leaves, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("refresh", [2, "auto"])
+@pytest.mark.parametrize("k", [1, 2, 9])
+def test_a_new_subspace_goes_on_from_a_distributed_checkpoint_bit_by_bit(
+    k: int, refresh: Any, whole: bool, tmp_path: Any
+) -> None:
+    def start() -> tuple[Quartic, so.DominantSubspace, torch.optim.Optimizer]:
+        model = Quartic()
+        subspace = so.DominantSubspace(DenseOperator(model), k, refresh=refresh)
+        return model, subspace, so.BulkSGD(model.parameters(), lr=0.02, subspace=subspace)
+
+    def step(parts: tuple[Quartic, so.DominantSubspace, torch.optim.Optimizer]) -> None:
+        parts[2].zero_grad()
+        parts[0]().backward()
+        parts[2].step()
+
+    run, resumed = start(), start()
+    for _ in range(3):
+        step(run)
+    saved_and_loaded(tmp_path, run[1], resumed[1], whole=whole)
+    assert same_state(resumed[1].state_dict(), run[1].state_dict())
+    resumed[0].load_state_dict(run[0].state_dict())
+    for _ in range(4):
+        for parts in (run, resumed):
+            step(parts)
+        assert same(run[0].parameters(), resumed[0].parameters())
+        states = [parts[1].state_dict() for parts in (run, resumed)]
+        for state in states:
+            state["stats"]["seconds"] = 0
+        assert same_state(*states)
+
+
+def test_a_distributed_checkpoint_of_nothing_takes_the_basis_away(tmp_path: Any) -> None:
+    empty, subspace = (so.DominantSubspace(DenseOperator(Quartic()), 2) for _ in range(2))
+    subspace.update()
+    saved_and_loaded(tmp_path, empty, subspace, whole=True)
+    assert subspace.basis is None
+    assert same_state(subspace.state_dict(), empty.state_dict())
+
+
+def test_a_distributed_checkpoint_that_is_refused_changes_nothing(tmp_path: Any) -> None:
+    """Torch reads into the tensors that it is given before anybody can refuse what they hold."""
+    saved, subspace = (so.DominantSubspace(DenseOperator(Quartic(seed=s)), 2) for s in range(2))
+    for each in (saved, subspace):
+        each.update()
+    before, vectors = subspace.state_dict(), subspace.basis.vectors.clone()
+    state = saved.state_dict()
+    state["vectors"] *= 1.1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.save({"subspace": state}, checkpoint_id=tmp_path)
+        with pytest.raises(so.ArgumentError, match=r"the loaded vectors is 'off by 0\.21'"):
+            dcp.load({"subspace": subspace}, checkpoint_id=tmp_path)
+    assert torch.equal(subspace.basis.vectors, vectors)
+    assert same_state(subspace.state_dict(), before)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("observed", [0, 2])
+def test_class_gradients_go_on_from_a_distributed_checkpoint(
+    observed: int, whole: bool, tmp_path: Any
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(6, 3), torch.tensor([0, 1, 1, 0, 2, 2])
+    saved, fresh = (so.ClassGradientSubspace(model, 3) for _ in range(2))
+    for i in range(observed):
+        saved.observe(x[: 3 + i], y[: 3 + i])
+    if not observed:
+        fresh.observe(x, y)
+    saved_and_loaded(tmp_path, saved, fresh, whole=whole)
+    assert same_state(fresh.state_dict(), saved.state_dict())
+    for each in (saved, fresh):
+        each.observe(x, y)
+    assert torch.equal(saved.update().vectors, fresh.update().vectors)
+    assert torch.equal(saved.update().eigenvalues, fresh.update().eigenvalues)

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import subspace_optim as so
@@ -738,6 +739,69 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing():
     with pytest.raises(so.ArgumentError, match="the loaded norms is 'NoneType', but must be"):
         subspace.load_state_dict(state | {"norms": None})
     check_states(subspace.state_dict(), state)
+
+
+def test_a_state_that_was_changed_is_refused_and_changes_nothing():
+    """One class has not been seen: its averages are zeros, and are so known."""
+    subspace, other = (so.ClassGradientSubspace(mlp(), C) for _ in range(2))
+    subspace.observe(*minibatch([0, 1, 1, 2], 1))
+    other.observe(X, Y)
+    state, before = subspace.state_dict(), copy.deepcopy(other.state_dict())
+    swapped = torch.tensor([1, 0, 2, 3])
+    changes = [
+        ({"version": 2}, "the version of the loaded state is 2, but must be 1"),
+        ({"observed": None}, "the loaded observed is None"),
+        ({"vectors": state["vectors"] * 2}, r"the norm of the loaded vectors\[0\] is 2"),
+        ({"vectors": state["vectors"] * torch.nan}, "the loaded vectors is 'not finite'"),
+        ({"vectors": state["vectors"][swapped]}, "the loaded checksum is"),
+        ({"norms": -state["norms"]}, "the smallest of the loaded norms is -"),
+        ({"norms": state["norms"] * 2}, "the loaded checksum is"),
+        ({"squares": state["squares"] / 0}, "the loaded squares is 'not finite'"),
+        ({"updates": state["updates"] + 1}, "the largest of the loaded updates is 2, .* at most"),
+        ({"updates": state["updates"] * 0}, r"the loaded updates\[0\] is 0, .*at least 1"),
+        ({"updates": state["updates"].double()}, "the dtype of the loaded updates is"),
+        ({"stats": {"observations": 1}}, "the loaded stats is 'without seconds'"),
+        ({"stats": {"observations": -1, "seconds": 0.0}}, "the loaded stats.observations is -1"),
+        ({"stats": {"observations": 1, "seconds": torch.nan}}, "the loaded stats.seconds is nan"),
+    ]
+    for change, message in changes:
+        with pytest.raises(so.ArgumentError, match=message):
+            other.load_state_dict(state | change)
+        check_states(other.state_dict(), before)
+    other.load_state_dict(state)
+    check_states(other.state_dict(), state)
+
+
+def test_memory_that_runs_out_while_a_minibatch_is_observed_leaves_the_averages():
+    subspace = so.ClassGradientSubspace(mlp(), C, orthogonal=True)
+    subspace.observe(X, Y)
+    basis, before = subspace.update(), copy.deepcopy(subspace.state_dict())
+
+    class RunsOut(TorchDispatchMode):
+        at = seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += 1
+            if self.seen == self.at:
+                raise torch.OutOfMemoryError("memory has run out")
+            return func(*args, **(kwargs or {}))
+
+    x, y = minibatch([1, 3, 3, 2], 5)
+    ran_out = 0
+    for at in range(1, 400, 7):
+        mode = RunsOut()
+        mode.at = at
+        try:
+            with mode:
+                subspace.observe(x, y)
+        except torch.OutOfMemoryError:
+            ran_out += 1
+            assert subspace.update() is basis
+            check_states(subspace.state_dict(), before)
+        else:
+            break
+    assert ran_out > 5
+    assert subspace.stats.observations == 2
 
 
 def test_a_copy_with_its_model_is_an_independent_pair():

@@ -22,6 +22,7 @@ from tests.dense import make_problem
 from tests.optim.naive import DenseOperator, Quartic
 
 K = 2
+STRIDE = 89
 
 
 def only(rank: int, on_it: Any, elsewhere: Any) -> Any:
@@ -75,8 +76,10 @@ class RunsOut(TorchDispatchMode):
 
 
 def state(subspace: so.DominantSubspace) -> dict[str, Any]:
+    """All but the costs: of an attempt that failed, the ranks have done more and less."""
     found = subspace.state_dict()
-    return found | {"stats": found["stats"] | {"seconds": 0}}
+    costs = dict.fromkeys(("seconds", "products", "gradients"), 0)
+    return found | {"stats": found["stats"] | costs}
 
 
 def move(model: nn.Module) -> None:
@@ -89,12 +92,15 @@ def move(model: nn.Module) -> None:
 
 
 def memory() -> dict[str, Any]:
-    """Memory runs out on rank 1 at each operation of an update in turn, until it has no more."""
+    """Memory runs out on rank 1 at some of the operations of an update, from the first to the last.
+
+    All of them are gone through by one process, which does not have to wait for another.
+    """
     found: dict[str, Any] = {}
     for work, refresh in {"first": 1, "solve": 1, "renew": "auto"}.items():
-        at, ran_out = 0, True
+        at, ran_out = 1 - STRIDE, True
         while ran_out:
-            at += 1
+            at += STRIDE
             model = Quartic()
             subspace = so.DominantSubspace(Shared(model), K, refresh=refresh, max_angle=0.01)
             if work != "first":
@@ -242,7 +248,6 @@ def without_group() -> dict[str, Any]:
     models = {
         "plain": nn.Linear(2, 2),
         "wrapped": wrapped,
-        "compiled": torch.compile(wrapped),
         "held": nn.Sequential(wrapped, nn.ReLU()),
     }
     found = {name: outcome(lambda m=m: warn_without_group(m, None)) for name, m in models.items()}
