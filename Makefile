@@ -46,7 +46,7 @@ papers: $(VENV)/.installed-bench  ## reproduce the four papers, hours; it goes o
 
 .PHONY: test
 test: $(VENV)/.installed-test  ## run the tests; ARGS="-m 'not slow'" leaves out the slow ones
-	$(bin)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(bin)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 .PHONY: check
 check: lint types architecture wheel  ## all that follow, one after the other

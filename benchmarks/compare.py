@@ -8,26 +8,29 @@ function of your own model, loss, data and optimizers it is ``benchmarks.compare
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import subspace_optim as so
-from benchmarks import report
+from benchmarks import command, report
 from benchmarks.data import DATASETS, DataUnavailableError, load
 from benchmarks.experiment import OPTIMIZERS, WARMUP, Settings, compare
-from benchmarks.files import replacing
+from benchmarks.files import BusyError, ForeignFileError, alone, replacing
 from benchmarks.losses import LOSSES
 from benchmarks.models import DEFAULT_MODEL, MODELS, build, default_lr
 from benchmarks.optimizers import DEFAULT, Recipe, recipes
+from benchmarks.progress import Task, doing, shown
 
 __all__ = ["OPTIMIZERS", "Settings", "compare", "main", "recipes"]
 
+_FORMAT: Final = "benchmarks.compare, 1"
+"""What a checkpoint says that it is; the number changes with what it holds."""
 _NO_RUN_OPTIONS = ("resume", "results", "run", "data_root", "device")
 """Options that a resumed run may change: they do not change what it computes, but for rounding."""
 
@@ -102,8 +105,9 @@ def _settings(options: argparse.Namespace, num_classes: int) -> Settings:
     return Settings(**fields)
 
 
-def _folder(options: argparse.Namespace, model: str) -> Path:
-    """Returns the folder of this run: the unfinished one to resume, else one that is new.
+@contextmanager
+def _folder(options: argparse.Namespace, model: str) -> Iterator[Path]:
+    """Gives the folder of this run, which no other process writes to: a new one, or to resume.
 
     Raises:
         ValueError: there is nothing to resume.
@@ -111,16 +115,37 @@ def _folder(options: argparse.Namespace, model: str) -> Path:
     control = f"-{options.control}" if options.control else ""
     name: str = options.run or f"{options.data}-{model}-{options.loss}{control}-seed{options.seed}"
     results: Path = options.results
-    folders = [results / name]
-    while folders[-1].exists():
-        folders.append(results / f"{name}-{len(folders) + 1}")
-    if not options.resume:
-        return folders[-1]
-    unfinished = [folder for folder in folders if (folder / "checkpoint.pt").exists()]
-    if not unfinished:
-        message = f"Nothing to resume: {folders[0]} holds no unfinished run."
-        raise ValueError(message)
-    return unfinished[-1]
+    if options.resume:
+        unfinished = [f for f in _numbered(results / name) if (f / "checkpoint.pt").exists()]
+        if not unfinished:
+            message = f"Nothing to resume: {results / name} holds no unfinished run."
+            raise ValueError(message)
+        with alone(unfinished[-1] / "lock"):
+            yield unfinished[-1]
+        return
+    while True:  # two that start at once find the same number free, and one of them makes it
+        folder = [*_numbered(results / name)][-1]
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    try:
+        with alone(folder / "lock"):
+            yield folder
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _numbered(first: Path) -> Iterator[Path]:
+    """The folders of that name that there are, and the first that there is not."""
+    folder, number = first, 1
+    while folder.exists():
+        yield folder
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    yield folder
 
 
 def _device(name: str) -> torch.device:
@@ -132,37 +157,59 @@ def _device(name: str) -> torch.device:
 
 
 class _Recorder:
-    """Shows the progress, and keeps what was measured on disk as it comes."""
+    """Says how far it is, and keeps what was measured on disk as it comes."""
 
-    def __init__(self, folder: Path, arguments: dict[str, Any], progress: Progress) -> None:
-        self.folder, self.arguments, self.progress = folder, arguments, progress
-        self.bars: dict[str, Any] = {}
+    def __init__(self, folder: Path, arguments: dict[str, Any], phases: ExitStack) -> None:
+        self.folder, self.arguments, self.phases = folder, arguments, phases
+        self.phase = ""
+        self.task: Task
         self.written = 0
 
     def __call__(self, experiment: Any, measured: bool) -> None:
         """Takes note of one step."""
         result, phase = experiment.result, experiment.phase
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if phase not in self.bars:
+        if phase != self.phase:
+            self.phases.close()  # that before ends
             name = "SGD to the switch" if phase == WARMUP else phase
             total = experiment.planned_steps
-            self.bars[phase] = self.progress.add_task(name, total=total, figures="")
+            self.phase = phase
+            self.task = self.phases.enter_context(doing(name, total, keep=True))
         done = experiment.step - (0 if phase == WARMUP else result.switch_step or 0)
-        rows = result.of(phase)[-1:]
-        figures = "  ".join(
+        figures = [
             f"loss {row['loss']:.4f}  chi {row['chi_gradient']:.3f} (average "
             f"{row['chi_average']:.3f})  sharpness {row['sharpness']:.1f}"
-            for row in rows
-        )
-        self.progress.update(self.bars[phase], completed=done, figures=figures)
+            for row in result.of(phase)[-1:]
+        ]
+        self.task.at(done, *figures)
         if not measured:
             return
         path = self.folder / "history.csv"
         if len(result.rows) > self.written:
             report.write_history(result, path, only_last=self.written > 0)
             self.written = len(result.rows)
+        kept = {"format": _FORMAT, "arguments": self.arguments, "state": experiment.state_dict()}
         with replacing(self.folder / "checkpoint.pt") as partial:
-            torch.save({"arguments": self.arguments, "state": experiment.state_dict()}, partial)
+            torch.save(kept, partial)
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """Returns what an interrupted run has left.
+
+    Raises:
+        ForeignFileError: it is something else.
+    """
+    remedy = "Leave out --resume to begin anew, in a folder of its own."
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch, pickle and zipfile say to a foreign file
+        reason = f"it cannot be read ({type(error).__name__})"
+        raise ForeignFileError(path, "checkpoint", reason, remedy) from error
+    if not isinstance(kept, dict) or not isinstance(kept.get("arguments"), dict):
+        raise ForeignFileError(path, "checkpoint", "it holds something else", remedy)
+    if kept.get("format") != _FORMAT or not isinstance(kept.get("state"), dict):
+        reason = f"its format is {kept.get('format')!r}, not {_FORMAT!r}"
+        raise ForeignFileError(path, "checkpoint of this version", reason, remedy)
+    return kept
 
 
 def _resume(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +218,7 @@ def _resume(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it was started with other options.
     """
-    kept = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    kept = _kept(folder / "checkpoint.pt")
     differing = [
         f"--{name.replace('_', '-')} was {kept['arguments'].get(name)!r}, is {value!r}"
         for name, value in arguments.items()
@@ -188,7 +235,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     """Runs the comparison; returns the exit status."""
     chosen: dict[str, Recipe] = recipes(options.optimizers, options.set)
     device = _device(options.device)
-    data = load(options.data, root=options.data_root)
+    with doing(f"loading {options.data}"):
+        data = load(options.data, root=options.data_root)
     name = options.model or DEFAULT_MODEL[options.data]
     model = build(name, data, num_outputs=data.num_classes, seed=options.seed).to(device)
     settings = _settings(options, data.num_classes)
@@ -196,48 +244,47 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(options).items()
     } | {"model": name, "lr": settings.lr, "k": settings.k, "optimizers": list(chosen)}
-    folder = _folder(options, name)
-    state = _resume(folder, arguments) if options.resume else None
-    console.print(f"{data.description}\n{name}, {options.loss}, lr {settings.lr:g}, on {device}")
-
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    test = None if data.x_test is None or data.y_test is None else (data.x_test, data.y_test)
-    with Progress(*columns, console=console) as progress:
-        result = compare(
-            model,
-            LOSSES[options.loss],
-            (data.x_train, data.y_train),
-            chosen,
-            settings=settings,
-            test_data=test,
-            resume_from=state,
-            on_progress=_Recorder(folder, arguments, progress),
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write_history(result, folder / "history.csv")
-    report.write_summary(result, folder / "summary.json", arguments)
     title = f"{options.data}, {name}, {options.loss}, lr {settings.lr:g}, seed {settings.seed}"
     if settings.control:
         title += ": control with a random subspace"
-    report.picture(result, title).savefig(folder / "comparison.png", dpi=130)
+    with _folder(options, name) as folder:
+        state = _resume(folder, arguments) if options.resume else None
+        on = f"lr {settings.lr:g}, on {device}"
+        console.print(f"{data.description}\n{name}, {options.loss}, {on}")
+        test = None if data.x_test is None or data.y_test is None else (data.x_test, data.y_test)
+        with ExitStack() as phases:
+            result = compare(
+                model,
+                LOSSES[options.loss],
+                (data.x_train, data.y_train),
+                chosen,
+                settings=settings,
+                test_data=test,
+                resume_from=state,
+                on_progress=_Recorder(folder, arguments, phases),
+            )
+        return _written(result, folder, arguments, title, console)
+
+
+def _written(
+    result: Any, folder: Path, arguments: dict[str, Any], title: str, console: Console
+) -> int:
+    """Writes and prints what came out; returns the exit status."""
+    if result.rows:
+        with replacing(folder / "history.csv") as partial:
+            report.write_history(result, partial)
+    with replacing(folder / "summary.json") as partial:
+        report.write_summary(result, partial, arguments)
+    with replacing(folder / "comparison.png") as partial:
+        report.picture(result, title).savefig(partial, dpi=130, format="png")
     report.print_report(result, console)
     console.print(f"Written: {folder}/comparison.png, history.csv, summary.json")
     if not result.finished:
         if (folder / "checkpoint.pt").exists():
             console.print("Interrupted: the same command with --resume goes on.")
-        return 130
+        return command.INTERRUPTED
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return 0
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,19 +297,16 @@ def main(arguments: list[str] | None = None) -> int:
         0; 2 for what cannot be run, with the reason in one sentence; 130 if it was interrupted.
     """
     options = _parser().parse_args(arguments)
-    # SIGINT too: a shell starts its background jobs with that signal ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    # Where there is no terminal (a file, a log), lines are as long as the table needs.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = command.console(width=120)
     try:
-        return _run(options, console)
-    except (DataUnavailableError, ValueError, so.NonFiniteError) as error:
+        with command.ended_by_signals(), shown("compare", console):
+            return _run(options, console)
+    except (DataUnavailableError, ValueError, BusyError, so.NonFiniteError) as error:
         print(f"compare: {error}", file=sys.stderr)
-        return 2
+        return command.REFUSED
     except KeyboardInterrupt:
         print("compare: interrupted", file=sys.stderr)
-        return 130
+        return command.INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -18,10 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 import subspace_optim as so
+from benchmarks import command
 from benchmarks.data import load
 from benchmarks.experiment import minibatch
+from benchmarks.files import BusyError, alone, replacing
 from benchmarks.losses import mse
 from benchmarks.models import build
+from benchmarks.progress import counted, shown
 from benchmarks.report import machine, versions
 from benchmarks.speed.memory import PeakMemory
 from benchmarks.speed.timing import in_turn
@@ -34,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: as on the command line.
 
     Returns:
-        0.
+        0; 2 for what cannot be run, with the reason in one sentence; 130 if it was interrupted.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -42,7 +45,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("results/cost.json"))
     options = parser.parse_args(arguments)
+    console = command.console(width=110)
+    lock = options.output.with_name(f"{options.output.name}.lock")
+    try:
+        with command.ended_by_signals(), alone(lock), shown("cost", console):
+            _run(options, console)
+    except BusyError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("cost: interrupted; it writes at its end", file=sys.stderr)
+        return command.INTERRUPTED
+    return 0
 
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    """Measures, writes and prints."""
     data = load("mnist-5k")
     x, y = data.x_train, data.y_train
     model = build("mlp", data, num_outputs=data.num_classes, seed=0)
@@ -54,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         mse(model(x[batch]), y[batch]).backward()
         optimizer.step()
 
-    for step in range(options.train_steps):
+    for step in counted("training with SGD", range(options.train_steps)):
         train(step, sgd)
 
     hessian = so.HessianOperator(model, mse, (x, y))
@@ -101,8 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": machine(),
         "versions": versions(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    with replacing(options.output) as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     table = Table("what", "gradients", "milliseconds", "min to max", box=None)
     for name, times in seconds.items():
         table.add_row(
@@ -111,7 +128,6 @@ def main(arguments: list[str] | None = None) -> int:
             f"{1000 * statistics.median(times):.1f}",
             f"{1000 * min(times):.1f} to {1000 * max(times):.1f}",
         )
-    console = Console(width=110)
     console.print(table)
     console.print(
         f"Peak memory of the cold solve: {memory.peak / 2**20:.1f} MiB, of which the kept graph "
@@ -119,7 +135,6 @@ def main(arguments: list[str] | None = None) -> int:
         "and what one product over the data needs in passing."
     )
     console.print(f"Written: {options.output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -521,15 +521,16 @@ def compare(
     Returns:
         The comparison.
 
-    ``ValueError`` for an optimizer that is unknown, or cannot be made, before anything runs.
+    ``ValueError`` for an optimizer that is unknown, or cannot be made, or a state that is not one
+    of this experiment, before anything runs.
     """
     settings = Settings(**options) if settings is None else replace(settings, **options)
     chosen = dict(optimizers) if isinstance(optimizers, Mapping) else recipes(list(optimizers))
     experiment = _Experiment(model, loss_fn, data, chosen, settings, test_data)
     before = copy.deepcopy(model.state_dict())
-    if resume_from is not None:
-        experiment.load_state_dict(resume_from)
     try:
+        if resume_from is not None:
+            _take_up(experiment, resume_from)
         while not experiment.result.finished:
             if experiment.phase_is_over:
                 experiment.finish_phase()
@@ -547,3 +548,18 @@ def compare(
         model.load_state_dict(before)
         model.zero_grad()
     return experiment.result
+
+
+def _take_up(experiment: _Experiment, state: dict[str, Any]) -> None:
+    """Goes on from a state.
+
+    Raises:
+        ValueError: it is not one of this experiment.
+    """
+    try:
+        experiment.load_state_dict(state)
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        found = f"{type(error).__name__}: {first_line}"
+        message = f"What was kept is no state of this comparison, so it begins anew only: {found}"
+        raise ValueError(message) from error

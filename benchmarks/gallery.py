@@ -25,10 +25,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import subspace_optim as so
+from benchmarks import command
 from benchmarks.data import Dataset, DataUnavailableError, load
 from benchmarks.experiment import minibatch
+from benchmarks.files import BusyError, alone, replacing
 from benchmarks.losses import mse
 from benchmarks.models import build
+from benchmarks.progress import doing, shown
 from subspace_optim.diagnostics import plots
 
 History = dict[str, list[Any]]
@@ -143,10 +146,16 @@ class Measurements:
         subspace = so.DominantSubspace(hessian, self.k, refresh=refresh, seed=self.seed)
         optimizers = make(model)
         bases = []
-        with so.Monitor(optimizers, subspace, every=every, next_k=next_k) as monitor:
-            for step in range(((rows or self.rows) - 1) * every + 1):
+        steps = ((rows or self.rows) - 1) * every + 1
+        name = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
+        with (
+            so.Monitor(optimizers, subspace, every=every, next_k=next_k) as monitor,
+            doing(f"training with {name}", steps) as task,
+        ):
+            for step in range(steps):
                 batch = minibatch(len(x), batch_size or len(x), step, self.seed)
-                _step(optimizers, model, x[batch], y[batch])
+                loss = _step(optimizers, model, x[batch], y[batch])
+                task.at(step + 1, f"loss {loss:.4g}")
                 if step % every == 0 and subspace.basis is not None:
                     bases.append(subspace.basis)  # of the parameters before the step
         return Run(monitor.history, bases, hessian)
@@ -167,21 +176,28 @@ def _muon(model: nn.Module) -> list[Optimizer]:
     return [torch.optim.Muon(matrices, lr=0.005), torch.optim.AdamW(others, lr=1e-3)]
 
 
-def _step(optimizers: Sequence[Optimizer], model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """One step: of a single optimizer with its closure, of several after one backward pass."""
+def _step(optimizers: Sequence[Optimizer], model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """One step: of a single optimizer with its closure, of several after one backward pass.
+
+    Returns:
+        The loss before it.
+    """
+    losses: list[float] = []
 
     def closure() -> float:
         model.zero_grad()
         loss = mse(model(x), y)
         loss.backward()
-        return loss.item()
+        losses.append(loss.item())
+        return losses[-1]
 
     if len(optimizers) == 1:
         optimizers[0].step(closure)
-        return
-    closure()
-    for optimizer in optimizers:
-        optimizer.step()
+    else:
+        closure()
+        for optimizer in optimizers:
+            optimizer.step()
+    return losses[0]
 
 
 # --- the pictures ------------------------------------------------------------------------------
@@ -222,28 +238,38 @@ def draw(
         The name, and its files or what went wrong.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    for number, name in enumerate(names, 1):
         try:
-            drawing = PICTURES[name](made)
-            files = []
-            for theme, suffix in (("light", ""), ("dark", "-dark")):
-                figure = drawing(theme=theme)
-                for ending in formats:
-                    files.append(folder / f"{name}{suffix}.{ending}")
-                    save(figure, files[-1])
+            with doing(name, len(names), unit="picture") as task:
+                task.at(number)
+                files = _drawn(made, name, folder, formats)
         except Exception as error:  # noqa: BLE001 (whatever it is, the others are drawn)
             yield name, error
         else:
             yield name, files
 
 
+def _drawn(made: Measurements, name: str, folder: Path, formats: Sequence[str]) -> list[Path]:
+    """Measures and draws one picture, and returns its files."""
+    drawing = PICTURES[name](made)
+    files = []
+    for theme, suffix in (("light", ""), ("dark", "-dark")):
+        figure = drawing(theme=theme)
+        for ending in formats:
+            files.append(folder / f"{name}{suffix}.{ending}")
+            save(figure, files[-1])
+    return files
+
+
 def save(figure: Figure, path: Path) -> None:
     """Saves a picture, a png with 256 colours: a third of the size, and nothing that is seen."""
-    figure.savefig(path, metadata=_NO_DATE.get(path.suffix))
-    if path.suffix == ".png":
-        with Image.open(path) as image:
-            few = image.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)
-        few.save(path, optimize=True)
+    with replacing(path) as partly:
+        kind = path.suffix.removeprefix(".")
+        figure.savefig(partly, format=kind, metadata=_NO_DATE.get(path.suffix))
+        if path.suffix == ".png":
+            with Image.open(partly) as image:
+                few = image.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)
+            few.save(partly, format="png", optimize=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -253,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: as on the command line.
 
     Returns:
-        0, or 1 where a picture is missing.
+        0; 1 where a picture is missing; 2 for what cannot be done; 130 where it was interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gallery",
@@ -279,12 +305,29 @@ def main(arguments: list[str] | None = None) -> int:
     except DataUnavailableError as error:
         parser.error(str(error))
 
-    console = Console(width=100)
+    console = command.console(width=100)
     made = Measurements(data, rows=options.rows, seed=options.seed)
+    names = options.pictures or list(PICTURES)
+    try:
+        with (
+            command.ended_by_signals(),
+            alone(options.output / "lock"),
+            shown("gallery", console),
+        ):
+            return _draw_all(made, names, options, console)
+    except BusyError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"gallery: interrupted; {options.output} has the pictures before", file=sys.stderr)
+        return command.INTERRUPTED
+
+
+def _draw_all(
+    made: Measurements, names: Sequence[str], options: argparse.Namespace, console: Console
+) -> int:
+    """Draws the pictures and says so; returns the exit status."""
     start, failed = time.perf_counter(), 0
-    for name, result in draw(
-        made, options.pictures or list(PICTURES), options.output, options.format
-    ):
+    for name, result in draw(made, names, options.output, options.format):
         seconds = f"[{time.perf_counter() - start:.0f} s]"
         if isinstance(result, Exception):
             failed += 1

@@ -1,6 +1,9 @@
-"""What all tests share: one derandomised hypothesis profile, and no GPU test without a GPU."""
+"""What all tests share: a derandomised hypothesis profile, their order, no GPU test without one."""
 
+import itertools
 import os
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,32 @@ settings.register_profile(
 settings.load_profile("subspace_optim")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "shuffle the files, and the tests in each: no test may need another before it"
+    parser.addoption("--order-seed", type=int, metavar="N", help=help)
+
+
+def shuffled(items: list[pytest.Item], seed: int) -> list[pytest.Item]:
+    """Files in another order, and their tests; those of a file stay together, as its fixtures do.
+
+    A function of the seed alone, so that all processes of a run have one order.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    order = random.Random(seed)
+    groups = list(files.values())
+    order.shuffle(groups)
+    for group in groups:
+        order.shuffle(group)
+    return list(itertools.chain.from_iterable(groups))
+
+
+@pytest.hookimpl(trylast=True)  # pytest itself sorts by the fixtures' parameters
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("--order-seed")
+    if seed is not None:
+        items[:] = shuffled(items, seed)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -9,15 +9,15 @@ pictures and all verdicts, ``claims.json``; a run that was interrupted goes on w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -25,18 +25,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.files import replacing
+from benchmarks import command
+from benchmarks.files import BusyError, ForeignFileError, alone, replacing
 from benchmarks.gallery import save
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.pages import CLAIMS, RAW, claims, judged, publish
 from benchmarks.papers.reproduction import SCALES, Exhibit, Paper, Run, Scale
 from benchmarks.papers.results import Results
 from benchmarks.papers.verdicts import Verdict, written
+from benchmarks.progress import doing, shown
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGES: Final = ROOT / "docs" / "papers"
 _START: Final = 3.4
 """Seconds that a run's process takes before it runs: the imports, on the machine of the pages."""
+_PATIENCE: Final = 20.0
+"""Seconds that a process may take to end its step and keep what it has."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +72,25 @@ class Queue:
     def __call__(self, tasks: Sequence[Task]) -> None:
         """Runs all tasks; an interrupt ends those that run, which then can be taken up again."""
         waiting = list(tasks)
-        running: dict[subprocess.Popen[bytes], tuple[Task, float]] = {}
+        running: dict[subprocess.Popen[bytes], tuple[Task, float, ExitStack]] = {}
         try:
-            while waiting or running:
-                while waiting and len(running) < self.options.jobs:
-                    task = waiting.pop(0)
-                    running[self._start(task)] = (task, time.monotonic())
-                time.sleep(0.2)
-                for process in [p for p in running if p.poll() is not None]:
-                    task, start = running.pop(process)
-                    done = len(tasks) - len(waiting) - len(running)
-                    self._say(task, process.returncode, start, f"{done} of {len(tasks)}")
+            with doing("runs", len(tasks), unit="done") as whole:
+                while waiting or running:
+                    while waiting and len(running) < self.options.jobs:
+                        task = waiting.pop(0)
+                        told = ExitStack()
+                        running[self._start(task)] = (task, time.monotonic(), told)
+                        told.enter_context(doing(str(task), figures=partial(self._latest, task)))
+                    time.sleep(0.2)
+                    for process in [p for p in running if p.poll() is not None]:
+                        task, start, told = running.pop(process)
+                        told.close()
+                        whole.at(len(tasks) - len(waiting) - len(running))
+                        self._say(task, process.returncode, start, f"{whole.step} of {len(tasks)}")
         finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait()
+            for _, _, told in running.values():
+                told.close()
+            _end(running)
 
     def _start(self, task: Task) -> subprocess.Popen[bytes]:
         with self._log(task).open("wb") as log:
@@ -108,6 +115,15 @@ class Queue:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.with_suffix(".log")
 
+    def _latest(self, task: Task) -> str:
+        """What the task's process has told last, without its time and its name."""
+        try:
+            lines = self._log(task).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:  # it has just ended
+            return ""
+        told = [line.partition("| ")[2] for line in lines if line.startswith("[")]
+        return told[-1] if told else ""
+
     def _say(self, task: Task, code: int, start: float, progress: str) -> None:
         minutes = (time.monotonic() - start) / 60
         log = self._log(task)
@@ -126,6 +142,18 @@ class Queue:
         self.console.print(
             f"{task} failed: {last} ({log})", style="red", highlight=False, markup=False
         )
+
+
+def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Ends processes: after their present step, then at once, then by force."""
+    left = list(processes)
+    for end in (subprocess.Popen.terminate, subprocess.Popen.terminate, subprocess.Popen.kill):
+        for process in left:
+            end(process)
+        deadline = time.monotonic() + _PATIENCE
+        while left and time.monotonic() < deadline:
+            time.sleep(0.05)
+            left = [process for process in left if process.poll() is None]
 
 
 def _environment() -> dict[str, str]:
@@ -217,8 +245,8 @@ def _show(
         for found in verdicts[key, scale]:
             if not runs.isdisjoint(found.claim.runs):
                 _show_verdict(found, console)
-    with replacing(results.folder / CLAIMS) as partial:
-        partial.write_text(claims(results, PAPERS, verdicts), encoding="utf-8")
+    with replacing(results.folder / CLAIMS) as file:
+        file.write_text(claims(results, PAPERS, verdicts), encoding="utf-8")
 
 
 def _show_exhibit(
@@ -293,18 +321,6 @@ def _wanted(
     return {paper.key: [paper.exhibit(name) for name in options.exhibits]}
 
 
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """A polite kill, and the end of the terminal, end the runs as Ctrl-C does."""
-    kinds = (signal.SIGTERM, signal.SIGHUP)
-    before = {kind: signal.signal(kind, signal.default_int_handler) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Lists, or measures and shows.
 
@@ -312,14 +328,28 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: as on the command line.
 
     Returns:
-        0, 1 where a run failed, 130 where it was interrupted.
+        0; 1 where a run failed; 2 for what cannot be run, with the reason in one sentence; 130
+        where it was interrupted.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console()
+    console = command.console(width=120)
     for name in ("seeds", "jobs"):
         if (number := getattr(options, name)) is not None and number < 1:
             parser.error(f"--{name} {number}: at least 1")
+    try:
+        with command.ended_by_signals():
+            return _run(parser, options, console)
+    except (BusyError, ForeignFileError) as error:
+        print(f"papers: {error}", file=sys.stderr)
+        return command.REFUSED
+    except KeyboardInterrupt:
+        print("papers: interrupted", file=sys.stderr)
+        return command.INTERRUPTED
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:
+    """Lists, or measures and shows; returns the exit status."""
     results = Results(options.results)
     if options.paper is None:
         if options.publish:
@@ -345,21 +375,32 @@ def main(arguments: list[str] | None = None) -> int:
         options.results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--results {options.results}: {error.strerror}")
+    with alone(options.results / "lock"), shown("papers", console):
+        return _measure(options, wanted, results, console)
+
+
+def _measure(
+    options: argparse.Namespace,
+    wanted: dict[str, list[Exhibit]],
+    results: Results,
+    console: Console,
+) -> int:
+    """Measures what is not on disk, and shows what is wanted; returns the exit status."""
     tasks = tasks_of(options, wanted, results)
     queue = Queue(options, console)
     interrupted = False
     if tasks:
         console.print(_estimate(tasks, options, (results, Results(PAGES / RAW))), highlight=False)
         try:
-            with _ended_by_signals():
-                queue(tasks)
+            queue(tasks)
         except KeyboardInterrupt:
             interrupted = True
             console.print("Interrupted. The same command goes on from here.")
-    _show(wanted, results, options.scale, console)
-    if options.publish:
-        publish(results, PAPERS, PAGES)
-    return 130 if interrupted else int(bool(queue.failed))
+    with doing("pictures and claims"):
+        _show(wanted, results, options.scale, console)
+        if options.publish:
+            publish(results, PAPERS, PAGES)
+    return command.INTERRUPTED if interrupted else int(bool(queue.failed))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ import hashlib
 import json
 import math
 import time
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.files import replacing
+from benchmarks.files import ForeignFileError, replacing
 from benchmarks.papers.reproduction import Job, Paper, Raw, RawOfSeeds, Run, Scale
 
 _DIGITS = 6
@@ -49,6 +48,20 @@ class Record:
     versions: dict[str, str | None]
     raw: Raw
 
+    def check(self, paper: str, run: str, scale: Scale, seed: int) -> None:
+        """Checks that it is of that run and seed, and has figures.
+
+        Raises:
+            ValueError: it is of another, or has none.
+        """
+        found, wanted = (self.paper, self.run, self.scale, self.seed), (paper, run, scale, seed)
+        if found != wanted:
+            raise ValueError(f"it is of {found}, not of {wanted}")
+        if not isinstance(self.raw, dict) or not isinstance(self.size, dict):
+            raise ValueError("it has no figures")  # noqa: TRY004 (what a file holds, no argument)
+        if not isinstance(self.seconds, float | int):
+            raise ValueError("it does not tell its seconds")  # noqa: TRY004
+
 
 class Results:
     """The raw files of a folder, ``<scale>/<paper>/<run>/seed-<n>.json``.
@@ -67,16 +80,22 @@ class Results:
     def read(self, paper: str, run: Run, scale: Scale, seed: int) -> Record | None:
         """Returns the record; ``None`` if there is none of the run's present version and size.
 
-        A file that is no record is warned of, and counts as none.
+        Raises:
+            ForeignFileError: the file is no record; to count it as none would write over it.
         """
         path = self.path(paper, run.name, scale, seed)
-        if not path.exists():
-            return None
+        remedy = "Remove it, or choose another folder for the results."
         try:
-            record = Record(**_with_nan(json.loads(path.read_text(encoding="utf-8"))))
-        except (TypeError, ValueError) as error:
-            warnings.warn(f"{path} is no raw file, and is left out: {error}", stacklevel=2)
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            raise ForeignFileError(path, "raw file", error, remedy) from error
+        try:
+            record = Record(**_with_nan(json.loads(text)))
+            record.check(paper, run.name, scale, seed)
+        except (TypeError, ValueError) as error:
+            raise ForeignFileError(path, "raw file", error, remedy) from error
         present = record.version == run.version and record.size == _plain(run.size(scale))
         return record if present else None
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +12,13 @@ from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.experiment import minibatch
-from benchmarks.files import replacing
 from benchmarks.optimizers import takes_closure
+from benchmarks.papers.checkpoint import Checkpoint
 from benchmarks.papers.reproduction import Job
+from benchmarks.progress import doing
 from subspace_optim.curvature.isolation import seeded
 
 Row = dict[str, Any]
-SAVE_EVERY: Final = 60.0  # seconds
 
 
 class Stateful(Protocol):
@@ -54,7 +52,7 @@ def train(
     training, and is a last row ``{"step": t, "diverged": True}``.
 
     Args:
-        job: the seed, and the folder where the state is kept about every minute. A training of the
+        job: the seed, and the folder where the state is kept every few seconds. A training of the
             same ``name`` that was interrupted goes on from there, if model, optimizers and
             ``also`` are made as before.
         name: of this training, unique in its run.
@@ -78,50 +76,54 @@ def train(
     """
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     x, y = data
-    path = None if job.scratch is None else job.scratch / f"{name}.pt"
+    checkpoint = Checkpoint(None if job.scratch is None else job.scratch / f"{name}.pt")
     states: list[Stateful] = [model, *optimizers, *also]
     rows: list[Row] = []
-    step, saved, over = first, time.monotonic(), False
-    if path is not None and path.exists():
-        kept = torch.load(path, map_location=x.device, weights_only=True)
-        for each, state in zip(states, kept["states"], strict=True):
-            each.load_state_dict(state)
-        rows, step, over = kept["rows"], kept["step"], kept["over"]
-        if losses is not None:
-            losses[:] = kept["losses"]
+    step, over = first, False
+    kept = checkpoint.read(x.device)
+    if kept is not None:
+        try:
+            for each, state in zip(states, kept["states"], strict=True):
+                each.load_state_dict(state)
+            rows, step, over = kept["rows"], kept["step"], kept["over"]
+            if losses is not None:
+                losses[:] = kept["losses"]
+        except Exception as error:
+            raise checkpoint.foreign(error) from error
 
-    def keep(*, over: bool) -> None:
-        if path is not None:
-            kept = {"states": [s.state_dict() for s in states], "rows": rows, "step": step}
-            save(path, kept | {"losses": losses or [], "over": over})
+    def state_dict() -> dict[str, Any]:
+        kept = {"states": [s.state_dict() for s in states], "rows": rows, "step": step}
+        return kept | {"losses": losses or [], "over": over}
 
     def due() -> bool:
         if step == first + steps:
             return True
         return every(step) if callable(every) else (step - first) % every == 0
 
-    while not over:
-        if record is not None and due():
-            row = record(step)
-            if row is not None:
-                rows.append({"step": step} | row)
-        over = step == first + steps
-        if not over:
-            batch = slice(None) if batch_size is None else _batch(x, batch_size, step, job.seed)
-            seed = job.seed + step
-            try:
-                loss = _step(model, loss_fn, x[batch], y[batch], optimizers, seed, before)
-            except so.NonFiniteError:  # of an optimizer's subspace
-                loss = math.nan
-            if losses is not None:
-                losses.append(loss)
-            if not math.isfinite(loss):
-                rows.append({"step": step, "diverged": True})
-                over = True
-            step += 1
-        if over or time.monotonic() - saved > SAVE_EVERY:
-            keep(over=over)
-            saved = time.monotonic()
+    with doing(f"training {name}", steps) as task, checkpoint:
+        while not over:
+            task.at(step - first)
+            row = None
+            if record is not None and due():
+                row = record(step)
+                if row is not None:
+                    rows.append({"step": step} | row)
+            over = step == first + steps
+            if not over:
+                batch = slice(None) if batch_size is None else _batch(x, batch_size, step, job.seed)
+                seed = job.seed + step
+                try:
+                    loss = _step(model, loss_fn, x[batch], y[batch], optimizers, seed, before)
+                except so.NonFiniteError:  # of an optimizer's subspace
+                    loss = math.nan
+                if losses is not None:
+                    losses.append(loss)
+                if not math.isfinite(loss):
+                    rows.append({"step": step, "diverged": True})
+                    over = True
+                step += 1
+                task.at(step - first, f"loss {loss:.4g}")
+            checkpoint.keep(state_dict, measured=row is not None, over=over)
     return rows
 
 
@@ -161,9 +163,3 @@ def _step(
         for each in optimizers:
             each.step()
     return losses[0]
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a state: a kill leaves the one before, or this one."""
-    with replacing(path) as partial:
-        torch.save(state, partial)

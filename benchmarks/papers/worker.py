@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import shutil
 import signal
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import torch
+from rich.console import Console
 
+from benchmarks.files import BusyError, ForeignFileError, alone
 from benchmarks.papers.catalogue import PAPERS
+from benchmarks.papers.checkpoint import end_when_kept
 from benchmarks.papers.reproduction import SCALES, Job
 from benchmarks.papers.results import Results, measure
+from benchmarks.progress import shown
 
-
-@contextlib.contextmanager
-def alone_in(scratch: Path) -> Iterator[None]:
-    """Keeps others out, who end: two processes would write over each other's checkpoints."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (scratch / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill releases it
-        except OSError:
-            sys.exit(f"another process runs this already, in {scratch}")
-        yield
+EVERY: Final = 5.0
+"""Seconds between the lines of a worker: the command shows the last one beside its own."""
 
 
 def main() -> None:
@@ -49,6 +42,7 @@ def main() -> None:
         parser.error(f"{options.paper} has no run {options.run}: it has {', '.join(names)}")
     # Ctrl-C goes to all processes of a terminal: the command ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_when_kept)
     if options.threads:
         torch.set_num_threads(options.threads)
     paper = PAPERS[options.paper]
@@ -59,10 +53,15 @@ def main() -> None:
     path = results.path(paper.key, run.name, options.scale, options.seed)
     scratch = path.with_name(f"{path.stem}-{size:08x}")
     job = Job(options.seed, torch.device(options.device), options.data_root, scratch)
-    with alone_in(scratch):
-        results.write(measure(paper, run, options.scale, job))
-        for done in path.parent.glob(f"{path.stem}-*"):  # what was begun at other sizes too
-            shutil.rmtree(done, ignore_errors=True)
+    try:
+        # Two processes would write over each other's checkpoints: that of a command that was
+        # killed goes on.
+        with alone(scratch / "lock"), shown(run.name, Console(width=120), EVERY):
+            results.write(measure(paper, run, options.scale, job))
+            for done in path.parent.glob(f"{path.stem}-*"):  # what was begun at other sizes too
+                shutil.rmtree(done, ignore_errors=True)
+    except (BusyError, ForeignFileError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

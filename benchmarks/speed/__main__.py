@@ -21,9 +21,10 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import command, report
 from benchmarks.data import DataUnavailableError
-from benchmarks.files import replacing
+from benchmarks.files import BusyError, alone, replacing
+from benchmarks.progress import doing, shown
 from benchmarks.speed import (
     apply,
     cold,
@@ -142,11 +143,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _runs(
-    made: Problem, k: int, plan: Plan, console: Console, measured: dict[str, Any]
+    made: Problem,
+    k: int,
+    plan: Plan,
+    console: Console,
+    measured: dict[str, Any],
+    write: Callable[[], None],
 ) -> dict[str, Any]:
-    """All scenarios of a model; the recipe's time late in training is the cold solves'."""
+    """All scenarios of a model; the recipe's time late in training is the cold solves'.
+
+    They take minutes each: those that were measured are on disk before the next.
+    """
     solved = measured.get("cold", {}).get("solvers", {}).get(RECIPE, {}).get("seconds")
-    result = {}
+    result: dict[str, Any] = {}
     for name, steps in plan.scenarios.items():
         scenario = replace(runs.SCENARIOS[name], steps=steps)
         console.print(f"  {scenario.title}, {steps} steps")
@@ -159,6 +168,8 @@ def _runs(
             rounds=plan.rounds,
             recipe_seconds=min(solved) if solved and scenario.start is None else None,
         )
+        measured["runs"] = result
+        write()
     return result
 
 
@@ -170,6 +181,7 @@ def _sections(
     options: argparse.Namespace,
     console: Console,
     measured: dict[str, Any],
+    write: Callable[[], None],
 ) -> dict[str, Callable[[], dict[str, Any] | None]]:
     """What each section of a model does; ``None`` is a section that does not apply."""
     rounds = plan.rounds
@@ -185,7 +197,7 @@ def _sections(
         "products": late(lambda: products.measure(made, k, rounds)),
         "cold": late(lambda: cold.measure(made, k, rounds, options.limit, console)),
         "warm": lambda: warm.measure(made, k, rounds, plan.late, 50 if plan.late > 50 else 5),
-        "runs": lambda: _runs(made, k, plan, console, measured) or None,
+        "runs": lambda: _runs(made, k, plan, console, measured, write) or None,
         "memory": late(lambda: memory.measure(made, k)),
         "observation": late(lambda: observation.measure(made, max(rounds, 10))),
         "monitor": lambda: monitoring.measure(
@@ -234,33 +246,35 @@ def _run(options: argparse.Namespace, console: Console) -> None:
             device=options.device,
             examples=_QUICK_EXAMPLES if options.quick else options.examples,
         )
-        made = again()
+        with doing(f"loading {name}"):
+            made = again()
         k = options.k or made.k
         console.print(f"[bold]{name}[/]: P = {made.size:,}, N = {len(made.x)}, k = {k}")
         measured = {"parameters": made.size, "examples": len(made.x), "k": k, "late": plan.late}
         results.data["models"][name] = measured
-        sections = _sections(made, again, k, plan, options, console, measured)
+        sections = _sections(made, again, k, plan, options, console, measured, results.write)
         chosen = options.sections or plan.sections
         for section in (s for s in PER_MODEL if s in chosen):
-            outcome = sections[section]()
+            with doing(f"{name}: {section}"):
+                outcome = sections[section]()
             if outcome is not None:
                 keep(measured, section, name, outcome)
     rounds = options.rounds or (2 if options.quick else 20)
     size = 10**6 if options.quick else 11 * 10**6
     chosen = options.sections or GLOBAL
-    if "apply" in chosen:
-        outcome = apply.measure(size, 10, rounds, options.device)
-        keep(results.data, "apply", "", outcome)
-    if "step" in chosen:
-        outcome = step.measure(size, 10, rounds, options.device)
-        keep(results.data, "step", "", outcome)
-    if "scaling" in chosen:
-        outcome = scaling.measure(options.data_root, options.device, quick=options.quick)
-        keep(results.data, "scaling", "", outcome)
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "apply": lambda: apply.measure(size, 10, rounds, options.device),
+        "step": lambda: step.measure(size, 10, rounds, options.device),
+        "scaling": lambda: scaling.measure(options.data_root, options.device, quick=options.quick),
+    }
+    for section in (s for s in GLOBAL if s in chosen):
+        with doing(section):
+            outcome = parts[section]()
+        keep(results.data, section, "", outcome)
     figure = None if options.quick else picture(results.data)
     if figure is not None:
-        options.picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.picture, dpi=130)
+        with replacing(options.picture) as partly:
+            figure.savefig(partly, dpi=130, format=options.picture.suffix[1:] or "png")
         console.print(f"Drawn: {options.picture}")
     results.data["finished"] = True
     results.write()
@@ -278,18 +292,29 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console = command.console(width=150)
+    peers: Path = options.peers.absolute()
     try:
-        if not options.here:
-            environment.continue_in(environment.make(options.peers.absolute()), arguments)
-        _run(options, console)
-    except (DataUnavailableError, ValueError, subprocess.CalledProcessError) as error:
+        with command.ended_by_signals():
+            if not options.here:
+                with alone(_lock(peers)), shown("the environment of the peers", console):
+                    python = environment.make(peers)
+                environment.continue_in(python, arguments)
+            with alone(_lock(options.output)), shown("speed", console):
+                _run(options, console)
+    except (DataUnavailableError, ValueError, BusyError, subprocess.CalledProcessError) as error:
         print(f"speed: {error}", file=sys.stderr)
-        return 2
+        return command.REFUSED
     except KeyboardInterrupt:
-        print(f"speed: interrupted; {options.output} has the sections before", file=sys.stderr)
-        return 130
+        kept = f"{options.output} has what was measured" if options.output.exists() else ""
+        print(f"speed: interrupted; {kept or 'nothing was measured'}", file=sys.stderr)
+        return command.INTERRUPTED
     return 0
+
+
+def _lock(path: Path) -> Path:
+    """Beside what one process at a time writes."""
+    return path.with_name(f"{path.name}.lock")
 
 
 if __name__ == "__main__":

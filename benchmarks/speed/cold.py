@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from benchmarks.progress import doing
 from benchmarks.speed.peers import EIGENTHINGS, OURS, RECIPE, SOLVERS, Answer, solve, tune
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.products import gradient_seconds
@@ -83,9 +84,10 @@ def measure(
         if reason:
             table[name] = {"left_out": reason}
             continue
-        seconds, (setting, check) = timed(
-            lambda name=name: tune(name, problem, k, reference, RESIDUAL, limit / 10)  # type: ignore[misc]
-        )
+        with doing(f"tuning {name}"):
+            seconds, (setting, check) = timed(
+                lambda name=name: tune(name, problem, k, reference, RESIDUAL, limit / 10)  # type: ignore[misc]
+            )
         if check is not None:
             found = f"residual {check.residual:.1e}, found in {seconds:.1f} s"
             console.print(f"  {name}: {SOLVERS[name].meaning} {setting}: {found}")
@@ -96,12 +98,14 @@ def measure(
         for name, row in table.items():
             if "left_out" in row or (turn and row["seconds"][0] > _SLOW):
                 continue
-            seconds, answer = timed(
-                lambda name=name, row=row: solve(name, problem, k, row["setting"])  # type: ignore[misc]
-            )
-            row["seconds"].append(seconds)
-            row["products"] = answer.products
-            row["checks"].append(asdict(checked(name, answer)))
+            with doing(name, rounds, unit="round") as task:
+                task.at(turn + 1)
+                seconds, answer = timed(
+                    lambda name=name, row=row: solve(name, problem, k, row["setting"])  # type: ignore[misc]
+                )
+                row["seconds"].append(seconds)
+                row["products"] = answer.products
+                row["checks"].append(asdict(checked(name, answer)))
     ours = table[OURS]["seconds"]
     for row in table.values():
         if "left_out" not in row:

@@ -31,6 +31,7 @@ from benchmarks.data import Dataset, load
 from benchmarks.experiment import minibatch
 from benchmarks.losses import mse
 from benchmarks.models import Transformer, build, default_lr
+from benchmarks.progress import doing
 
 BATCH_SIZE: Final = 50
 
@@ -101,8 +102,10 @@ class Problem:
             first = max(known for known in self.states if known < step)
             self.set_theta(self.states[first])
             sgd = torch.optim.SGD(self.model.parameters(), lr=self.lr)
-            for number in range(first, step):
-                self.step(sgd, number)
+            with doing("training with SGD", step) as task:
+                for number in range(first, step):
+                    self.step(sgd, number)
+                    task.at(number + 1)
             self.states[step] = self.theta()
         self.set_theta(self.states[step])
 

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import subspace_optim as so
+from benchmarks.progress import counted, doing
 from benchmarks.speed.peers import RECIPE, solve
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.products import gradient_seconds
@@ -114,18 +115,21 @@ def train(
     problem.move_to(start)
     optimizer, monitor = _optimizer(problem, scenario, lr, subspace)
     run = Run()
-    for step in range(scenario.steps):
-        after = 1.0 if step < scenario.steps // 2 else scenario.jump
-        spike = scenario.spike if step == scenario.steps * 3 // 4 else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = lr * after * spike
-        theta = problem.theta() if step in sampled else None
-        begin = now()
-        problem.step(optimizer, start + step, full=scenario.optimizer == "gd")
-        run.seconds += now() - begin
-        if theta is not None and subspace is not None and subspace.basis is not None:
-            stats, vectors = subspace.stats, subspace.basis.vectors
-            run.samples.append(Sample(step, theta, vectors, stats.bound, stats.estimate))
+    title = scenario.title if subspace is not None else f"{scenario.title}: without curvature"
+    with doing(title, scenario.steps) as task:
+        for step in range(scenario.steps):
+            after = 1.0 if step < scenario.steps // 2 else scenario.jump
+            spike = scenario.spike if step == scenario.steps * 3 // 4 else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = lr * after * spike
+            theta = problem.theta() if step in sampled else None
+            begin = now()
+            problem.step(optimizer, start + step, full=scenario.optimizer == "gd")
+            run.seconds += now() - begin
+            task.at(step + 1)
+            if theta is not None and subspace is not None and subspace.basis is not None:
+                stats, vectors = subspace.stats, subspace.basis.vectors
+                run.samples.append(Sample(step, theta, vectors, stats.bound, stats.estimate))
     if monitor is not None:
         monitor.detach()
     if subspace is not None:
@@ -155,7 +159,7 @@ def agreement(pairs: Sequence[tuple[float, float | None]]) -> dict[str, float | 
 def checked(problem: Problem, k: int, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """Returns the true sine of each sample's basis, beside its bound and its estimate."""
     rows = []
-    for sample in samples:
+    for sample in counted("true sines", samples, unit="sample"):
         problem.set_theta(sample.theta)
         reference = Reference(problem, k)
         rows.append(

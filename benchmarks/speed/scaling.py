@@ -11,6 +11,7 @@ import torch
 import subspace_optim as so
 from benchmarks.data import load
 from benchmarks.models import default_lr, mlp
+from benchmarks.progress import doing
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.products import gradient_seconds
 from benchmarks.speed.timing import timed
@@ -28,6 +29,11 @@ def _mlp(width: int, examples: int, root: str | None, device: str) -> Problem:
 
 def _costs(problem: Problem, k: int) -> dict[str, Any]:
     """Seconds of a gradient, a product, a cold solve and an application, each the best of three."""
+    with doing(f"P = {problem.size:,}, N = {len(problem.x)}, k = {k}"):
+        return _measured(problem, k)
+
+
+def _measured(problem: Problem, k: int) -> dict[str, Any]:
     hessian = problem.hessian()
     vector = torch.randn(problem.size, device=problem.x.device)
     hessian.matvec(vector)

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from benchmarks.progress import doing
+
 T = TypeVar("T")
 
 
@@ -57,9 +59,11 @@ def timed(function: Callable[[], T]) -> tuple[float, T]:
 def in_turn(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Returns the seconds of each function, called in turn ``rounds`` times after a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
-        for name, function in functions.items():
-            duration, _ = timed(function)
-            if turn:
-                seconds[name].append(duration)
+    with doing("in turn", rounds + 1, unit="round") as task:
+        for turn in range(rounds + 1):
+            for name, function in functions.items():
+                task.at(turn + 1, name)
+                duration, _ = timed(function)
+                if turn:
+                    seconds[name].append(duration)
     return seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import subspace_optim as so
+from benchmarks.progress import counted
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.products import gradient_seconds
 from benchmarks.speed.reference import Reference
@@ -39,7 +40,7 @@ def measure(problem: Problem, k: int, rounds: int, start: int, age: int = 50) ->
     sines: dict[str, list[float]] = {name: [] for name in names}
     products: dict[str, int] = {}
     gradients = []
-    for turn in range(rounds + 1):
+    for turn in counted("refreshes", range(rounds + 1), unit="round"):
         gradient = gradient_seconds(problem)
         for name in names:
             subspace = so.DominantSubspace(problem.hessian(), k)

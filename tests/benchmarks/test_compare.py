@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,13 +12,17 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+import torch
 
+from benchmarks import compare
 from benchmarks.compare import main
+from benchmarks.files import alone
 from benchmarks.optimizers import DEFAULT
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--data", "digits", "--steps", "6", "--switch-at", "4", "--warmup-measure", "2"]
-QUICK += ["--measure", "3", "--refresh", "3", "--spectrum", "0"]
+QUICK += ["--measure", "3", "--refresh", "3", "--spectrum", "0", "--tol", "0.1", "--k", "3"]
+FOLDER = "digits-mlp-mse-seed0"
 
 
 def files(folder):
@@ -40,9 +45,9 @@ def test_writes_picture_history_and_summary(tmp_path, capsys):
     phases = [row["phase"] for row in rows]
     assert phases == ["warmup"] * 2 + [name for name in DEFAULT for _ in range(2)]
     assert [row["step"] for row in rows[:4]] == ["0", "2", "4", "7"]
-    assert rows[0]["eigenvalue_20"]
-    assert rows[3]["eigenvalue_10"]
-    assert rows[3]["eigenvalue_11"] == ""  # step 7 asks for no spectrum
+    assert rows[0]["eigenvalue_6"]
+    assert rows[3]["eigenvalue_3"]
+    assert rows[3]["eigenvalue_4"] == ""  # step 7 asks for no spectrum
     image = matplotlib.image.imread(folder / "comparison.png")
     assert image.shape[0] > 500
     assert image[..., :3].std() > 0.05
@@ -85,7 +90,7 @@ def test_what_diverges_is_in_all_files(tmp_path, capsys):
 
 
 def test_the_random_control_takes_all_of_them(tmp_path):
-    quick = [*QUICK[:-4], "--refresh", "auto", "--spectrum", "0", "--control", "random"]
+    quick = [*QUICK, "--refresh", "auto", "--control", "random"]
     assert main([*quick, "--results", str(tmp_path)]) == 0
     summary, _ = files(tmp_path / "digits-mlp-mse-random-seed0")
     assert set(summary["branches"]) == set(DEFAULT)
@@ -100,11 +105,32 @@ def test_claims_are_about_the_papers_optimizers(tmp_path):
     assert summary["branches"]["BulkSGD"]["expected_step_norm"] > 0
 
 
-def test_a_second_run_takes_a_folder_of_its_own(tmp_path):
+def test_a_second_run_takes_a_folder_of_its_own_and_k_is_the_number_of_classes(tmp_path):
     for _ in range(2):
-        assert main([*QUICK, "--optimizers", "SGD", "--results", str(tmp_path)]) == 0
+        assert main([*QUICK[:-2], "--optimizers", "SGD", "--results", str(tmp_path)]) == 0
     names = sorted(folder.name for folder in tmp_path.iterdir())
-    assert names == ["digits-mlp-mse-seed0", "digits-mlp-mse-seed0-2"]
+    assert names == [FOLDER, f"{FOLDER}-2"]
+    summary, rows = files(tmp_path / FOLDER)
+    assert summary["arguments"]["k"] == summary["settings"]["k"] == 10
+    assert rows[0]["eigenvalue_10"]
+
+
+def test_two_that_start_at_once_write_into_folders_of_their_own(tmp_path):
+    options = [*QUICK, "--optimizers", "SGD", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.compare", *options]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == [FOLDER, f"{FOLDER}-2"]
+    for name in (FOLDER, f"{FOLDER}-2"):
+        assert sum(f"{name}/comparison.png" in output for output in outputs) == 1
+        summary, rows = files(tmp_path / name)
+        assert summary["finished"]
+        assert [row["phase"] for row in rows] == ["warmup"] * 2 + ["SGD"] * 2
+        kept = sorted(file.name for file in (tmp_path / name).iterdir())
+        assert kept == ["comparison.png", "history.csv", "summary.json"]  # no lock, no parts
 
 
 def figures(summary):
@@ -134,7 +160,7 @@ def test_nothing_measured_is_lost_to_a_signal(tmp_path, uninterrupted, how):
     command = [sys.executable, "-m", "benchmarks.compare", *options]
     folder = tmp_path / "digits-mlp-mse-seed0"
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while time.monotonic() < deadline:
             path = folder / "history.csv"
             if path.exists() and "DomSGD" in path.read_text():
@@ -181,15 +207,103 @@ def test_bad_options_end_in_one_sentence(tmp_path, capsys, options, message):
     assert "--lr" in options or not any(tmp_path.iterdir())  # nothing has run
 
 
-def test_resuming_with_other_options_is_refused(tmp_path, capsys):
+def interrupted(options, monkeypatch):
+    """Leaves an unfinished run, as Ctrl-C after its first checkpoint does."""
+
+    def call(self, experiment, measured):
+        kept(self, experiment, measured)
+        if measured:
+            raise KeyboardInterrupt
+
+    kept = compare._Recorder.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(compare._Recorder, "__call__", call)
+        assert main(options) == 130
+
+
+def test_resuming_with_other_options_is_refused(tmp_path, monkeypatch, capsys):
     options = [*QUICK, "--results", str(tmp_path)]
-    command = [sys.executable, "-m", "benchmarks.compare", *options, "--steps", "5000"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if (tmp_path / "digits-mlp-mse-seed0" / "checkpoint.pt").exists():
-                break
-            time.sleep(0.02)
-        process.kill()
-    assert main([*options, "--steps", "5000", "--lr", "0.5", "--resume"]) == 2
+    interrupted(options, monkeypatch)
+    assert main([*options, "--lr", "0.5", "--resume"]) == 2
     assert "--lr was 0.01, is 0.5" in capsys.readouterr().err
+
+
+def test_what_another_process_has_in_hand_is_not_resumed(tmp_path, monkeypatch, capsys):
+    options = [*QUICK, "--optimizers", "SGD", "--results", str(tmp_path)]
+    interrupted(options, monkeypatch)
+    before = (tmp_path / FOLDER / "checkpoint.pt").read_bytes()
+    with alone(tmp_path / FOLDER / "lock"):
+        assert main([*options, "--resume"]) == 2
+    assert f"Process {os.getpid()} is at work" in capsys.readouterr().err
+    assert (tmp_path / FOLDER / "checkpoint.pt").read_bytes() == before
+    assert main([*options, "--resume"]) == 0
+
+
+def test_foreign_checkpoints_are_told_in_one_message_and_left_as_they_are(
+    tmp_path, monkeypatch, capsys
+):
+    options = [*QUICK, "--optimizers", "SGD", "--results", str(tmp_path)]
+    interrupted(options, monkeypatch)
+    capsys.readouterr()
+    path = tmp_path / FOLDER / "checkpoint.pt"
+    whole = path.read_bytes()
+    kept = torch.load(path, weights_only=True)
+    state = kept["state"]
+
+    def saved(content):
+        torch.save(content, path)
+        return path.read_bytes()
+
+    foreign = {
+        "cannot be read": [
+            b"",
+            b"\x89PNG\r\n",
+            b'{"arguments": {}, "state": {}}',
+            whole[: len(whole) // 2],
+            whole[:-1],
+            b"x" + whole[1:],
+            pickle.dumps(print),  # would run code, if it were trusted
+        ],
+        "something else": [saved([1, 2]), saved(torch.ones(3)), saved({"state": state})],
+        "its format is": [
+            saved({name: kept[name] for name in ("arguments", "state")}),
+            saved(kept | {"format": "benchmarks.compare, 0"}),
+            saved(kept | {"state": 3}),
+        ],
+        "is no state of this comparison": [
+            saved(kept | {"state": {}}),
+            saved(kept | {"state": state | {"model": {}}}),
+            saved(kept | {"state": state | {"phase": "Muon"}}),
+            saved(kept | {"state": state | {"optimizers": []}}),
+            saved(kept | {"state": state | {"result": {"rows": []}}}),
+            saved(kept | {"state": state | {"subspace": {"k": 2}}}),
+        ],
+    }
+    for reason, contents in foreign.items():
+        for content in contents:
+            path.write_bytes(content)
+            assert main([*options, "--resume"]) == 2
+            error = capsys.readouterr().err
+            assert reason in error
+            assert error.count("\n") == 1
+            assert path.read_bytes() == content
+    path.write_bytes(whole)
+    assert main([*options, "--resume"]) == 0
+
+
+def test_a_log_file_gets_lines_while_it_runs(tmp_path):
+    """A line every 20 ms for every 20 s: the phases end with one, and between them others come."""
+    path = tmp_path / "log"
+    code = (
+        "import sys\n"
+        "from benchmarks import compare, progress\n"
+        "shown = compare.shown\n"
+        "compare.shown = lambda what, console: shown(what, console, 0.02)\n"
+        f"sys.exit(compare.main({[*QUICK, '--optimizers', 'SGD', '--results', str(tmp_path)]}))\n"
+    )
+    with path.open("w") as log:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=log, check=True)
+    lines = [line for line in path.read_text().splitlines() if line.startswith("[")]
+    assert any("compare, 0 s | loading digits" in line for line in lines)
+    assert any("| SGD to the switch, step " in line and "chi" in line for line in lines)
+    assert any("] SGD, step 6 of 6, " in line and "loss" in line for line in lines)

@@ -164,10 +164,14 @@ def same(a, b):
     return a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
 
 
-@pytest.mark.parametrize("stop_after", [1, 6, 7, 8, 12, 17, 30])
-def test_resumed_run_equals_the_uninterrupted_one(stop_after):
+@pytest.fixture(scope="module")
+def whole():
     model, loss_fn, data = small_problem()
-    whole = compare(model, loss_fn, data, settings=SMALL)
+    return compare(model, loss_fn, data, settings=SMALL)
+
+
+@pytest.mark.parametrize("stop_after", [1, 6, 7, 8, 12, 17, 30])
+def test_resumed_run_equals_the_uninterrupted_one(stop_after, whole):
     taken = []
 
     def stop(experiment, measured):

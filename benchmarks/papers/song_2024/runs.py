@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -19,8 +18,10 @@ from benchmarks.experiment import WARMUP, Settings, compare
 from benchmarks.losses import LOSSES, mse
 from benchmarks.models import CNN, Transformer, mlp
 from benchmarks.papers import networks, problems
+from benchmarks.papers.checkpoint import Checkpoint
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import SAVE_EVERY, Row, save, train
+from benchmarks.papers.training import Row, train
+from benchmarks.progress import doing
 
 Columns = dict[str, list[Any]]
 
@@ -109,33 +110,36 @@ def critical_experiment(
     """
     data = dataset(job, model, examples, pool)
     net = network(job, model, data, width)
-    path = None if job.scratch is None else job.scratch / "compare.pt"
-    kept = None
+    checkpoint = Checkpoint(None if job.scratch is None else job.scratch / "compare.pt")
     losses: dict[str, list[float]] = {name: [] for name in optimizers}
-    if path is not None and path.exists():
-        state = torch.load(path, map_location=job.device, weights_only=True)
-        kept, losses = state["experiment"], state["losses"]
-    saved = time.monotonic()
+    kept = checkpoint.read(job.device)
+    if kept is not None:
+        try:
+            kept, losses = kept["experiment"], kept["losses"]
+        except KeyError as error:
+            raise checkpoint.foreign(error) from error
 
-    def after_step(experiment: Any, _: bool) -> None:
-        nonlocal saved
+    def after_step(experiment: Any, measured: bool) -> None:
         if experiment.phase in losses and not experiment.result.finished:
             losses[experiment.phase].append(experiment.loss())
-        if path is not None and time.monotonic() - saved > SAVE_EVERY:
-            save(path, {"experiment": experiment.state_dict(), "losses": losses})
-            saved = time.monotonic()
+        latest = [f"loss {row['loss']:.4g}" for row in experiment.result.rows[-1:]]
+        task.at(experiment.step, ", ".join([f"{experiment.phase} step {experiment.step}", *latest]))
+        checkpoint.keep(
+            lambda: {"experiment": experiment.state_dict(), "losses": losses}, measured=measured
+        )
 
-    result = compare(
-        net,
-        LOSSES[loss],
-        (data.x_train, data.y_train),
-        list(optimizers),
-        settings=Settings(
-            k=data.num_classes, warmup_measure=look, refresh=refresh, seed=job.seed, **settings
-        ),
-        resume_from=kept,
-        on_progress=after_step,
-    )
+    with doing("comparing") as task, checkpoint:
+        result = compare(
+            net,
+            LOSSES[loss],
+            (data.x_train, data.y_train),
+            list(optimizers),
+            settings=Settings(
+                k=data.num_classes, warmup_measure=look, refresh=refresh, seed=job.seed, **settings
+            ),
+            resume_from=kept,
+            on_progress=after_step,
+        )
     if not result.finished:  # an interrupt, which ``compare`` takes for the end
         raise KeyboardInterrupt
     phases = {name: columns(result.of(name), _OF_A_PHASE) for name in (WARMUP, *result.branches)}

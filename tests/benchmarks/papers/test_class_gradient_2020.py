@@ -156,7 +156,7 @@ def test_class_gradients_along_a_training_survive_an_interruption(tmp_path, monk
         return step(self, closure)
 
     job = Job(scratch=tmp_path)
-    monkeypatch.setattr("benchmarks.papers.training.SAVE_EVERY", -1.0)
+    monkeypatch.setattr("benchmarks.papers.checkpoint.SAVE_EVERY", -1.0)
     monkeypatch.setattr(torch.optim.SGD, "step", fails_once)
     with pytest.raises(KeyboardInterrupt):
         runs.measure_class_gradients(job, **size)

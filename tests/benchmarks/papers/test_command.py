@@ -1,6 +1,8 @@
 """The command: what it lists, refuses, runs in processes, takes up again and reports."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from benchmarks.files import alone
 from benchmarks.papers import __main__ as command
 from benchmarks.papers import worker
 from benchmarks.papers.catalogue import PAPERS
@@ -88,32 +92,53 @@ def test_by_default_there_are_the_seeds_that_claims_take(tmp_path):
     assert sorted(tasks) == sorted(growth[:3] + phases)
 
 
-def test_a_second_process_leaves_a_run_to_the_first(tmp_path):
-    with worker.alone_in(tmp_path / "seed-0-1"):
-        with (
-            pytest.raises(SystemExit, match="another process"),
-            worker.alone_in(tmp_path / "seed-0-1"),
-        ):
-            pass
-        with worker.alone_in(tmp_path / "seed-1-1"):
-            pass
-    with worker.alone_in(tmp_path / "seed-0-1"):
-        pass
-
-
-def start(results, *arguments):
-    code = [sys.executable, "-m", "benchmarks.papers", "song_2024", *arguments]
-    code += ["--results", str(results)]
-    return subprocess.Popen(
-        code, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+def test_a_second_command_is_refused_before_it_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command.Queue, "__call__", lambda *_: pytest.fail("it started"))
+    with alone(tmp_path / "lock"):
+        assert command.main(["song_2024", "figure-7", "--results", str(tmp_path)]) == 2
+    assert f"papers: Process {os.getpid()} is at work in {tmp_path} already" in (
+        capsys.readouterr().err
     )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"paper": "song_2024"}', '{"paper": "song_2024", "run', "\udcff", "null"],
+)
+def test_a_foreign_raw_file_is_told_in_one_message_and_not_written_over(text, tmp_path, capsys):
+    path = Results(tmp_path).path("song_2024", "toy", "small", 1)
+    path.parent.mkdir(parents=True)
+    content = text.encode(errors="surrogateescape")
+    path.write_bytes(content)
+    assert command.main(["song_2024", "figure-7", "--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"papers: {path} is no raw file: " in error
+    assert "Remove it, or choose another folder" in error
+    assert error.count("\n") == 1
+    assert path.read_bytes() == content
+
+
+def test_a_run_that_another_process_has_in_hand_is_left_to_it(tmp_path, monkeypatch):
+    """Its command may have been killed, and the run goes on."""
+    arguments = ["worker", "song_2024", "toy", "0", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "measure", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(worker.zlib, "crc32", lambda _: 0xABC)
+    with (
+        alone(tmp_path / "small" / "song_2024" / "toy" / "seed-0-00000abc" / "lock"),
+        pytest.raises(SystemExit, match="is at work in"),
+    ):
+        worker.main()
 
 
 @pytest.mark.slow
-def test_a_figure_is_measured_drawn_judged_and_not_measured_again(tmp_path):
-    process = start(tmp_path, "figure-7", "--seeds", "2", "--jobs", "2")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+def test_a_figure_is_measured_drawn_judged_and_not_measured_again(tmp_path, capfd):
+    """In processes of their own; a second time nothing is left to measure."""
+    arguments = ["song_2024", "figure-7", "--seeds", "2", "--results", str(tmp_path)]
+    assert command.main([*arguments, "--jobs", "2"]) == 0
+    output = capfd.readouterr().out
     assert "2 runs" in output.splitlines()[0]  # the estimate comes first
     assert "song_2024 toy seed 1" in output
     assert "reproduced: toy-sgd: On the toy quadratic the gradient along SGD" in output
@@ -125,13 +150,43 @@ def test_a_figure_is_measured_drawn_judged_and_not_measured_again(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     runs = tmp_path / "small" / "song_2024" / "toy"
     assert sorted(path.name for path in runs.iterdir()) == ["seed-0.json", "seed-1.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["claims.json", "small"]
     first = json.loads((runs / "seed-0.json").read_text())
     before = (runs / "seed-0.json").stat().st_mtime_ns
-    process = start(tmp_path, "figure-7", "--seeds", "2")
-    output, _ = process.communicate(timeout=300)
-    assert "runs" not in output.splitlines()[0]
+    assert command.main(arguments) == 0
+    assert "runs" not in capfd.readouterr().out.splitlines()[0]
     assert (runs / "seed-0.json").stat().st_mtime_ns == before
     assert first["size"]["lr"] == 1e-4
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_runs_and_what_was_measured_stays(tmp_path):
+    code = [sys.executable, "-m", "benchmarks.papers", "song_2024", "figure-4", "figure-7"]
+    code += ["--results", str(tmp_path), "--seeds", "1", "--jobs", "1"]
+    process = subprocess.Popen(
+        code, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    # The toy comes second: the first run is on its way for minutes.
+    run = tmp_path / "small" / "song_2024" / "switching"
+    log = run / "seed-0.log"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if log.exists() and re.search(r"training \S+, step [1-9]", log.read_text()):
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert "goes on from here" in output
+    workers = subprocess.run(
+        ["ps", "-eo", "args"], capture_output=True, text=True, check=True
+    ).stdout
+    assert str(tmp_path) not in workers
+    # No raw file, and what the training had reached.
+    assert not list(run.glob("*.json"))
+    (kept,) = run.glob("seed-0-*/*.pt")
+    assert torch.load(kept, weights_only=True)["step"] >= 1
+    assert not list(run.rglob("*.partial"))
 
 
 @pytest.mark.parametrize(
@@ -152,26 +207,6 @@ def test_what_a_trial_changed_is_decided_by_other_seeds(
     command._show(wanted, results, "small", Console(width=200))
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index(verdict) + 1].endswith(f": {figures}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupt_ends_the_runs_and_what_was_measured_stays(tmp_path, kind):
-    process = start(tmp_path, "figure-4", "figure-7", "--seeds", "1", "--jobs", "1")
-    # The toy comes second: the first run is on its way for minutes.
-    deadline = time.monotonic() + 120
-    log = tmp_path / "small" / "song_2024" / "switching" / "seed-0.log"
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(3)
-    process.send_signal(kind)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "goes on from here" in output
-    workers = subprocess.run(
-        ["ps", "-eo", "args"], capture_output=True, text=True, check=True
-    ).stdout
-    assert str(tmp_path) not in workers
 
 
 def test_a_run_that_fails_is_reported_and_the_others_are_made(tmp_path, capfd, monkeypatch):

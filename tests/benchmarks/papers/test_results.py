@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 import pytest
 
+from benchmarks.files import ForeignFileError
 from benchmarks.papers.reproduction import Claim, Job, Paper, paragraphs
 from benchmarks.papers.results import Results, measure
 from benchmarks.papers.verdicts import verdict
@@ -65,12 +66,30 @@ def test_a_record_of_another_size_does_not_count(results):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"paper": "made_up", "raw'])
-def test_what_is_no_raw_file_is_told_and_left_out(results, text):
+def test_what_is_no_raw_file_is_told(results, text):
     path = results.path("made_up", "flat", "small", 1)
+    path.with_name("seed-0-copy.json").write_text(text)  # is none by its name
+    assert list(results.of(PAPER, "flat", "small")) == [0, 1, 2]
     path.write_text(text)
-    path.with_name("seed-0-copy.json").write_text(text)
-    with pytest.warns(UserWarning, match=re.escape(f"{path} is no raw file")):
-        assert list(results.of(PAPER, "flat", "small")) == [0, 2]
+    with pytest.raises(ForeignFileError, match=re.escape(f"{path} is no raw file")):
+        results.of(PAPER, "flat", "small")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("seed", 2, "it is of"),
+        ("run", "steep", "it is of"),
+        ("raw", [1, 2], "no figures"),
+        ("size", None, "no figures"),
+        ("seconds", "long", "seconds"),
+    ],
+)
+def test_a_record_of_something_else_is_told(results, field, value, reason):
+    path = results.path("made_up", "flat", "small", 1)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ForeignFileError, match=reason):
+        results.of(PAPER, "flat", "small")
 
 
 def test_a_file_is_whole_or_not_there(results, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.data import Dataset
-from benchmarks.papers import problems
+from benchmarks.papers import checkpoint, problems
 from benchmarks.papers.reproduction import Job
 from benchmarks.papers.song_2024 import PAPER, claims, runs
 
@@ -191,19 +192,21 @@ class KilledError(Exception):
 @pytest.mark.parametrize("end", [KilledError, KeyboardInterrupt])
 def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch, end):
     monkeypatch.setattr(problems, "real", made_up)
-    monkeypatch.setattr(runs, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", math.inf)
     run = tiny(PAPER.run("sgd-mlp-mse"))
     whole = run.measure(Job(0), **run.small)
     saved = []
 
-    def save_and_die(path, state):
-        runs_save(path, state)
+    def save_and_die(state, path):
+        torch_save(state, path)
         saved.append(state["experiment"]["step"])
         if len(saved) == 7:
+            pathlib.Path(path).replace(tmp_path / "compare.pt")
             raise end
 
-    runs_save = runs.save
-    monkeypatch.setattr(runs, "save", save_and_die)
+    torch_save = torch.save
+    monkeypatch.setattr(checkpoint.torch, "save", save_and_die)
     job = Job(0, scratch=tmp_path)
     with pytest.raises(end):
         run.measure(job, **run.small)

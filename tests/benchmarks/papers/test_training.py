@@ -118,7 +118,7 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path, monkeypatch, dropout):
-    monkeypatch.setattr("benchmarks.papers.training.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("benchmarks.papers.checkpoint.SAVE_EVERY", 0.0)
 
     def run(scratch, killed_at=None):
         net = network(dropout)
