@@ -24,8 +24,8 @@ from subspace_optim.curvature.operator import CurvatureOperator, State
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.ranks import ranks_of
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.linalg.lanczos import column_blocks, orthonormalise_
 from subspace_optim.linalg.low_rank import LowRankCurvature
+from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
 
 __all__ = [
     "DominantSubspace",
@@ -35,7 +35,6 @@ __all__ = [
     "Subspace",
     "SubspaceStats",
     "basis_of",
-    "check_orthonormal",
     "check_subspace",
     "projector_of",
 ]
@@ -137,7 +136,8 @@ class DominantSubspace:
         refresh: ``"auto"``, or the training steps that a basis serves for. 1, the papers'
             protocol, is a new basis at every step.
         max_angle: the sine up to which ``"auto"`` keeps a basis.
-        tol: relative residual of the eigenpairs of a solve, ``‖Hu − λu‖ ≤ tol · max|λ|``.
+        tol: relative residual of the eigenpairs of a solve: ``‖Hu − λu‖ ≤ tol · max|λ_i|`` over the
+            k pairs, down to the floor of the dtype.
         seed: of the random vectors of solves and probes. With ``refresh=n`` the basis is a
             function of parameters and seed.
 
@@ -534,32 +534,3 @@ class FixedSubspace:
     def update(self) -> EigenBasis:
         """Returns the basis, always the same."""
         return self.basis
-
-
-def check_orthonormal(name: str, rows: Tensor, accuracy: float) -> None:
-    """Checks ``|⟨v_i, v_j⟩ − δ_ij|``, up to what rounding makes of k vectors of P numbers.
-
-    LAPACK's QR in float32 is off by 1300 ε for P = 2,000,000 and k = 5 (measured): k √P ε allows
-    for it.
-
-    Args:
-        name: of the argument.
-        rows: ``(k, P)``.
-        accuracy: ε of what they were computed in.
-
-    Raises:
-        ArgumentError: they are not orthonormal.
-    """
-    k, size = rows.shape
-    gram = torch.zeros(k, k, dtype=torch.float64, device=rows.device)
-    for columns in column_blocks(size):
-        piece = rows[:, columns].double()
-        gram.addmm_(piece, piece.T)
-    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    deviation = float((gram - identity).abs().max())
-    tolerance = min(2 * k * size**0.5 * accuracy, 0.01)
-    if not deviation <= tolerance:  # NaN too
-        found = f"off by {deviation:.3g}"
-        allowed = f"orthonormal rows, up to {tolerance:.3g} in every inner product"
-        remedy = "Their span has such a basis: torch.linalg.qr(vectors.T).Q.T"
-        raise ArgumentError(name, found, allowed, remedy)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import subspace_optim as so
 from subspace_optim._validation import NoGapWarning
-from subspace_optim.linalg.refinement import largest_sine
+from subspace_optim.linalg.rows import largest_sine
 from tests.checkpoints import through_a_file
 from tests.optim.naive import DenseOperator, Quartic, flat, landscape
 

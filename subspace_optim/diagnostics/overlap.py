@@ -12,7 +12,7 @@ from torch import Tensor
 from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
-from subspace_optim.subspace import check_orthonormal
+from subspace_optim.linalg.rows import check_orthonormal
 
 
 def subspace_overlap(a: EigenBasis | Tensor, b: EigenBasis | Tensor) -> Tensor:

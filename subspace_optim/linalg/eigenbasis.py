@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError, check_integer
+from subspace_optim.linalg.products import own_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +18,8 @@ class EigenBasis:
 
     .. math:: P_k v = \sum_{i=1}^k u_i u_i^\top v, \qquad P_k^\perp v = v - P_k v
 
-    (`song_2024`, Definitions 1 and 2). It is a value: nothing changes it after it was made.
+    (`song_2024`, Definitions 1 and 2), in the dtype of the vectors, also inside of
+    ``torch.autocast``. It is a value: nothing changes it after it was made.
 
     Attributes:
         eigenvalues: ``(k,)``, descending.
@@ -75,10 +77,12 @@ class EigenBasis:
         k = check_integer("k", k, minimum=0, maximum=self.k)
         return EigenBasis(self.eigenvalues[:k], self.vectors[:k], self.residuals[:k])
 
+    @own_precision
     def coefficients(self, v: Tensor) -> Tensor:
         """Returns ``⟨u_i, v⟩``: ``(k,)`` for ``v`` of shape ``(P,)``, ``(j, k)`` for ``(j, P)``."""
         return v.to(self.dtype) @ self.vectors.T
 
+    @own_precision
     def project(self, v: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Returns ``P_k v``, the dominant component of ``v``: ``(P,)``, or ``(j, P)`` by rows.
 
@@ -94,6 +98,7 @@ class EigenBasis:
             return torch.mv(self.vectors.T, coefficients, out=out)
         return torch.mm(coefficients, self.vectors, out=out)
 
+    @own_precision
     def project_out(self, v: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Returns ``P_k^⊥ v = v − P_k v``, the bulk component of ``v``: ``(P,)`` or ``(j, P)``.
 

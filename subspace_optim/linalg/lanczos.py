@@ -12,6 +12,10 @@ vectors: no eigenvalue that stands alone or in a pair can be missed. Where two t
 too close to be told apart, there may be a third: then the pairs are accepted only when a fresh
 random vector, taken through enough products to find a missing one, found none. (The second vector
 costs three products where a search after every solve would cost eight.)
+
+A small residual says that an eigenvalue is near, and not that it is one of the top: in a bulk that
+is narrow beside the accuracy every vector has one. So pairs are accepted only when a larger
+eigenvalue would have shown (``start_vectors``).
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from torch import Tensor
 
 from subspace_optim._validation import ConvergenceWarning, NonFiniteError, check_integer
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.products import not_finite, own_precision
+from subspace_optim.linalg.rows import column_blocks, orthonormalise_
+from subspace_optim.linalg.start_vectors import SmallProblem, StartVectors
 
 _START = 2
 """Random vectors that a solve starts from."""
@@ -41,13 +48,17 @@ _LONGEST_SEARCH = 12
 """Products of the final search where what it may find hardly differs from what was found."""
 _HARDLY = 10.0
 """... by this many times the accuracy that was asked for."""
+_OVERLOOKED = 0.05
+"""How likely an eigenvalue above ``θ_k`` by the accuracy that was asked for may be hidden."""
+_BESIDE = 3.0
+"""... or above it by this many times that, where ``θ_k`` stands alone."""
 _SMALL = 256
 """Up to this size, and up to 4k + 12, all rows are kept: they take little memory, and end in exact
 pairs."""
+_ROUNDED = 0.9
+"""A remainder with a part as long as this in the rows that it remains outside of is rounding."""
 _LARGE = 1 << 12
 """From this size on, random vectors are nearly orthogonal to a few rows, and cost time to draw."""
-_COLUMNS = 1 << 16
-"""Columns that are rotated at a time, at most: what bounds the memory of a restart."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +69,15 @@ class EigenSolution:
         basis: the top eigenpairs.
         products: products with the matrix that were used.
         restarts: Rayleigh-Ritz steps, each with the solve's only synchronisation with the host.
-        converged: every residual is at most ``tol · max|λ|``, and no pair is known to be missing.
+        converged: every residual is as small as was asked for, and no pair is known to be missing.
         guard: the pair that comes next, ``(λ_{k+1}, u_{k+1})``, as the solve left it: an eigenvalue
             from below, with its residual. Of no rows if k = P.
         lowest: the smallest eigenvalue, as the solve knows it: from above.
         mean: an estimate of the mean of all eigenvalues, from the random start vectors.
+        asymmetry: ``‖T − Tᵀ‖ / ‖HQᵀ‖`` of the products with the rows ``Q`` that the solve has taken
+            anyway, ``T = Q H Qᵀ``, at its largest: rounding, if the matrix is symmetric. Otherwise
+            it compares with ``‖H − Hᵀ‖ / ‖H‖``, and the pairs are those of no matrix. 0 for
+            a single row.
     """
 
     basis: EigenBasis
@@ -72,12 +87,7 @@ class EigenSolution:
     guard: EigenBasis
     lowest: float
     mean: float
-
-
-def column_blocks(size: int) -> list[slice]:
-    """The columns in blocks that are small beside all of them."""
-    width = min(_COLUMNS, max(1, size // 16))
-    return [slice(start, start + width) for start in range(0, size, width)]
+    asymmetry: float
 
 
 class _KrylovRows:
@@ -135,6 +145,9 @@ class _Lanczos:
         matmat: Callable[[Tensor], Tensor],
         size: int,
         k: int,
+        *,
+        tol: float,
+        accuracy: float,
         max_products: int,
         seed: int,
         dtype: torch.dtype,
@@ -148,6 +161,8 @@ class _Lanczos:
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.epsilon = torch.finfo(dtype).eps
         self.longest = torch.zeros((), dtype=torch.float64, device=device)
+        self.floor = max(50 * self.epsilon, accuracy)
+        self.tol = max(tol, self.floor)
         self.count = 0
         self.multiplied: list[int] = []
         self.pending: list[int] = []
@@ -155,9 +170,12 @@ class _Lanczos:
         self.lost: NDArray[np.float64] = np.zeros((0, 0))
         self.products = 0
         self.restarts = 0
+        self.asymmetry = 0.0
         for _ in range(min(_START, size)):
             self.add_random_row()
         self.spare = self._random()
+        self.starts = StartVectors(size, self.epsilon)
+        self.first = list(self.pending)  # the rows that a solve or restart began with
 
     @property
     def complete(self) -> bool:
@@ -212,14 +230,20 @@ class _Lanczos:
         # Beside the largest product so far: that of a row in the kernel is rounding altogether.
         length = torch.linalg.vector_norm(h, dtype=torch.float64)
         self.longest = torch.maximum(self.longest, length)
+        direction = w.div_(torch.where(norm > 0, norm, 1.0))
+        again = self.rows.coefficients(direction, n)
+        # ... or lies in the rows once more: what rounding has left there.
         broke_down = norm <= 4 * self.epsilon * self.longest
+        broke_down |= torch.linalg.vector_norm(again) > _ROUNDED
         # Another one at each product: the same again would be in the rows already.
         other = self.spare.roll(self.products) if self.size >= _LARGE else self._random()
-        direction = torch.where(broke_down, other, w.div_(norm))
+        direction = torch.where(broke_down, other, direction)
+        again = torch.where(broke_down, self.rows.coefficients(other, n), again)
         norm = torch.where(broke_down, 0.0, norm)
         # Twice is enough (Giraud et al. 2005), but for random vectors of few dimensions.
-        for _ in range(1 if self.size >= _LARGE else 2):
-            again = self.rows.coefficients(direction, n)
+        for repeated in (False,) if self.size >= _LARGE else (False, True):
+            if repeated:
+                again = self.rows.coefficients(direction, n)
             self.rows.subtract_(direction, again)
             self.projected[:n, j] += norm * again
             length = torch.linalg.vector_norm(direction)
@@ -256,16 +280,15 @@ class _Lanczos:
         """
         projected = self.projected.to("cpu", torch.float64).numpy()
         if not np.isfinite(projected).all():
-            message = (
-                f"A product with the matrix is not finite (within {self.products} products). "
-                "Lower the learning rate, or look for NaN in the parameters and the data."
-            )
-            raise NonFiniteError(message)
+            raise NonFiniteError(not_finite(self.products))
         if self.restarts == 0:  # zᵀHz of random unit vectors has the mean tr H / P
             self.mean = float(np.diagonal(projected)[:_START].mean())
-        # In the order of the products the upper triangle is complete: a later row is in no
-        # earlier product but as a remainder.
-        upper = np.triu(projected[np.ix_(self.multiplied, self.multiplied)])
+        # Every product was expanded in all rows of its time, and a later row is in it as its
+        # remainder, or not at all: both triangles are known. The upper one is the measured one.
+        square = projected[np.ix_(self.multiplied, self.multiplied)]
+        if length := np.linalg.norm(projected[:, self.multiplied]):
+            self.asymmetry = max(self.asymmetry, float(np.linalg.norm(square - square.T) / length))
+        upper = np.triu(square)
         values, ritz = np.linalg.eigh(upper + np.triu(upper, 1).T)
         self.values, self.ritz = values[::-1].copy(), ritz[:, ::-1].copy()
         self.coupling = projected[np.ix_(self.pending, self.multiplied)] @ self.ritz
@@ -279,6 +302,17 @@ class _Lanczos:
         return float(max(abs(self.values[0]), abs(self.values[-1])))
 
     @property
+    def measure(self) -> float:
+        """What ``tol`` is relative to: ``max|λ|`` of the wanted pairs; the floor, of all."""
+        wanted = float(np.abs(self.values[: self.k]).max())
+        return max(wanted, self.floor / self.tol * self.scale)
+
+    @property
+    def accuracy(self) -> float:
+        """The residual that was asked for."""
+        return self.tol * self.measure
+
+    @property
     def residuals(self) -> NDArray[np.float64]:
         """``‖Hv − θv‖`` of the top k Ritz pairs; an upper bound where a direction was lost."""
         return self._residuals(self.k)
@@ -288,13 +322,13 @@ class _Lanczos:
         gone: NDArray[np.float64] = np.abs(self.lost @ self.ritz[:, :n]).sum(axis=0)
         return held + gone
 
-    def converged(self, tol: float, max_angle: float | None) -> bool:
-        """Every residual is at most ``tol · max|λ|``, and the angle at most ``max_angle``.
+    def converged(self, max_angle: float | None) -> bool:
+        """No residual is above ``accuracy``, no angle above ``max_angle``, and no pair hidden.
 
-        Where the accuracy of ``tol`` cannot tell ``λ_k`` from ``λ_{k+1}`` no angle is defined.
+        Where the accuracy cannot tell ``λ_k`` from ``λ_{k+1}`` no angle is defined.
         """
-        residuals, accuracy = self.residuals, tol * self.scale
-        if residuals.max() > accuracy:
+        residuals, accuracy = self.residuals, self.accuracy
+        if residuals.max() > accuracy or not self.shown:
             return False
         if max_angle is None or self.size == self.k:
             return True
@@ -305,6 +339,30 @@ class _Lanczos:
             return True
         resolved = self._residuals(self.k + 1)[-1] <= _RESOLVED * gaps[-1]
         return bool(resolved and np.linalg.norm(residuals / gaps) <= max_angle)
+
+    @property
+    def shown(self) -> bool:
+        """A larger eigenvalue that is not among the top k would have shown.
+
+        A residual tells that an eigenvalue is near, not which: where the bulk is narrow beside
+        the accuracy, any blend of it has converged before the first outlier is to be seen.
+        """
+        if self.complete or self.scale == 0:
+            return True
+        last, step = float(self.values[self.k - 1]), self.accuracy
+        if len(self.values) > self.k:
+            # What stands alone by more than that has been lifted out of the bulk from as little as
+            # what may be hidden, and tells of the same heights.
+            step = max(step, min(last - float(self.values[self.k]), _BESIDE * step))
+        hidden = self.starts.overlooked(self._small_problem(), last + step, self.accuracy)
+        return hidden <= _OVERLOOKED
+
+    def _small_problem(self) -> SmallProblem:
+        m, rows = len(self.multiplied), self.multiplied + self.pending
+        known = np.zeros((len(rows), m + len(self.pending)))
+        known[:m, :m], known[m:, m:] = self.ritz, np.eye(len(self.pending))
+        first = known[[rows.index(j) for j in self.first]]
+        return SmallProblem(self.values, first, self.coupling)
 
     @property
     def crowded(self) -> NDArray[np.float64]:
@@ -330,33 +388,43 @@ class _Lanczos:
         stay = max(1, min(useful, self.max_rows - steps - self.k))
         keep = min(self.max_rows - steps - stay, (self.k + self.max_rows) // 2)
         keep = max(self.k, min(keep, len(self.multiplied)))
+        kept = self._kept(keep)
         ranked = np.argsort(-strength, kind="stable")
         staying, leaving = np.sort(ranked[:stay]), ranked[stay:]
+        self.starts.restarts.append((self._small_problem(), staying))
         rotation = np.zeros((keep + stay, self.count))
-        rotation[:keep, self.multiplied] = self.ritz[:, :keep].T
+        rotation[:keep, self.multiplied] = self.ritz[:, kept].T
         rotation[keep + np.arange(stay), np.array(self.pending)[staying]] = 1.0
         self.rows.rotate_(rotation)
         arrow = np.zeros((self.max_rows, self.max_rows))
-        arrow[range(keep), range(keep)] = self.values[:keep]
-        arrow[keep : keep + stay, :keep] = self.coupling[staying, :keep]
+        arrow[range(keep), range(keep)] = self.values[kept]
+        arrow[keep : keep + stay, :keep] = self.coupling[np.ix_(staying, kept)]
         self.projected.copy_(torch.from_numpy(arrow))
-        lost = np.concatenate([self.lost @ self.ritz[:, :keep], self.coupling[leaving, :keep]])
+        lost = np.concatenate([self.lost @ self.ritz, self.coupling[leaving]])[:, kept]
         self.lost = lost[np.abs(lost).max(axis=1) > self.epsilon * self.scale]
         self.multiplied = list(range(keep))
         self.pending = list(range(keep, keep + stay))
+        self.first = list(self.pending)
         self.count = keep + stay
 
-    def search(self, accuracy: float) -> float:
-        """Looks for a direction that the rows have missed, from a fresh random vector.
+    def _kept(self, count: int) -> NDArray[np.intp]:
+        """Which Ritz vectors stay: the top, and of a negative end that is larger half as many.
 
-        Args:
-            accuracy: ``tol · max|λ|``.
+        Without these each restart would have to find that end again before it sees the top.
+        """
+        larger = int((self.values < -np.abs(self.values[: self.k]).max()).sum())
+        ends = min(larger, (count - self.k + 1) // 2)
+        order = np.arange(len(self.values))
+        return np.concatenate([order[: count - ends], order[len(order) - ends :]])
+
+    def search(self) -> float:
+        """Looks for a direction that the rows have missed, from a fresh random vector.
 
         Returns:
             By how much the sum of the top k Ritz values grew (Ky Fan: it never falls).
         """
         top = float(self.values[: self.k].sum())
-        steps = self._search_length(accuracy)
+        steps = self._search_length()
         # A direction that rounding has begun to bring in hides in the pending rows: multiply them.
         # Behind an invariant subspace they were random rows, and what remains of their products is
         # the direction, to which a fresh row would be orthogonal: multiply that too.
@@ -377,25 +445,28 @@ class _Lanczos:
         self.rayleigh_ritz()
         return float(self.values[: self.k].sum()) - top
 
-    def _search_length(self, accuracy: float) -> int:
+    def _search_length(self) -> int:
         """How many products the search needs.
 
         The rows hold all that was found, so that a direction which is missing stands beside the
-        rest of the spectrum, below ``θ_{k+1}``. It is at least as high as the lowest value that
-        may hide one. A Chebyshev polynomial that is bounded by 1 on the rest grows like
-        ``exp(degree · acosh x)/2`` there. It must lift the missing eigenvector above the rest from
-        the overlap of about ``1/√P`` that a random vector has with it; an overlap that is
-        ``_MISS_PROBABILITY`` times as large is less likely than that.
+        rest of the spectrum: below ``θ_{k+1}``, and above what was found of the negative end. It
+        is at least as high as the lowest value that may hide one. A Chebyshev polynomial that is
+        bounded by 1 on the rest grows like ``exp(degree · acosh x)/2`` there. It must lift the
+        missing eigenvector above the rest from the overlap of about ``1/√P`` that a random vector
+        has with it; an overlap that is ``_MISS_PROBABILITY`` times as large is less likely than
+        that.
         """
         if len(self.values) <= self.k or self.scale == 0:
             return _LONGEST_SEARCH
-        hidden, below, lowest = self.crowded[-1], self.values[self.k], self.values[-1]
+        hidden, below = self.crowded[-1], self.values[self.k]
+        open_ = self.values[self.k :][self._residuals(len(self.values))[self.k :] > self.accuracy]
+        lowest = min(open_, default=below)
         spread = max(below - lowest, self.epsilon * self.scale)
         height = max(hidden - below, self.epsilon * self.scale)
         growth = math.acosh(1 + 2 * height / spread)
         degree = math.log(2 * math.sqrt(self.size) / _MISS_PROBABILITY) / growth
         length = max(2, math.ceil(degree) + 1)
-        return length if height > _HARDLY * accuracy else min(length, _LONGEST_SEARCH)
+        return length if height > _HARDLY * self.accuracy else min(length, _LONGEST_SEARCH)
 
     def pairs(self) -> tuple[EigenBasis, EigenBasis]:
         """Returns the top k Ritz pairs, and the next one as the guard. The rows are used up."""
@@ -414,20 +485,7 @@ class _Lanczos:
         )
 
 
-def orthonormalise_(vectors: Tensor) -> None:
-    """Makes nearly orthonormal rows orthonormal: one Cholesky step, its k×k part in float64."""
-    pieces = column_blocks(vectors.shape[1])
-    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
-    for columns in pieces:
-        piece = vectors[:, columns].double()
-        gram += piece @ piece.T
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(vectors.dtype)
-    for columns in pieces:
-        vectors[:, columns] = inverse @ vectors[:, columns]
-
-
+@own_precision
 def top_eigenpairs(
     matmat: Callable[[Tensor], Tensor],
     size: int,
@@ -445,9 +503,14 @@ def top_eigenpairs(
 
     Each pair satisfies
 
-    .. math:: \|Hv - \lambda v\| \le \text{tol} \cdot \max|\lambda|
+    .. math:: \|Hv - \lambda v\| \le \max\big(\text{tol} \cdot \max_{i \le k} |\lambda_i|, \;
+              \text{floor} \cdot \max|\lambda|\big)
 
-    where the maximum is over the spectrum of ``H``. Repeated eigenvalues come with their
+    where the first maximum is over the pairs that are returned, and the second over the spectrum of
+    ``H``: it matters where the wanted eigenvalues are tiny beside the lowest. And they are the top:
+    a solve ends when an eigenvalue that exceeds the last of them by the right-hand side would have
+    shown but with a probability of 5 % at most, over the random start vectors; by several times
+    that, of next to nothing. Repeated eigenvalues come with their
     multiplicity, and negative, indefinite, zero and rank-deficient matrices are no exceptions.
 
     Memory: at most ``2k + 6`` vectors (all P where P is at most 256 or 4k + 12), and five beside
@@ -456,8 +519,7 @@ def top_eigenpairs(
 
     A third or later copy of an eigenvalue is searched for until overlooking it is less likely
     than 1 %, where there is a gap below ``λ_k``. Without one, what may be overlooked differs from
-    the pair that was found in its place by no more than a few ``tol``. (Where the negative end of
-    the spectrum is many times as large as ``λ_k``, restarts can make it likelier.)
+    the pair that was found in its place by no more than a few ``tol``.
 
     A ``k`` that is not from 1 to P raises ``ArgumentError``, a product that is NaN or infinite
     ``NonFiniteError``.
@@ -467,7 +529,7 @@ def top_eigenpairs(
             nothing of its argument.
         size: P.
         k: how many pairs, from 1 to P.
-        tol: the relative residual. Below the floor (50 times the epsilon of the dtype, and
+        tol: the relative residual. Below the floor (50 times the epsilon of the dtype, or
             ``accuracy``) the floor holds, with a warning.
         max_angle: if given, the solve also goes on until ``√Σ(‖r_i‖ / (λ_i − λ_{k+1}))²``, which
             bounds the sine of the largest angle to the true subspace, is no more than this, and
@@ -488,37 +550,51 @@ def top_eigenpairs(
     check_integer("k", k, minimum=1, maximum=size, remedy=f"The matrix has {size} rows.")
     if max_products is None:
         max_products = 200 + 20 * k
-    floor = max(50 * torch.finfo(dtype).eps, accuracy)
-    target = max(tol, floor)
+    solver = _Lanczos(
+        matmat,
+        size,
+        k,
+        tol=tol,
+        accuracy=accuracy,
+        max_products=max_products,
+        seed=seed,
+        dtype=dtype,
+        device=torch.device(device),
+    )
     cycle = max(2, k // 4)
-
-    solver = _Lanczos(matmat, size, k, max_products, seed, dtype, torch.device(device))
     solver.extend(k + cycle)
-    while not (accurate := solver.converged(target, max_angle)) or not solver.complete:
+    while not (accurate := solver.converged(max_angle)) or not solver.complete:
         if accurate and not solver.exhausted:
             if not len(solver.crowded):
                 break
-            grown = solver.search(target * solver.scale)
-            accurate = solver.converged(target, max_angle) and not solver.exhausted
-            if accurate and grown <= target * solver.scale:
+            grown, noticed = solver.search(), solver.accuracy
+            accurate = solver.converged(max_angle) and not solver.exhausted
+            if accurate and grown <= noticed:
                 break
         if solver.exhausted:
             accurate = solver.complete
             break
         solver.extend(cycle)
 
-    reached = float(solver.residuals.max() / solver.scale) if solver.scale else 0.0
-    converged = accurate and tol >= floor
+    converged = accurate and tol >= solver.floor
     if not converged:
+        reached = float(solver.residuals.max() / solver.measure) if solver.measure else 0.0
         reason = (
-            f"tol={tol:g} is below the floor {floor:.1e} of {dtype} products"
+            f"tol={tol:g} is below the floor {solver.floor:.1e} of {dtype} products"
             if accurate
             else f"max_products={max_products} was reached before tol={tol:g}"
         )
         message = f"Eigensolve: {reason}; the relative residual is {reached:.1e}."
-        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)  # past the wrapper
     lowest = float(solver.values[-1])
     basis, guard = solver.pairs()
     return EigenSolution(
-        basis, solver.products, solver.restarts, converged, guard, lowest, solver.mean
+        basis,
+        solver.products,
+        solver.restarts,
+        converged,
+        guard,
+        lowest,
+        solver.mean,
+        solver.asymmetry,
     )

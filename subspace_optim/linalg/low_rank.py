@@ -10,7 +10,8 @@ from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.linalg.lanczos import column_blocks, orthonormalise_
+from subspace_optim.linalg.products import own_precision
+from subspace_optim.linalg.rows import column_blocks, exact_gram, orthonormalise_
 
 _GRAM_DIGITS = 4 * torch.finfo(torch.float64).eps
 """The relative error, for each row, of an eigenvalue of a Gram matrix in float64."""
@@ -71,10 +72,12 @@ class LowRankCurvature:
         there = torch.linalg.vector_norm(self.vectors, dim=1) > 0
         return float(torch.where(there, self.eigenvalues, 0.0).max()) if self.k else 0.0
 
+    @own_precision
     def coefficients(self, v: Tensor) -> Tensor:
         """Returns ``⟨v_k, v⟩``: ``(C,)`` for ``v`` of shape ``(P,)``, ``(j, C)`` for ``(j, P)``."""
         return v.to(self.dtype) @ self.vectors.T
 
+    @own_precision
     def orthogonalised(self) -> EigenBasis:
         r"""Returns the eigenpairs of ``H`` that do not vanish, by its C×C Gram problem.
 
@@ -94,12 +97,7 @@ class LowRankCurvature:
             ArgumentError: a ``λ_k`` is negative, or something is not finite.
         """
         weights = self.eigenvalues.double()
-        gram = torch.zeros(self.k, self.k, dtype=torch.float64, device=self.device)
-        pieces = column_blocks(self.size)
-        for columns in pieces:
-            rows = self.vectors[:, columns].double()
-            gram.addmm_(rows, rows.T)
-        gram, roots = gram.cpu(), weights.sqrt().cpu()
+        gram, roots = exact_gram(self.vectors).cpu(), weights.sqrt().cpu()
         if not (gram.isfinite().all() and roots.isfinite().all()):
             found = self.eigenvalues.tolist()
             raise ArgumentError("eigenvalues", found, "at least 0 and finite, as the vectors")
@@ -110,7 +108,7 @@ class LowRankCurvature:
         values, combinations = values[kept], combinations[kept]
         combinations = (combinations * roots / values.sqrt()[:, None]).to(self.device)
         vectors = self.vectors.new_empty(len(values), self.size)
-        for columns in pieces:
+        for columns in column_blocks(self.size):
             vectors[:, columns] = (combinations @ self.vectors[:, columns].double()).to(self.dtype)
         # Rounding of the Gram matrix makes rows that are not orthogonal by this much.
         if len(vectors) and self.k * _GRAM_DIGITS * values[0] > values[-1] * epsilon:

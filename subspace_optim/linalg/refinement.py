@@ -24,7 +24,8 @@ from torch import Tensor
 
 from subspace_optim._validation import NonFiniteError
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.linalg.lanczos import column_blocks, orthonormalise_
+from subspace_optim.linalg.products import not_finite, own_precision
+from subspace_optim.linalg.rows import column_blocks, gram, largest_sine, orthonormalise_
 
 FAILURE_PROBABILITY = 0.05
 """How likely the bound of a probe is to be too small."""
@@ -143,6 +144,7 @@ def vectors_needed(k: int, unevenness: float) -> int:
     return k
 
 
+@own_precision
 def probe(
     matmat: Callable[[Tensor], Tensor],
     basis: EigenBasis,
@@ -195,10 +197,10 @@ def probe(
     products = matmat(torch.cat([rows, guard.vectors]) if guarded else rows)
     quotients = torch.linalg.vecdot(rows, products[:vectors]).double().cpu()
     basis.project_out(products, out=products)
-    gram = _gram(products[:vectors], products[:vectors]).cpu().numpy()
-    found = math.sqrt(np.trace(gram))
+    overlaps = gram(products[:vectors], products[:vectors]).cpu().numpy()
+    found = math.sqrt(np.trace(overlaps))
     if not math.isfinite(found):
-        raise NonFiniteError(_NOT_FINITE)
+        raise NonFiniteError(not_finite())
     if guarded:
         shift = _shift(values, mean, lowest, float(guard.eigenvalues), basis.size)
         guard = _power_step(guard.vectors[0], products[-1], shift)
@@ -211,7 +213,7 @@ def probe(
     found /= min(1.0, shrunk)
     bound = found / math.sqrt(least_overlap(k, vectors, FAILURE_PROBABILITY))
     ageing = math.sqrt(k / vectors) * found
-    return Probe(ageing, min(1.0, bound), guard, shrunk, _unevenness(gram, k))
+    return Probe(ageing, min(1.0, bound), guard, shrunk, _unevenness(overlaps, k))
 
 
 def _power_step(vector: Tensor, product: Tensor, shift: float) -> EigenBasis:
@@ -223,7 +225,7 @@ def _power_step(vector: Tensor, product: Tensor, shift: float) -> EigenBasis:
     value = vector @ product
     residual = torch.linalg.vector_norm(product - value * vector)
     if not torch.isfinite(torch.stack([value, residual])).all():
-        raise NonFiniteError(_NOT_FINITE)
+        raise NonFiniteError(not_finite())
     moved = product.sub(vector, alpha=shift)
     size = torch.linalg.vector_norm(moved)
     return EigenBasis(
@@ -231,6 +233,7 @@ def _power_step(vector: Tensor, product: Tensor, shift: float) -> EigenBasis:
     )
 
 
+@own_precision
 def refine(
     matmat: Callable[[Tensor], Tensor],
     basis: EigenBasis,
@@ -268,9 +271,9 @@ def refine(
     """
     k, rows = basis.k, torch.cat([basis.vectors, guard.vectors])
     products = matmat(rows)
-    projected = _gram(rows, products).cpu().numpy()
+    projected = gram(rows, products).cpu().numpy()
     if not np.isfinite(projected).all():
-        raise NonFiniteError(_NOT_FINITE)
+        raise NonFiniteError(not_finite())
     values, ritz = np.linalg.eigh((projected + projected.T) / 2)
     values, ritz = values[::-1].copy(), ritz[:, ::-1].copy()
     below = float(values[k]) if len(values) > k else -math.inf
@@ -303,26 +306,7 @@ def refine(
     )
 
 
-def largest_sine(first: Tensor, second: Tensor) -> float:
-    """Returns the sine of the largest angle between the spans of orthonormal rows.
-
-    From the part of ``first`` outside ``second``: small sines are as accurate as large ones.
-    """
-    overlaps = _gram(first, second).to(first)
-    outside = torch.zeros(len(first), len(first), dtype=torch.float64, device=first.device)
-    for columns in column_blocks(first.shape[1]):
-        part = first[:, columns] - overlaps @ second[:, columns]
-        outside += part @ part.T
-    return min(1.0, math.sqrt(max(0.0, float(torch.linalg.eigvalsh(outside)[-1]))))
-
-
 _SCATTER = 0.25
-_NOT_FINITE = (
-    "A product with the matrix is not finite. Lower the learning rate, or look for NaN in the "
-    "parameters and the data."
-)
-
-
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -336,14 +320,6 @@ def _shift(top: NDArray[np.float64], mean: float, lowest: float, below: float, s
         return float(top[-1]) - 1.0  # no bulk: nothing depends on it
     bulk = (mean * size - float(top.sum())) / others
     return min(bulk, below, (float(top[-1]) + min(lowest, below)) / 2)
-
-
-def _gram(first: Tensor, second: Tensor) -> Tensor:
-    """Returns the inner products of the rows, in float64 from blocks of columns."""
-    gram = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
-    for columns in column_blocks(first.shape[1]):
-        gram += first[:, columns] @ second[:, columns].T
-    return gram
 
 
 def _correct_(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError, NonFiniteError, check_integer, check_number
+from subspace_optim.linalg.products import not_finite, own_precision
 
 _ROUNDING = 4.0
 """A coupling of less than this many epsilons of the matrix is no more than rounding."""
@@ -163,6 +164,7 @@ class SpectralDensity:
         value, error = self._over_probes(lambda nodes, weights: nodes**p @ weights)
         return Estimate(float(value), float(error), self.products)
 
+    @own_precision
     def _over_probes(self, quadrature: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Returns the mean of a quadrature over the probes, and its standard error."""
         values = torch.stack([quadrature(*p) for p in zip(self.nodes, self.weights, strict=True)])
@@ -182,6 +184,7 @@ def _on_host(x: Tensor) -> Tensor:
 # --- stochastic Lanczos quadrature ---------------------------------------------------------------
 
 
+@own_precision
 def lanczos_quadrature(
     matvec: Callable[[Tensor], Tensor],
     size: int,
@@ -229,7 +232,7 @@ def lanczos_quadrature(
         start.div_(torch.linalg.vector_norm(start))
         diagonal, beside = _tridiagonal(matvec, start, steps)
         if not (diagonal.isfinite().all() and beside.isfinite().all()):
-            raise NonFiniteError(_not_finite((i + 1) * steps))
+            raise NonFiniteError(not_finite((i + 1) * steps))
         nodes[i], weights[i] = _quadrature(diagonal, beside, torch.finfo(dtype).eps)
     return SpectralDensity(nodes, weights, size, probes * steps)
 
@@ -277,6 +280,7 @@ def _quadrature(diagonal: Tensor, beside: Tensor, epsilon: float) -> tuple[Tenso
 # --- the trace -----------------------------------------------------------------------------------
 
 
+@own_precision
 def hutch_plus_plus(
     matmat: Callable[[Tensor], Tensor],
     size: int,
@@ -334,7 +338,7 @@ def hutch_plus_plus(
         estimate = _sketched(matmat, size, products, seed, dtype, device)
     value, error = torch.stack(estimate).tolist()
     if not (math.isfinite(value) and math.isfinite(error)):
-        raise NonFiniteError(_not_finite(products))
+        raise NonFiniteError(not_finite(products))
     return Estimate(value, error, products)
 
 
@@ -394,10 +398,3 @@ def _sketched(
 
 def _blocks(count: int) -> list[int]:
     return [min(_ROWS, count - start) for start in range(0, count, _ROWS)]
-
-
-def _not_finite(products: int) -> str:
-    return (
-        f"A product with the matrix is not finite (within {products} products). "
-        "Lower the learning rate, or look for NaN in the parameters and the data."
-    )

@@ -16,13 +16,13 @@ from subspace_optim.linalg.refinement import (
     FAILURE_PROBABILITY,
     Probe,
     Refinement,
-    largest_sine,
     least_overlap,
     probe,
     refine,
     total_ageing,
     vectors_needed,
 )
+from subspace_optim.linalg.rows import largest_sine
 from tests.dense import symmetric
 
 SIZE, K = 80, 4

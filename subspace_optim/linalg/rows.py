@@ -1,0 +1,98 @@
+"""The arithmetic of tall bases: k orthonormal rows of P numbers, k small and P large.
+
+What is k×k is computed in float64. What is k×P is taken some columns at a time, so that nothing
+allocates as much as another vector.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from subspace_optim._validation import ArgumentError
+from subspace_optim.linalg.products import own_precision
+
+_COLUMNS = 1 << 16
+"""Columns that are taken at a time, at most."""
+
+
+def column_blocks(size: int) -> list[slice]:
+    """The columns in blocks that are small beside all of them."""
+    width = min(_COLUMNS, max(1, size // 16))
+    return [slice(start, start + width) for start in range(0, size, width)]
+
+
+@own_precision
+def gram(first: Tensor, second: Tensor) -> Tensor:
+    """Returns the inner products of the rows, summed up in float64 from blocks of columns."""
+    result = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
+    for columns in column_blocks(first.shape[1]):
+        result += first[:, columns] @ second[:, columns].T
+    return result
+
+
+@own_precision
+def exact_gram(rows: Tensor) -> Tensor:
+    """Returns the inner products of the rows with each other, all in float64."""
+    result = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for columns in column_blocks(rows.shape[1]):
+        piece = rows[:, columns].double()
+        result.addmm_(piece, piece.T)
+    return result
+
+
+@own_precision
+def orthonormalise_(rows: Tensor) -> None:
+    """Makes nearly orthonormal rows orthonormal: one Cholesky step, its k×k part in float64."""
+    factor, _ = torch.linalg.cholesky_ex(exact_gram(rows))
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(rows.dtype)
+    for columns in column_blocks(rows.shape[1]):
+        rows[:, columns] = inverse @ rows[:, columns]
+
+
+@own_precision
+def largest_sine(first: Tensor, second: Tensor) -> float:
+    """Returns the sine of the largest angle between the spans of orthonormal rows.
+
+    From the part of ``first`` outside ``second``: small sines are as accurate as large ones.
+    """
+    overlaps = gram(first, second).to(first)
+    outside = torch.zeros(len(first), len(first), dtype=torch.float64, device=first.device)
+    for columns in column_blocks(first.shape[1]):
+        part = first[:, columns] - overlaps @ second[:, columns]
+        outside += part @ part.T
+    return min(1.0, math.sqrt(max(0.0, float(torch.linalg.eigvalsh(outside)[-1]))))
+
+
+def check_orthonormal(name: str, rows: Tensor, accuracy: float) -> None:
+    r"""Checks that rows are orthonormal, as exactly as rounding lets anybody make them.
+
+    .. math:: |\langle v_i, v_j \rangle - \delta_{ij}| \le
+              \varepsilon \left( k\, (32 + 2 \sqrt{P}) + P/16 \right), \quad\text{or}\quad 0.01
+
+    A row over its norm is off by as much as the sum of P squares is: at most ``P ε/16`` where it
+    runs in eight lanes or more, nearly reached where all entries are equal (0.034 P ε measured in
+    float32, for P up to 100,000). A Householder QR rounds each row k times, at random: 1600 ε for
+    k = 5 and P = 2,000,000, a ninth of the second term. The 32 are the few operations on each entry
+    where P is small.
+
+    Args:
+        name: of the argument.
+        rows: ``(k, P)``.
+        accuracy: ε of what they were computed in.
+
+    Raises:
+        ArgumentError: they are not orthonormal.
+    """
+    k, size = rows.shape
+    identity = torch.eye(k, dtype=torch.float64, device=rows.device)
+    off = float((exact_gram(rows) - identity).abs().max())
+    tolerance = min(accuracy * (k * (32 + 2 * math.sqrt(size)) + size / 16), 0.01)
+    if not off <= tolerance:  # NaN too
+        found = f"off by {off:.3g}"
+        allowed = f"orthonormal rows, up to {tolerance:.3g} in every inner product"
+        remedy = "Their span has such a basis: torch.linalg.qr(vectors.T).Q.T"
+        raise ArgumentError(name, found, allowed, remedy)
