@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from subspace_optim._validation import ArgumentError, NoGapWarning
+from subspace_optim._validation import ArgumentError, InconsistentDerivativeError, NoGapWarning
 from subspace_optim.curvature.checkpoints import SavedState, checksum
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.linalg.eigenbasis import EigenBasis
@@ -31,6 +31,8 @@ _SCATTER = 1.25
 """The part of it that stands for probes alone."""
 _ROOM = 0.8
 """A basis that a probe finds this near to ``max_angle`` is refreshed at once."""
+_ASYMMETRIC = 1e-2
+"""The asymmetry of products that rounding does not explain: at most 1e-5 in sound matrices."""
 _REFINABLE = 0.5
 """The sine above which a cold solve costs no more than refinements."""
 _SHRUNK = 0.5
@@ -229,12 +231,31 @@ class AgeingBasis:
             device=operator.device,
             accuracy=operator.accuracy,
         )
+        self._check_symmetry(solution.asymmetry)
         self.stats.cold += 1
         self._lowest, self._mean = solution.lowest, solution.mean
         self._settle(solution.basis, solution.guard)
         if self.max_angle is not None and not self.gapless:
             ageing = total_ageing(solution.basis, solution.guard)
             self._certify(ageing, bound=ageing)
+
+    def _check_symmetry(self, asymmetry: float) -> None:
+        """Looks at what the products of a solve tell for nothing: whether the matrix is symmetric.
+
+        Raises:
+            InconsistentDerivativeError: it is not, by far more than its products are rounded.
+        """
+        operator = self.operator
+        exact = operator.accuracy <= torch.finfo(operator.dtype).eps
+        if exact and asymmetry > _ASYMMETRIC:
+            message = (
+                f"The matrix is not symmetric: ⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {asymmetry:.2g} of "
+                "its products, so it is no Hessian. Some part of the model has a wrong second "
+                "derivative, or a gradient that is not that of a function, such as gradient "
+                "reversal. hessian.check() tells more; FiniteDifferenceHessian needs gradients "
+                "only."
+            )
+            raise InconsistentDerivativeError(message)
 
     def refine(self, *, verify: bool = False) -> None:
         """Refines the basis that is there by one step of subspace iteration.

@@ -22,7 +22,6 @@ from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.curvature.objective import unwrapped
 from subspace_optim.curvature.operator import CurvatureOperator, State
 from subspace_optim.curvature.parameters import ParameterSpace
-from subspace_optim.curvature.ranks import ranks_of
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
 from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
@@ -166,7 +165,7 @@ class DominantSubspace:
         if not isinstance(operator, CurvatureOperator):
             kind = type(operator).__name__
             raise ArgumentError("operator", kind, "a CurvatureOperator such as HessianOperator")
-        self._ranks = ranks_of(operator)
+        self._ranks = operator.ranks
         with self._ranks.all_or_none():
             remedy = f"The operator has {operator.size} parameters."
             self.k = check_integer("k", k, minimum=1, maximum=operator.size, remedy=remedy)

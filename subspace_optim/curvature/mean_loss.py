@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from subspace_optim._progress import Progress
 from subspace_optim._validation import ArgumentError, DataChangedError, NonFiniteError
 from subspace_optim.curvature.batches import Batches, Supervised
 from subspace_optim.curvature.evaluation import (
@@ -82,7 +83,7 @@ class MeanLossOperator(CurvatureOperator):
         verify: bool = True,
     ) -> None:
         self._ranks = Ranks(process_group)
-        with self._ranks.all_or_none():
+        with self.ranks.all_or_none():
             if not callable(loss_fn) and not isinstance(loss_fn, OfBatch):
                 raise ArgumentError("loss_fn", loss_fn, "callable as loss_fn(output, target)")
             if not isinstance(model, nn.Module):
@@ -132,6 +133,11 @@ class MeanLossOperator(CurvatureOperator):
             raise ArgumentError("batch_loss", batch_loss, "callable as batch_loss(model, batch)")
         return cls(model, OfBatch(batch_loss), data, **options)
 
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks of ``process_group``, or this process alone."""
+        return self._ranks
+
     @abstractmethod
     def _linearise(self, evaluate: Evaluate, point: Point) -> Linearisation:
         """Returns loss, gradient and product of one batch at ``point``."""
@@ -172,13 +178,13 @@ class MeanLossOperator(CurvatureOperator):
                             with point.at(evaluate.seed):
                                 multiply(self._linearise(evaluate, point), products)
 
-            products = self._ranks.total(vectors.shape, self.dtype, self.device, add_to)
+            products = self.ranks.total(vectors.shape, self.dtype, self.device, add_to)
             self.stats.products += len(vectors)
             return products.div_(point.weight)
 
     def gradient(self) -> Tensor:
         """Returns ``∇L(θ)``, ``(P,)``. It is computed once for each parameter state."""
-        with self._fixed() as point:
+        with self.ranks.all_or_none(), self._fixed() as point:
             if point.gradient is None:
                 self._accumulate(point, first_order)
             assert point.gradient is not None  # noqa: S101 (the pass has found it)
@@ -186,7 +192,7 @@ class MeanLossOperator(CurvatureOperator):
 
     def loss(self) -> float:
         """Returns ``L(θ)``, from the gradient's pass where there was one."""
-        with self._fixed() as point:
+        with self.ranks.all_or_none(), self._fixed() as point:
             if point.loss is None:
                 self._accumulate(point, value)
             assert point.loss is not None  # noqa: S101 (the pass has found it)
@@ -304,7 +310,7 @@ class MeanLossOperator(CurvatureOperator):
         """
         if not self._proof.is_due("products" if products else "function"):
             return point
-        with self._ranks.all_or_none():
+        with self.ranks.all_or_none():
             proved = self._prove(point, products=products)
         if proved is not point:
             self._forget()
@@ -322,11 +328,11 @@ class MeanLossOperator(CurvatureOperator):
         Raises:
             ArgumentError: the parameters of the ranks differ.
         """
-        if self._ranks.group is None:
+        if self.ranks.group is None:
             return
         theta = int(digest(self.model.parameters()))
         known = 0 if self._point is None else self._point.known()
-        same_theta, same_knowledge = self._ranks.agree([theta, known], self.device)
+        same_theta, same_knowledge = self.ranks.agree([theta, known], self.device)
         if not same_theta:
             remedy = "Broadcast them from one rank, as DistributedDataParallel does."
             found, allowed = "ranks whose parameters differ", "ranks of equal parameters"
@@ -343,11 +349,14 @@ class MeanLossOperator(CurvatureOperator):
     def _read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
         """Yields the index of each batch, the batch on the device, and its bytes."""
         self.stats.passes += 1
-        return self._batches.read(self.device, upcast=point.upcast)
+        progress = Progress("pass over the data")
+        for index, batch, nbytes in self._batches.read(self.device, upcast=point.upcast):
+            progress.tick(lambda index=index: f"batch {index}")  # type: ignore[misc]
+            yield index, batch, nbytes
 
     def _seed_of(self, index: int) -> int:
         """Batches that the ranks take in turn have the masks that one process gives them."""
-        return self._seed + index * self._ranks.size + self._ranks.rank
+        return self._seed + index * self.ranks.size + self.ranks.rank
 
     def _accumulate(
         self, point: Point, differentiate: Differentiate, *, keep: bool = False
@@ -392,7 +401,7 @@ class MeanLossOperator(CurvatureOperator):
             if pieces:
                 self._proof.mean(point, pieces)
 
-        total, weight = self._ranks.total((2,), torch.float64, self.device, add_to).tolist()
+        total, weight = self.ranks.total((2,), torch.float64, self.device, add_to).tolist()
         if weight == 0:
             raise ArgumentError("data", "of no examples", "at least one example of weight above 0")
         if getattr(self._objective.batch_loss, "summed", False):
@@ -403,13 +412,14 @@ class MeanLossOperator(CurvatureOperator):
                 f"The mean loss over the data is {loss} (weight {weight:g}), so it has no "
                 "curvature. Lower the learning rate, or look for NaN in parameters and data."
             )
+            self._batches.forget()  # they may be mended
             raise NonFiniteError(message)
         self._compare(point, loss)
         self._proof.done("mean")
         point.loss, point.weight = loss, weight
         if size:
             self.stats.gradients += 1
-            point.gradient = self._ranks.sum_(gradient).div_(weight)
+            point.gradient = self.ranks.sum_(gradient).div_(weight)
         if keep:
             point.kept, point.streamed = kept, count - len(kept)
             self.stats.graphs_kept, self.stats.graphs_streamed = len(kept), point.streamed
@@ -452,7 +462,7 @@ class MeanLossOperator(CurvatureOperator):
     def _budget(self) -> float:
         if self._memory_budget is not None:
             return self._memory_budget
-        sharing = 1 if self.device.type == "cuda" else self._ranks.size  # of one machine's memory
+        sharing = 1 if self.device.type == "cuda" else self.ranks.size  # of one machine's memory
         return free_memory(self.device) / (4 * sharing)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.curvature.ranks import Ranks
 
 
 @dataclass
@@ -78,6 +79,11 @@ class CurvatureOperator(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype of its vectors: float64 for float64 models, else float32."""
         return self.parameters.dtype
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that its products are summed over: this process alone, or a group's."""
+        return Ranks(None)
 
     @property
     def accuracy(self) -> float:

@@ -7,7 +7,8 @@ At its first use, on some examples of the first batch:
 - *its derivative*: a product along a random direction is the central difference of gradients, and
   two products are symmetric; in float64, where the model can be computed in it, since the step is
   then too short for kinks to be counted;
-- *a mean*: the loss of two batches together is the weighted mean of theirs.
+- *a mean*: the loss of two batches together, by the model's outputs, is the weighted mean of
+  theirs.
 
 What a loss detaches, or computes under ``no_grad``, is constant to its derivatives, and is held
 constant in the differences too.
@@ -36,7 +37,7 @@ from subspace_optim._validation import (
     SecondDerivativeError,
 )
 from subspace_optim.curvature.averages import concatenated
-from subspace_optim.curvature.batches import Batches
+from subspace_optim.curvature.batches import Batches, Supervised
 from subspace_optim.curvature.evaluation import (
     Evaluate,
     Linearisation,
@@ -46,7 +47,7 @@ from subspace_optim.curvature.evaluation import (
     has_functions,
     value,
 )
-from subspace_optim.curvature.objective import Objective
+from subspace_optim.curvature.objective import Objective, WrittenOut
 from subspace_optim.curvature.operator import OperatorStats
 from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, length
 from subspace_optim.curvature.structure import moved
@@ -69,9 +70,9 @@ _SAME = {torch.float64: 1e-9, torch.float32: 1e-3}
 _ROUNDED = 5e-2
 """... and if one of them is rounded to low precision."""
 _LINEAR = 1e-3
-"""How well a gradient is a combination of two others."""
+"""How well the gradient of a batch alone has the direction that it has beside another."""
 _WEIGHED = 2e-2
-"""How well it is the one that their weights say."""
+"""How well its share is the one that weights say."""
 
 
 @dataclass
@@ -251,20 +252,16 @@ class Proof:
     # --- what the mean is over ------------------------------------------------------------------
 
     def see(self, batch: Any, pieces: list[Any]) -> list[Any]:
-        """Returns a part of the first batch of a pass and of the latest, given those so far.
-
-        They are whole where the user tells the weights, which may be of whole batches.
-        """
-        counted = hasattr(self._parts.objective.batch_loss, "summed")
-        part = head(batch, _FEWER if pieces else _EXAMPLES) if counted else None
-        part = batch if part is None else tree_map(_copied, part)
-        return [*pieces[:1], part]
+        """Returns a part of the first batch of a pass and of the latest, given those so far."""
+        part = head(batch, _FEWER if pieces else _EXAMPLES)
+        return [*pieces[:1], batch if part is None else tree_map(_copied, part)]
 
     def mean(self, point: Point, pieces: list[Any], report: Report | None = None) -> None:
         """Proves that the loss of two batches together is the weighted mean of theirs.
 
-        A loss that couples the examples of a batch, as batch norm or a contrast does, is no
-        combination of theirs at all: what it is a mean over cannot be told so.
+        The gradient by the outputs of one of them is then its weight times what it is alone. A loss
+        that couples examples, as a contrast does, has another gradient altogether, and is a
+        function of the batches as they are. Weights that the user tells are not doubted.
 
         Args:
             point: where.
@@ -272,52 +269,65 @@ class Proof:
             report: what is found is added to it.
 
         Raises:
-            NotOneFunctionError: it is another combination of both.
+            NotOneFunctionError: both have other weights.
         """
         report = report or Report(self._parts.stats.engine)
-        pairs = all(isinstance(piece, tuple | list) and len(piece) == 2 for piece in pieces)
-        if len(pieces) < 2 or not pairs or self._parts.space.size < 8:
-            return
-        together = concatenated(*pieces)
-        if together is None:
+        supervised = self._parts.objective.batch_loss
+        if len(pieces) < 2 or not isinstance(supervised, Supervised):
             return
         try:
-            found = [self._gradient_of(batch, point) for batch in (*pieces, together)]
-        except Exception:  # noqa: BLE001 (batches that do not go together)
+            shares = self._shares(supervised, pieces, point)
+        except Exception:  # noqa: BLE001 (outputs or losses that do not go together)
             return
-        finally:
-            report.gradients += 3
-        (first, w1), (last, w2), (both, _) = found
-        if not (w1 > 0 and w2 > 0 and bool(torch.stack([first, last, both]).isfinite().all())):
+        if shares is None:
             return
-        summed = getattr(self._parts.objective.batch_loss, "summed", False)
-        claimed = [1.0, 1.0] if summed else [w1 / (w1 + w2), w2 / (w1 + w2)]
-        rows = torch.stack([first, last])
-        scale = float(rows.norm())
-        error = float((rows.new_tensor(claimed) @ rows - both).norm())
-        report.mean_error = error / scale if scale > 0 else 0.0
-        if error <= _WEIGHED * scale:
+        found, claimed = shares
+        report.mean_error = max(abs(f / c - 1) for f, c in zip(found, claimed, strict=True))
+        if report.mean_error <= _WEIGHED:
             return
-        shares = torch.linalg.lstsq(rows.T, both[:, None]).solution[:, 0]
-        if float((shares @ rows - both).norm()) > _LINEAR * scale:
-            return
-        a, b = shares.tolist()
         message = (
-            "The loss is not the mean that it is taken for: two batches together have "
-            f"{a:.3g} times the gradient of the one and {b:.3g} times that of the other, where "
-            f"their weights say {claimed[0]:.3g} and {claimed[1]:.3g}. Other batches of the same "
-            "data would have another matrix. Give the weight yourself: "
+            "The loss is not the mean that it is taken for: of the loss of two batches together "
+            f"the one is {found[0]:.3g} and the other {found[1]:.3g}, where their examples say "
+            f"{claimed[0]:.3g} and {claimed[1]:.3g}. Other batches of the same data would have "
+            "another matrix. Give the weight yourself: "
             "HessianOperator.from_loss(model, batch_loss, data), where "
             "batch_loss(model, batch) returns (mean loss, weight), the weight being what the mean "
             "is over (examples, tokens that count, elements)."
         )
         raise NotOneFunctionError(message)
 
-    def _gradient_of(self, batch: Any, point: Point) -> tuple[Tensor, float]:
-        evaluate = Evaluate(self._parts.objective, batch, self._parts.seed)
-        with point.at(self._parts.seed):
-            found = first_order(evaluate, point)
-        return _flat(found.slopes, self._parts.space).cpu(), float(found.weight)
+    def _shares(
+        self, supervised: Supervised, pieces: list[Any], point: Point
+    ) -> tuple[list[float], list[float]] | None:
+        """Returns the shares of two batches in the loss of both, and those that weights claim."""
+        model, seed = self._parts.objective.model, self._parts.seed
+        outputs = []
+        for x, y in pieces:
+            with point.at(seed), torch.no_grad(), WrittenOut():
+                outputs.append((tree_map(_as_leaf, model(x)), y))
+        both = concatenated(*outputs)
+        if both is None:
+            return None
+        with point.at(seed), WrittenOut():
+            alone = [supervised(_itself, batch) for batch in outputs]
+            together, _ = supervised(_itself, both)
+        leaves = [
+            [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+            for out, _ in outputs
+        ]
+        weights = [float(weight) for _, weight in alone]
+        total = 1.0 if supervised.summed else sum(weights)
+        found, claimed = [], []
+        for (loss, _), weight, of in zip(alone, weights, leaves, strict=True):
+            slope = torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, of)])
+            part = torch.autograd.grad(together, of, retain_graph=True)
+            share_of = torch.cat([g.flatten().double() for g in part])
+            share = float(share_of @ slope / (slope @ slope))
+            if not float((share_of - share * slope).norm()) <= _LINEAR * float(share_of.norm()):
+                return None
+            found.append(share)
+            claimed.append(weight / total)
+        return found, claimed
 
 
 _FAILURES = (NotOneFunctionError, InconsistentDerivativeError, SecondDerivativeError)
@@ -626,6 +636,16 @@ def head(batch: Any, examples: int) -> Any:
     if not plain or len(lengths) != 1 or lengths.pop() <= examples:
         return None
     return tree_map(lambda leaf: leaf[:examples] if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _as_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        return leaf.detach().requires_grad_()
+    return leaf
+
+
+def _itself(output: Any) -> Any:
+    return output
 
 
 def _copied(leaf: Any) -> Any:

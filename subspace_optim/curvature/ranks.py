@@ -235,18 +235,6 @@ class Ranks:
         )
 
 
-def ranks_of(operator: Any) -> Ranks:
-    """Returns the ranks that the products of an operator are summed over.
-
-    They are those of the operators that it is made of; this process alone, if it tells of none.
-    """
-    for part in (operator, getattr(operator, "hessian", None)):
-        ranks = getattr(part, "ranks", getattr(part, "_ranks", None))
-        if isinstance(ranks, Ranks):
-            return ranks
-    return Ranks(None)
-
-
 def warn_without_group(model: nn.Module, process_group: Any) -> None:
     """Warns of a model whose ranks train together, while each would measure its own data.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.gauss_newton import GaussNewtonOperator
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
+from subspace_optim.curvature.ranks import Ranks
 
 
 class ResidualOperator(CurvatureOperator):
@@ -71,6 +72,11 @@ class ResidualOperator(CurvatureOperator):
     def accuracy(self) -> float:
         """Relative error of the products of H and G: of theirs, not of the difference."""
         return max(self.hessian.accuracy, self.gauss_newton.accuracy)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the Hessian."""
+        return self.hessian.ranks
 
     def matvec(self, v: Tensor) -> Tensor:
         """Returns the product with ``v: (P,)``, a new ``(P,)``."""

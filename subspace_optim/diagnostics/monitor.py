@@ -189,8 +189,7 @@ class Monitor:
             for each in optimizers
             if len(each.members) == 1 or "rho" in each.optimizer.param_groups[0]
         ]
-        ranks = getattr(subspace.operator, "_ranks", None)
-        files = ranks is None or ranks.rank == 0  # of the ranks, which have the same rows, one
+        files = subspace.operator.ranks.rank == 0  # of the ranks, which have the same rows, one
         columns = list(self._flat(self._empty_row()))
         self._logs = logs(log, columns, append=append, files=files)
         owners = [steps.owner for steps in attached(optimizers)]

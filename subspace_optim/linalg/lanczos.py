@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from subspace_optim._progress import Progress
 from subspace_optim._validation import ConvergenceWarning, NonFiniteError, check_integer
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.products import not_finite, own_precision
@@ -170,6 +171,7 @@ class _Lanczos:
         self.lost: NDArray[np.float64] = np.zeros((0, 0))
         self.products = 0
         self.restarts = 0
+        self.progress = Progress(f"top {k} eigenpairs")
         self.asymmetry = 0.0
         for _ in range(min(_START, size)):
             self.add_random_row()
@@ -213,6 +215,11 @@ class _Lanczos:
         products = self.matmat(torch.stack([self.rows[j] for j in block])).contiguous()
         for j, product in zip(block, products, strict=True):
             self._expand(j, product)
+        self.progress.tick(self._so_far)
+
+    def _so_far(self) -> str:
+        residual = f", residual {self.residuals.max():.1e}" if self.restarts else ""
+        return f"{self.products} products{residual}"
 
     def _expand(self, j: int, w: Tensor) -> None:
         """Expands the product ``w`` with row ``j`` in all rows; what remains is a new row."""
