@@ -414,13 +414,18 @@ class _Lanczos:
         self.first = list(self.pending)
         self.count = keep + stay
 
+    @property
+    def _beyond(self) -> NDArray[np.bool_]:
+        """Which Ritz values are a negative end that is larger than all that is wanted."""
+        beyond: NDArray[np.bool_] = self.values < -np.abs(self.values[: self.k]).max()
+        return beyond
+
     def _kept(self, count: int) -> NDArray[np.intp]:
         """Which Ritz vectors stay: the top, and of a negative end that is larger half as many.
 
         Without these each restart would have to find that end again before it sees the top.
         """
-        larger = int((self.values < -np.abs(self.values[: self.k]).max()).sum())
-        ends = min(larger, (count - self.k + 1) // 2)
+        ends = min(int(self._beyond.sum()), (count - self.k + 1) // 2)
         order = np.arange(len(self.values))
         return np.concatenate([order[: count - ends], order[len(order) - ends :]])
 
@@ -466,8 +471,9 @@ class _Lanczos:
         if len(self.values) <= self.k or self.scale == 0:
             return _LONGEST_SEARCH
         hidden, below = self.crowded[-1], self.values[self.k]
-        open_ = self.values[self.k :][self._residuals(len(self.values))[self.k :] > self.accuracy]
-        lowest = min(open_, default=below)
+        # A fresh row is orthogonal to what was found of a negative end, as long as that is held.
+        found = self._beyond & (self._residuals(len(self.values)) <= self.accuracy)
+        lowest = self.values[~found][-1]
         spread = max(below - lowest, self.epsilon * self.scale)
         height = max(hidden - below, self.epsilon * self.scale)
         growth = math.acosh(1 + 2 * height / spread)
