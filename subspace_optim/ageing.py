@@ -298,8 +298,9 @@ class AgeingBasis:
         if guard.k == 0:
             return
         last, below = float(basis.eigenvalues[-1]), float(guard.eigenvalues[0])
-        scale = max(abs(float(basis.eigenvalues[0])), abs(self._lowest))
-        self.gapless = last - below <= self.tol * scale
+        floor = max(50 * torch.finfo(basis.dtype).eps, self.operator.accuracy)
+        accuracy = max(self.tol * basis.largest, floor * max(basis.largest, abs(self._lowest)))
+        self.gapless = last - below <= accuracy
         if self.gapless:
             self.stats.bound = self.stats.estimate = 1.0
 

@@ -38,7 +38,9 @@ _LONG = 1_000
 """Elements of a container that is looked into: a longer one holds data."""
 _LARGE = 1 << 20
 """Bytes of a NumPy array that is noted: a larger one holds data."""
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device)
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device}
+_INTERNAL = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+"""What every module has, and few fill: the dicts of hooks."""
 _MISSING = object()
 ALONE = threading.RLock()
 """Held by whoever looks at a model or evaluates it: in between, others would find its leaves."""
@@ -98,7 +100,7 @@ class Surroundings:
         pending = roots[::-1]
         while pending and len(seen) < _MOST:
             thing = pending.pop()
-            if isinstance(thing, _ATOMS) or id(thing) in seen:
+            if type(thing) in _ATOMS or id(thing) in seen or isinstance(thing, type):
                 continue
             seen[id(thing)] = thing
             pending += list(self._enter(thing))[::-1]
@@ -110,7 +112,7 @@ class Surroundings:
         elif isinstance(thing, nn.Module):
             self.modules.append(thing)
             self._namespaces.append(thing.__dict__)
-            yield from thing.__dict__.values()
+            yield from (v for name, v in thing.__dict__.items() if name not in _INTERNAL or v)
             yield getattr(type(thing), "forward", None)
         elif isinstance(thing, dict):
             if len(thing) <= _LONG:
@@ -313,9 +315,7 @@ def _contents(cell: CellType) -> Any:
 
 
 def _same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    return len(now) == len(before) and all(
-        now.get(key, _MISSING) is value for key, value in before.items()
-    )
+    return now.keys() == before.keys() and all(map(operator.is_, now.values(), before.values()))
 
 
 def _put_back(held: list[tuple[Tensor, Tensor]]) -> None:

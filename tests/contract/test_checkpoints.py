@@ -231,11 +231,17 @@ def test_copied_or_pickled_alone_it_says_what_to_set(case: Case) -> None:
         own = alone.param_groups[0]["params"]
         assert not {id(p) for p in own} & {id(p) for p in run.model.parameters()}
         before = [p.detach().clone() for p in own]
-        for p in own:
-            p.grad = torch.ones_like(p)
 
-        def step(alone: Any = alone) -> None:
-            alone.step(lambda: 0.0) if case.needs_closure else alone.step()
+        def closure(own: Any = own) -> float:
+            for p in own:
+                p.grad = torch.ones_like(p)
+            return 0.0
+
+        if not case.needs_closure:
+            closure()
+
+        def step(alone: Any = alone, closure: Any = closure) -> None:
+            alone.step(closure) if case.needs_closure else alone.step()
 
         def add(alone: Any = alone) -> None:
             alone.add_param_group({"params": nn.Linear(1, 1).weight})

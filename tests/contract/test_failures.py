@@ -199,7 +199,7 @@ def test_entries_of_a_first_projected_step_that_failed_are_gone() -> None:
 
 @pytest.mark.parametrize("name", ["BulkSGD", "Adam, bulk"])
 def test_a_monitor_for_which_there_is_no_memory_ends_no_training(name: str) -> None:
-    """As many of the failures are raised as without it; the others are rows of NaN."""
+    """Failures of the step itself are raised, as without it; the others are rows of NaN."""
     watched, alone = Run(CASES[name], refresh=10_000), Run(CASES[name], refresh=10_000)
     monitor = so.Monitor(watched.optimizers, watched.subspace)
     for one in (watched, alone):
@@ -226,7 +226,7 @@ def test_a_monitor_for_which_there_is_no_memory_ends_no_training(name: str) -> N
             assert len(lengths) == 1
             if mode.seen < at:
                 break
-    assert raised[watched] == raised[alone] > 5
+    assert min(raised.values()) > 5
     rows = monitor.history
     lost = [t for t, norm in enumerate(rows["update_norm"]) if math.isnan(norm)]
     assert len(lost) > 5

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subspace_optim.curvature import FiniteDifferenceHessian, HessianOperator, MeanLossOperator
 from tests.dense import make_problem
+from tests.observe import Seen
 
 BACKENDS = torch.backends.mkldnn
 SETTINGS = {"matmul": BACKENDS.matmul, "conv": BACKENDS.conv, "rnn": BACKENDS.rnn}
@@ -28,7 +29,7 @@ class Everything(nn.Module):
         self.first = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
         self.norm, self.drop = nn.BatchNorm1d(4), nn.Dropout(0.3)
         self.frozen, self.head = nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 2)
-        self.seen: list[Any] = []
+        self.seen = Seen()
         self.fails = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def test_settings_that_follow_a_general_one_still_do_afterwards():
 @pytest.mark.usefixtures("settings_put_back")
 def test_tf32_is_off_inside_and_back_outside_on_a_gpu():
     problem = make_problem(dtype=torch.float32)
-    model, inside = problem.model.cuda(), []
+    model, inside = problem.model.cuda(), Seen()
     model.register_forward_hook(lambda *_: inside.append(torch.backends.cuda.matmul.fp32_precision))
     operator = HessianOperator(model, problem.loss_fn, problem.batches)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -203,7 +204,8 @@ def test_tf32_is_off_inside_and_back_outside_on_a_gpu():
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def test_no_grad_around_it_stays_and_the_loss_alone_builds_no_graph():
+def test_no_grad_around_it_stays_and_inside_gradients_are_on():
+    """Also for the loss alone: there are losses that differentiate by themselves."""
     model, batches = everything()
     operator = HessianOperator(model, nn.CrossEntropyLoss(), batches)
     for context, enabled in ((torch.no_grad(), False), (torch.enable_grad(), True)):
@@ -213,4 +215,4 @@ def test_no_grad_around_it_stays_and_the_loss_alone_builds_no_graph():
             assert torch.is_grad_enabled() == enabled
     model.seen.clear()
     HessianOperator(model, nn.CrossEntropyLoss(), batches).loss()
-    assert {grad for _, _, grad in model.seen} == {False}
+    assert {grad for _, _, grad in model.seen} == {True}

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
-from subspace_optim.curvature.ranks import ranks_of
 from tests.distributed import ranks_worker as worker
 from tests.optim.naive import DenseOperator, Quartic, assert_near, flat, projector
 
@@ -183,7 +182,7 @@ def test_training_goes_on_from_a_distributed_checkpoint_bit_by_bit(ranks):
 
 
 def test_one_process_has_no_ranks_and_meets_nobody():
-    alone = ranks_of(DenseOperator(Quartic()))
+    alone = DenseOperator(Quartic()).ranks
     assert (alone.size, alone.rank, alone.group) == (1, 0, None)
     assert alone.any(lambda: True) is True
     assert alone.any(lambda: None) is None
@@ -198,4 +197,4 @@ def test_the_ranks_of_a_difference_are_those_of_its_terms():
     loss = torch.nn.functional.mse_loss
     hessian = so.HessianOperator(model, loss, data)
     residual = so.ResidualOperator(hessian, so.GaussNewtonOperator(model, loss, data))
-    assert ranks_of(residual) is ranks_of(hessian)
+    assert residual.ranks is hessian.ranks

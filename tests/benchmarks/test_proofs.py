@@ -1,0 +1,48 @@
+"""The networks of the benchmarks pass the proof that operators make at their first use."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import subspace_optim as so
+from benchmarks.losses import LOSSES
+from benchmarks.models import mlp
+from benchmarks.papers import networks
+
+MAKERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: mlp(20, 10, width=16), (20,)),
+    "fully_connected": (lambda: networks.fully_connected((20, 16, 10)), (20,)),
+    "convnet": (lambda: networks.simple_convnet(16, 10, width=4, dense=8), (3, 16, 16)),
+    "convnet, dropout and batch norm": (
+        lambda: networks.simple_convnet(16, 10, width=4, dense=8, dropout=True, batch_norm=True),
+        (3, 16, 16),
+    ),
+    "vgg11": (lambda: networks.vgg11(10, width=2), (3, 32, 32)),
+    "resnet": (lambda: networks.resnet(10, (4, 8), 1), (3, 16, 16)),
+    "resnet9": (lambda: networks.resnet9(10, width=2), (3, 32, 32)),
+}
+
+
+def batches(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, *shape, generator=generator, dtype=dtype)
+    x[:5] = 0  # blank images, on which units lie exactly at their kinks
+    y = torch.randint(10, (60,), generator=generator)
+    return [(x[:40], y[:40]), (x[40:], y[40:])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_network_and_loss_is_proved_without_an_alarm(name, loss, dtype):
+    make, shape = MAKERS[name]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        net = make().to(dtype)
+        operator = so.HessianOperator(net, LOSSES[loss], batches(shape, seed, dtype))
+        operator.matvec(torch.ones(operator.size, dtype=dtype))
+        report = operator.check()
+        assert report.passed, report
+        assert report.product_error >= 0  # it was looked at
