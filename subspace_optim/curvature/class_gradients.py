@@ -22,7 +22,7 @@ from subspace_optim._validation import (
 from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.curvature.evaluation import Point, Slopes, refuse_reentrant_checkpoints
 from subspace_optim.curvature.isolation import full_precision, random_state_kept
-from subspace_optim.curvature.objective import WrittenOut, unwrapped
+from subspace_optim.curvature.objective import unwrapped
 from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, Params, digest
 from subspace_optim.curvature.ranks import Ranks
 from subspace_optim.curvature.surroundings import ALONE, Surroundings
@@ -395,13 +395,14 @@ class ClassGradientSubspace:
 
     @contextmanager
     def _evaluating(self, point: Point, seed: int) -> Iterator[None]:
-        with point.at(seed), WrittenOut():
+        with point.at(seed):
             if self._watched:
                 yield
                 return
             with point.surroundings.writes() as seen:
                 yield
-            self._written += seen
+            own = {id(leaf): p for leaf, p in zip(point.leaves, point.own, strict=True)}
+            self._written += [own.get(id(t), t) for t in seen]
             self._watched = True
 
     def _point(self) -> Point:

@@ -20,7 +20,7 @@ from torch.func import grad
 from torch.utils.checkpoint import CheckpointFunction
 
 from subspace_optim._validation import SecondDerivativeError
-from subspace_optim.curvature.objective import Objective, Places
+from subspace_optim.curvature.objective import Objective, Places, written_out
 from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.curvature.surroundings import Surroundings, dtype_inside
 
@@ -86,12 +86,24 @@ class Point:
         return point
 
     @contextmanager
-    def at(self, seed: int) -> Iterator[None]:
-        """Evaluates here: the leaves stand in the model, and all that changes is put back."""
+    def at(self, seed: int, *, hooks: bool = False) -> Iterator[None]:
+        """Evaluates here: the leaves stand in the model, and all that changes is put back.
+
+        Args:
+            seed: of all that draws at random.
+            hooks: calls the hooks that the user has registered for gradients.
+        """
+        written = {id(t) for t in self.written}
+        pairs = zip(self.own, self.leaves, strict=True)
+        moved = [*self.written, *(leaf for p, leaf in pairs if id(p) in written)]
         with ExitStack() as stack:
             enter = stack.enter_context
-            enter(self.surroundings.as_found(seed, moved=self.written, dtype=self.dtype))
-            enter(_as_leaves(self.own) if self.in_place else self.holding(self.leaves))
+            enter(self.surroundings.as_found(seed, moved=moved, dtype=self.dtype))
+            enter(written_out())
+            if self.in_place:
+                enter(_as_leaves(self.own, hooks=hooks))
+            else:
+                enter(self.holding(self.leaves))
             yield
 
     def holding(self, leaves: Sequence[Tensor]) -> Any:
@@ -101,6 +113,8 @@ class Point:
     @contextmanager
     def displaced(self, values: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         """Yields leaves that have other values, inside of ``at``; no parameter is written to."""
+        if self.written:  # by the forward pass: the values are the caller's
+            values = [v.detach().clone() for v in values]
         if not self.in_place:
             leaves = [v.detach().requires_grad_() for v in values]
             with self.holding(leaves):
@@ -122,19 +136,20 @@ class Point:
 
 
 @contextmanager
-def _as_leaves(parameters: Sequence[Tensor]) -> Iterator[None]:
+def _as_leaves(parameters: Sequence[Tensor], *, hooks: bool) -> Iterator[None]:
     """Parameters that one can differentiate by, without what hooks would make of the gradient."""
     frozen = [p for p in parameters if not p.requires_grad]
-    hooked = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]  # noqa: SLF001
+    of_all = [p._backward_hooks for p in parameters]  # noqa: SLF001
+    hooked = [(found, dict(found)) for found in of_all if found and not hooks]
     try:
         for p in frozen:
             p.requires_grad_()
-        for hooks, _ in hooked:
-            hooks.clear()
+        for found, _ in hooked:
+            found.clear()
         yield
     finally:
-        for hooks, before in hooked:
-            hooks.update(before)
+        for found, before in hooked:
+            found.update(before)
         for p in frozen:
             p.requires_grad_(False)
 

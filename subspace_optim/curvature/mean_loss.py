@@ -211,15 +211,18 @@ class MeanLossOperator(CurvatureOperator):
     def state(self) -> State:
         """Returns numbers that differ where anything does that the matrix depends on.
 
-        That is all that the operator can see: parameters and buffers of the model, of the loss
-        and of what else they reach, the mode of every module, and whether stored data were written.
+        That is all that the operator can see: parameters, buffers, plain tensors and numbers of
+        the model, of the loss and of what else they reach, but for those that an evaluation itself
+        changes; the mode of every module; and whether stored data were written.
         """
         with self._entered():
-            _, tensors, modes = self._look()
+            surroundings, tensors, modes = self._look()
             own = self.parameters.tensors
-        known = {id(p) for p in own}
-        others = [t for t in tensors if id(t) not in known]
-        return State(int(digest(own)), int(digest(others)), hash((modes, self._writes_to_data())))
+        known = {id(t) for t in [*own, *self._proof.written]}
+        others = [t for t in [*tensors, *surroundings.plain_tensors()] if id(t) not in known]
+        numbers = surroundings.numbers(self._proof.moved_names)
+        elsewhere = hash((int(digest(others)), numbers))
+        return State(int(digest(own)), elsewhere, hash((modes, self._writes_to_data())))
 
     def _writes_to_data(self) -> int:
         """Counts how often stored data may have been written in place."""
@@ -273,7 +276,11 @@ class MeanLossOperator(CurvatureOperator):
         surroundings, tensors, modes = self._look()
         # By identity too: parameters that were replaced by equal ones are others to differentiate.
         own = tuple(map(id, self.parameters.tensors))
-        key = (int(digest(tensors)), modes, self.device, own, self._batches.fingerprint())
+        plain = [*tensors, *surroundings.plain_tensors()]
+        written = {id(t) for t in self._proof.written}
+        seen = int(digest(t for t in plain if id(t) not in written))
+        numbers = surroundings.numbers(self._proof.moved_names)
+        key = (seen, numbers, modes, self.device, own, self._batches.fingerprint())
         if self._point is not None and self._point.key != key:
             self._forget()  # first: its graphs are gone before others are built
         self._agree()

@@ -41,8 +41,7 @@ class Objective:
         Raises:
             ArgumentError: the loss is not a real scalar, or there is no weight with it.
         """
-        with WrittenOut():
-            result = self.batch_loss(self.model, batch)
+        result = self.batch_loss(self.model, batch)
         if not isinstance(result, tuple) or len(result) != 2:
             raise ArgumentError(
                 "what batch_loss returns", type(result).__name__, "(mean loss, weight)"
@@ -109,19 +108,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 class WrittenOut(TorchFunctionMode):
-    """Computes some functions of torch by parts that have a second derivative, outside autocast.
-
-    A model that enters autocast by itself is out of it again at its next operation.
-    """
+    """Puts parts in the place of some functions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for device in _AUTOCAST:
-            if torch.is_autocast_enabled(device):
-                torch.set_autocast_enabled(device, False)
         return _PARTS.get(func, func)(*args, **(kwargs or {}))
-
-
-_AUTOCAST = ("cpu", "cuda")
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -141,6 +131,25 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
         return v * (g / v.abs())
     norm: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1)
     return v * (g / norm)
+
+
+@contextmanager
+def written_out() -> Iterator[None]:
+    """Computes some functions of torch by parts that have a second derivative.
+
+    Wherever they are called from: by the names of torch, also when a checkpointed part runs again
+    in a backward pass, in which modes are off, and by names that were imported from there.
+    """
+    places = [(F, "hardsigmoid"), (F, "hardswish"), (torch, "_weight_norm")]
+    before = [getattr(module, name) for module, name in places]
+    try:
+        for (module, name), function in zip(places, before, strict=True):
+            setattr(module, name, _PARTS.get(function, function))
+        with WrittenOut():
+            yield
+    finally:
+        for (module, name), function in zip(places, before, strict=True):
+            setattr(module, name, function)
 
 
 _PARTS: dict[Any, Callable[..., Tensor]] = {

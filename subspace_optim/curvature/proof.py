@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -47,7 +47,7 @@ from subspace_optim.curvature.evaluation import (
     has_functions,
     value,
 )
-from subspace_optim.curvature.objective import Objective, WrittenOut
+from subspace_optim.curvature.objective import Objective
 from subspace_optim.curvature.operator import OperatorStats
 from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, length
 from subspace_optim.curvature.structure import moved
@@ -157,12 +157,14 @@ class Proof:
 
     Attributes:
         written: tensors that an evaluation was seen to write to, beside buffers.
+        moved_names: of attributes that an evaluation was seen to change.
     """
 
     def __init__(self, parts: Parts, *, demanded: bool) -> None:
         self._parts, self._demanded = parts, demanded
         self._proved: dict[str, int] = {}  # the structure of the model when that was proved
         self.written: list[Tensor] = []
+        self.moved_names: set[Any] = set()
 
     def is_due(self, what: str) -> bool:
         """Whether the ``"function"``, its ``"products"`` or the ``"mean"`` are to be proved."""
@@ -180,7 +182,8 @@ class Proof:
 
     def watching(self, point: Point) -> AbstractContextManager[Any]:
         """Learns inside what an evaluation writes to, where that is not known yet."""
-        if self._proved.get("writes") == self._structure():
+        modes = tuple(module.training for module in point.surroundings.modules)
+        if self._proved.get("writes") == hash((self._structure(), modes)):
             return nullcontext()
         return self._learned(point)
 
@@ -189,8 +192,11 @@ class Proof:
         with point.surroundings.writes() as seen:
             yield
         known = {id(t) for t in self.written}
-        self.written += [t for t in seen if id(t) not in known]
-        self.done("writes")
+        own = {id(leaf): p for leaf, p in zip(point.leaves, point.own, strict=True)}
+        of_user = [own.get(id(t), t) for t in seen]
+        self.written += [t for t in of_user if id(t) not in known]
+        modes = tuple(module.training for module in point.surroundings.modules)
+        self._proved["writes"] = hash((self._structure(), modes))
 
     def run(self, point: Point, *, products: bool) -> None:
         """Proves that the operator is one function at ``point``, and its products if asked."""
@@ -245,6 +251,7 @@ class Proof:
                     if batch is whole or isinstance(error, NotOneFunctionError):
                         raise
                     continue  # a batch that cannot be cut
+                self.moved_names |= point.surroundings.moved_names
                 if usable:
                     return trial
         return None
@@ -303,12 +310,12 @@ class Proof:
         model, seed = self._parts.objective.model, self._parts.seed
         outputs = []
         for x, y in pieces:
-            with point.at(seed), torch.no_grad(), WrittenOut():
+            with point.at(seed):
                 outputs.append((tree_map(_as_leaf, model(x)), y))
         both = concatenated(*outputs)
         if both is None:
             return None
-        with point.at(seed), WrittenOut():
+        with point.at(seed):
             alone = [supervised(_itself, batch) for batch in outputs]
             together, _ = supervised(_itself, both)
         leaves = [
@@ -406,10 +413,12 @@ class _Trial:
         point = self.point
         low = any(p.dtype in LOW_PRECISION for p in point.own)
         user = Point(point.own, point.surroundings, in_place="always", written=point.written)
-        present = [p.detach().to(dtype_inside(p, None)) for p in point.own]
         self.report.gradients += 1
-        with user.at(self.parts.seed), user.displaced(present) as leaves:
-            found = gradient_at(self.evaluate, leaves)
+        with user.at(self.parts.seed, hooks=True), ExitStack() as stack:
+            if low:
+                wide = [p.detach().to(dtype_inside(p, None)) for p in point.own]
+                stack.enter_context(user.displaced(wide))
+            found = gradient_at(self.evaluate, user.leaves)
         theirs = self.flat(found.slopes)
         scale = float(torch.maximum(self.slopes.norm(), theirs.norm()))
         error = float((self.slopes - theirs).norm())
@@ -423,7 +432,8 @@ class _Trial:
                 f"they differ by {self.report.gradient_error:.2g} of it. The loss reaches "
                 "parameters past the modules that hold them: in a list, a closure, a cache, or "
                 "another module's attribute. engine='double_backward' differentiates by the "
-                "parameters themselves, where they are not in low precision."
+                "parameters themselves, where they are not in low precision. Or a hook of a "
+                "parameter changes its gradient: what then trains has no loss."
             )
             raise InconsistentDerivativeError(message)
 
@@ -500,13 +510,14 @@ class _Trial:
 
         Raises:
             SecondDerivativeError: the product is not finite.
+            TransformError: the loss is another inside of the transform.
         """
         dtype = point.leaves[0].dtype if point.dtype is None else point.dtype
         exact = dtype == torch.float64
         scale = float(length(point.leaves))
         generator = torch.Generator("cpu").manual_seed(self.parts.seed + 1)
         aside, v = (_random_like(point.leaves, generator) for _ in range(2))
-        base = [p.detach() for p in point.leaves]
+        base = [p.detach().clone() for p in point.leaves]
         if exact:
             base = [b + _ASIDE * scale * a for b, a in zip(base, aside, strict=True)]
 
@@ -535,6 +546,11 @@ class _Trial:
             u = torch.nan_to_num(product / norm) if norm > 0 else product
             pieces = self.parts.space.unflatten(u.to(dtype))
             again = self.flat(here.product(pieces))
+        with point.at(self.parts.seed), point.displaced(base):
+            plain = float(value(evaluate, point).loss)
+        if not math.isclose(plain, float(here.loss), rel_tol=1e-4, abs_tol=1e-6):
+            message = f"The transformed loss is {float(here.loss):.6g}, and not {plain:.6g}."
+            raise TransformError(message)
         if not math.isfinite(norm) and bool(slopes.isfinite().all()):
             raise SecondDerivativeError(_NOT_FINITE)
         along = sum(
@@ -548,7 +564,10 @@ class _Trial:
         # A difference cannot tell what is less than the rounding of the gradients that it is of.
         u_ = torch.finfo(dtype).eps
         step = _STEP if exact else (3 * u_) ** (1 / 3)
-        found = difference(step)
+        try:
+            found = difference(step)
+        except _OutOfStepError:
+            return math.nan, asymmetry, dtype
         rounding = 100 * u_ * max(float(slopes.norm()), norm * scale) / (step * scale)
         beside = max(norm, float(found.norm()))
         off = float((product - found).norm()) - rounding
@@ -556,6 +575,14 @@ class _Trial:
             nearer = difference(step / 8)
             off = float((product - nearer).norm()) - 2 * float((found - nearer).norm()) - rounding
         return (max(0.0, off) / beside if beside > 0 else 0.0), asymmetry, dtype
+
+
+class TransformError(RuntimeError):
+    """A loss that is another inside of a transform, as where masks are drawn in another order."""
+
+
+class _OutOfStepError(Exception):
+    """What a loss makes constant comes in another order elsewhere: differences cannot tell."""
 
 
 class _Constants(TorchFunctionMode):
@@ -581,6 +608,7 @@ class _Constants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        result: Any
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         stops = func in _STOPS or not torch.is_grad_enabled()
         if not stops or not any(t.requires_grad for t in tensors):
@@ -588,14 +616,16 @@ class _Constants(TorchFunctionMode):
         if self._held is None:
             result = func(*args, **kwargs)
             with torch.no_grad():
-                self.seen.append(tree_map(_copied, result))
+                self.seen.append((func, tree_map(_copied, result)))
             return result
-        held = next(self._held, None)
+        noted: Any = next(self._held, (None, None))
+        known, held = noted
+        if known is not func:
+            raise _OutOfStepError
         written = kwargs.get("out", args[0] if args else None)
-        result = func(*args, **kwargs) if isinstance(written, Tensor) else None
-        if result is written and isinstance(held, Tensor) and isinstance(written, Tensor):
-            return written.copy_(held)
-        return held
+        if not isinstance(written, Tensor):
+            return held
+        return written.copy_(held) if func(*args, **kwargs) is written else held
 
 
 _DATA: Any = Tensor.data
@@ -614,7 +644,7 @@ def _flat(slopes: Any, space: ParameterSpace) -> Tensor:
     parts = [
         torch.zeros(shape.numel(), dtype=torch.float64, device=space.device)
         if slope is None
-        else slope.detach().double().flatten()
+        else slope.detach().to_dense().double().flatten()
         for slope, shape in zip(slopes, space.shapes, strict=True)
     ]
     return torch.cat(parts)

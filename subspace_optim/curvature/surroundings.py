@@ -8,6 +8,7 @@ parameter state has one loss, and training does not change because somebody meas
 
 from __future__ import annotations
 
+import dis
 import operator
 import random
 import signal
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,21 @@ from subspace_optim.curvature.parameters import LOW_PRECISION
 _MOST = 50_000
 """Objects that are looked at, at most: what is further away is seen by the proof alone."""
 _LONG = 1_000
-"""Elements of a container that is looked into: a longer one holds data."""
-_LARGE = 1 << 20
-"""Bytes of a NumPy array that is noted: a larger one holds data."""
+"""Elements of a container that is looked into: a longer one holds data ..."""
+_LONGER = 100_000
+"""... and is noted up to this length."""
+_SMALL = 1 << 20
+"""Bytes of a plain tensor that is copied for each evaluation; of a larger one it is learned first
+whether it is written to."""
+_LARGE = 1 << 24
+"""Bytes of a NumPy array that is noted."""
+_APART = {
+    "torch", "subspace_optim", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate",
+    "transformers", "wandb", "mlflow", "tensorboard", "tqdm", "rich", "logging", "threading",
+    "multiprocessing", "concurrent", "asyncio",
+}  # fmt: skip
+"""Packages whose objects have threads of their own, or are not part of a loss."""
+_NUMBERS = (bool, int, float, complex)
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device}
 _INTERNAL = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 """What every module has, and few fill: the dicts of hooks."""
@@ -57,10 +70,13 @@ class Surroundings:
 
     Attributes:
         modules: all that were found, those of the model first.
+        moved_names: of attributes and keys that evaluations have changed.
     """
 
     def __init__(self, model: nn.Module, loss: Any, device: torch.device) -> None:
         self.modules: list[nn.Module] = []
+        self._owners: list[dict[str, Any]] = []  # attributes of modules and objects
+        self._classes: list[tuple[type, dict[str, Any]]] = []
         self._namespaces: list[dict[Any, Any]] = []
         self._sequences: list[Any] = []
         self._cells: list[CellType] = []
@@ -68,6 +84,7 @@ class Surroundings:
         self._generators: list[_Generator] = global_generators(device)
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._loose: list[Tensor] = []
+        self.moved_names: set[Any] = set()
         self._walk([model, loss])
         registered = {id(t) for t in self.parameters() + self.buffers()}
         self._loose = [t for t in self._loose if id(t) not in registered]
@@ -93,6 +110,25 @@ class Surroundings:
         }
         return [t for t in self.parameters() + self.buffers() if id(t) not in written]
 
+    def numbers(self, moved_names: set[Any]) -> int:
+        """Returns a number that tells of those among the attributes of modules and objects.
+
+        Args:
+            moved_names: of counters and the like, which evaluations themselves change.
+        """
+        found = [
+            value
+            for owner in self._owners
+            for name, value in owner.items()
+            if type(value) in _NUMBERS and name not in moved_names
+        ]
+        found += [c for c in map(_contents, self._cells) if type(c) in _NUMBERS]
+        return hash(tuple(found))
+
+    def plain_tensors(self) -> list[Tensor]:
+        """Returns those of the tensors that are neither parameters nor buffers that are small."""
+        return [t for t in self._loose if t.layout == torch.strided and t.nbytes <= _SMALL]
+
     # --- the walk -------------------------------------------------------------------------------
 
     def _walk(self, roots: list[Any]) -> None:
@@ -109,19 +145,20 @@ class Surroundings:
         """Notes one object, and yields those that it refers to."""
         if isinstance(thing, Tensor):
             self._loose.append(thing)
+            yield from (thing._backward_hooks or {}).values()  # noqa: SLF001
         elif isinstance(thing, nn.Module):
             self.modules.append(thing)
-            self._namespaces.append(thing.__dict__)
+            self._owners.append(thing.__dict__)
             yield from (v for name, v in thing.__dict__.items() if name not in _INTERNAL or v)
-            yield getattr(type(thing), "forward", None)
+            yield from self._enter_class(type(thing))
         elif isinstance(thing, dict):
-            if len(thing) <= _LONG:
+            if len(thing) <= _LONGER:
                 self._namespaces.append(thing)
-                yield from thing.values()
+            yield from thing.values() if len(thing) <= _LONG else ()
         elif isinstance(thing, list | set | deque):
-            if len(thing) <= _LONG:
+            if len(thing) <= _LONGER:
                 self._sequences.append(thing)
-                yield from thing
+            yield from thing if len(thing) <= _LONG else ()
         elif isinstance(thing, tuple | frozenset):
             yield from thing if len(thing) <= _LONG else ()
         elif isinstance(thing, MethodType):
@@ -130,30 +167,53 @@ class Surroundings:
             yield from (thing.func, thing.args, thing.keywords)
         elif isinstance(thing, FunctionType):
             yield from self._enter_function(thing)
+        elif isinstance(thing, property):
+            yield thing.fget
+        elif isinstance(thing, staticmethod | classmethod):
+            yield thing.__func__
         elif isinstance(thing, _Generator):
-            self._generators.append(thing)
+            if not isinstance(thing, random.SystemRandom):  # it has no state
+                self._generators.append(thing)
         elif isinstance(thing, np.ndarray):
             if thing.nbytes <= _LARGE and thing.dtype != object:
                 self._arrays.append(thing)
-        elif _keeps_state(thing.__class__) and isinstance(getattr(thing, "__dict__", None), dict):
-            self._namespaces.append(thing.__dict__)
-            yield from thing.__dict__.values()
-            yield vars(type(thing)).get("__call__")
+        elif isinstance(getattr(thing, "__dict__", None), dict) and _keeps_state(thing.__class__):
+            self._owners.append(thing.__dict__)
+            if not _is_installed(_file_of(thing.__class__)):
+                yield from thing.__dict__.values()
+                yield from self._enter_class(type(thing))
+
+    def _enter_class(self, kind: type) -> Iterator[Any]:
+        """Notes the attributes of the user's own classes, and yields them and all methods."""
+        for base in kind.__mro__:
+            if base is not object and not _is_installed(_file_of(base)):
+                held = {n: v for n, v in vars(base).items() if not n.startswith("__")}
+                self._classes.append((base, {n: v for n, v in held.items() if not callable(v)}))
+                yield from held.values()
+                yield vars(base).get("__call__")
 
     def _enter_function(self, function: FunctionType) -> Iterator[Any]:
         for cell in function.__closure__ or ():
             self._cells.append(cell)
-            try:
-                yield cell.cell_contents
-            except ValueError:  # it has no contents yet
-                continue
+            yield _contents(cell)
         yield function.__defaults__
         yield function.__kwdefaults__
         yield getattr(function, "__wrapped__", None)
-        if not _is_installed(function.__code__.co_filename):
-            names = _names(function.__code__) & function.__globals__.keys()
-            self._globals.append((function.__globals__, names))
-            yield from (function.__globals__[name] for name in names)
+        if _is_installed(function.__code__.co_filename):
+            return
+        self._namespaces.append(function.__dict__)
+        names, attributes = _names(function.__code__)
+        space = function.__globals__
+        self._globals.append((space, names & space.keys()))
+        for name in names & space.keys():
+            value = space[name]
+            if isinstance(value, ModuleType):
+                if not _is_installed(getattr(value, "__file__", None) or "<frozen"):
+                    found = attributes & vars(value).keys()
+                    self._globals.append((vars(value), found))
+                    yield from (vars(value)[attribute] for attribute in found)
+            else:
+                yield value
 
     # --- an evaluation --------------------------------------------------------------------------
 
@@ -178,13 +238,20 @@ class Surroundings:
             # What needs no memory and no operation comes back first: an error changes nothing.
             for restore in (self._generator_states(), self._python_state()):
                 stack.callback(restore)
+            # A loss may call backward() itself. Gradients come back after dtypes have.
+            stack.callback(_give_back, [(p, p.grad) for p in self.parameters()])
             held: list[tuple[Tensor, Tensor]] = []
             stack.callback(_put_back, held)
+            for p in self.parameters():
+                p.grad = None
+            stack.enter_context(_no_autocast())
             stack.callback(setattr, parametrize, "_cache_enabled", parametrize._cache_enabled)  # noqa: SLF001
             parametrize._cache_enabled = 0  # noqa: SLF001 (its weights belong to the user's graph)
+            moved = list(moved)
             buffers, written = self.buffers(), {id(t) for t in moved}
             copied = {id(b) for b in buffers} | written
-            for t in self.parameters() + buffers + self._loose:
+            copied |= {id(t) for t in self.plain_tensors()}
+            for t in _once([*self.parameters(), *buffers, *self._loose, *moved]):
                 wanted = dtype_inside(t, dtype)
                 if id(t) in copied or wanted != t.dtype:
                     held.append((t, t.data))
@@ -230,7 +297,8 @@ class Surroundings:
 
     def _python_state(self) -> Callable[[], None]:
         """Returns what puts namespaces, containers, cells, globals and arrays back."""
-        namespaces = [(n, dict(n)) for n in self._namespaces]
+        namespaces = [(n, dict(n)) for n in [*self._owners, *self._namespaces]]
+        classes = [(c, dict(held)) for c, held in self._classes]
         sequences = [(s, list(s)) for s in self._sequences]
         cells = [(c, _contents(c)) for c in self._cells]
         variables = [(g, {n: g.get(n, _MISSING) for n in names}) for g, names in self._globals]
@@ -239,8 +307,11 @@ class Surroundings:
         def restore() -> None:
             for namespace, held in namespaces:
                 if not _same(namespace, held):
-                    namespace.clear()
-                    namespace.update(held)
+                    self.moved_names |= _put_entries_back(namespace, held)
+            for kind, attributes in classes:
+                for name, value in attributes.items():
+                    if vars(kind).get(name, _MISSING) is not value:
+                        setattr(kind, name, value)
             for sequence, items in sequences:
                 if len(sequence) != len(items) or any(map(operator.is_not, sequence, items)):
                     sequence.clear()
@@ -279,10 +350,16 @@ def _by_batch(module: Any) -> bool:
     return by_batch
 
 
-def _names(code: CodeType) -> set[str]:
-    """Returns the names that code refers to, with those of the functions inside of it."""
-    inner = (_names(c) for c in code.co_consts if isinstance(c, CodeType))
-    return set(code.co_names).union(*inner)
+@lru_cache(maxsize=4096)
+def _names(code: CodeType) -> tuple[set[str], set[str]]:
+    """Returns the globals that code and the functions inside of it name, and the attributes."""
+    names = {
+        i.argval for i in dis.get_instructions(code) if i.opname.endswith(("_GLOBAL", "_NAME"))
+    }
+    attributes = set(code.co_names)
+    for inner in (_names(c) for c in code.co_consts if isinstance(c, CodeType)):
+        names, attributes = names | inner[0], attributes | inner[1]
+    return names, attributes
 
 
 @lru_cache(maxsize=4096)
@@ -295,16 +372,20 @@ _STANDARD = (str(getattr(sys, "base_prefix", sys.prefix)) + "/lib", "<frozen")
 
 
 @lru_cache(maxsize=4096)
+def _file_of(kind: type) -> str:
+    """Returns where a class is defined, as far as its module tells."""
+    if kind.__module__.partition(".")[0] in sys.builtin_module_names:
+        return "<frozen"
+    return getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+
+
+@lru_cache(maxsize=4096)
 def _keeps_state(kind: type) -> bool:
-    """Whether objects of a class are the user's own, or plain namespaces."""
-    if issubclass(kind, SimpleNamespace):
-        return True
+    """Whether the attributes of objects of a class may be part of what a loss reads and writes."""
     if issubclass(kind, ModuleType | Optimizer | threading.Thread):
         return False
     package = kind.__module__.partition(".")[0]
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    builtin = package in sys.builtin_module_names
-    return not builtin and package not in ("torch", "subspace_optim") and not _is_installed(file)
+    return package not in _APART and package not in sys.builtin_module_names
 
 
 def _contents(cell: CellType) -> Any:
@@ -315,12 +396,51 @@ def _contents(cell: CellType) -> Any:
 
 
 def _same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    return now.keys() == before.keys() and all(map(operator.is_, now.values(), before.values()))
+    return (
+        len(now) == len(before)
+        and all(map(operator.is_, now.values(), before.values()))
+        and list(now) == list(before)
+    )
+
+
+def _put_entries_back(now: dict[Any, Any], before: dict[Any, Any]) -> set[Any]:
+    """Puts entries back, one by one: others may look at the dict meanwhile. Returns their keys."""
+    added = [key for key in now if key not in before]
+    changed = [key for key, value in before.items() if now.get(key, _MISSING) is not value]
+    for key in added:
+        del now[key]
+    for key in changed:
+        now[key] = before[key]
+    if list(now) != list(before):  # moved to the end, as the entries of a cache are
+        now.clear()
+        now.update(before)
+    return {*added, *changed}
 
 
 def _put_back(held: list[tuple[Tensor, Tensor]]) -> None:
     for tensor, data in held:
         tensor.data = data
+
+
+def _give_back(held: list[tuple[Tensor, Tensor | None]]) -> None:
+    for parameter, gradient in held:
+        parameter.grad = gradient
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Autocast that the model enters itself stays off, for this thread."""
+    switch, own = torch.set_autocast_enabled, threading.get_ident()
+
+    def only_off(*arguments: Any) -> None:
+        on = arguments[-1] and threading.get_ident() != own
+        switch(*arguments[:-1], on)  # type: ignore[call-overload]
+
+    torch.set_autocast_enabled = only_off  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled = switch
 
 
 def dtype_inside(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

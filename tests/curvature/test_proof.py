@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import subspace_optim as so
 from subspace_optim import (
@@ -502,7 +503,78 @@ def test_the_walk_ends():
     for _ in range(3000):
         chain.append(deeper := [])
         chain = deeper
-    net.data = list(range(100_000))
+    net.data = list(range(200_000))
     found = Surroundings(net, F.cross_entropy, torch.device("cpu"))
     assert len(found._sequences) <= surroundings._MOST
     assert not any(s is net.data for s in found._sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_that_torch_func_draws_in_another_order_are_no_alarm(dtype):
+    """Dropout of a transposed tensor: inside of a transform another layout is filled."""
+    torch.manual_seed(0)
+
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.drop, self.b = nn.Linear(3, 6), nn.Dropout(0.4), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.drop(torch.tanh(self.a(x)).T).T)
+
+    net = Transposed().to(dtype)
+    operator = HessianOperator(net, F.cross_entropy, [(x.to(dtype), y) for x, y in BATCHES])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        product = use(operator)
+        other = HessianOperator(
+            net,
+            F.cross_entropy,
+            [(x.to(dtype), y) for x, y in BATCHES],
+            engine="double_backward",
+        )
+        torch.testing.assert_close(product, use(other))
+    assert operator.loss() == pytest.approx(other.loss())
+
+
+def test_a_checkpointed_part_that_is_written_out_is_so_when_it_runs_again():
+    class Checkpointed(nn.Module):
+        def __init__(self, *, checkpointed: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.part = nn.Sequential(nn.Linear(3, 5), nn.Hardswish())
+            self.head, self.checkpointed = nn.Linear(5, 2), checkpointed
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.checkpointed:
+                return self.head(checkpoint(self.part, x, use_reentrant=False))
+            return self.head(self.part(x))
+
+    products = [
+        use(HessianOperator(Checkpointed(checkpointed=c).double(), F.cross_entropy, BATCHES))
+        for c in (False, True)
+    ]
+    torch.testing.assert_close(*products)
+
+
+def test_a_number_that_the_loss_reads_is_part_of_the_state():
+    class Annealed(nn.Module):
+        beta = 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.beta = 1.0
+            self.weights = torch.ones(2).double()
+
+        def forward(self, out: Tensor, y: Tensor) -> Tensor:
+            return self.beta * F.cross_entropy(out, y, weight=self.weights)
+
+    loss, net = Annealed(), network()
+    operator = HessianOperator(net, loss, (X, Y))
+    first = operator.gradient()
+    loss.beta = 10.0
+    torch.testing.assert_close(operator.gradient(), 10 * first)
+    loss.beta = 1.0
+    loss.weights.mul_(torch.tensor([3.0, 1.0]).double())
+    expected = torch.autograd.grad(loss(net(X), Y), list(net.parameters()))
+    torch.testing.assert_close(operator.gradient(), torch.cat([g.flatten() for g in expected]))

@@ -178,7 +178,37 @@ class Rebound(Net):
         return self.body(x) * self.scale
 
 
+class ClassCounter(Net):
+    """Counts on the class, in a helper method, with a table that a cache keeps in order."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recent = dict.fromkeys(range(3), 1.0)
+
+    def helper(self) -> float:
+        type(self).calls += 1
+        first = next(iter(self.recent))
+        self.recent[first] = self.recent.pop(first) + 1  # to the end
+        return shared_rng.random() + next(iter(self.recent.values()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.helper() * self.calls
+
+
+class LongHistory(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.history = [0.0] * 5000
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.history.append(1.0)
+        return self.body(x) * len(self.history) / 5000
+
+
 NETS = [
+    ClassCounter, LongHistory,
     Net, Counter, GlobalCounter, Lists, Hidden, WrittenInPlace, Momentum, NumpyArray, OwnGenerator,
     NumpyGenerators, GlobalGenerators, Metered, Rebound,
 ]  # fmt: skip
@@ -218,7 +248,7 @@ LOSSES = {"plain": lambda: F.cross_entropy, "module": CentredLoss, "closure": cl
 def train(net: nn.Module, loss_fn: Any, *, watched: bool) -> tuple[Tensor, Any]:
     """Five steps; the state of everything that a forward pass can change, at the end."""
     global calls, shared_rng
-    calls, shared_rng = 0, np.random.default_rng(3)
+    calls, shared_rng, ClassCounter.calls = 0, np.random.default_rng(3), 0
     torch.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002
     random.seed(5)
@@ -472,20 +502,80 @@ def test_threads_evaluate_one_after_the_other():
     assert_as_it_was(net, before)
 
 
-def test_gradient_hooks_of_the_user_are_neither_called_nor_lost():
+@pytest.mark.parametrize("engine", ["func", "double_backward"])
+def test_a_gradient_hook_that_only_looks_is_no_part_of_the_loss(engine):
     net, called = Net(), Seen()
-    handle = net.body[0].weight.register_hook(lambda g: called.append(1) or g * 0)
-    data = X, Y
-    plain = Net()
-    plain.load_state_dict(net.state_dict())
-    for engine in ("func", "double_backward"):
-        ours = so.HessianOperator(net, F.cross_entropy, data, engine=engine).gradient()
-        assert torch.equal(ours, so.HessianOperator(plain, F.cross_entropy, data).gradient())
-    assert not called
+    net.body[0].weight.register_hook(lambda g: called.append(1))
+    operator = so.HessianOperator(net, F.cross_entropy, (X, Y), engine=engine)
+    ours = operator.gradient()
+    called.clear()
+    assert torch.equal(operator.gradient(), ours)
+    operator.matvec(ours)
+    assert torch.equal(ours, so.HessianOperator(Net(), F.cross_entropy, (X, Y)).gradient())
     F.cross_entropy(net(X), Y).backward()
     assert called
-    assert not net.body[0].weight.grad.any()
-    handle.remove()
+
+
+@pytest.mark.parametrize("options", [{}, {"engine": "double_backward"}])
+def test_a_gradient_hook_that_makes_another_gradient_is_refused(options):
+    """What then trains is not the loss: its curvature would be of something else."""
+    net = Net()
+    net.body[0].weight.register_hook(lambda g: g * 0)
+    operator = so.HessianOperator(net, F.cross_entropy, (X, Y), **options)
+    with pytest.raises(so.InconsistentDerivativeError, match="a hook of a parameter"):
+        operator.gradient()
+
+
+# --- what a forward pass does to parameters, and a loss to gradients -----------------------------
+
+
+class Renormalised(nn.Module):
+    """`max_norm` writes into the weights, and clipping into all parameters."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.table = nn.Embedding(9, 3, max_norm=0.5 if kind == "max_norm" else None)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "clamp":
+            with torch.no_grad():
+                for p in self.parameters():
+                    p.clamp_(-0.3, 0.3)
+        return self.head(torch.tanh(self.table(x[:, 0].abs().long() % 9)))
+
+
+@pytest.mark.parametrize("kind", ["max_norm", "clamp"])
+def test_parameters_that_a_forward_pass_writes_to_are_left_as_they_are(kind):
+    for use in USES.values():
+        model = Renormalised(kind)
+        before = held(model)
+        use(model)
+        assert_as_it_was(model, before)
+    plain, watched = (train(Renormalised(kind), F.cross_entropy, watched=w) for w in (False, True))
+    assert torch.equal(plain[0], watched[0])
+
+
+def test_a_loss_that_calls_backward_itself_leaves_gradients_as_they_are():
+    """Adversarial training: a step along the gradient by the inputs, found inside of the loss."""
+
+    def attacked(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        x = batch[0].clone().requires_grad_()
+        F.cross_entropy(model(x), batch[1]).backward()
+        model.zero_grad()
+        return F.cross_entropy(model(batch[0] + 0.1 * x.grad.sign()), batch[1]), len(x)
+
+    net = Net()
+    F.cross_entropy(net(X), Y).backward()
+    grads = [(p.grad, p.grad.clone()) for p in net.parameters()]
+    operator = so.HessianOperator.from_loss(net, attacked, [(X, Y)])
+    operator.gradient()
+    operator.matvec(torch.ones(operator.size))
+    for p, (grad, value) in zip(net.parameters(), grads, strict=True):
+        assert p.grad is grad
+        assert torch.equal(grad, value)
 
 
 # --- what is found --------------------------------------------------------------------------------
