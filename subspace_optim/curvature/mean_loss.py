@@ -277,7 +277,7 @@ class MeanLossOperator(CurvatureOperator):
         # By identity too: parameters that were replaced by equal ones are others to differentiate.
         own = tuple(map(id, self.parameters.tensors))
         plain = [*tensors, *surroundings.plain_tensors()]
-        written = {id(t) for t in self._proof.written}
+        written = {id(t) for t in self._proof.written}.difference(own)
         seen = int(digest(t for t in plain if id(t) not in written))
         numbers = surroundings.numbers(self._proof.moved_names)
         key = (seen, numbers, modes, self.device, own, self._batches.fingerprint())

@@ -199,12 +199,19 @@ class Proof:
         self._proved["writes"] = hash((self._structure(), modes))
 
     def run(self, point: Point, *, products: bool) -> None:
-        """Proves that the operator is one function at ``point``, and its products if asked."""
+        """Proves that the operator is one function at ``point``, and its products if asked.
+
+        Raises:
+            TransformError: the forward pass writes to parameters, inside of a transform.
+        """
         report = Report(self._parts.stats.engine)
         try:
             trial = self._trial(point, report)
             if trial is None:
                 return  # no loss is finite: the pass itself tells
+            own = {id(p) for p in point.own}
+            if not point.in_place and report.engine == "func" and own & set(map(id, self.written)):
+                raise TransformError("The forward pass writes to parameters.")
             trial.gradient()
             self.done("function")
             if products:
