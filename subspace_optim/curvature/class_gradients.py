@@ -330,7 +330,7 @@ class ClassGradientSubspace:
                         view.copy_(slope)
 
         coupled = _are_coupled(self.model) if self.coupled is None else self.coupled
-        seed = int(torch.randint(2**31, ()))  # masks follow the present random state
+        seed = int(torch.randint(2**31, (), device="cpu"))  # masks follow the present random state
         present = [k for k, n in enumerate(found) if n]
         if coupled:
             with self._evaluating(point, seed):

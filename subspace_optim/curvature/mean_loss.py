@@ -103,6 +103,7 @@ class MeanLossOperator(CurvatureOperator):
             self._batches = Batches(data, pairs=not isinstance(loss_fn, OfBatch))
             warn_without_group(model, process_group)
         self.stats = OperatorStats()
+        self._dtypes = [p.dtype for p in self.parameters.tensors]
         self._fingerprint, self._data_writes = self._batches.fingerprint(), 0
         self._mode = mode
         self._memory_budget = memory_budget
@@ -281,6 +282,10 @@ class MeanLossOperator(CurvatureOperator):
         seen = int(digest(t for t in plain if id(t) not in written))
         numbers = surroundings.numbers(self._proof.moved_names)
         key = (seen, numbers, modes, self.device, own, self._batches.fingerprint())
+        dtypes = [p.dtype for p in self.parameters.tensors]
+        if self._dtypes != dtypes:  # the data may have been converted with the model
+            self._batches.forget()
+            self._dtypes = dtypes
         if self._point is not None and self._point.key != key:
             self._forget()  # first: its graphs are gone before others are built
         self._agree()

@@ -222,4 +222,4 @@ def digest(tensors: Iterable[Tensor]) -> Tensor:
         total = total.to(tensor.device) * 3 + 1
         for piece in bits.split(_PIECE):
             total = total * 5 + (piece.long() * weights[: len(piece)]).sum()
-    return torch.zeros((), dtype=torch.int64) if total is None else total
+    return torch.zeros((), dtype=torch.int64, device="cpu") if total is None else total

@@ -353,7 +353,7 @@ class _Trial:
     def __init__(self, parts: Parts, point: Point, batch: Any, report: Report) -> None:
         self.parts, self.point, self.batch, self.report = parts, point, batch, report
         self.evaluate = self.of(batch)
-        self.slopes = torch.zeros(0)
+        self.slopes = torch.zeros(0, device="cpu")
         self.opaque = False  # whether functions of the user's own are in the graph
         self.stops = False  # whether the loss makes something of the parameters constant
 
@@ -566,7 +566,9 @@ class _Trial:
         )
         largest = max(norm, float(again.norm()))
         asymmetry = abs(norm - along) / largest if largest > 0 else 0.0
-        if self.parts.products == "symmetric":
+        # A forward pass that writes to parameters is a constant step that differences would see.
+        written = set(map(id, point.written)) & set(map(id, point.own))
+        if self.parts.products == "symmetric" or written:
             return math.nan, asymmetry, dtype
         # A difference cannot tell what is less than the rounding of the gradients that it is of.
         u_ = torch.finfo(dtype).eps
@@ -659,7 +661,8 @@ def _flat(slopes: Any, space: ParameterSpace) -> Tensor:
 
 def _random_like(leaves: Any, generator: torch.Generator) -> list[Tensor]:
     """Returns a random direction of unit length, in tensors of the leaves' shapes."""
-    drawn = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in leaves]
+    options: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    drawn = [torch.randn(p.shape, **options) for p in leaves]
     norm = torch.stack([d.norm() for d in drawn]).norm()
     return [(d / norm).to(p) for d, p in zip(drawn, leaves, strict=True)]
 

@@ -42,7 +42,7 @@ def contents(batch: Any) -> list[Tensor]:
             checksum = zlib.crc32(leaf.tobytes(), checksum)
         elif isinstance(leaf, _PLAIN):
             checksum = zlib.crc32(repr(leaf).encode(), checksum)
-    return [torch.tensor(checksum), *found] if checksum else found
+    return [torch.tensor(checksum, device="cpu"), *found] if checksum else found
 
 
 def moved(batch: Any, device: torch.device, cast: Callable[[torch.dtype], torch.dtype]) -> Any:
