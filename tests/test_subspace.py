@@ -235,7 +235,8 @@ def test_optimizers_and_monitors_that_share_a_subspace_pay_once_a_state() -> Non
     model, _, subspace = make()
     dominant = so.DomSGD(model.parameters(), lr=0.02, subspace=subspace)
     bulk = so.BulkSGD(model.parameters(), lr=0.02, subspace=subspace)
-    monitors = [so.Monitor(o, subspace) for o in (dominant, bulk, dominant)]
+    monitors = [so.Monitor(o, subspace) for o in (dominant, bulk)]
+    monitors.append(so.Monitor(dominant, subspace, every=lambda step: True))
     for state in range(1, 9):
         train(model, dominant if state % 2 else bulk)
         assert subspace.stats.refreshes == state
@@ -270,8 +271,8 @@ def test_refresh_counts_training_steps_whoever_asks_and_however_often(
         if projected
         else torch.optim.SGD(parameters, lr=1e-3)
     )
-    for every in monitors:
-        so.Monitor(optimizer, subspace, every=every)
+    for every in monitors:  # each with a schedule of its own: none takes the place of another
+        so.Monitor(optimizer, subspace, every=lambda step, n=every: step % n == 0)
     asked = [
         t for t in range(20) if (projected or extra) or any(t % every == 0 for every in monitors)
     ]

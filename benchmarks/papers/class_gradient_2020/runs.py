@@ -484,7 +484,8 @@ def held(
     if subspace is not None:
         basis = subspace.update()
         tensors += [basis.vectors, basis.eigenvalues]
-        tensors += [v for v in subspace.state_dict().values() if isinstance(v, Tensor)]
+        averages = vars(subspace._averages)  # noqa: SLF001 (a state dict would hold copies)
+        tensors += averages.values()
     storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(sizes.values()) / sum(p.nbytes for p in parameters)
@@ -492,11 +493,10 @@ def held(
 
 def backward_passes(model: nn.Module, action: Callable[[], None]) -> int:
     """Returns how many examples the model's output was differentiated for while ``action`` ran."""
-    counted = 0
+    counted = _Count()  # out of reach of an evaluation, which puts back what it can reach
 
     def count(gradient: Tensor) -> None:
-        nonlocal counted
-        counted += len(gradient)
+        counted.total += len(gradient)
 
     def watch(_model: nn.Module, _inputs: Any, output: Tensor) -> None:
         output.register_hook(count)
@@ -506,4 +506,11 @@ def backward_passes(model: nn.Module, action: Callable[[], None]) -> int:
         action()
     finally:
         handle.remove()
-    return counted
+    return counted.total
+
+
+class _Count:
+    __slots__ = ("total",)
+
+    def __init__(self) -> None:
+        self.total = 0
