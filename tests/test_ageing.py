@@ -82,14 +82,14 @@ def jump(optimizer: torch.optim.Optimizer, step: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_the_estimate_is_above_the_true_sine_and_tells_of_it(kind):
-    """Three seeds of SGD with a jump of the rate, Adam, and BulkSGD, at each of 50 steps.
+    """Two seeds of SGD with a jump of the rate, Adam, and BulkSGD, at each of 50 steps.
 
     With 91 and 171 parameters, and gaps of a few per cent of the largest eigenvalue, these are
     harder to follow than networks of usual size.
     """
     true, estimated = [], []
     for make in (sgd, adam, bulk):
-        for seed in range(3):
+        for seed in range(2):
             problem = Problem(kind, seed)
             subspace = so.DominantSubspace(problem.hessian, 2, max_angle=MAX_ANGLE)
             optimizer = make(problem, subspace)
