@@ -215,11 +215,7 @@ class _Lanczos:
         products = self.matmat(torch.stack([self.rows[j] for j in block])).contiguous()
         for j, product in zip(block, products, strict=True):
             self._expand(j, product)
-        self.progress.tick(self._so_far)
-
-    def _so_far(self) -> str:
-        residual = f", residual {self.residuals.max():.1e}" if self.restarts else ""
-        return f"{self.products} products{residual}"
+        self.progress.tick(lambda: f"{self.products} products")
 
     def _expand(self, j: int, w: Tensor) -> None:
         """Expands the product ``w`` with row ``j`` in all rows; what remains is a new row."""

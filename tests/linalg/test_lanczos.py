@@ -5,6 +5,7 @@ as any other, and its eigenvectors are known without a solver.
 """
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from subspace_optim import _progress
 from subspace_optim._validation import ArgumentError, ConvergenceWarning, NonFiniteError
 from subspace_optim.linalg import EigenBasis, EigenSolution, lanczos, top_eigenpairs
 from tests.dense import DTYPES, spectra, symmetric
@@ -586,3 +588,17 @@ def test_exact_low_rank_keeps_its_multiplicities(size, top):
             gram = solution.basis.vectors @ solution.basis.vectors.T
             torch.testing.assert_close(gram, torch.eye(k), atol=1e-5, rtol=0)
             assert solution.products <= 120
+
+
+def test_a_solve_that_takes_long_says_how_many_products_it_has_taken(monkeypatch, caplog):
+    """At every product, through restarts, here: where a line is due depends on a clock."""
+    monkeypatch.setattr(_progress, "FIRST", 0.0)
+    monkeypatch.setattr(_progress, "NEXT", 0.0)
+    matrix = Matrix(SPECTRA["decaying"](RESTARTING))
+    with caplog.at_level(logging.INFO, logger="subspace_optim"):
+        solution = solve(matrix, 5, 1e-6, torch.float64)
+    assert solution.restarts > 3
+    told = [int(re.search(r"(\d+) products", line).group(1)) for line in caplog.messages]
+    assert told == sorted(told)
+    assert told[-1] == solution.products
+    assert "top 5 eigenpairs" in caplog.messages[0]

@@ -171,7 +171,7 @@ def test_an_interrupt_ends_the_runs_and_what_was_measured_stays(tmp_path):
     log = run / "seed-0.log"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if log.exists() and re.search(r"training \S+, step [1-9]", log.read_text()):
+        if log.exists() and re.search(r"training .+, step [1-9]", log.read_text()):
             break
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
