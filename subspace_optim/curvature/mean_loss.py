@@ -324,6 +324,10 @@ class MeanLossOperator(CurvatureOperator):
             return point
         with self.ranks.all_or_none():
             proved = self._prove(point, products=products)
+        # On all ranks or on none: what is due next has to be the same on all.
+        if not self.ranks.any(lambda: not self._proof.sure):
+            for what in ("function", "products") if products else ("function",):
+                self._proof.done(what)
         if proved is not point:
             self._forget()
             self._point = proved

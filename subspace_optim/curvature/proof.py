@@ -158,6 +158,7 @@ class Proof:
     Attributes:
         written: tensors that an evaluation was seen to write to, beside buffers.
         moved_names: of attributes that an evaluation was seen to change.
+        sure: whether the last run has come to its end.
     """
 
     def __init__(self, parts: Parts, *, demanded: bool) -> None:
@@ -165,6 +166,7 @@ class Proof:
         self._proved: dict[str, int] = {}  # the structure of the model when that was proved
         self.written: list[Tensor] = []
         self.moved_names: set[Any] = set()
+        self.sure = False
 
     def is_due(self, what: str) -> bool:
         """Whether the ``"function"``, its ``"products"`` or the ``"mean"`` are to be proved."""
@@ -205,6 +207,7 @@ class Proof:
             TransformError: the forward pass writes to parameters, inside of a transform.
         """
         report = Report(self._parts.stats.engine)
+        self.sure = False
         try:
             trial = self._trial(point, report)
             if trial is None:
@@ -213,10 +216,9 @@ class Proof:
             if not point.in_place and report.engine == "func" and own & set(map(id, self.written)):
                 raise TransformError("The forward pass writes to parameters.")
             trial.gradient()
-            self.done("function")
             if products:
                 trial.products()
-                self.done("products")
+            self.sure = True
         finally:
             self._parts.stats.verification += report.gradients
 

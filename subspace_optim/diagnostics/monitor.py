@@ -302,8 +302,7 @@ class Monitor:
             except Exception as error:  # noqa: BLE001 (training is worth more than its record)
                 row = self._failed(error)
         self._moved = row is None or row["update_norm"] != 0
-        # Others may have asked, or told of a step, between the beginning of this one and here.
-        self._clock, self._asked = self.subspace.clock, self.subspace.asked
+        self._clock = self.subspace.clock  # others may have told of this step since it began
         self._steps += 1
         if row is not None:
             self._add(row)
