@@ -197,17 +197,16 @@ class ClassGradientSubspace:
         """
         start = time.perf_counter()
         device, C, P = self.parameters.device, self.num_classes, self.parameters.size
-        with (
-            ALONE,
-            full_precision(device, fused=True),
-            random_state_kept(device, None),
-            self._ranks.all_or_none(),
-        ):
+        with ALONE, full_precision(device, fused=True), random_state_kept(device, None):
             self._agree()
-            sums = self._ranks.total(
-                (C * (P + 2),), self.parameters.dtype, device, lambda sums: self._add_to(sums, x, y)
-            )
-            averages = self._averaged(*self._split(sums))
+            with self._ranks.all_or_none():
+                sums = self._ranks.total(
+                    (C * (P + 2),),
+                    self.parameters.dtype,
+                    device,
+                    lambda sums: self._add_to(sums, x, y),
+                )
+                averages = self._averaged(*self._split(sums))
         self._given, self._averages = None, averages
         self.stats.observations += 1
         self.stats.seconds += time.perf_counter() - start

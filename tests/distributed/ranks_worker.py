@@ -50,6 +50,10 @@ class Shared(DenseOperator):
         super().__init__(model)
         self._ranks = Ranks(dist.group.WORLD)
 
+    @property
+    def ranks(self) -> Ranks:
+        return self._ranks
+
     def matmat(self, vectors: Tensor) -> Tensor:
         part = (1 + self._ranks.rank) / 3  # of two ranks: a third, and two thirds
         return self._ranks.total(
