@@ -292,17 +292,16 @@ class DominantSubspace:
         return _Seen(state, max(self._clock, self._state_clock + 1) if is_new else self._clock)
 
     def _work(self, state: State, *, forced: bool) -> Callable[[AgeingBasis], None]:
-        """Returns what is to be done at this state: the same on all ranks."""
+        """Returns what is to be done at this state; that it is the same on all ranks is checked."""
         if not self._held.fits() or self.refresh_every != "auto":
             return _solve
         # A mode that has changed makes another matrix, of which the basis that is there tells
         # nothing; of other tensors a probe tells by how much they have changed it.
-        if self._ranks.any(lambda: state.modes != self._around[1]):
+        if state.modes != self._around[1]:
             return _solve
         if forced:
             return _refresh
-        changed = self._ranks.any(lambda: state.elsewhere != self._around[0])
-        return _reconsider if changed else _renew
+        return _reconsider if state.elsewhere != self._around[0] else _renew
 
     def _is_finite(self) -> bool:
         """Whether all parameters are: those that are not stay the same, step after step."""

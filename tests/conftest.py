@@ -13,7 +13,7 @@ settings.register_profile(
     "subspace_optim",
     derandomize=True,  # the same examples in every run: a red test is red for everyone
     deadline=None,
-    max_examples=30,
+    max_examples=20,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("subspace_optim")

@@ -352,7 +352,7 @@ class MeanLossOperator(CurvatureOperator):
         if not same_theta:
             remedy = "Broadcast them from one rank, as DistributedDataParallel does."
             found, allowed = "ranks whose parameters differ", "ranks of equal parameters"
-            raise ArgumentError("process_group", found, allowed, remedy)
+            raise self.ranks.told(ArgumentError("process_group", found, allowed, remedy))
         if not same_knowledge:  # else some would compute what the others only look up
             self._forget()
 

@@ -125,7 +125,7 @@ class Ranks:
             values = [theirs[name] for theirs in found]
             if any(value != values[0] for value in values):
                 label = f"{name} on the ranks of process_group"
-                raise self._told(ArgumentError(label, values, "the same on all of them", remedy))
+                raise self.told(ArgumentError(label, values, "the same on all of them", remedy))
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -188,7 +188,7 @@ class Ranks:
                 f"The ranks of process_group do different things, and would wait for each other "
                 f"for ever ({places}). Call the same on all of them, in the same order."
             )
-            raise self._told(RuntimeError(message))
+            raise self.told(RuntimeError(message))
         return bool(flagged), alike
 
     def _all_reduce(self, tensor: Tensor, operation: Any = None) -> None:
@@ -196,7 +196,7 @@ class Ranks:
         try:
             dist.all_reduce(tensor, operation, self.group)
         except Exception as error:
-            self._told(error)  # there is no connection to tell of it by
+            self.told(error)  # there is no connection to tell of it by
             raise
 
     def _raise_first(self, error: Exception | None) -> None:
@@ -209,13 +209,13 @@ class Ranks:
         dist.all_gather_object(found, own, self.group)
         first = next(rank for rank, described in enumerate(found) if described)
         if error is not None and first == self.rank:
-            raise self._told(error)
+            raise self.told(error)
         kind, message = found[first]
         theirs = _kind(kind)(f"Rank {first} of process_group failed: {message}")
-        raise self._told(theirs) from error
+        raise self.told(theirs) from error
 
     @staticmethod
-    def _told(error: _Error) -> _Error:
+    def told(error: _Error) -> _Error:
         """Marks an error that all ranks have: it need not be told once more on its way up.
 
         On this occasion, that is: the same object may be raised by one rank alone later.
