@@ -293,8 +293,10 @@ class DominantSubspace:
 
     def _work(self, state: State, *, forced: bool) -> Callable[[AgeingBasis], None]:
         """Returns what is to be done at this state; that it is the same on all ranks is checked."""
-        if not self._held.fits() or self.refresh_every != "auto":
+        if not self._held.fits():
             return _solve
+        if self.refresh_every != "auto":
+            return _refresh if forced else _solve
         # A mode that has changed makes another matrix, of which the basis that is there tells
         # nothing; of other tensors a probe tells by how much they have changed it.
         if state.modes != self._around[1]:

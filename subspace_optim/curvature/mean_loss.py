@@ -185,7 +185,7 @@ class MeanLossOperator(CurvatureOperator):
 
     def gradient(self) -> Tensor:
         """Returns ``∇L(θ)``, ``(P,)``. It is computed once for each parameter state."""
-        with self.ranks.all_or_none(), self._fixed() as point:
+        with self._fixed() as point:
             if point.gradient is None:
                 self._accumulate(point, first_order)
             assert point.gradient is not None  # noqa: S101 (the pass has found it)
@@ -193,7 +193,7 @@ class MeanLossOperator(CurvatureOperator):
 
     def loss(self) -> float:
         """Returns ``L(θ)``, from the gradient's pass where there was one."""
-        with self.ranks.all_or_none(), self._fixed() as point:
+        with self._fixed() as point:
             if point.loss is None:
                 self._accumulate(point, value)
             assert point.loss is not None  # noqa: S101 (the pass has found it)
@@ -341,8 +341,7 @@ class MeanLossOperator(CurvatureOperator):
     def _agree(self) -> None:
         """Sees to it that all ranks go on from the same parameters and the same knowledge.
 
-        Raises:
-            ArgumentError: the parameters of the ranks differ.
+        Parameters that differ are an ``ArgumentError`` on all of them.
         """
         if self.ranks.group is None:
             return
