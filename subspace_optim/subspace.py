@@ -344,10 +344,8 @@ class DominantSubspace:
         self._failures += 1
         if self.basis is None or self._failures >= _FAILURES_IN_A_ROW:
             raise failure
-        if self._is_finite():
-            self._attempted = hash(
-                state
-            )  # once a state; where training has diverged, at each update
+        if self._is_finite():  # once a state; where training has diverged, at each update
+            self._attempted = hash(state)
         message = (
             f"The refresh at step {self._clock} failed ({failure}). The basis of step "
             f"{self._refreshed_at} stays in use; failure {self._failures} of at most "

@@ -198,3 +198,14 @@ def spectra(max_size: int = 20) -> st.SearchStrategy[Tensor]:
     size = {"min_size": 1, "max_size": max_size}
     lists = st.lists(values, **size) | st.lists(few, **size)
     return lists.map(lambda values: torch.tensor(values, dtype=torch.float64))
+
+
+class Apply(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)

@@ -22,13 +22,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
 from subspace_optim.linalg import EigenBasis
 from tests.checkpoints import through_a_file
 from tests.dense import LOSSES, MODELS, make_problem
+from tests.failing import Fails
 from tests.optim.naive import DenseOperator, Quartic, assert_near, flat, landscape, projector
 
 K = 2
@@ -818,20 +818,6 @@ def test_every_k_from_1_to_the_number_of_parameters_works(k: Any) -> None:
 # Failure half-way: at any operation of torch, by any exception.
 
 
-class Stops(TorchDispatchMode):
-    """Raises at one operation of torch, if there are as many."""
-
-    def __init__(self, at: int, error: BaseException) -> None:
-        super().__init__()
-        self.at, self.error, self.seen = at, error, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen += 1
-        if self.seen == self.at:
-            raise self.error
-        return func(*args, **(kwargs or {}))
-
-
 STOPS: dict[str, Callable[[], BaseException]] = {
     "memory": lambda: torch.OutOfMemoryError("out of memory"),
     "host memory": lambda: MemoryError("out of memory"),
@@ -882,7 +868,7 @@ def test_whatever_stops_a_refresh_half_way_leaves_all_as_it_was(work: str, stop:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                with Stops(at, STOPS[stop]()) as mode:
+                with Fails(at, STOPS[stop]()) as mode:
                     ask()
             except (RuntimeError, MemoryError, KeyboardInterrupt) as error:
                 kinds.append(type(error))

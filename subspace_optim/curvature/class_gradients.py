@@ -398,10 +398,8 @@ class ClassGradientSubspace:
             if self._watched:
                 yield
                 return
-            with point.surroundings.writes() as seen:
+            with point.learning_writes():
                 yield
-            own = {id(leaf): p for leaf, p in zip(point.leaves, point.own, strict=True)}
-            self._written += [own.get(id(t), t) for t in seen]
             self._watched = True
 
     def _point(self) -> Point:

@@ -106,6 +106,16 @@ class Point:
                 enter(self.holding(self.leaves))
             yield
 
+    @contextmanager
+    def learning_writes(self) -> Iterator[None]:
+        """Adds to ``written`` what is written to inside, which gets back its data."""
+        with self.surroundings.writes() as seen:
+            yield
+        own = {id(leaf): p for leaf, p in zip(self.leaves, self.own, strict=True)}
+        known = {id(t) for t in self.written}
+        of_user = (own.get(id(t), t) for t in seen)
+        self.written += [t for t in of_user if id(t) not in known]
+
     def holding(self, leaves: Sequence[Tensor]) -> Any:
         """Puts leaves in the places of the parameters."""
         return self._places.holding(leaves)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -17,9 +17,12 @@ from subspace_optim.curvature.loaders import loader_parts
 Mode = Literal["train", "eval"]
 
 
-def _device_generators(device: torch.device) -> list[torch.Generator]:
+Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
+def _device_generators(device: torch.device) -> list[Generator]:
     """Torch's own generators that code on ``device`` draws from."""
-    generators = [torch.default_generator]
+    generators: list[Generator] = [torch.default_generator]
     if device.type == "cuda":
         torch.cuda.init()
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -27,18 +30,58 @@ def _device_generators(device: torch.device) -> list[torch.Generator]:
     return generators
 
 
+def global_generators(device: torch.device) -> list[Generator]:
+    """Returns those that code draws from where it names none: torch's, NumPy's and Python's."""
+    python: Any = random.seed  # a method of the one that is shared
+    legacy: Any = np.random.mtrand._rand  # noqa: SLF001 (np.random.seed is a method of it)
+    return [*_device_generators(device), legacy, python.__self__]
+
+
+def seed_generator(generator: Generator, seed: int) -> None:
+    """Lets a generator of any library draw as if it had just been made from ``seed``."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    elif isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    else:
+        generator.seed(seed)
+
+
+def states_kept(generators: Iterable[Generator]) -> Callable[[], None]:
+    """Returns what puts the present states of generators back."""
+    states = [(generator, _state(generator)) for generator in generators]
+
+    def restore() -> None:
+        for generator, state in states:
+            if isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            elif isinstance(generator, torch.Generator | np.random.RandomState):
+                generator.set_state(state)
+            else:
+                generator.setstate(state)
+
+    return restore
+
+
+def _state(generator: Generator) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        return generator.get_state()
+    return generator.getstate()
+
+
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Draws from torch's generators as if they had just been seeded: dropout masks are fixed."""
     generators = _device_generators(device)
-    states = [generator.get_state() for generator in generators]
+    restore = states_kept(generators)
     try:
         for generator in generators:
-            generator.manual_seed(seed)
+            seed_generator(generator, seed)
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        restore()
 
 
 def _loader_generators(data: object) -> list[torch.Generator]:
@@ -50,16 +93,11 @@ def _loader_generators(data: object) -> list[torch.Generator]:
 @contextmanager
 def random_state_kept(device: torch.device, data: object) -> Iterator[None]:
     """Leaves the random state of torch, NumPy, Python and the loader ``data`` as found."""
-    generators = _device_generators(device) + _loader_generators(data)
-    states = [generator.get_state() for generator in generators]
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (the global one)
+    restore = states_kept([*global_generators(device), *_loader_generators(data)])
     try:
         yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        restore()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from subspace_optim.curvature.memory import AllocationMeter, free_memory
 from subspace_optim.curvature.objective import BatchLoss, Objective, OfBatch, unwrapped
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
 from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
-from subspace_optim.curvature.proof import Parts, Products, Proof, Report
+from subspace_optim.curvature.proof import Parts, Products, Proof, Report, see
 from subspace_optim.curvature.ranks import Ranks, warn_without_group
 from subspace_optim.curvature.surroundings import ALONE, Surroundings
 
@@ -207,7 +207,7 @@ class MeanLossOperator(CurvatureOperator):
             that fails.
         """
         with self._entered():
-            return self._proof.report(self._point_of(self._look()[0]))
+            return self._proof.report(self._point_of(self._look()))
 
     def state(self) -> State:
         """Returns numbers that differ where anything does that the matrix depends on.
@@ -217,13 +217,21 @@ class MeanLossOperator(CurvatureOperator):
         changes; the mode of every module; and whether stored data were written.
         """
         with self._entered():
-            surroundings, tensors, modes = self._look()
-            own = self.parameters.tensors
-        known = {id(t) for t in [*own, *self._proof.written]}
-        others = [t for t in [*tensors, *surroundings.plain_tensors()] if id(t) not in known]
-        numbers = surroundings.numbers(self._proof.moved_names)
-        elsewhere = hash((int(digest(others)), numbers))
-        return State(int(digest(own)), elsewhere, hash((modes, self._writes_to_data())))
+            own, others, numbers, modes = self._seen(self._look())
+        return State(int(digest(own)), hash((int(digest(others)), numbers)), modes)
+
+    def _seen(self, surroundings: Surroundings) -> tuple[list[Tensor], list[Tensor], int, int]:
+        """Returns all that the matrix depends on, but for what an evaluation itself changes.
+
+        Returns:
+            Its own parameters, other tensors, and what tells of numbers, and of modes and data.
+        """
+        own, proof = self.parameters.tensors, self._proof
+        known = {id(t) for t in [*own, *proof.written]}
+        found = [*surroundings.tensors(), *surroundings.plain_tensors()]
+        others = [t for t in found if id(t) not in known]
+        modes = hash((surroundings.modes(), self._writes_to_data()))
+        return own, others, surroundings.numbers(proof.moved_names), modes
 
     def _writes_to_data(self) -> int:
         """Counts how often stored data may have been written in place."""
@@ -266,23 +274,18 @@ class MeanLossOperator(CurvatureOperator):
             finally:
                 self._frozen = False
 
-    def _look(self) -> tuple[Surroundings, list[Tensor], tuple[bool, ...]]:
-        """Returns what the loss reaches now, the tensors that it depends on, and all modes."""
-        surroundings = Surroundings(self.model, self._user_loss, self.device)
-        modes = tuple(module.training for module in surroundings.modules)
-        return surroundings, surroundings.tensors(), modes
+    def _look(self) -> Surroundings:
+        """Returns what the loss reaches now."""
+        return Surroundings(self.model, self._user_loss, self.device)
 
     def _move_to_current(self) -> Point:
         """Returns what is known of the present parameter state; what was of another is dropped."""
-        surroundings, tensors, modes = self._look()
+        surroundings = self._look()
+        own, others, numbers, modes = self._seen(surroundings)
         # By identity too: parameters that were replaced by equal ones are others to differentiate.
-        own = tuple(map(id, self.parameters.tensors))
-        plain = [*tensors, *surroundings.plain_tensors()]
-        written = {id(t) for t in self._proof.written}.difference(own)
-        seen = int(digest(t for t in plain if id(t) not in written))
-        numbers = surroundings.numbers(self._proof.moved_names)
-        key = (seen, numbers, modes, self.device, own, self._batches.fingerprint())
-        dtypes = [p.dtype for p in self.parameters.tensors]
+        held = int(digest([*own, *others])), tuple(map(id, own))
+        key = held, numbers, modes, self.device
+        dtypes = [p.dtype for p in own]
         if self._dtypes != dtypes:  # the data may have been converted with the model
             self._batches.forget()
             self._dtypes = dtypes
@@ -392,18 +395,19 @@ class MeanLossOperator(CurvatureOperator):
         used = count = 0
         size = 0 if differentiate is value else self.size
         gradient = torch.zeros(size, dtype=self.dtype, device=self.device)
-
+        proves_mean = self._proof.is_due("mean")
         pieces: list[Any] = []
 
         def add_to(sums: Tensor) -> None:
             nonlocal used, count, pieces
             for index, batch_of_data, nbytes in self._read(point):
+                watching = nullcontext() if count else self._proof.watching(point)
                 count += 1
                 evaluate = Evaluate(self._objective, batch_of_data, self._seed_of(index))
-                if self._proof.is_due("mean"):
-                    pieces = self._proof.see(batch_of_data, pieces)
+                if proves_mean:
+                    pieces = see(batch_of_data, pieces)
                 metering = AllocationMeter() if keep else nullcontext()
-                with metering as meter, point.at(evaluate.seed), self._proof.watching(point):
+                with metering as meter, point.at(evaluate.seed), watching:
                     batch = differentiate(evaluate, point)
                 sums += torch.stack([_weighted(batch.loss.double(), batch.weight), batch.weight])
                 if size:

@@ -184,21 +184,14 @@ class Proof:
 
     def watching(self, point: Point) -> AbstractContextManager[Any]:
         """Learns inside what an evaluation writes to, where that is not known yet."""
-        modes = tuple(module.training for module in point.surroundings.modules)
-        if self._proved.get("writes") == hash((self._structure(), modes)):
-            return nullcontext()
-        return self._learned(point)
+        stage = hash((self._structure(), point.surroundings.modes()))
+        return nullcontext() if self._proved.get("writes") == stage else self._learned(point, stage)
 
     @contextmanager
-    def _learned(self, point: Point) -> Iterator[None]:
-        with point.surroundings.writes() as seen:
+    def _learned(self, point: Point, stage: int) -> Iterator[None]:
+        with point.learning_writes():
             yield
-        known = {id(t) for t in self.written}
-        own = {id(leaf): p for leaf, p in zip(point.leaves, point.own, strict=True)}
-        of_user = [own.get(id(t), t) for t in seen]
-        self.written += [t for t in of_user if id(t) not in known]
-        modes = tuple(module.training for module in point.surroundings.modules)
-        self._proved["writes"] = hash((self._structure(), modes))
+        self._proved["writes"] = stage
 
     def run(self, point: Point, *, products: bool) -> None:
         """Proves that the operator is one function at ``point``, and its products if asked.
@@ -227,7 +220,7 @@ class Proof:
         report = Report(self._parts.stats.engine)
         pieces: list[Any] = []
         for batch in self._read(point):
-            pieces = self.see(batch, pieces)
+            pieces = see(batch, pieces)
         try:
             trial = self._trial(point, report)
             proofs: list[Callable[[], None]] = [partial(self.mean, point, pieces, report)]
@@ -266,11 +259,6 @@ class Proof:
         return None
 
     # --- what the mean is over ------------------------------------------------------------------
-
-    def see(self, batch: Any, pieces: list[Any]) -> list[Any]:
-        """Returns a part of the first batch of a pass and of the latest, given those so far."""
-        part = head(batch, _FEWER if pieces else _EXAMPLES)
-        return [*pieces[:1], batch if part is None else tree_map(_copied, part)]
 
     def mean(self, point: Point, pieces: list[Any], report: Report | None = None) -> None:
         """Proves that the loss of two batches together is the weighted mean of theirs.
@@ -455,8 +443,6 @@ class _Trial:
         if self.parts.products == "differences":
             return
         found = self._in_float64() or self._measured(self.point, self.evaluate)
-        if found is None:
-            return
         error, asymmetry, dtype = found
         self.report.product_error, self.report.asymmetry = error, asymmetry
         if not error > _AGREE[dtype] and asymmetry <= _SYMMETRIC[dtype]:
@@ -510,7 +496,7 @@ class _Trial:
             return None
         return self._measured(wide, evaluate)
 
-    def _measured(self, point: Point, evaluate: Evaluate) -> _Found | None:
+    def _measured(self, point: Point, evaluate: Evaluate) -> _Found:
         """Measures a product along a random direction, and the symmetry of two.
 
         Returns:
@@ -678,6 +664,12 @@ def head(batch: Any, examples: int) -> Any:
     if not plain or len(lengths) != 1 or lengths.pop() <= examples:
         return None
     return tree_map(lambda leaf: leaf[:examples] if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def see(batch: Any, pieces: list[Any]) -> list[Any]:
+    """Returns a part of the first batch of a pass and of the latest, given those so far."""
+    part = head(batch, _FEWER if pieces else _EXAMPLES)
+    return [*pieces[:1], batch if part is None else tree_map(_copied, part)]
 
 
 def _as_leaf(leaf: Any) -> Any:

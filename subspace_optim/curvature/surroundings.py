@@ -31,6 +31,12 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from subspace_optim.curvature.isolation import (
+    Generator,
+    global_generators,
+    seed_generator,
+    states_kept,
+)
 from subspace_optim.curvature.parameters import LOW_PRECISION
 
 _MOST = 50_000
@@ -57,7 +63,6 @@ _INTERNAL = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 _MISSING = object()
 ALONE = threading.RLock()
 """Held by whoever looks at a model or evaluates it: in between, others would find its leaves."""
-_Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
 class Surroundings:
@@ -81,7 +86,7 @@ class Surroundings:
         self._sequences: list[Any] = []
         self._cells: list[CellType] = []
         self._globals: list[tuple[dict[str, Any], set[str]]] = []
-        self._generators: list[_Generator] = global_generators(device)
+        self._generators: list[Generator] = global_generators(device)
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._loose: list[Tensor] = []
         self.moved_names: set[Any] = set()
@@ -109,6 +114,10 @@ class Surroundings:
             for b in m._buffers.values()  # noqa: SLF001
         }
         return [t for t in self.parameters() + self.buffers() if id(t) not in written]
+
+    def modes(self) -> tuple[bool, ...]:
+        """Returns whether each module is in train mode."""
+        return tuple(module.training for module in self.modules)
 
     def numbers(self, moved_names: set[Any]) -> int:
         """Returns a number that tells of those among the attributes of modules and objects.
@@ -171,7 +180,7 @@ class Surroundings:
             yield thing.fget
         elif isinstance(thing, staticmethod | classmethod):
             yield thing.__func__
-        elif isinstance(thing, _Generator):
+        elif isinstance(thing, Generator):
             if not isinstance(thing, random.SystemRandom):  # it has no state
                 self._generators.append(thing)
         elif isinstance(thing, np.ndarray):
@@ -236,7 +245,7 @@ class Surroundings:
         """
         with ALONE, _interrupts_wait(), ExitStack() as stack:
             # What needs no memory and no operation comes back first: an error changes nothing.
-            for restore in (self._generator_states(), self._python_state()):
+            for restore in (states_kept(self._generators), self._python_state()):
                 stack.callback(restore)
             # A loss may call backward() itself. Gradients come back after dtypes have.
             stack.callback(_give_back, [(p, p.grad) for p in self.parameters()])
@@ -257,7 +266,7 @@ class Surroundings:
                     held.append((t, t.data))
                     t.data = t.detach().to(wanted, copy=True)
             for generator in self._generators:
-                _seed(generator, seed)
+                seed_generator(generator, seed)
             yield
 
     @contextmanager
@@ -330,15 +339,6 @@ class Surroundings:
 
         return restore
 
-    def _generator_states(self) -> Callable[[], None]:
-        states = [(g, _state(g)) for g in self._generators]
-
-        def restore() -> None:
-            for generator, state in states:
-                _set_state(generator, state)
-
-        return restore
-
 
 def _once(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return list({id(t): t for t in tensors if t is not None}.values())
@@ -364,7 +364,7 @@ def _names(code: CodeType) -> tuple[set[str], set[str]]:
 
 @lru_cache(maxsize=4096)
 def _is_installed(file: str) -> bool:
-    """Whether code is the standard library's or an installed package's, which keeps no state."""
+    """Whether code is the standard library's or an installed package's: it is not looked into."""
     return "site-packages" in file or "dist-packages" in file or file.startswith(_STANDARD)
 
 
@@ -450,47 +450,6 @@ def dtype_inside(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is not None:
         return dtype
     return torch.float32 if tensor.dtype in LOW_PRECISION else tensor.dtype
-
-
-# --- generators ----------------------------------------------------------------------------------
-
-
-def global_generators(device: torch.device) -> list[_Generator]:
-    """Returns those that code draws from where it names none: torch's, NumPy's and Python's."""
-    python: Any = random.seed  # a method of the one that is shared
-    legacy: Any = np.random.mtrand._rand  # noqa: SLF001 (np.random.seed is a method of it)
-    found: list[Any] = [torch.default_generator, legacy, python.__self__]
-    if device.type == "cuda":
-        torch.cuda.init()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        found.append(torch.cuda.default_generators[index])
-    return found
-
-
-def _state(generator: _Generator) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    if isinstance(generator, torch.Generator | np.random.RandomState):
-        return generator.get_state()
-    return generator.getstate()
-
-
-def _set_state(generator: _Generator, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, torch.Generator | np.random.RandomState):
-        generator.set_state(state)
-    else:
-        generator.setstate(state)
-
-
-def _seed(generator: _Generator, seed: int) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = type(generator.bit_generator)(seed).state
-    elif isinstance(generator, torch.Generator):
-        generator.manual_seed(seed)
-    else:
-        generator.seed(seed)
 
 
 # --- interrupts and writes -----------------------------------------------------------------------

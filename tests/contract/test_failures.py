@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import subspace_optim as so
 from tests.contract.cases import CASES, OURS, Case, Problem, Run, UserSubspace, quartic, same
+from tests.failing import Fails
 from tests.optim.naive import dense_eigenbasis
 
 ERRORS = pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
@@ -39,23 +39,9 @@ PROJECTED = [
 JOINT = CASES["Muon + AdamW, bulk"]
 
 
-class Fails(TorchDispatchMode):
-    """Raises in the place of the n-th tensor operation; 0: of none."""
-
-    def __init__(self, at: int, error: Any) -> None:
-        super().__init__()
-        self.at, self.error, self.seen = at, error, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen += 1
-        if self.seen == self.at:
-            raise self.error("injected")
-        return func(*args, **(kwargs or {}))
-
-
 def failing(step: Callable[[], object], at: int, error: Any) -> int | None:
     """Returns how many operations the step has, or None if it was made to fail."""
-    mode = Fails(at, error)
+    mode = Fails(at, error("injected"))
     try:
         with mode:
             step()
@@ -209,7 +195,7 @@ def test_a_monitor_for_which_there_is_no_memory_ends_no_training(name: str) -> N
         at, raised[one] = 0, 0
         while True:
             at += 1
-            mode = Fails(at, torch.OutOfMemoryError)
+            mode = Fails(at, torch.OutOfMemoryError("injected"))
             values = one.values()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")

@@ -17,13 +17,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import subspace_optim as so
 from subspace_optim.curvature import class_gradients
 from subspace_optim.subspace import Subspace
 from tests.dense import DTYPES, projector
+from tests.failing import Fails
 from tests.observe import Seen
 
 C = 4
@@ -777,20 +777,10 @@ def test_memory_that_runs_out_while_a_minibatch_is_observed_leaves_the_averages(
     subspace.observe(X, Y)
     basis, before = subspace.update(), copy.deepcopy(subspace.state_dict())
 
-    class RunsOut(TorchDispatchMode):
-        at = seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.seen += 1
-            if self.seen == self.at:
-                raise torch.OutOfMemoryError("memory has run out")
-            return func(*args, **(kwargs or {}))
-
     x, y = minibatch([1, 3, 3, 2], 5)
     ran_out = 0
     for at in range(1, 400, 7):
-        mode = RunsOut()
-        mode.at = at
+        mode = Fails(at, torch.OutOfMemoryError("memory has run out"))
         try:
             with mode:
                 subspace.observe(x, y)

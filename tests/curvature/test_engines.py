@@ -22,6 +22,7 @@ from subspace_optim.curvature import (
 from tests.dense import (
     LOSSES,
     MODELS,
+    Apply,
     Dense,
     dense_curvature,
     half_squared_error,
@@ -114,15 +115,6 @@ SINES: dict[str, Callable[[Tensor], Tensor]] = {
     "inner_gradient": twice_itself,
 }
 NOT_TRANSFORMED = {"old_function", "checkpoint", "numpy", "retain_grad"}
-
-
-class Apply(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def sine_network(function: Callable[[Tensor], Tensor], dtype: Any = torch.float64) -> nn.Module:

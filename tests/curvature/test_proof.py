@@ -23,7 +23,7 @@ from subspace_optim import (
 )
 from subspace_optim.curvature import objective, surroundings
 from subspace_optim.curvature.surroundings import Surroundings
-from tests.dense import LOSSES, MODELS, make_problem
+from tests.dense import LOSSES, MODELS, Apply, make_problem
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(40, 3, generator=GENERATOR).double()
@@ -207,15 +207,6 @@ class Reversed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:
         return -slope
-
-
-class Apply(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def clipped(x: Tensor) -> Tensor:
