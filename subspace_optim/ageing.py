@@ -11,9 +11,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from subspace_optim._validation import ArgumentError, InconsistentDerivativeError, NoGapWarning
+from subspace_optim._validation import (
+    ArgumentError,
+    ConvergenceWarning,
+    InconsistentDerivativeError,
+    NoGapWarning,
+)
 from subspace_optim.curvature.checkpoints import SavedState, checksum
-from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.curvature.operator import CurvatureOperator, rounding_at
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.lanczos import top_eigenpairs
 from subspace_optim.linalg.refinement import (
@@ -247,7 +252,18 @@ class AgeingBasis:
         """
         operator = self.operator
         exact = operator.accuracy <= torch.finfo(operator.dtype).eps
-        if exact and asymmetry > _ASYMMETRIC:
+        if not exact or not asymmetry > _ASYMMETRIC:
+            return
+        loss = operator.loss()
+        if asymmetry <= rounding_at(loss, operator.dtype):
+            warnings.warn(
+                f"At a loss of {loss:.2g} the products are rounded so much that they are asymmetric "
+                f"by {asymmetry:.2g}: the eigenpairs are no more accurate than that. "
+                "model.double() has accurate ones.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        else:
             message = (
                 f"The matrix is not symmetric: ⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {asymmetry:.2g} of "
                 "its products, so it is no Hessian. Some part of the model has a wrong second "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,3 +126,12 @@ class CurvatureOperator(ABC):
 
     def release(self) -> None:  # noqa: B027 (an operator that keeps nothing has nothing to do)
         """Frees what is kept for further products at the present parameters."""
+
+
+def rounding_at(loss: float, dtype: torch.dtype) -> float:
+    """Returns what rounding may make of the derivatives of a loss, relative to them.
+
+    A loss that is small because examples are fitted, as cross-entropy is, is a difference of
+    numbers of order one, and so are its derivatives: of a loss of 1e-8 float32 leaves nothing.
+    """
+    return 4 * torch.finfo(dtype).eps / abs(loss) if loss else math.inf

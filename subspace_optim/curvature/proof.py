@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ from subspace_optim.curvature.evaluation import (
     value,
 )
 from subspace_optim.curvature.objective import Objective
-from subspace_optim.curvature.operator import OperatorStats
+from subspace_optim.curvature.operator import OperatorStats, rounding_at
 from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, length
 from subspace_optim.curvature.structure import moved
 from subspace_optim.curvature.surroundings import dtype_inside
@@ -62,9 +62,10 @@ _ASIDE = 1e-3
 exactly at them, as of a unit that is zero because its inputs are, are no longer there."""
 _STEP = 1e-7
 """Length of the difference in float64, relative as well."""
-_AGREE = {torch.float64: 1e-2, torch.float32: 3e-2}
+_AGREE = {torch.float64: 1e-3, torch.float32: 3e-2}
 """How well a product and a difference agree: those that are wrong differ by 3 % and more."""
 _SYMMETRIC = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""How symmetric products are: those that are wrong have gaps of 3 % and more."""
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-3}
 """How well two ways to one gradient agree ..."""
 _ROUNDED = 5e-2
@@ -443,15 +444,16 @@ class _Trial:
         if self.parts.products == "differences":
             return
         found = self._in_float64() or self._measured(self.point, self.evaluate)
-        error, asymmetry, dtype = found
-        self.report.product_error, self.report.asymmetry = error, asymmetry
-        if not error > _AGREE[dtype] and asymmetry <= _SYMMETRIC[dtype]:
+        self.report.product_error, self.report.asymmetry = found.error, found.asymmetry
+        rounding = rounding_at(found.loss, found.dtype)
+        differs = found.error > _AGREE[found.dtype] + rounding  # not if it is NaN
+        if not differs and found.asymmetry <= _SYMMETRIC[found.dtype] + rounding:
             return
         what = (
             f"a product with a vector differs from the difference of gradients along it by "
-            f"{error:.2g} of its length"
-            if error > _AGREE[dtype]
-            else f"two products are asymmetric by {asymmetry:.2g}"
+            f"{found.error:.2g} of its length"
+            if differs
+            else f"two products are asymmetric by {found.asymmetry:.2g}"
         )
         message = (
             f"The second derivative of the loss is wrong: {what}, by {self.report.engine}. Likely "
@@ -492,7 +494,8 @@ class _Trial:
             float(there.loss), self.loss, rel_tol=1e-2, abs_tol=1e-6
         ):
             return None
-        if float((slopes - self.slopes).norm()) > _AGREE[torch.float32] * float(slopes.norm()):
+        near = _AGREE[torch.float32] + rounding_at(float(there.loss), torch.float32)
+        if float((slopes - self.slopes).norm()) > near * float(slopes.norm()):
             return None
         return self._measured(wide, evaluate)
 
@@ -500,8 +503,7 @@ class _Trial:
         """Measures a product along a random direction, and the symmetry of two.
 
         Returns:
-            The error, the asymmetry, and the dtype in which both were found; an error of NaN where
-            differences cannot tell, or are of something else.
+            What was found; an error of NaN where differences cannot tell, or are of something else.
 
         Raises:
             SecondDerivativeError: the product is not finite.
@@ -557,21 +559,32 @@ class _Trial:
         # A forward pass that writes to parameters is a constant step that differences would see.
         written = set(map(id, point.written)) & set(map(id, point.own))
         if self.parts.products == "symmetric" or written:
-            return math.nan, asymmetry, dtype
+            return _Found(math.nan, asymmetry, plain, dtype)
         # A difference cannot tell what is less than the rounding of the gradients that it is of.
         u_ = torch.finfo(dtype).eps
         step = _STEP if exact else (3 * u_) ** (1 / 3)
         try:
             found = difference(step)
         except _OutOfStepError:
-            return math.nan, asymmetry, dtype
-        rounding = 100 * u_ * max(float(slopes.norm()), norm * scale) / (step * scale)
+            return _Found(math.nan, asymmetry, plain, dtype)
+        rounded = 100 * u_ + rounding_at(plain, dtype) / 40  # hardly ever all that it may be
+        rounding = rounded * max(float(slopes.norm()), norm * scale) / (step * scale)
         beside = max(norm, float(found.norm()))
         off = float((product - found).norm()) - rounding
-        if not exact and off > _AGREE[dtype] * beside:  # kinks, or lower precision inside
+        if off > _AGREE[dtype] * beside:  # kinks, or gradients that are rounded by more than that
             nearer = difference(step / 8)
             off = float((product - nearer).norm()) - 2 * float((found - nearer).norm()) - rounding
-        return (max(0.0, off) / beside if beside > 0 else 0.0), asymmetry, dtype
+        error = max(0.0, off) / beside if beside > 0 else 0.0
+        return _Found(error, asymmetry, plain, dtype)
+
+
+class _Found(NamedTuple):
+    """What was measured of products: error and asymmetry, at which loss and in which dtype."""
+
+    error: float
+    asymmetry: float
+    loss: float
+    dtype: torch.dtype
 
 
 class TransformError(RuntimeError):
@@ -627,7 +640,6 @@ class _Constants(TorchFunctionMode):
 
 _DATA: Any = Tensor.data
 _STOPS = (Tensor.detach, torch.detach, _DATA.__get__)
-_Found = tuple[float, float, torch.dtype]
 _NOT_FINITE = (
     "The loss has no finite second derivative, though it and its gradient are finite: somewhere "
     "there is a norm or a square root of exactly 0 (a distance of two equal rows, a row of zeros "
