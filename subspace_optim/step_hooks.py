@@ -223,7 +223,7 @@ class JointSteps:
             warnings.warn(message, UnseenStepsWarning, stacklevel=3)
 
     def _check_wrapper(self) -> None:
-        """Warns once if a wrapper moves the parameters itself, after the steps that it passes on."""
+        """Warns once if a wrapper moves the parameters itself, between steps that it passes on."""
         if self._left is None or self._left == self._version():
             return
         self._wrapped, self._left = False, None
