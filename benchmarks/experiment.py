@@ -22,10 +22,10 @@ import subspace_optim as so
 from benchmarks.losses import accuracy
 from benchmarks.optimizers import BUILT_IN, PAPERS, Recipe, recipes, takes_closure
 from subspace_optim._validation import check_integer, check_number
-from subspace_optim.ageing import AgeingBasis
 from subspace_optim.curvature.isolation import in_mode, seeded
 from subspace_optim.linalg import EigenBasis, top_eigenpairs
-from subspace_optim.subspace import DominantSubspace
+from subspace_optim.subspaces import DominantSubspace, EveryNSteps
+from subspace_optim.subspaces.eigenpairs import TopPairs
 
 WARMUP = "warmup"
 OptimizerFactory = Callable[
@@ -150,8 +150,8 @@ class Comparison:
         return [row for row in self.rows if row["phase"] == phase]
 
 
-class _RandomBasis(AgeingBasis):
-    """Random directions in the place of eigenvectors."""
+class RandomDirections(EveryNSteps):
+    """The control: random directions in the place of eigenvectors, redrawn at every refresh."""
 
     def solve(self) -> None:
         """Draws new directions, with the Rayleigh-Ritz values of the operator in their span."""
@@ -164,14 +164,9 @@ class _RandomBasis(AgeingBasis):
         order = rotation.flip(1).T
         vectors, images = order @ frame, order @ products
         residuals = torch.linalg.vector_norm(images - values.flip(0)[:, None] * vectors, dim=1)
-        self.basis = EigenBasis(values.flip(0), vectors, residuals)
+        none = EigenBasis(*(tensor[:0] for tensor in (values, vectors, residuals)))
+        self.pairs = TopPairs(EigenBasis(values.flip(0), vectors, residuals), none, 0.0, 0.0)
         self.stats.refreshes += 1
-
-
-class RandomSubspace(DominantSubspace):
-    """The control: random directions in the place of eigenvectors, redrawn at every refresh."""
-
-    _holder = _RandomBasis
 
 
 def minibatch(examples: int, size: int, step: int, seed: int) -> Tensor:
@@ -229,16 +224,13 @@ class _Experiment:
         settings = self.settings
         warm = phase == WARMUP
         control = settings.control == "random"
-        kind = RandomSubspace if control else DominantSubspace
-        refresh = _OF_RANDOM if control and settings.refresh == "auto" else settings.refresh
+        refresh: Any = settings.warmup_refresh if warm else settings.refresh
+        if control:
+            refresh = RandomDirections(_OF_RANDOM if refresh == "auto" else refresh)
         self.phase = phase
         self.step = 0 if warm else self.result.switch_step or 0
-        self.subspace = kind(
-            self.operator,
-            settings.k,
-            refresh=settings.warmup_refresh if warm else refresh,
-            tol=settings.tol,
-            seed=settings.seed,
+        self.subspace = DominantSubspace(
+            self.operator, settings.k, refresh=refresh, tol=settings.tol, seed=settings.seed
         )
         self.trained = self._made(BUILT_IN["SGD"] if warm else self.optimizers[phase])
         self.options = [_options(each) for each in self.trained]  # loading a state adds to them

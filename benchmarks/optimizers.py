@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import subspace_optim as so
-from subspace_optim.subspace import DominantSubspace
+from subspace_optim.subspaces import DominantSubspace
 
 __all__ = ["BUILT_IN", "DEFAULT", "PAPERS", "Part", "Recipe", "kinship", "recipes", "takes_closure"]
 

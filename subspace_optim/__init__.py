@@ -20,7 +20,6 @@ from subspace_optim._validation import (
     UnseenStepsWarning,
 )
 from subspace_optim.curvature import (
-    ClassGradientSubspace,
     CurvatureOperator,
     FiniteDifferenceHessian,
     GaussNewtonOperator,
@@ -40,7 +39,12 @@ from subspace_optim.optim import (
     LowRankNewton,
     project_updates,
 )
-from subspace_optim.subspace import DominantSubspace, FixedSubspace, Subspace
+from subspace_optim.subspaces import (
+    ClassGradientSubspace,
+    DominantSubspace,
+    FixedSubspace,
+    Subspace,
+)
 
 __version__ = version("subspace_optim")
 

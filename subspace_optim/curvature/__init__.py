@@ -1,6 +1,5 @@
 """A model's loss as a linear operator: it knows no eigensolver, subspace or optimizer."""
 
-from subspace_optim.curvature.class_gradients import ClassGradientStats, ClassGradientSubspace
 from subspace_optim.curvature.finite_difference import FiniteDifferenceHessian
 from subspace_optim.curvature.gauss_newton import GaussNewtonOperator
 from subspace_optim.curvature.hessian import HessianOperator
@@ -10,8 +9,6 @@ from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.residual import ResidualOperator
 
 __all__ = [
-    "ClassGradientStats",
-    "ClassGradientSubspace",
     "CurvatureOperator",
     "FiniteDifferenceHessian",
     "GaussNewtonOperator",

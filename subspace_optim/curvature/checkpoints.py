@@ -58,6 +58,10 @@ class SavedState:
         """Returns a state that is an entry of this one."""
         return SavedState(self._state[name], names, self._remedy, f"{self._path}{name}.")
 
+    def is_empty(self, name: str) -> bool:
+        """Whether an entry is a dict without entries."""
+        return bool(self._state[name] == {})
+
     def flag(self, name: str) -> bool:
         """Returns an entry that is True or False.
 
@@ -134,6 +138,11 @@ class SavedState:
         if minimum is not None and taken.numel() and (lowest := taken.min().item()) < minimum:
             raise ArgumentError(f"the smallest of {label}", lowest, f"at least {minimum:g}")
         return taken
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype that a tensor was saved in."""
+        dtype: torch.dtype = self._state[name].dtype
+        return dtype
 
     def check_sum(self, found: int) -> None:
         """Checks the entry ``checksum``: what no other check can tell has been left as it was.

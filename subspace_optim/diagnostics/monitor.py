@@ -27,7 +27,7 @@ from subspace_optim.diagnostics.logs import logs
 from subspace_optim.diagnostics.stability import preconditioned_sharpness, thresholds
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.step_hooks import JointSteps, attached, optimizers_of
-from subspace_optim.subspace import DominantSubspace
+from subspace_optim.subspaces import DominantSubspace
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,4 +1,4 @@
-r"""What an eigenbasis that has aged still holds: probes of it, and its refinement in place.
+r"""What a basis still holds of a matrix that has changed: probes of it, and its refinement.
 
 While the parameters move, the rows of ``V`` stop being eigenvectors: ``r_i = (I − P) H v_i`` grows.
 To first order the true eigenvectors are ``v_i + (λ_i − H)⁻¹ r_i``, so that with the gaps
@@ -6,7 +6,7 @@ To first order the true eigenvectors are ``v_i + (λ_i − H)⁻¹ r_i``, so tha
 
 .. math:: \sin\angle(V, U) \;\le\; A = \Big(\sum_i \|r_i\|^2 / g_i^2\Big)^{1/2}
 
-(Davis & Kahan 1970). ``A``, the *ageing* of the basis, takes one product for each row. A *probe*
+(Davis & Kahan 1970). ``A``, the *staleness* of the basis, takes one product for each row. A *probe*
 estimates it from one or a few, and another product looks at the *guard*, the pair that comes
 next: it notices a direction that enters from the bulk, which no ``r_i`` shows.
 """
@@ -29,6 +29,8 @@ from subspace_optim.linalg.rows import column_blocks, gram, largest_sine, orthon
 
 FAILURE_PROBABILITY = 0.05
 """How likely the bound of a probe is to be too small."""
+SCATTER = 0.25
+"""Standard deviation of the square of a probe, relative to its mean, that is good enough."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,22 @@ class Probe:
     """What a few products tell of a basis.
 
     Attributes:
-        ageing: an estimate of ``A``. Its square has the mean ``A²``.
+        staleness: an estimate of ``A``. Its square has the mean ``A²``.
         bound: at least ``(Σ ‖r_i‖²/g_i²)^½`` along every direction of the subspace, and so the
             largest sine to first order, but with ``FAILURE_PROBABILITY``.
         guard: the guard after one step of power iteration, with its Rayleigh quotient.
         shrunk: the gaps ``g_i`` at present over those that are known, in the mean that the probe
-            weighs them in: eigenvalues fall or rise, though no vector turns. Ageing and bound are
-            with the present ones; 0 or less means that the subspace has lost its gap.
-        unevenness: an estimate of ``u = k tr(M²)/(tr M)² − 1``, ``M_ij = ⟨r_i, r_j⟩/(g_i g_j)``;
-            ``None`` from a single vector. The largest sine is at most ``A ((1 + u)/k)^¼``.
+            weighs them in: eigenvalues fall or rise, though no vector turns. Staleness and bound
+            are with the present ones; 0 or less means that the subspace has lost its gap.
+        effective_rank: an estimate of ``r = (tr M)²/tr(M²)``, ``M_ij = ⟨r_i, r_j⟩/(g_i g_j)``;
+            ``None`` from a single vector. The largest sine is at most ``A r^(−1/4)``.
     """
 
-    ageing: float
+    staleness: float
     bound: float
     guard: EigenBasis
     shrunk: float = 1.0
-    unevenness: float | None = None
+    effective_rank: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class Refinement:
         basis: the new basis. Its eigenvalues are Rayleigh-Ritz values and what the correction adds
             to them; its residuals are bounds, to first order.
         guard: the pair that comes next.
-        before: the ageing ``A`` of the basis that it started from.
-        after: a bound on the ageing of the new one, to first order.
+        before: the staleness ``A`` of the basis that it started from.
+        after: a bound on the staleness of the new one, to first order.
         sine: of the largest angle between the two.
-        unevenness: how far from equal and orthogonal the rows ``r_i/g_i`` were, from 0 to k − 1
-            (one direction alone): what a probe of the basis scatters by.
+        effective_rank: of the rows ``r_i/g_i``: k where they are equally long and orthogonal, 1
+            where they are one direction alone. Probes scatter the more, the lower it is.
     """
 
     basis: EigenBasis
@@ -74,34 +76,36 @@ class Refinement:
     before: float
     after: float
     sine: float
-    unevenness: float
+    effective_rank: float
 
 
-def total_ageing(basis: EigenBasis, guard: EigenBasis) -> float:
+def total_staleness(basis: EigenBasis, guard: EigenBasis) -> float:
     """Returns ``A = (Σ ‖r_i‖²/g_i²)^½`` of pairs with known residuals; infinite without a gap."""
     residuals, values = (t.double().cpu().numpy() for t in (basis.residuals, basis.eigenvalues))
     if not guard.k:
         return 0.0
-    return _ageing(residuals, values - _top_of_bulk(values, *_pair(guard)))
+    return _staleness(residuals, values - _top_of_bulk(values, *_pair(guard)))
 
 
-def _ageing(residuals: NDArray[np.float64], gaps: NDArray[np.float64]) -> float:
+def _staleness(residuals: NDArray[np.float64], gaps: NDArray[np.float64]) -> float:
     return float(np.linalg.norm(residuals / gaps)) if gaps.min() > 0 else math.inf
 
 
-def _unevenness(gram: NDArray[np.float64], k: int) -> float | None:
-    """Returns ``u = k tr(M²)/(tr M)² − 1``, or an estimate from ``Q M Qᵀ`` of m random rows.
+def _effective_rank(gram: NDArray[np.float64], k: int) -> float | None:
+    """Returns ``r = (tr M)²/tr(M²)``, or an estimate from ``Q M Qᵀ`` of m random rows.
 
     With ``D``, what of ``Q M Qᵀ`` is no multiple of the identity,
-    ``E‖D‖² = (m−1)(m+2)/((k−1)(k+2)) · (tr M² − (tr M)²/k)``.
+    ``E‖D‖² = (m−1)(m+2)/((k−1)(k+2)) · (tr M² − (tr M)²/k)``, and ``k/r − 1`` is
+    ``k tr(M²)/(tr M)² − 1``.
     """
     m, trace = len(gram), float(np.trace(gram))
     if m == 1 < k:
         return None
     if k == 1 or not trace > 0:
-        return 0.0
+        return float(k)
     uneven = float(np.square(gram - trace / m * np.eye(m)).sum())
-    return k * (k - 1) * (k + 2) / ((m - 1) * (m + 2)) * uneven / (k / m * trace) ** 2
+    excess = k * (k - 1) * (k + 2) / ((m - 1) * (m + 2)) * uneven / (k / m * trace) ** 2
+    return k / (1 + excess)
 
 
 def _pair(guard: EigenBasis) -> tuple[float, float]:
@@ -133,13 +137,18 @@ def least_overlap(k: int, m: int, probability: float) -> float:
     return least * (1 - least)
 
 
-def vectors_needed(k: int, unevenness: float) -> int:
+def vectors_needed(k: int, effective_rank: float | None) -> int:
     """Returns how many vectors keep the square of a probe within 25 % of its mean, mostly.
 
-    Its variance, relative to the square of its mean, is ``2u/(m(k+2)) · (k−m)/(k−1)``.
+    Its variance, relative to the square of its mean, is ``2(k/r − 1)/(m(k+2)) · (k−m)/(k−1)``.
+
+    Args:
+        k: dimension of the subspace.
+        effective_rank: r; half of k where it is not known.
     """
+    excess = 1.0 if effective_rank is None else k / effective_rank - 1
     for m in range(1, k):
-        if 2 * unevenness / (m * (k + 2)) * (k - m) / (k - 1) <= _SCATTER**2:
+        if 2 * excess / (m * (k + 2)) * (k - m) / (k - 1) <= SCATTER**2:
             return m
     return k
 
@@ -156,7 +165,7 @@ def probe(
     vectors: int = 1,
     guarded: bool = True,
 ) -> Probe:
-    r"""Estimates the ageing of a basis from few products, and moves its guard with another.
+    r"""Estimates the staleness of a basis from few products, and moves its guard with another.
 
     With m random orthonormal rows ``Q`` of ``R^k`` and ``G = diag(g_i)``,
 
@@ -212,8 +221,8 @@ def probe(
         return Probe(math.inf, 1.0, guard, shrunk)
     found /= min(1.0, shrunk)
     bound = found / math.sqrt(least_overlap(k, vectors, FAILURE_PROBABILITY))
-    ageing = math.sqrt(k / vectors) * found
-    return Probe(ageing, min(1.0, bound), guard, shrunk, _unevenness(overlaps, k))
+    staleness = math.sqrt(k / vectors) * found
+    return Probe(staleness, min(1.0, bound), guard, shrunk, _effective_rank(overlaps, k))
 
 
 def _power_step(vector: Tensor, product: Tensor, shift: float) -> EigenBasis:
@@ -264,7 +273,7 @@ def refine(
         mean: the mean of all eigenvalues.
 
     Returns:
-        The new basis and guard, and the ageing before and after.
+        The new basis and guard, and the staleness before and after.
 
     Raises:
         NonFiniteError: a product is not finite.
@@ -299,14 +308,13 @@ def refine(
     return Refinement(
         EigenBasis(found[order], vectors, reached[order]),
         EigenBasis(found[k:], last, reached[k:]),
-        _ageing(residuals[:k], gaps),
-        _ageing(remaining[:k], gaps),
+        _staleness(residuals[:k], gaps),
+        _staleness(remaining[:k], gaps),
         largest_sine(basis.vectors, vectors),
-        _unevenness(overlaps[:k, :k] / np.outer(gaps, gaps), k) or 0.0,
+        _effective_rank(overlaps[:k, :k] / np.outer(gaps, gaps), k) or float(k),
     )
 
 
-_SCATTER = 0.25
 _TINY = np.finfo(np.float64).tiny
 
 

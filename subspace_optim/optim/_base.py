@@ -14,8 +14,9 @@ from torch.optim.optimizer import ParamsT
 
 from subspace_optim._validation import ArgumentError, check_number
 from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.step_hooks import outside_autocast, parameters_of
-from subspace_optim.subspace import EigenBasis, Subspace, check_subspace, projector_of
+from subspace_optim.subspaces import Subspace, check_subspace, projector_of
 
 Basis = TypeVar("Basis")
 Moves = list[tuple[list[Tensor], list[Tensor], float]]

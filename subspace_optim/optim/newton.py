@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from subspace_optim._validation import check_number
+from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.low_rank import LowRankCurvature
 from subspace_optim.optim._base import SubspaceOptimizer
-from subspace_optim.subspace import EigenBasis, LowRankCurvature, Subspace, basis_of
+from subspace_optim.subspaces import Subspace, basis_of
 
 Curvature = EigenBasis | LowRankCurvature
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from subspace_optim._validation import ArgumentError, AttachedTwiceWarning
+from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.optim._base import check_same
 from subspace_optim.step_hooks import (
     Followed,
@@ -20,7 +21,7 @@ from subspace_optim.step_hooks import (
     parameters_of,
     write,
 )
-from subspace_optim.subspace import EigenBasis, Subspace, check_subspace, projector_of
+from subspace_optim.subspaces import Subspace, check_subspace, projector_of
 
 
 class Projection:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from subspace_optim._validation import ArgumentError, check_number
+from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.optim._base import (
     CheckedOptimizer,
     Moves,
@@ -20,7 +21,7 @@ from subspace_optim.optim._base import (
     sgd_directions,
 )
 from subspace_optim.step_hooks import innermost, parameters_of, write
-from subspace_optim.subspace import EigenBasis, Subspace
+from subspace_optim.subspaces import Subspace
 
 
 class _TwoSteps(CheckedOptimizer):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.optim._base import RestrictedSGD
-from subspace_optim.subspace import EigenBasis, Subspace
+from subspace_optim.subspaces import Subspace
 
 
 class SubspaceSGD(RestrictedSGD):

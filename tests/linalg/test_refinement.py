@@ -19,7 +19,7 @@ from subspace_optim.linalg.refinement import (
     least_overlap,
     probe,
     refine,
-    total_ageing,
+    total_staleness,
     vectors_needed,
 )
 from subspace_optim.linalg.rows import largest_sine
@@ -95,7 +95,7 @@ def test_the_largest_sine_is_that_of_scipys_subspace_angles(size):
     assert largest_sine(first, second) == pytest.approx(sine(first, second), rel=1e-6, abs=1e-15)
 
 
-def test_the_ageing_bounds_the_sine_of_pairs_with_known_residuals():
+def test_the_staleness_bounds_the_sine_of_pairs_with_known_residuals():
     dense = matrix()
     _, guard = pairs(dense)
     for seed in range(20):
@@ -103,9 +103,9 @@ def test_the_ageing_bounds_the_sine_of_pairs_with_known_residuals():
         values, rotation = torch.linalg.eigh(V @ dense @ V.T)
         values, V = values.flip(0), rotation.T.flip(0) @ V
         residuals = torch.linalg.vector_norm(V @ dense - values[:, None] * V, dim=1)
-        ageing = total_ageing(EigenBasis(values, V, residuals), guard)
-        assert sine(V, top(dense)) <= ageing * (1 + 1e-9), seed
-        assert ageing <= 10 * sine(V, top(dense))
+        staleness = total_staleness(EigenBasis(values, V, residuals), guard)
+        assert sine(V, top(dense)) <= staleness * (1 + 1e-9), seed
+        assert staleness <= 10 * sine(V, top(dense))
 
 
 # --- probes -------------------------------------------------------------------------------------
@@ -129,9 +129,9 @@ def test_a_probe_scatters_as_the_number_of_its_vectors_is_chosen_by(vectors):
     dense = matrix()
     basis, guard = pairs(dense)
     moved = perturbed(dense, 0.1)
-    uneven = renew(moved, basis, guard).unevenness
-    squares = np.array([look(moved, basis, guard, s, vectors).ageing ** 2 for s in range(1000)])
-    variance = 2 * uneven / (vectors * (K + 2)) * (K - vectors) / (K - 1)
+    rank = renew(moved, basis, guard).effective_rank
+    squares = np.array([look(moved, basis, guard, s, vectors).staleness ** 2 for s in range(1000)])
+    variance = 2 * (K / rank - 1) / (vectors * (K + 2)) * (K - vectors) / (K - 1)
     assert squares.var() / squares.mean() ** 2 == pytest.approx(variance, rel=0.25)
 
 
@@ -141,27 +141,27 @@ def test_as_many_vectors_as_rows_are_exact_and_never_fewer_than_needed():
     moved = perturbed(dense, 0.1)
     gaps = (basis.eigenvalues - guard.eigenvalues)[:, None]
     exact = float(torch.linalg.matrix_norm(outside(moved, basis) / gaps)) / shrinkage(moved)
-    assert look(moved, basis, guard, 0, K).ageing == pytest.approx(exact, rel=1e-12)
+    assert look(moved, basis, guard, 0, K).staleness == pytest.approx(exact, rel=1e-12)
     assert look(moved, basis, guard, 0, K).bound == pytest.approx(exact, rel=1e-12)
-    assert [vectors_needed(K, u) for u in (0.0, 0.1, 0.5, K - 1.0)] == [1, 1, 2, K]
-    assert vectors_needed(1, 0.0) == 1
+    assert [vectors_needed(K, K / (1 + u)) for u in (0.0, 0.1, 0.5, K - 1.0)] == [1, 1, 2, K]
+    assert vectors_needed(1, 1.0) == 1
 
 
-def test_the_square_of_a_probe_has_the_square_of_the_ageing_as_its_mean():
+def test_the_square_of_a_probe_has_the_square_of_the_staleness_as_its_mean():
     dense = matrix()
     basis, guard = pairs(dense)
     moved = perturbed(dense, 0.1)
     gaps = basis.eigenvalues - guard.eigenvalues
     expected = float((outside(moved, basis) / gaps[:, None]).square().sum())
-    found = np.array([look(moved, basis, guard, seed).ageing ** 2 for seed in range(2000)])
+    found = np.array([look(moved, basis, guard, seed).staleness ** 2 for seed in range(2000)])
     error = found.std() / math.sqrt(len(found))
     assert abs(found.mean() - expected) <= 4 * error
     assert error < 0.02 * expected  # or the line above says nothing
 
 
 @pytest.mark.parametrize("vectors", [2, 3, K])
-def test_a_probe_of_several_vectors_tells_how_uneven_the_ageing_is(vectors):
-    """``u A⁴`` is a polynomial of the Gram matrix, estimated without bias."""
+def test_a_probe_of_several_vectors_tells_the_effective_rank(vectors):
+    """``(k/r − 1) A⁴`` is a polynomial of the Gram matrix, estimated without bias."""
     dense = matrix()
     basis, guard = pairs(dense)
     moved = perturbed(dense, 0.1)
@@ -169,12 +169,14 @@ def test_a_probe_of_several_vectors_tells_how_uneven_the_ageing_is(vectors):
     squares = torch.linalg.svdvals(rows) ** 2
     expected = float(K * (squares**2).sum() - squares.sum() ** 2)
     probes = [look(moved, basis, guard, seed, vectors) for seed in range(2000)]
-    found = np.array([p.unevenness * (p.ageing * min(1, p.shrunk)) ** 4 for p in probes])
+    found = np.array(
+        [(K / p.effective_rank - 1) * (p.staleness * min(1, p.shrunk)) ** 4 for p in probes]
+    )
     error = found.std() / math.sqrt(len(found))
     assert abs(found.mean() - expected) <= 4 * error + 1e-9 * expected
     assert error < 0.05 * expected
     assert squares[0].sqrt() <= (expected / K + squares.sum() ** 2 / K) ** 0.25
-    assert look(moved, basis, guard, 0, 1).unevenness is None
+    assert look(moved, basis, guard, 0, 1).effective_rank is None
 
 
 @pytest.mark.parametrize("rank", [1, K])
@@ -215,7 +217,7 @@ def test_a_probe_sees_eigenvalues_fall_though_no_vector_turns():
     exact = look(moved, basis, guard, 0, K)
     assert exact.shrunk == pytest.approx(shrinkage(moved), rel=1e-10)
     assert exact.shrunk < 0.71
-    assert exact.ageing < 1e-12
+    assert exact.staleness < 1e-12
     seen = [look(moved, basis, guard, seed).shrunk for seed in range(200)]
     assert np.median(seen) == pytest.approx(exact.shrunk, abs=0.1)
     gone = look(dense - 4 * V.T @ V, basis, guard)  # λ_4 = 1, below the guard's 2
@@ -342,7 +344,7 @@ def test_all_of_the_space_needs_no_guard():
     values = torch.linalg.eigvalsh(dense).flip(0)
     whole = EigenBasis(values, top(dense, 3), torch.zeros(3).double())
     none = EigenBasis(values[:0], whole.vectors[:0], values[:0])
-    assert total_ageing(whole, none) == 0
+    assert total_staleness(whole, none) == 0
     assert look(dense, whole, none).bound == 0
     moved = dense + torch.diag(torch.tensor([0.5, -0.2, 0.1]).double())
     result = renew(moved, whole, none)

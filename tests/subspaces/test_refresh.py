@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import subspace_optim as so
-from subspace_optim._validation import NoGapWarning
 from subspace_optim.linalg.rows import largest_sine
 from tests.checkpoints import through_a_file
 from tests.optim.naive import DenseOperator, Quartic, flat, landscape
@@ -287,7 +286,9 @@ def test_without_a_gap_there_is_one_warning_and_a_solve_for_each_state():
     values = torch.cat([torch.tensor([9.0, 7.0, 7.0]), torch.linspace(-1, 1, 40)]).double()
     model = Drifting(values)
     subspace = so.DominantSubspace(DenseOperator(model), 2)
-    with pytest.warns(NoGapWarning, match=r"λ_2 = 7 and λ_3 = 7 cannot be told apart.*another|k"):
+    with pytest.warns(
+        so.NoGapWarning, match=r"λ_2 = 7 and λ_3 = 7 cannot be told apart.*another|k"
+    ):
         subspace.update()
     products = subspace.stats.products
     with warnings.catch_warnings():

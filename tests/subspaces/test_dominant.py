@@ -1016,6 +1016,8 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         plain = not a.is_meta and a.layout == torch.strided and a.dtype == b.dtype
         return plain and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
     return type(a) is type(b) and a == b
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import subspace_optim as so
-from subspace_optim.subspace import Subspace
+from subspace_optim.subspaces import Subspace
 from tests.dense import DTYPES, projector
 
 

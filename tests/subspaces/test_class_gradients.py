@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import subspace_optim as so
-from subspace_optim.curvature import class_gradients
-from subspace_optim.subspace import Subspace
+from subspace_optim.subspaces import Subspace, class_gradients
 from tests.dense import DTYPES, projector
 from tests.failing import Fails
 from tests.observe import Seen

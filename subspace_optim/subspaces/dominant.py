@@ -1,0 +1,330 @@
+"""``DominantSubspace``: the cached eigenbasis that optimizers and monitors share."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
+
+from subspace_optim._validation import (
+    ArgumentError,
+    StaleBasisWarning,
+    check_integer,
+    check_number,
+)
+from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
+from subspace_optim.curvature.operator import CurvatureOperator, State
+from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.subspaces.eigenpairs import shapes
+from subspace_optim.subspaces.refresh import ByAngle, EveryNSteps, is_finite
+from subspace_optim.subspaces.rule import RefreshRule, Situation, SubspaceStats
+
+_FAILURES_IN_A_ROW = 3
+
+
+class DominantSubspace:
+    r"""The span of the top k eigenvectors of an operator, kept as long as it may be.
+
+    .. math:: \mathcal{S}_k(\theta) = \mathrm{span}\{u_1(\theta), \dots, u_k(\theta)\}, \qquad
+              \lambda_1 \ge \dots \ge \lambda_P \text{ (largest algebraic)}
+
+    (`song_2024`, Definition 1.) Whoever asks first at a parameter state pays for the refresh,
+    if one is due; others get the same basis. A parameter state is what the parameters hold: a
+    digest of them tells one from the next, whichever way they were written. What else the loss
+    depends on and the operator can see is part of it: other parameters and buffers of the model, of
+    the loss and of what they reach, modes, and data that were written in place.
+
+    With ``refresh="auto"`` a basis is kept while the sine of the largest angle between it and the
+    true subspace is estimated to be at most ``max_angle``. The estimate is carried forward by how
+    far the parameters have moved, and checked by probes of two products. A basis that has aged
+    is refined by one step of subspace iteration, k + 1 products, and solved for anew where that
+    is not enough; its eigenvalues are those of the last refresh. Where other tensors have changed,
+    no displacement tells of it, and the basis is probed; where a mode has, it is solved for. If
+    ``λ_k`` and ``λ_{k+1}`` cannot be told apart there is one warning, and each parameter state gets
+    a solve to ``tol``.
+
+    Args:
+        operator: what curvature means: ``HessianOperator``, or any ``CurvatureOperator``.
+        k: dimension of the subspace; for classification usually the number of classes.
+        refresh: ``"auto"``, which is ``ByAngle(max_angle)``; the training steps that a basis
+            serves for, ``EveryNSteps(n)``, of which 1 is the papers' protocol, a new basis at every
+            step; or a ``RefreshRule`` of your own.
+        max_angle: the sine up to which ``"auto"`` keeps a basis.
+        tol: relative residual of the eigenpairs of a solve: ``‖Hu − λu‖ ≤ tol · max|λ_i|`` over the
+            k pairs, down to the floor of the dtype.
+        seed: of the random vectors of solves and probes. With ``refresh=n`` the basis is a
+            function of parameters and seed.
+
+    Attributes:
+        operator: as given.
+        k: as given.
+        tol: as given.
+        seed: as given.
+        asked: how often it was asked for a basis.
+
+    Raises:
+        ArgumentError: an argument is of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        operator: CurvatureOperator,
+        k: int,
+        *,
+        refresh: int | Literal["auto"] | RefreshRule = "auto",
+        max_angle: float = 0.05,
+        tol: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(operator, CurvatureOperator):
+            kind = type(operator).__name__
+            raise ArgumentError("operator", kind, "a CurvatureOperator such as HessianOperator")
+        self._ranks = operator.ranks
+        with self._ranks.all_or_none():
+            remedy = f"The operator has {operator.size} parameters."
+            self.k = check_integer("k", k, minimum=1, maximum=operator.size, remedy=remedy)
+            rule = _rule(refresh, max_angle)
+            check_number("tol", tol, exclusive=True)
+            self.seed = check_integer("seed", seed, minimum=0)
+            self.tol = float(tol)
+            rule.attach(operator, self.k, tol=self.tol, seed=self.seed)
+        self.operator = operator
+        self._rule = rule
+        self._ranks.check_alike("Pass the same on each.", **self._options())
+        self.asked = 0
+        self._clock = 0
+        self._refreshed_at = 0
+        self._state: int | None = None  # the parameters at the last update
+        self._state_clock = 0
+        self._attempted: int | None = None  # ... and when the basis was last decided upon
+        self._failures = 0
+        self._then = State(0)  # at the last refresh or probe
+        self._settled: _Seen | None = None  # at the last decision
+
+    @property
+    def parameters(self) -> ParameterSpace:
+        """The coordinates of the basis."""
+        return self.operator.parameters
+
+    @property
+    def basis(self) -> EigenBasis | None:
+        """The basis of the last refresh; ``None`` before the first."""
+        return None if self._rule.pairs is None else self._rule.pairs.basis
+
+    @property
+    def gap(self) -> float | None:
+        """``λ_k − λ_{k+1}`` as the last refresh knows it: ``λ_{k+1}`` is approached from below.
+
+        ``None`` before the first refresh, and for k = P.
+        """
+        return None if self._rule.pairs is None else self._rule.pairs.gap
+
+    @property
+    def stats(self) -> SubspaceStats:
+        """What the basis has cost so far, and how good it is."""
+        return self._rule.stats
+
+    @property
+    def clock(self) -> int:
+        """Training steps that are known of: parameter states that were seen, or were told of."""
+        return self._clock
+
+    def advance(self, clock: int) -> None:
+        """Tells of training steps at which nobody asks: ``clock`` is at least this.
+
+        A monitor that records every tenth step tells of the others, so that ``refresh=n`` counts
+        them. Steps that others ask at are not counted twice.
+        """
+        self._clock = max(self._clock, clock)
+
+    def update(self) -> EigenBasis:
+        """Returns the basis for the present parameters, refreshed first if that is due.
+
+        The first refresh that fails raises its error. A later one warns with
+        ``StaleBasisWarning`` and leaves the last basis in use; the third in a row raises.
+        """
+        return self._provide(forced=False)
+
+    def refresh(self) -> EigenBasis:
+        """Returns a new basis for the present parameters, whether one is due or not.
+
+        With ``refresh="auto"`` it is the basis that is there, refined, if there is one, a gap
+        below it, and that is enough.
+        """
+        return self._provide(forced=True)
+
+    def _provide(self, *, forced: bool) -> EigenBasis:
+        rule, seen = self._rule, _NOTHING_SEEN
+
+        def is_due() -> bool | None:
+            nonlocal seen
+            seen = state, _ = self._look()
+            if forced or not rule.fits():
+                return True
+            if seen == self._settled:
+                return None  # what all ranks have decided together is known to each of them
+            if hash(state) == self._attempted:
+                return False
+            return rule.is_due(self._situation(seen))
+
+        due = self._ranks.any(is_due)
+        state, clock = hash(seen.state), seen.clock
+        self.asked += 1
+        if state != self._state:
+            self._state, self._state_clock, self._clock = state, clock, clock
+        if due:
+            plan = rule.plan(self._situation(seen), forced=forced) if rule.fits() else "solve"
+            self._attempt(seen.state, plan)
+        if not due or state == self._attempted:
+            self._settled = seen
+        assert self.basis is not None  # noqa: S101 (where there is none, an attempt makes one)
+        return self.basis
+
+    def _look(self) -> _Seen:
+        """Returns the present parameter state, and the clock there: a new one is a step more."""
+        state = self.operator.state()
+        is_new = hash(state) != self._state
+        return _Seen(state, max(self._clock, self._state_clock + 1) if is_new else self._clock)
+
+    def _situation(self, seen: _Seen) -> Situation:
+        return Situation(seen.state, self._then, seen.clock - self._refreshed_at)
+
+    def _attempt(self, state: State, plan: str) -> None:
+        """Renews the basis at the present parameters: all of it is taken over, or nothing.
+
+        What has failed is raised if there is no basis, or it is the third failure in a row.
+        """
+        operator, stats, trial = self.operator, self.stats, self._rule.trial()
+        start, before = time.perf_counter(), asdict(operator.stats)
+        failure: RuntimeError | MemoryError | None = None
+        try:
+            with self._ranks.all_or_none():
+                self._check_ranks(trial, plan)
+                with operator.frozen():
+                    getattr(trial, plan)()
+        except (RuntimeError, MemoryError) as error:  # non-finite, out of memory, no derivative
+            failure = error
+        else:
+            if trial.stats.refreshes > stats.refreshes:
+                self._refreshed_at = self._clock
+            self._take(trial)
+            self._failures, self._attempted, self._then = 0, hash(state), state
+        finally:
+            operator.release()
+            stats.seconds += time.perf_counter() - start
+            stats.products += operator.stats.products - before["products"]
+            stats.gradients += operator.stats.gradients - before["gradients"]
+        if failure is None:
+            self._rule.warn()
+            return
+        stats.failures += 1
+        self._failures += 1
+        if self.basis is None or self._failures >= _FAILURES_IN_A_ROW:
+            raise failure
+        if is_finite(
+            self.parameters.tensors
+        ):  # once a state; where training has diverged, at each update
+            self._attempted = hash(state)
+        message = (
+            f"The refresh at step {self._clock} failed ({failure}). The basis of step "
+            f"{self._refreshed_at} stays in use; failure {self._failures} of at most "
+            f"{_FAILURES_IN_A_ROW - 1} in a row."
+        )
+        warnings.warn(message, StaleBasisWarning, stacklevel=4)
+
+    def _take(self, trial: RefreshRule) -> None:
+        """Puts the trial in the place of the rule, in one assignment; ``stats`` live on."""
+        stats, self._rule = self.stats, trial
+        vars(stats).update(vars(trial.stats))
+        trial.stats = stats
+
+    def _options(self) -> dict[str, Any]:
+        return {"k": self.k, **self._rule.options(), "tol": self.tol, "seed": self.seed}
+
+    def _check_ranks(self, rule: RefreshRule, plan: str) -> None:
+        """Sees to it that all ranks do the same work."""
+        if self._ranks.group is not None:
+            remedy = "Construct and ask the subspaces alike, and load one state on all ranks."
+            own = {"what is due": plan, "the basis": rule.fingerprint()}
+            own |= {"the number of failures": self._failures}
+            self._ranks.check_alike(remedy, **self._options(), **own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the basis and the counters, for ``torch.save``; a scheduler's twin.
+
+        A run that loads it goes on with the same basis and refreshes at the same steps. The
+        tensors are copies, and of the same shapes whether there is a basis or not, so that
+        ``torch.distributed.checkpoint`` can read into the state of a subspace that has none.
+        """
+        entries = self._rule.state_dict() | self._counters() | {"stats": asdict(self.stats)}
+        return {"version": VERSION} | entries | {"checksum": _checksum(entries)}
+
+    def _counters(self) -> dict[str, int | None]:
+        return {
+            "clock": self._clock,
+            "refreshed_at": self._refreshed_at,
+            "state": self._state,
+            "state_clock": self._state_clock,
+            "attempted": self._attempted,
+            "elsewhere": self._then.elsewhere,
+            "modes": self._then.modes,
+            "failures_in_a_row": self._failures,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the basis and the counters of ``state_dict``, on the operator's device.
+
+        All of them, or none: a state of another model, k or version, an entry that is missing or
+        cannot be, and one that was changed raise an ``ArgumentError`` that names it.
+
+        Args:
+            state_dict: what ``state_dict()`` returned. Model, optimizer and subspace may be
+                loaded in any order.
+        """
+        pairs = {"solved", "guarded", "lowest", "mean", *shapes(self.operator, self.k)}
+        names = {"version", "stats", "checksum", "staleness", *pairs, *self._counters()}
+        remedy = "Pass what `subspace.state_dict()` returned, not the optimizer's or the model's."
+        state = SavedState(state_dict, names, remedy)
+        rule = self._rule.loaded(state)
+        clock = state.count("clock")
+        remedy = f"The loaded clock is {clock}."
+        refreshed_at = state.count("refreshed_at", maximum=clock, remedy=remedy)
+        state_clock = state.count("state_clock", maximum=clock, remedy=remedy)
+        failures = state.count("failures_in_a_row", maximum=rule.stats.failures)
+        seen, attempted = state.digest("state"), state.digest("attempted")
+        elsewhere, modes = state.digest("elsewhere"), state.digest("modes")
+        state.check_sum(_checksum({name: state_dict[name] for name in names}))
+
+        self._take(rule)
+        self._clock, self._refreshed_at, self._failures = clock, refreshed_at, failures
+        self._state, self._state_clock, self._attempted = seen, state_clock, attempted
+        self._then = State(0, elsewhere or 0, modes or 0)
+        self._settled = None
+
+
+class _Seen(NamedTuple):
+    """What a look at the operator has found."""
+
+    state: State
+    clock: int
+
+
+_NOTHING_SEEN = _Seen(State(0), 0)
+
+
+def _rule(refresh: Any, max_angle: float) -> RefreshRule:
+    """Returns the rule that an argument stands for."""
+    by_angle = ByAngle(max_angle)  # an angle that cannot be is told of, used or not
+    if isinstance(refresh, RefreshRule):
+        return refresh
+    return by_angle if isinstance(refresh, str) and refresh == "auto" else EveryNSteps(refresh)
+
+
+def _checksum(state: Mapping[str, Any]) -> int:
+    """Of all that decides; what the basis has cost does not, and differs between ranks."""
+    certificate = {name: state["stats"][name] for name in ("bound", "estimate")}
+    others = {"version", "stats", "checksum"}
+    return checksum({n: value for n, value in state.items() if n not in others} | certificate)

@@ -1,0 +1,172 @@
+"""``TopPairs``: the top k eigenpairs of an operator, found by a solve, saved and loaded."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from subspace_optim._validation import (
+    ArgumentError,
+    ConvergenceWarning,
+    InconsistentDerivativeError,
+)
+from subspace_optim.curvature.checkpoints import SavedState
+from subspace_optim.curvature.operator import CurvatureOperator, rounding_at
+from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.lanczos import top_eigenpairs
+from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
+
+_ASYMMETRIC = 1e-2
+"""The asymmetry of products that rounding does not explain: at most 1e-5 in sound matrices."""
+_ROOM = 4
+"""What a saved basis may be off by, in units of what a basis that is given may be."""
+
+
+@dataclass(frozen=True)
+class TopPairs:
+    """The top k eigenpairs, and what was learned of the others; a value.
+
+    Attributes:
+        basis: the k pairs.
+        guard: the pair that comes next; of no rows if k = P.
+        lowest: the smallest eigenvalue.
+        mean: the mean of all eigenvalues.
+    """
+
+    basis: EigenBasis
+    guard: EigenBasis
+    lowest: float
+    mean: float
+
+    @property
+    def gap(self) -> float | None:
+        """``λ_k − λ_{k+1}``; ``None`` for k = P."""
+        if self.guard.k == 0:
+            return None
+        return float(self.basis.eigenvalues[-1] - self.guard.eigenvalues[0])
+
+
+def solve(
+    operator: CurvatureOperator, k: int, *, tol: float, seed: int, max_angle: float | None = None
+) -> TopPairs:
+    """Finds the top k eigenpairs at the present parameters, without a basis to start from.
+
+    Args:
+        operator: whose.
+        k: how many.
+        tol: relative residual, as of ``DominantSubspace``.
+        seed: of the start vectors.
+        max_angle: the sine to the true subspace to reach as well, where there is a gap.
+
+    ``InconsistentDerivativeError`` for products of a matrix that is not symmetric.
+    """
+    solution = top_eigenpairs(
+        operator.matmat,
+        operator.size,
+        k,
+        tol=tol,
+        max_angle=max_angle,
+        seed=seed,
+        dtype=operator.dtype,
+        device=operator.device,
+        accuracy=operator.accuracy,
+    )
+    _check_symmetry(operator, solution.asymmetry)
+    return TopPairs(solution.basis, solution.guard, solution.lowest, solution.mean)
+
+
+def _check_symmetry(operator: CurvatureOperator, asymmetry: float) -> None:
+    """Looks at what the products of a solve tell for nothing: whether the matrix is symmetric.
+
+    Raises:
+        InconsistentDerivativeError: it is not, by far more than its products are rounded.
+    """
+    exact = operator.accuracy <= torch.finfo(operator.dtype).eps
+    if not exact or not asymmetry > _ASYMMETRIC:
+        return
+    loss = operator.loss()
+    if asymmetry > rounding_at(loss, operator.dtype):
+        message = (
+            f"The matrix is not symmetric: ⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {asymmetry:.2g} of its "
+            "products, so it is no Hessian. Some part of the model has a wrong second derivative, "
+            "or a gradient that is not that of a function, such as gradient reversal. "
+            "hessian.check() tells more; FiniteDifferenceHessian needs gradients only."
+        )
+        raise InconsistentDerivativeError(message)
+    warnings.warn(
+        f"At a loss of {loss:.2g} rounding makes the products asymmetric by {asymmetry:.2g}: the "
+        "eigenpairs are no more accurate than that. model.double() has accurate ones.",
+        ConvergenceWarning,
+        stacklevel=2,
+    )
+
+
+# In a state dict.
+
+
+def shapes(operator: CurvatureOperator, k: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors that stand for k pairs and the guard, by their names."""
+    P, guard = operator.size, min(1, operator.size - k)
+    own = {"eigenvalues": (k,), "vectors": (k, P), "residuals": (k,)}
+    next_ = {"eigenvalues": (guard,), "vectors": (guard, P), "residuals": (guard,)}
+    return own | {f"guard_{name}": shape for name, shape in next_.items()}
+
+
+def saved(pairs: TopPairs | None, operator: CurvatureOperator, k: int) -> dict[str, Any]:
+    """Returns copies of the pairs; zeros of the same shapes where there are none."""
+    options: Any = {"dtype": operator.dtype, "device": operator.device}
+    entries: dict[str, Any] = {
+        "solved": pairs is not None,
+        "guarded": pairs is not None and pairs.guard.k > 0,
+        "lowest": 0.0 if pairs is None else pairs.lowest,
+        "mean": 0.0 if pairs is None else pairs.mean,
+        **{name: torch.zeros(shape, **options) for name, shape in shapes(operator, k).items()},
+    }
+    for prefix, each in () if pairs is None else (("", pairs.basis), ("guard_", pairs.guard)):
+        for name in ("eigenvalues", "vectors", "residuals") if each.k else ():
+            entries[f"{prefix}{name}"] = getattr(each, name).detach().clone()
+    return entries
+
+
+def loaded(state: SavedState, operator: CurvatureOperator, k: int) -> TopPairs | None:
+    """Returns the pairs that were saved, in the operator's dtype and on its device."""
+    lowest, mean = state.number("lowest"), state.number("mean")
+    solved, guarded = state.flag("solved"), state.flag("guarded")
+    basis = _loaded_pairs(state, "", operator, k, known=solved)
+    guard = _loaded_pairs(state, "guard_", operator, k, known=guarded)
+    return TopPairs(basis, guard, lowest, mean) if solved else None
+
+
+def _loaded_pairs(
+    state: SavedState, prefix: str, operator: CurvatureOperator, k: int, *, known: bool
+) -> EigenBasis:
+    """Returns the pairs under names with this prefix; none if they are not known.
+
+    Raises:
+        ArgumentError: they cannot be pairs, are not orthonormal or not in order.
+    """
+    values, vectors, residuals = (
+        state.tensor(
+            f"{prefix}{name}",
+            shapes(operator, k)[f"{prefix}{name}"],
+            operator.dtype,
+            operator.device,
+            minimum=0 if name == "residuals" else None,
+            remedy="The state is of another model or k.",
+        )
+        for name in ("eigenvalues", "vectors", "residuals")
+    )
+    if not known:
+        return EigenBasis(values[:0], vectors[:0], residuals[:0])
+    in_order = values.tolist()
+    if in_order != sorted(in_order, reverse=True):
+        raise ArgumentError(f"the loaded {prefix}eigenvalues", in_order, "in descending order")
+    dtype = state.dtype(f"{prefix}vectors")
+    accuracy = max(torch.finfo(d).eps for d in (dtype, vectors.dtype))
+    check_orthonormal(f"the loaded {prefix}vectors", vectors, _ROOM * accuracy)
+    if vectors.dtype != dtype:
+        orthonormalise_(vectors)
+    return EigenBasis(values, vectors, residuals)

@@ -1,0 +1,81 @@
+"""``FixedSubspace``: the span of given vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.objective import unwrapped
+from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
+
+
+class FixedSubspace:
+    """The span of given vectors, whatever the parameters are: a basis that never changes.
+
+    For a basis of one's own: that of another network, of the start of training, of random
+    directions. Vectors that are orthonormal up to rounding are made so to a few units in the last
+    place, and pairs are put in descending order of their eigenvalues; the user's tensors are
+    left as they are.
+
+    Args:
+        model: owns the parameters. ``DistributedDataParallel`` and ``torch.compile`` wrappers are
+            taken off.
+        vectors: ``(k, P)``, orthonormal rows, in the coordinates of ``params``.
+        eigenvalues: ``(k,)``, the curvatures along them (default: ones). Projections do not look
+            at them; optimizers that divide by the curvature, as Newton's method does, need them.
+        params: the parameters (default: all that require a gradient).
+
+    Attributes:
+        parameters: the coordinates of the basis.
+        basis: the basis; its residuals are 0.
+
+    Raises:
+        ArgumentError: an argument is of the wrong shape, not finite or not orthonormal.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vectors: Tensor,
+        eigenvalues: Tensor | None = None,
+        *,
+        params: Iterable[Tensor] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
+        space = ParameterSpace(unwrapped(model), params)
+        if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
+            kind = vectors.dtype if isinstance(vectors, Tensor) else type(vectors).__name__
+            raise ArgumentError("vectors", kind, "a tensor of real numbers")
+        shape = tuple(vectors.shape)
+        if vectors.dim() != 2 or shape[1] != space.size or not 1 <= shape[0] <= space.size:
+            allowed = f"(k, {space.size}), one vector a row, k from 1 to {space.size}"
+            raise ArgumentError("the shape of vectors", shape, allowed)
+        if eigenvalues is None:
+            eigenvalues = torch.ones(len(vectors))
+        if not isinstance(eigenvalues, Tensor) or eigenvalues.is_complex():
+            raise ArgumentError(
+                "eigenvalues", type(eigenvalues).__name__, "a tensor of real numbers"
+            )
+        eigenvalues = eigenvalues.detach().to(space.device, space.dtype)
+        if tuple(eigenvalues.shape) != shape[:1]:
+            found, allowed = tuple(eigenvalues.shape), f"{shape[:1]}, one value a vector"
+            raise ArgumentError("the shape of eigenvalues", found, allowed)
+        eigenvalues, order = eigenvalues.sort(descending=True, stable=True)
+        rows = vectors.detach().to(space.device, space.dtype)[order]  # a copy
+        for name, tensor in (("vectors", rows), ("eigenvalues", eigenvalues)):
+            if not bool(tensor.isfinite().all()):
+                raise ArgumentError(name, "not finite", "finite", "Look for NaN in them.")
+        check_orthonormal("vectors", rows, max(torch.finfo(t.dtype).eps for t in (vectors, rows)))
+        orthonormalise_(rows)
+        self.parameters = space
+        self.basis = EigenBasis(eigenvalues, rows, torch.zeros_like(eigenvalues))
+
+    def update(self) -> EigenBasis:
+        """Returns the basis, always the same."""
+        return self.basis

@@ -1,0 +1,332 @@
+"""When a basis is renewed, and how: the two rules of ``DominantSubspace``, each with its state.
+
+``EveryNSteps`` counts training steps. ``ByAngle`` follows the angle between the basis and the true
+subspace, by ``staleness``. All that decides whether a basis is renewed stands in this file; what a
+rule is, and one of one's own, in ``rule``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from subspace_optim._validation import ArgumentError, NoGapWarning, check_integer, check_number
+from subspace_optim.curvature.checkpoints import SavedState
+from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.linalg.refinement import (
+    Probe,
+    probe,
+    refine,
+    total_staleness,
+    vectors_needed,
+)
+from subspace_optim.subspaces import eigenpairs
+from subspace_optim.subspaces.eigenpairs import TopPairs
+from subspace_optim.subspaces.rule import RefreshRule, Situation
+from subspace_optim.subspaces.staleness import Drift, Staleness
+
+
+class EveryNSteps(RefreshRule):
+    """A new basis after every n training steps: ``refresh=n``.
+
+    Parameters that are not finite are a reason too: they stay the same, step after step, so that
+    the failure of a solve there tells of a training that has diverged.
+
+    Args:
+        n: the training steps that a basis serves for.
+
+    Raises:
+        ArgumentError: ``n`` is no integer of at least 1.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        remedy = "Or 'auto', which keeps a basis for as long as it serves."
+        self.n = check_integer("refresh", n, minimum=1, remedy=remedy)
+
+    def options(self) -> dict[str, Any]:
+        """Returns n."""
+        return {"refresh": self.n}
+
+    def is_due(self, seen: Situation) -> bool:
+        """Returns whether the basis has served for n steps."""
+        return seen.steps >= self.n or not is_finite(self.operator.parameters.tensors)
+
+
+_ROOM = 0.8
+"""A basis that a probe finds this near to ``max_angle`` is refreshed at once."""
+_REFINABLE = 0.5
+"""The sine above which a cold solve costs no more than refinements."""
+_SHRUNK = 0.5
+"""Gaps that are less than this times what they were: the eigenvalues are no longer known."""
+_REFINEMENTS = 2
+"""Refinements at one parameter state, at most; a cold solve comes after them."""
+
+
+class ByAngle(RefreshRule):
+    """A basis is kept while its angle to the true subspace is small: ``refresh="auto"``.
+
+    The sine of the largest angle is estimated from the drift of the parameters. Once the estimate
+    is above the limit of the last probe, or the drift is far beyond it, the basis is
+
+    1. *probed*: two products tell how stale it is, and whether a direction of the bulk has come to
+       the top;
+    2. *refined*, if it has too little room below ``max_angle``: one step of subspace iteration,
+       k + 1 products, twice at most;
+    3. *solved* for anew, if that is not enough.
+
+    Where something else than the parameters has changed that the loss depends on, no drift tells
+    of it: the basis is probed at once, and solved for where a mode has changed, which makes
+    another matrix. Without a gap below ``λ_k`` no angle is defined: each state gets a solve.
+
+    Args:
+        max_angle: the sine up to which a basis is kept.
+
+    Attributes:
+        gapless: ``λ_k`` and ``λ_{k+1}`` could not be told apart, so that no angle is defined.
+
+    Raises:
+        ArgumentError: ``max_angle`` is no number above 0 and at most 1.
+    """
+
+    def __init__(self, max_angle: float = 0.05) -> None:
+        super().__init__()
+        check_number("max_angle", max_angle, exclusive=True)
+        if max_angle > 1:
+            raise ArgumentError("max_angle", max_angle, "at most 1", "It is the sine of an angle.")
+        self.max_angle = float(max_angle)
+        self.gapless = False
+        self._probe_at = (0.0, math.inf)  # the estimate and the drift from which on it is probed
+        self._warned = False
+
+    def attach(self, operator: CurvatureOperator, k: int, *, tol: float, seed: int) -> None:
+        """Takes what it is to find."""
+        super().attach(operator, k, tol=tol, seed=seed)
+        self._staleness = Staleness(k)
+
+    def options(self) -> dict[str, Any]:
+        """Returns the limit."""
+        return {"refresh": "auto", "max_angle": self.max_angle}
+
+    # --- when -----------------------------------------------------------------------------------
+
+    def is_due(self, seen: Situation) -> bool:
+        """Carries the estimate forward, and returns whether it is too large to go by."""
+        drift = self._drift()
+        estimate = 1.0 if self.gapless else self._staleness.sine(drift)
+        self.stats.estimate = estimate
+        largest, distance = self._probe_at
+        serves = estimate <= largest and drift.length <= distance
+        return not serves or seen.now[1:] != seen.then[1:]
+
+    def plan(self, seen: Situation, *, forced: bool) -> str:
+        """Returns the name of the method that fits what has changed."""
+        if not self.fits() or seen.now.modes != seen.then.modes:
+            return "solve"
+        if forced:
+            return "refresh"
+        return "reconsider" if seen.now.elsewhere != seen.then.elsewhere else "renew"
+
+    # --- how ------------------------------------------------------------------------------------
+
+    def renew(self) -> None:
+        """Probes the basis; refines it, or solves for it, until it has room below ``max_angle``."""
+        if not self.gapless:
+            self.probe(drifted=True)
+        self._improve()
+
+    def reconsider(self) -> None:
+        """Does the same where something else than the parameters has changed."""
+        if not self.gapless:
+            self.probe(drifted=False)
+        self._improve()
+
+    def refresh(self) -> None:
+        """Refines the basis without a probe before, and does the same."""
+        if self.gapless:
+            self.solve()
+            return
+        self.refine()
+        self._improve()
+
+    def _improve(self) -> None:
+        for _ in range(_REFINEMENTS):
+            if self.gapless or self._estimate > _REFINABLE or self._has_room():
+                break
+            self.refine(verify=True)
+        if not self._has_room():
+            self.solve()
+
+    def probe(self, *, drifted: bool) -> None:
+        """Estimates the angle: 1 where the pairs are others than were known.
+
+        They are if a direction of the bulk has come to the top, or the gaps have shrunk to less
+        than half. Which pair comes next is then not known either.
+
+        Args:
+            drifted: all of the staleness came with the drift of the parameters.
+        """
+        pairs, drift = self._present(), self._drift()
+        found = self._probed(guarded=True)
+        self.pairs = replace(pairs, guard=found.guard)
+        self._staleness = self._staleness.probed(drift, found, drifted=drifted)
+        sine = self._staleness.sine(drift) if math.isfinite(found.staleness) else 1.0
+        entered = bool((found.guard.eigenvalues >= pairs.basis.eigenvalues[-1]).any())
+        entered = entered or found.shrunk < _SHRUNK
+        self.stats.bound = 1.0 if entered else found.bound
+        self.stats.estimate = 1.0 if entered else sine
+        # Next at twice the drift, at the latest: rates change, and what enters from the bulk is in
+        # no estimate. Sooner where the gaps shrink to half before.
+        further = min(2.0, (1 - _SHRUNK) / max(1 - found.shrunk, 1e-12))
+        self._probe_at = self.max_angle, max(1.0, further) * drift.length
+
+    def _probed(self, *, guarded: bool) -> Probe:
+        pairs = self._present()
+        self.stats.probes += 1
+        return probe(
+            self.operator.matmat,
+            pairs.basis,
+            pairs.guard,
+            lowest=pairs.lowest,
+            mean=pairs.mean,
+            seed=self.seed + self.stats.probes,
+            vectors=vectors_needed(self.k, self._staleness.effective_rank),
+            guarded=guarded,
+        )
+
+    def refine(self, *, verify: bool = False) -> None:
+        """Refines the basis by one step of subspace iteration.
+
+        One that turns by a large angle is not taken: the estimate is then 1.
+
+        Args:
+            verify: probe what has become of it, also where the bound of subspace iteration would
+                do: that one takes the smallest eigenvalue to be no lower than it was last seen.
+        """
+        pairs = self._present()
+        result = refine(
+            self.operator.matmat, pairs.basis, pairs.guard, lowest=pairs.lowest, mean=pairs.mean
+        )
+        if result.sine > _REFINABLE:  # too far, or the guard has changed places: nothing to keep
+            self.stats.bound = self.stats.estimate = 1.0
+            return
+        self._staleness = self._staleness.before_refinement(self._drift(), result.before)
+        self._settle(replace(pairs, basis=result.basis, guard=result.guard))
+        if self.gapless:
+            return
+        after, bound = result.after, result.after
+        if verify or after > _ROOM * self.max_angle:
+            measured = self._probed(guarded=False)
+            # A bound that the probe is above was made with a smallest eigenvalue of long ago.
+            bound = measured.bound if measured.staleness > after else min(after, measured.bound)
+            after = measured.staleness
+        self._staleness = self._staleness.refined(result, after)
+        self._certify(after, bound=bound)
+
+    def solve(self) -> None:
+        """Finds the top k eigenpairs at the present parameters, by a cold solve."""
+        pairs = eigenpairs.solve(
+            self.operator, self.k, tol=self.tol, max_angle=self.max_angle / 2, seed=self.seed
+        )
+        self.stats.cold += 1
+        self._settle(pairs)
+        if not self.gapless:
+            left = total_staleness(pairs.basis, pairs.guard)
+            self._certify(left, bound=left)
+
+    def _settle(self, pairs: TopPairs) -> None:
+        """Takes new pairs, of the present parameters."""
+        space = self.operator.parameters
+        self.pairs = pairs
+        self.stats.refreshes += 1
+        self._staleness = replace(self._staleness, anchor=space.flatten(space.tensors))
+        if pairs.gap is None:
+            return
+        largest = pairs.basis.largest
+        floor = max(50 * torch.finfo(pairs.basis.dtype).eps, self.operator.accuracy)
+        accuracy = max(self.tol * largest, floor * max(largest, abs(pairs.lowest)))
+        self.gapless = pairs.gap <= accuracy
+        if self.gapless:
+            self.stats.bound = self.stats.estimate = 1.0
+
+    def _certify(self, left: float, *, bound: float) -> None:
+        """Notes how stale a new basis is still."""
+        self._staleness = self._staleness.refreshed(left)
+        self.stats.bound = min(1.0, bound)
+        self.stats.estimate = self._staleness.sine_at_refresh
+        self._probe_at = self.max_angle / 2, math.inf
+
+    def warn(self) -> None:
+        """Warns, once, where ``λ_k`` and ``λ_{k+1}`` cannot be told apart."""
+        if not self.gapless or self._warned:
+            return
+        self._warned = True
+        pairs = self._present()
+        last, below = float(pairs.basis.eigenvalues[-1]), float(pairs.guard.eigenvalues[0])
+        message = (
+            f"λ_{self.k} = {last:.4g} and λ_{self.k + 1} = {below:.4g} cannot be told "
+            f"apart at tol={self.tol:g}: the dominant subspace of dimension {self.k} is "
+            "not defined, and every parameter state gets a new solve as long as this "
+            "lasts. Choose a k with a gap below it, or refresh=n."
+        )
+        warnings.warn(message, NoGapWarning, stacklevel=5)
+
+    @property
+    def _estimate(self) -> float:
+        return 1.0 if self.stats.estimate is None else self.stats.estimate
+
+    def _has_room(self) -> bool:
+        return self._estimate <= _ROOM * self.max_angle
+
+    def _present(self) -> TopPairs:
+        assert self.pairs is not None  # noqa: S101 (a solve comes first)
+        return self.pairs
+
+    def _drift(self) -> Drift:
+        return self._staleness.drift(self._present().basis, self.operator.parameters)
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns what is known of the angle."""
+        own = {"gapless": self.gapless, "probe_at": list(self._probe_at)}
+        return own | self._staleness.numbers()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns copies of the eigenpairs and of the parameters that they are of, and numbers."""
+        operator, anchor = self.operator, self._staleness.anchor
+        if anchor is None:
+            anchor = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
+        known = {"anchor": anchor.clone()} | self.numbers()
+        return super().state_dict() | {"staleness": known}
+
+    def loaded(self, state: SavedState) -> Self:
+        """Returns a copy that holds what was saved; ``ArgumentError`` if that cannot be.
+
+        The staleness is not known of a basis that another rule has saved: it is left out, and the
+        next update is a solve.
+        """
+        loaded = super().loaded(state)
+        if state.is_empty("staleness"):
+            loaded.pairs = None
+            return loaded
+        operator, saved = self.operator, state.inside("staleness", {"anchor", *self.numbers()})
+        anchor = saved.tensor("anchor", (operator.size,), operator.dtype, operator.device)
+        estimate, distance = saved.numbers("probe_at", 2, minimum=0, infinite=True)
+        loaded._staleness = self._staleness.loaded(saved, anchor)  # noqa: SLF001 (of this class)
+        loaded._probe_at = min(estimate, self.max_angle), distance  # noqa: SLF001
+        loaded.gapless = saved.flag("gapless")
+        return loaded
+
+
+@torch.no_grad()
+def is_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all elements are."""
+    largest = nn.utils.get_total_norm(tensors, torch.inf)
+    return bool(torch.isfinite(largest))

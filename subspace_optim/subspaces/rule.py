@@ -1,0 +1,189 @@
+"""``RefreshRule``: the seam between a subspace and the rule that decides when it is renewed."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple, Self
+
+from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.checkpoints import SavedState, checksum
+from subspace_optim.curvature.operator import CurvatureOperator, State
+from subspace_optim.subspaces import eigenpairs
+from subspace_optim.subspaces.eigenpairs import TopPairs
+
+
+@dataclass
+class SubspaceStats:
+    """What a basis has cost so far, and how good it is.
+
+    Attributes:
+        refreshes: times that it was made anew.
+        cold: those of them that were cold solves; the others refined the basis that was there.
+        probes: looks at it that did not change it.
+        bound: of the sine of the largest angle between the basis and the true subspace, to first
+            order in the staleness, at the last refresh or probe. After a probe it is too small
+            with a probability of at most 5 %.
+        estimate: of that sine at the last update: measured there, or carried forward since. Both
+            are known for ``refresh="auto"`` alone, and are 1 where there is no gap.
+        failures: refreshes and probes that failed, and left the last basis in use.
+        products: curvature products of all refreshes and probes.
+        gradients: gradients over the data that the kept graphs of all of these began with.
+        seconds: wall time of all of these.
+    """
+
+    refreshes: int = 0
+    cold: int = 0
+    probes: int = 0
+    bound: float | None = None
+    estimate: float | None = None
+    failures: int = 0
+    products: int = 0
+    gradients: int = 0
+    seconds: float = 0.0
+
+
+class Situation(NamedTuple):
+    """What a rule may look at.
+
+    Attributes:
+        now: the present parameter state.
+        then: that of the last refresh or probe.
+        steps: of training since the last refresh.
+    """
+
+    now: State
+    then: State
+    steps: int
+
+
+class RefreshRule(ABC):
+    """Decides when a basis is renewed, and how; it holds the basis.
+
+    This is the seam of ``DominantSubspace``, which knows who asks, what to do about failures, and
+    that all ranks do the same. At an update it asks ``is_due``, and if so ``plan``, which names
+    the method that renews the basis. That method is called on a ``trial``, a copy that takes the
+    place of the original once all has succeeded. So attributes are replaced there, and what they
+    hold is not written into. Of ``stats`` the rule counts refreshes, cold solves and probes, and
+    tells bound and estimate; the rest is the subspace's.
+
+    A rule of one's own defines ``is_due``, and overrides ``solve`` for other vectors than the top
+    eigenvectors.
+
+    Attributes:
+        operator: whose eigenpairs they are.
+        k: how many.
+        tol: relative residual of a solve.
+        seed: of the random vectors.
+        stats: what the basis has cost so far.
+        pairs: the eigenpairs; ``None`` before the first solve.
+    """
+
+    operator: CurvatureOperator
+    k: int
+    tol: float
+    seed: int
+
+    def __init__(self) -> None:
+        self.stats = SubspaceStats()
+        self.pairs: TopPairs | None = None
+
+    def attach(self, operator: CurvatureOperator, k: int, *, tol: float, seed: int) -> None:
+        """Takes what it is to find: called once, by the subspace that it is given to.
+
+        Raises:
+            ArgumentError: it belongs to another subspace already.
+        """
+        if hasattr(self, "operator"):
+            raise ArgumentError("refresh", "the rule of another subspace", "one of its own")
+        self.operator, self.k, self.tol, self.seed = operator, k, tol, seed
+
+    def options(self) -> dict[str, Any]:
+        """Returns what it was made with: the same on all ranks."""
+        return {}
+
+    # --- when -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def is_due(self, seen: Situation) -> bool:
+        """Returns whether the basis is to be renewed, at a state where that was not yet decided.
+
+        Each rank asks for itself: no products, and no sums over ranks.
+        """
+
+    def plan(self, seen: Situation, *, forced: bool) -> str:  # noqa: ARG002 (other rules do)
+        """Returns the name of the method that renews the basis.
+
+        Args:
+            seen: the situation.
+            forced: the user asked for it, due or not.
+        """
+        return "solve"
+
+    def fits(self) -> bool:
+        """Whether there is a basis, in the dtype and on the device that the parameters have now."""
+        operator, pairs = self.operator, self.pairs
+        own = (operator.dtype, operator.device)
+        return pairs is not None and (pairs.basis.dtype, pairs.basis.device) == own
+
+    # --- how ------------------------------------------------------------------------------------
+
+    def solve(self) -> None:
+        """Finds the top k eigenpairs at the present parameters, by a cold solve."""
+        self.pairs = eigenpairs.solve(self.operator, self.k, tol=self.tol, seed=self.seed)
+        self.stats.cold += 1
+        self.stats.refreshes += 1
+
+    def trial(self) -> Self:
+        """Returns a copy to work on: what fails half-way leaves the original as it is."""
+        trial = copy.copy(self)
+        trial.stats = replace(self.stats)
+        return trial
+
+    def warn(self) -> None:  # noqa: B027 (a rule that has nothing to tell)
+        """Warns of what the latest refresh has found; after it has been taken over."""
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def fingerprint(self) -> int:
+        """Returns a number that ranks which hold the same basis have in common."""
+        values = None if self.pairs is None else self.pairs.basis.eigenvalues
+        stats = replace(self.stats, products=0, gradients=0, seconds=0.0)
+        return checksum(self.numbers() | {"eigenvalues": values, "stats": asdict(stats)})
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns what the rule knows beside the eigenpairs, as plain numbers."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns copies of the eigenpairs, and what the rule knows of their staleness."""
+        pairs = eigenpairs.saved(self.pairs, self.operator, self.k)
+        return pairs | {"staleness": self.numbers()}
+
+    def loaded(self, state: SavedState) -> Self:
+        """Returns a copy that holds what was saved; ``ArgumentError`` if that cannot be."""
+        loaded = self.trial()
+        loaded.stats = loaded_stats(state)
+        loaded.pairs = eigenpairs.loaded(state, self.operator, self.k)
+        return loaded
+
+
+def loaded_stats(state: SavedState) -> SubspaceStats:
+    """Returns the counts that were saved.
+
+    Raises:
+        ArgumentError: one is none.
+    """
+    stats = state.inside("stats", [field.name for field in fields(SubspaceStats)])
+    counts = ("refreshes", "cold", "probes", "failures", "products", "gradients")
+    loaded = SubspaceStats(
+        **{name: stats.count(name) for name in counts},
+        bound=stats.optional("bound", minimum=0, maximum=1),
+        estimate=stats.optional("estimate", minimum=0, maximum=1),
+        seconds=stats.number("seconds", minimum=0),
+    )
+    if loaded.cold > loaded.refreshes:
+        allowed = f"at most the refreshes, {loaded.refreshes}"
+        raise ArgumentError("the loaded stats.cold", loaded.cold, allowed)
+    return loaded
