@@ -204,14 +204,14 @@ def test_copies_of_an_eigenvalue_that_turn_up_one_by_one_are_all_found(copies, k
 
 @pytest.mark.parametrize("tol", [1e-3, 1e-6])
 def test_a_copy_is_overlooked_no_more_often_than_promised(tol):
-    """At most 1 % of the solves: 3 of 40 have a chance of 1 in 100, if that is so."""
+    """At most 1 % of the solves: 2 of 20 have a chance of 1 in 60, if that is so."""
     spectrum = [9.0 - 0.5 * step for step in range(10) for _ in range(3)]
     matrix = Matrix(_followed_by(*spectrum, bulk=_uniform(-1, 1))(RESTARTING))
     overlooked = 0
-    for seed in range(40):
+    for seed in range(20):
         values = solve(matrix, 3, tol, torch.float64, seed=seed).basis.eigenvalues
         overlooked += bool(values.min() < 8.9)
-    assert overlooked <= 2
+    assert overlooked <= 1
 
 
 CLUSTER = _followed_by(*[5 - 1e-3 * i for i in range(30)], bulk=_uniform(1, -1))
@@ -318,7 +318,7 @@ def test_beside_a_negative_end_of_many_eigenvalues_no_other_pair_passes_for_the_
 @pytest.mark.parametrize("end", [-100.0, 0.0])
 def test_an_outlier_below_a_much_larger_one_is_not_passed_over(end, second, dtype):
     """The accuracy is that of the largest; any vector of the bulk is as near to an eigenvalue."""
-    for seed in range(4):
+    for seed in range(2):
         spectrum = _followed_by(100, second, end, bulk=_uniform(-0.15, 0.15))(5000)
         matrix = Matrix(spectrum.to(dtype))
         solution = solve(matrix, 2, 2e-3, dtype, seed=seed)
@@ -346,15 +346,13 @@ def test_where_all_that_is_wanted_is_zero_the_floor_is_what_is_reached(size, dty
         assert solution.products <= 4 * k + 40
 
 
-@pytest.mark.parametrize("size", [4096, 8192])
-def test_rounding_behind_an_invariant_subspace_is_no_direction(size):
+@pytest.mark.parametrize("k", [1, 8])
+def test_rounding_behind_an_invariant_subspace_is_no_direction(k):
     """What remains of a product then lies in the rows: as a row of its own it would spoil all."""
-    for seed in range(2):
-        for k in (1, 4, 8):
-            matrix = Matrix(_followed_by(6.7, 5, 3, 1, -6.7, bulk=torch.zeros)(size).float())
-            solution = solve(matrix, k, 1e-3, torch.float32, seed=seed)
-            check(solution, matrix, k, 1e-3)
-            assert solution.asymmetry <= 1e-5
+    matrix = Matrix(_followed_by(6.7, 5, 3, 1, -6.7, bulk=torch.zeros)(8192).float())
+    solution = solve(matrix, k, 1e-3, torch.float32, seed=1)
+    check(solution, matrix, k, 1e-3)
+    assert solution.asymmetry <= 1e-5
 
 
 # --- symmetry -----------------------------------------------------------------------------------
@@ -573,7 +571,7 @@ def test_the_host_is_visited_once_a_restart_and_never_in_a_product(size):
 @pytest.mark.parametrize("top", [(2, 2, 2, 1, 1), (5, 5, 5, 4, 3, 3, 1), (2,) * 10])
 def test_exact_low_rank_keeps_its_multiplicities(size, top):
     """Behind an invariant subspace all products are rounding, and a third copy must be found."""
-    for seed in range(4):
+    for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
         frame = torch.linalg.qr(torch.randn(size, len(top), generator=generator)).Q
         weighted = frame * torch.tensor(top).float()

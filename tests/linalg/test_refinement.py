@@ -130,7 +130,7 @@ def test_a_probe_scatters_as_the_number_of_its_vectors_is_chosen_by(vectors):
     basis, guard = pairs(dense)
     moved = perturbed(dense, 0.1)
     rank = renew(moved, basis, guard).effective_rank
-    squares = np.array([look(moved, basis, guard, s, vectors).staleness ** 2 for s in range(1000)])
+    squares = np.array([look(moved, basis, guard, s, vectors).staleness ** 2 for s in range(500)])
     variance = 2 * (K / rank - 1) / (vectors * (K + 2)) * (K - vectors) / (K - 1)
     assert squares.var() / squares.mean() ** 2 == pytest.approx(variance, rel=0.25)
 
@@ -153,10 +153,10 @@ def test_the_square_of_a_probe_has_the_square_of_the_staleness_as_its_mean():
     moved = perturbed(dense, 0.1)
     gaps = basis.eigenvalues - guard.eigenvalues
     expected = float((outside(moved, basis) / gaps[:, None]).square().sum())
-    found = np.array([look(moved, basis, guard, seed).staleness ** 2 for seed in range(2000)])
+    found = np.array([look(moved, basis, guard, seed).staleness ** 2 for seed in range(700)])
     error = found.std() / math.sqrt(len(found))
     assert abs(found.mean() - expected) <= 4 * error
-    assert error < 0.02 * expected  # or the line above says nothing
+    assert error < 0.04 * expected  # or the line above says nothing
 
 
 @pytest.mark.parametrize("vectors", [2, 3, K])
@@ -168,13 +168,13 @@ def test_a_probe_of_several_vectors_tells_the_effective_rank(vectors):
     rows = outside(moved, basis) / (basis.eigenvalues - guard.eigenvalues)[:, None]
     squares = torch.linalg.svdvals(rows) ** 2
     expected = float(K * (squares**2).sum() - squares.sum() ** 2)
-    probes = [look(moved, basis, guard, seed, vectors) for seed in range(2000)]
+    probes = [look(moved, basis, guard, seed, vectors) for seed in range(700)]
     found = np.array(
         [(K / p.effective_rank - 1) * (p.staleness * min(1, p.shrunk)) ** 4 for p in probes]
     )
     error = found.std() / math.sqrt(len(found))
     assert abs(found.mean() - expected) <= 4 * error + 1e-9 * expected
-    assert error < 0.05 * expected
+    assert error < 0.1 * expected
     assert squares[0].sqrt() <= (expected / K + squares.sum() ** 2 / K) ** 0.25
     assert look(moved, basis, guard, 0, 1).effective_rank is None
 
@@ -190,7 +190,7 @@ def test_the_bound_of_a_probe_fails_no_more_often_than_stated(rank):
     turned = 1e-3 * gaps * (weights @ away)  # the rows (I − P) H v_i
     moved = dense + turned.T @ basis.vectors + basis.vectors.T @ turned
     largest = float(torch.linalg.matrix_norm(turned / gaps, 2))
-    tries = 2000
+    tries = 800
     failed = sum(look(moved, basis, guard, seed).bound < largest for seed in range(tries)) / tries
     allowed = FAILURE_PROBABILITY + 3 * math.sqrt(FAILURE_PROBABILITY / tries)
     assert failed <= allowed

@@ -114,7 +114,7 @@ def test_the_basis_is_that_of_dense_eigh_along_a_trajectory(model: str, loss: st
     hessian = so.HessianOperator(problem.model, problem.loss_fn, problem.batches)
     subspaces = [so.DominantSubspace(hessian, k, refresh=1, tol=1e-12) for k in (1, 3)]
     optimizer = torch.optim.Adam(problem.model.parameters(), lr=0.05)
-    for step in range(1, 4):
+    for step in range(1, 3):
         matrix = problem.dense().hessian
         for subspace in subspaces:
             vectors = subspace.update().vectors
@@ -297,7 +297,7 @@ def due(asked: Sequence[int], refresh: int) -> list[int]:
     return steps
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     refresh=st.integers(1, 7),
     monitors=st.lists(st.integers(1, 8), max_size=3),
@@ -898,7 +898,7 @@ def same(first: Any, second: Any) -> bool:
 def test_whatever_stops_a_refresh_half_way_leaves_all_as_it_was(work: str, stop: str) -> None:
     """Old basis and old certificate, at whichever operation, and the next update is as ever."""
     at, ends = 0, set()
-    step = {"memory": 17, "host memory": 41, "Ctrl-C": 29}[stop]
+    step = {"memory": 47, "host memory": 83, "Ctrl-C": 61}[stop]
     start = Quartic()
     prepared = so.DominantSubspace(DenseOperator(start), K, **WORKS[work])
     prepared.update()
@@ -932,7 +932,7 @@ def test_whatever_stops_a_refresh_half_way_leaves_all_as_it_was(work: str, stop:
             found = subspace.update()
         assert_fits(model, found, 1e-1)
         assert subspace._failures == 0
-    assert at > 10 * step
+    assert at > 5 * step
     raised = {"memory": torch.OutOfMemoryError, "host memory": MemoryError}
     expected = {(raised.get(stop, KeyboardInterrupt),), (so.StaleBasisWarning,)}
     assert ends <= {(), *expected}
