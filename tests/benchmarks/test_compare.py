@@ -5,10 +5,7 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -18,8 +15,8 @@ from benchmarks import compare
 from benchmarks.compare import main
 from benchmarks.files import alone
 from benchmarks.optimizers import DEFAULT
+from tests.benchmarks.processes import ended, started
 
-ROOT = Path(__file__).parents[2]
 QUICK = ["--data", "digits", "--steps", "6", "--switch-at", "4", "--warmup-measure", "2"]
 QUICK += ["--measure", "3", "--refresh", "3", "--spectrum", "0", "--tol", "0.1", "--k", "3"]
 FOLDER = "digits-mlp-mse-seed0"
@@ -116,20 +113,18 @@ def test_a_second_run_takes_a_folder_of_its_own_and_k_is_the_number_of_classes(t
 
 
 def test_two_that_start_at_once_write_into_folders_of_their_own(tmp_path):
-    options = [*QUICK, "--optimizers", "SGD", "--results", str(tmp_path)]
-    command = [sys.executable, "-m", "benchmarks.compare", *options]
-    both = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == [FOLDER, f"{FOLDER}-2"]
+    results, logs = tmp_path / "results", [tmp_path / "first", tmp_path / "second"]
+    options = [*QUICK, "--optimizers", "SGD", "--results", str(results)]
+    both = [started(main, options, log) for log in logs]
+    assert [ended(process) for process in both] == [0, 0]
+    outputs = [log.read_text() for log in logs]
+    assert sorted(folder.name for folder in results.iterdir()) == [FOLDER, f"{FOLDER}-2"]
     for name in (FOLDER, f"{FOLDER}-2"):
         assert sum(f"{name}/comparison.png" in output for output in outputs) == 1
-        summary, rows = files(tmp_path / name)
+        summary, rows = files(results / name)
         assert summary["finished"]
         assert [row["phase"] for row in rows] == ["warmup"] * 2 + ["SGD"] * 2
-        kept = sorted(file.name for file in (tmp_path / name).iterdir())
+        kept = sorted(file.name for file in (results / name).iterdir())
         assert kept == ["comparison.png", "history.csv", "summary.json"]  # no lock, no parts
 
 
@@ -157,17 +152,16 @@ def test_nothing_measured_is_lost_to_a_signal(tmp_path, uninterrupted, how):
     options = [*LONG, "--results", str(tmp_path)]
     expected, expected_rows = uninterrupted
 
-    command = [sys.executable, "-m", "benchmarks.compare", *options]
     folder = tmp_path / "digits-mlp-mse-seed0"
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 400
-        while time.monotonic() < deadline:
-            path = folder / "history.csv"
-            if path.exists() and "DomSGD" in path.read_text():
-                break
-            time.sleep(0.02)
-        process.send_signal(how)
-    assert process.returncode == (130 if how != signal.SIGKILL else -signal.SIGKILL)
+    process = started(main, options, tmp_path / "log")
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline:
+        path = folder / "history.csv"
+        if path.exists() and "DomSGD" in path.read_text():
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, how)
+    assert ended(process) == (130 if how != signal.SIGKILL else -signal.SIGKILL)
     with (folder / "history.csv").open() as file:
         kept = list(csv.DictReader(file))
     assert kept == expected_rows[: len(kept)]
@@ -291,18 +285,18 @@ def test_foreign_checkpoints_are_told_in_one_message_and_left_as_they_are(
     assert main([*options, "--resume"]) == 0
 
 
+def often(options):
+    """The command, with a line in its log every 20 ms."""
+    shown = compare.shown
+    compare.shown = lambda what, console: shown(what, console, 0.02)
+    return main(options)
+
+
 def test_a_log_file_gets_lines_while_it_runs(tmp_path):
     """A line every 20 ms for every 20 s: the phases end with one, and between them others come."""
     path = tmp_path / "log"
-    code = (
-        "import sys\n"
-        "from benchmarks import compare, progress\n"
-        "shown = compare.shown\n"
-        "compare.shown = lambda what, console: shown(what, console, 0.02)\n"
-        f"sys.exit(compare.main({[*QUICK, '--optimizers', 'SGD', '--results', str(tmp_path)]}))\n"
-    )
-    with path.open("w") as log:
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=log, check=True)
+    options = [*QUICK, "--optimizers", "SGD", "--results", str(tmp_path / "results")]
+    assert ended(started(often, options, path)) == 0
     lines = [line for line in path.read_text().splitlines() if line.startswith("[")]
     assert any("compare, 0 s | loading digits" in line for line in lines)
     assert any("| SGD to the switch, step " in line and "chi" in line for line in lines)

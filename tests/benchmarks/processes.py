@@ -1,0 +1,40 @@
+"""Commands in processes of their own, without the seconds that torch takes to import in each."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["torch._dynamo", "benchmarks.compare"])  # forked, where it is idle
+
+
+def started(
+    command: Callable[[Sequence[str]], int], options: Sequence[str], output: Path
+) -> BaseProcess:
+    """Starts ``command(options)``; what it prints goes to a file, and it exits with its result."""
+    process = _FORKS.Process(target=_run, args=(command, list(options), output))
+    process.start()
+    return process
+
+
+def _run(command: Callable[[Sequence[str]], int], options: Sequence[str], output: Path) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        sys.stdout = file
+        status = command(options)
+        file.flush()
+    sys.exit(status)
+
+
+def ended(process: BaseProcess, timeout: float = 300) -> int | None:
+    """Waits, and returns the exit code; ``None`` if it is still at work, which is killed then."""
+    process.join(timeout)
+    code = process.exitcode
+    if code is None:
+        with suppress(ProcessLookupError):
+            process.kill()
+    return code
