@@ -64,35 +64,6 @@ types: $(VENV)/.installed-dev  ## mypy, strict
 architecture: $(VENV)/.installed-dev  ## imports point downward only
 	$(bin)/python -m pytest tests/test_architecture.py
 
-# Runs in an environment that has the wheel and what the wheel itself asks for, and nothing else.
-# Its arguments are the files of the package in the source tree.
-define WHEEL_CHECK
-import importlib.metadata
-import importlib.util
-import pathlib
-import sys
-
-import subspace_optim
-
-installed = pathlib.Path(subspace_optim.__file__).resolve().parent.parent
-version = importlib.metadata.version("subspace_optim")
-checks = {
-    "the package comes from the wheel": installed.is_relative_to(pathlib.Path(sys.prefix).resolve()),
-    "py.typed is in place": (installed / "subspace_optim" / "py.typed").is_file(),
-    "__version__ is the wheel's": getattr(subspace_optim, "__version__", version) == version,
-}
-for file in sys.argv[1:]:
-    checks[f"{file} is in place"] = (installed / file).is_file()
-for name in subspace_optim.__all__:
-    checks[f"subspace_optim.{name} imports"] = hasattr(subspace_optim, name)
-for name in ("benchmarks", "tests"):
-    checks[f"{name} cannot be imported"] = importlib.util.find_spec(name) is None
-failed = [what for what, holds in checks.items() if not holds]
-print(f"subspace_optim {version}: {len(checks)} checks of the wheel, failed: {failed or 'none'}")
-sys.exit(bool(failed))
-endef
-export WHEEL_CHECK
-
 .PHONY: wheel
 wheel: $(VENV)/.installed-dev  ## build the wheel and import it in an environment of its own
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
@@ -102,7 +73,7 @@ wheel: $(VENV)/.installed-dev  ## build the wheel and import it in an environmen
 	{ set +x; } 2>/dev/null; \
 	files=$$(find subspace_optim -name '*.py' -o -name py.typed); \
 	mkdir "$$tmp/empty"; cd "$$tmp/empty"; \
-	"$$tmp/venv/bin/python" -I -c "$$WHEEL_CHECK" $$files
+	"$$tmp/venv/bin/python" -I "$(CURDIR)/tests/wheel.py" $$files
 
 .PHONY: format
 format: $(VENV)/.installed-dev  ## format the code, and mend what ruff can mend

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--refresh",
         type=_refresh,
         default=defaults.refresh,
-        help="the same after the switch: N, or auto: when it has aged",
+        help="the same after the switch: N, or auto: when it is stale",
     )
     add("--spectrum", type=int, default=defaults.spectrum, help="top 2k eigenvalues every N steps")
     add("--tol", type=float, default=defaults.tol, help="relative residual of the eigenpairs")

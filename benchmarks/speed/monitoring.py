@@ -140,7 +140,7 @@ def _timed_step(problem: Problem, optimizer: torch.optim.Optimizer, step: int) -
 def _spaced(problem: Problem, k: int, late: int, every: int, rows: int) -> dict[str, float]:
     """The mean cost columns of rows so far apart, after the first, and what they slow down to.
 
-    The more steps lie between two rows, the more the basis has aged, and the more a row costs.
+    The more steps lie between two rows, the staler the basis is, and the more a row costs.
     """
     problem.move_to(late)
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=problem.lr)

@@ -31,7 +31,7 @@ def measure(problem: Problem, k: int, rounds: int, start: int, age: int = 50) ->
     """
     problem.move_to(start)
     subspace = so.DominantSubspace(problem.hessian(), k)
-    aged = subspace.update()
+    stale = subspace.update()
     kept = subspace.state_dict()
     problem.move_to(start + age)
     reference = Reference(problem, k)
@@ -58,7 +58,7 @@ def measure(problem: Problem, k: int, rounds: int, start: int, age: int = 50) ->
     return {
         "start": start,
         "age": age,
-        "sine_before": reference.sine(aged.vectors),
+        "sine_before": reference.sine(stale.vectors),
         "seconds": seconds,
         "gradients": costs,
         "products": products,

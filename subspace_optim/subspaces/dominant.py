@@ -39,7 +39,7 @@ class DominantSubspace:
 
     With ``refresh="auto"`` a basis is kept while the sine of the largest angle between it and the
     true subspace is estimated to be at most ``max_angle``. The estimate is carried forward by how
-    far the parameters have moved, and checked by probes of two products. A basis that has aged
+    far the parameters have moved, and checked by probes of two products. A stale basis
     is refined by one step of subspace iteration, k + 1 products, and solved for anew where that
     is not enough; its eigenvalues are those of the last refresh. Where other tensors have changed,
     no displacement tells of it, and the basis is probed; where a mode has, it is solved for. If

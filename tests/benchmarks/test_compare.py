@@ -136,7 +136,8 @@ def figures(summary):
     }
 
 
-LONG = [*QUICK, "--steps", "30", "--optimizers", "SGD", "DomSGD", "quasinewton"]
+LONG = [*QUICK, "--steps", "30", "--measure", "9", "--refresh", "9"]
+LONG += ["--optimizers", "SGD", "DomSGD", "quasinewton"]
 
 
 @pytest.fixture(scope="module")

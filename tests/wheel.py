@@ -1,0 +1,28 @@
+"""What a wheel must bring: run where it is installed, with the files of the package as arguments.
+
+It is no test of pytest's, because the environment has the wheel, what that asks for, and no more.
+"""
+
+import importlib.metadata
+import importlib.util
+import pathlib
+import sys
+
+import subspace_optim
+
+installed = pathlib.Path(subspace_optim.__file__).resolve().parent.parent
+version = importlib.metadata.version("subspace_optim")
+checks = {
+    "the package comes from the wheel": installed.is_relative_to(pathlib.Path(sys.prefix).resolve()),
+    "py.typed is in place": (installed / "subspace_optim" / "py.typed").is_file(),
+    "__version__ is the wheel's": getattr(subspace_optim, "__version__", version) == version,
+}
+for file in sys.argv[1:]:
+    checks[f"{file} is in place"] = (installed / file).is_file()
+for name in subspace_optim.__all__:
+    checks[f"subspace_optim.{name} imports"] = hasattr(subspace_optim, name)
+for name in ("benchmarks", "tests"):
+    checks[f"{name} cannot be imported"] = importlib.util.find_spec(name) is None
+failed = [what for what, holds in checks.items() if not holds]
+print(f"subspace_optim {version}: {len(checks)} checks of the wheel, failed: {failed or 'none'}")
+sys.exit(bool(failed))
