@@ -31,20 +31,19 @@ class DominantSubspace:
     .. math:: \mathcal{S}_k(\theta) = \mathrm{span}\{u_1(\theta), \dots, u_k(\theta)\}, \qquad
               \lambda_1 \ge \dots \ge \lambda_P \text{ (largest algebraic)}
 
-    (`song_2024`, Definition 1.) Whoever asks first at a parameter state pays for the refresh,
-    if one is due; others get the same basis. A parameter state is what the parameters hold: a
-    digest of them tells one from the next, whichever way they were written. What else the loss
-    depends on and the operator can see is part of it: other parameters and buffers of the model, of
-    the loss and of what they reach, modes, and data that were written in place.
+    (`song_2024`, Definition 1.) Whoever asks first at a parameter state pays for the refresh, if
+    one is due; others get the same basis. A parameter state is told from the next by a digest of
+    what the parameters hold, whichever way they were written. It includes whatever else the loss
+    depends on and the operator can see: other parameters and buffers of the model, of the loss and
+    of what they reach, modes, and data that were written in place.
 
     With ``refresh="auto"`` a basis is kept while the sine of the largest angle between it and the
-    true subspace is estimated to be at most ``max_angle``. The estimate is carried forward by how
-    far the parameters have moved, and checked by probes of two products. A stale basis
-    is refined by one step of subspace iteration, k + 1 products, and solved for anew where that
-    is not enough; its eigenvalues are those of the last refresh. Where other tensors have changed,
-    no displacement tells of it, and the basis is probed; where a mode has, it is solved for. If
-    ``λ_k`` and ``λ_{k+1}`` cannot be told apart there is one warning, and each parameter state gets
-    a solve to ``tol``.
+    true subspace is estimated to be at most ``max_angle``. The estimate follows the drift of the
+    parameters, and is checked by probes of two products. A stale basis is refined by one step of
+    subspace iteration, k + 1 products, and solved for anew where that is not enough; its
+    eigenvalues are those of the last refresh. If ``λ_k`` and ``λ_{k+1}`` cannot be told apart there
+    is one warning, and each parameter state gets a solve to ``tol``. The rules, and one of your
+    own: ``subspaces/refresh.py``.
 
     Args:
         operator: what curvature means: ``HessianOperator``, or any ``CurvatureOperator``.
