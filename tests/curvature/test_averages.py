@@ -328,7 +328,7 @@ def test_the_mean_is_the_sum_over_its_weight(name, data, seed, n):
 
 @pytest.mark.parametrize("name", CASES)
 @many
-@settings(max_examples=6)
+@settings(max_examples=3)
 def test_how_data_are_split_changes_nothing(name, data, seed, n):
     """Loss, gradient and products are those of all data as one batch, by torch itself."""
     case, model, x, y = _problem(name, data, seed, n)
