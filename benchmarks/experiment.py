@@ -23,7 +23,7 @@ from benchmarks.losses import accuracy
 from benchmarks.optimizers import BUILT_IN, PAPERS, Recipe, recipes, takes_closure
 from subspace_optim._validation import check_integer, check_number
 from subspace_optim.ageing import AgeingBasis
-from subspace_optim.curvature.isolation import in_mode, seeded
+from subspace_optim.curvature.contexts import in_mode, seeded
 from subspace_optim.linalg import EigenBasis, top_eigenpairs
 from subspace_optim.subspace import DominantSubspace
 

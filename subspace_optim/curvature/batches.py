@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -13,11 +12,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from subspace_optim._validation import ArgumentError, DataChangedError
-from subspace_optim.curvature.averages import Weight, averaged, examples
-from subspace_optim.curvature.isolation import random_state_kept
-from subspace_optim.curvature.layouts import dense_parts
+from subspace_optim.curvature.contexts import random_state_kept
 from subspace_optim.curvature.loaders import check_loader, own_loader
-from subspace_optim.curvature.parameters import LOW_PRECISION, digest
+from subspace_optim.curvature.parameters import LOW_PRECISION, dense_parts, digest
 from subspace_optim.curvature.structure import contents, moved, moves_itself, tensors
 
 # The most batches of data without a length: a stream without an end would be read for ever. Epochs
@@ -232,38 +229,3 @@ def _stores(data: Any) -> list[Any]:
     if isinstance(data, ConcatDataset):
         return [store for dataset in data.datasets for store in _stores(dataset)]
     return list(data.tensors) if isinstance(data, TensorDataset) else []
-
-
-@dataclass
-class Supervised:
-    """``batch_loss(model, (x, y)) = loss_fn(model(x), y)``, and what it is a mean over.
-
-    Args:
-        loss_fn: ``loss_fn(output, target)``. What ``averaged`` cannot tell of it, is a mean over
-            examples.
-
-    Attributes:
-        summed: the loss of the batch before was a sum and no mean, of weight 1.
-    """
-
-    loss_fn: Callable[[Any, Any], Tensor]
-    summed: bool = field(default=False, init=False)
-
-    def __call__(self, model: Callable[[Any], Any], batch: Any) -> tuple[Tensor, Weight]:
-        """Returns the loss of a batch and its weight.
-
-        Raises:
-            ArgumentError: the batch is no pair.
-        """
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ArgumentError(
-                "a batch of data",
-                type(batch).__name__,
-                "a pair (x, y)",
-                "For batches of another form use HessianOperator.from_loss.",
-            )
-        x, y = batch
-        count = examples(x, y)
-        average = averaged(self.loss_fn, model(x), y)
-        self.summed = average.summed
-        return average.loss, count if average.weight is None else average.weight

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,25 +14,29 @@ from torch import Tensor, nn
 
 from subspace_optim._progress import Progress
 from subspace_optim._validation import ArgumentError, DataChangedError, NonFiniteError
-from subspace_optim.curvature.batches import Batches, Supervised
+from subspace_optim.curvature.batches import Batches
+from subspace_optim.curvature.contexts import Mode, full_precision, in_mode
 from subspace_optim.curvature.evaluation import (
-    Evaluate,
-    Linearisation,
+    Derivatives,
     Point,
-    Slopes,
-    first_order,
-    value,
+    loss_alone,
+    loss_and_gradient,
 )
-from subspace_optim.curvature.isolation import Mode, full_precision, in_mode
 from subspace_optim.curvature.memory import AllocationMeter, free_memory
-from subspace_optim.curvature.objective import BatchLoss, Objective, OfBatch, unwrapped
+from subspace_optim.curvature.objective import (
+    BatchLoss,
+    BatchLossFunction,
+    Supervised,
+    check_batch_loss,
+    unwrapped,
+)
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
-from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
+from subspace_optim.curvature.parameters import ParameterSpace, Params, digest, weighted
+from subspace_optim.curvature.process_group import Ranks, warn_without_group
 from subspace_optim.curvature.proof import Parts, Products, Proof, Report, see
-from subspace_optim.curvature.ranks import Ranks, warn_without_group
 from subspace_optim.curvature.surroundings import ALONE, Surroundings
 
-Differentiate = Callable[[Evaluate, Point], Linearisation]
+Differentiate = Callable[[BatchLoss, Point], Derivatives]
 
 
 class MeanLossOperator(CurvatureOperator):
@@ -42,15 +46,15 @@ class MeanLossOperator(CurvatureOperator):
         A v = \frac{1}{N} \sum_b n_b A_b v, \qquad
         L(\theta) = \frac{1}{N} \sum_b n_b \, \ell(f_\theta(x_b), y_b), \quad N = \sum_b n_b
 
-    Subclasses say what one batch's matrix is (``_linearise``). What they need for its products
+    Subclasses say what one batch's matrix is (``_linearize``). What they need for its products
     is kept for all batches that fit ``memory_budget``, and made anew for each block of products
     for the others.
 
     Args:
         model: called as ``model(x)``. ``DistributedDataParallel`` and ``torch.compile`` wrappers
             are taken off.
-        loss_fn: ``loss_fn(output, target)``, a mean over examples, or a loss of torch's, which is
-            asked what it is a mean over (``averages``).
+        batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``: a ``Supervised`` loss of
+            (output, target), or the user's own.
         data: ``(x, y)``, or any re-iterable of such batches that yields the same ones in every
             pass. Batches are moved to the parameters' device.
         params: the parameters to differentiate by: tensors, a pattern of their names, or a
@@ -72,7 +76,7 @@ class MeanLossOperator(CurvatureOperator):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor] | OfBatch,
+        batch_loss: BatchLossFunction,
         data: Any,
         *,
         params: Params = None,
@@ -84,8 +88,7 @@ class MeanLossOperator(CurvatureOperator):
     ) -> None:
         self._ranks = Ranks(process_group)
         with self.ranks.all_or_none():
-            if not callable(loss_fn) and not isinstance(loss_fn, OfBatch):
-                raise ArgumentError("loss_fn", loss_fn, "callable as loss_fn(output, target)")
+            check_batch_loss(batch_loss)
             if not isinstance(model, nn.Module):
                 raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
             if mode not in (None, "train", "eval"):
@@ -98,9 +101,8 @@ class MeanLossOperator(CurvatureOperator):
                 raise ArgumentError("verify", verify, "True or False")
             self.model = unwrapped(model)
             self.parameters = ParameterSpace(self.model, params)
-            batch_loss = loss_fn.function if isinstance(loss_fn, OfBatch) else Supervised(loss_fn)
-            self._objective = Objective(self.model, batch_loss)
-            self._batches = Batches(data, pairs=not isinstance(loss_fn, OfBatch))
+            self._batch_loss = batch_loss
+            self._batches = Batches(data, pairs=isinstance(batch_loss, Supervised))
             warn_without_group(model, process_group)
         self.stats = OperatorStats()
         self._dtypes = [p.dtype for p in self.parameters.tensors]
@@ -109,30 +111,8 @@ class MeanLossOperator(CurvatureOperator):
         self._memory_budget = memory_budget
         self._seed = seed
         self._proof = self._proof_of(demanded=verify)
-        self._user_loss: Any = loss_fn.function if isinstance(loss_fn, OfBatch) else loss_fn
         self._point: Point | None = None
         self._frozen = False
-
-    @classmethod
-    def from_loss(cls, model: nn.Module, batch_loss: BatchLoss, data: Any, **options: Any) -> Self:
-        """Makes the operator of a model that is not ``f(x) -> output``.
-
-        Args:
-            model: any module.
-            batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``; the weight is what
-                the mean is over: examples, or the tokens that count.
-            data: a re-iterable of batches of any form; a mapping is one batch.
-            **options: the keyword arguments of the class.
-
-        Returns:
-            The operator.
-
-        Raises:
-            ArgumentError: an argument that cannot be used.
-        """
-        if not callable(batch_loss):
-            raise ArgumentError("batch_loss", batch_loss, "callable as batch_loss(model, batch)")
-        return cls(model, OfBatch(batch_loss), data, **options)
 
     @property
     def ranks(self) -> Ranks:
@@ -140,12 +120,8 @@ class MeanLossOperator(CurvatureOperator):
         return self._ranks
 
     @abstractmethod
-    def _linearise(self, evaluate: Evaluate, point: Point) -> Linearisation:
+    def _linearize(self, batch_loss: BatchLoss, point: Point) -> Derivatives:
         """Returns loss, gradient and product of one batch at ``point``."""
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """Returns the product with ``v: (P,)``, a new ``(P,)``."""
-        return self.matmat(v[None])[0]
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``.
@@ -158,36 +134,37 @@ class MeanLossOperator(CurvatureOperator):
             raise ArgumentError("the shape of vectors", shape, f"(j, {self.size}), one a row")
         with self._fixed(products=True) as point:
             if point.kept is None:
-                self._accumulate(point, self._linearise, keep=True)
+                self._pass(point, self._linearize, keep=True)
+            kept = point.kept or {}
             vectors = vectors.to(self.device, self.dtype).contiguous()
-
-            def multiply(batch: Linearisation, products: Tensor) -> None:
-                for v, product in zip(vectors, products, strict=True):
-                    slopes = batch.product(self.parameters.unflatten(v))
-                    self._add(slopes, batch.weight, product)
-
-            def add_to(products: Tensor) -> None:
-                kept = point.kept or {}
-                if kept:  # at the point: checkpointed parts run the model again
+            with self.ranks.summed(vectors.shape, self.dtype, self.device) as products:
+                if kept:  # at the point, since checkpointed parts run the model again
                     with point.at(self._seed):
-                        for batch in kept.values():
-                            multiply(batch, products)
+                        for derivatives in kept.values():
+                            self._multiply(derivatives, vectors, products)
                 if point.streamed:
-                    for index, data, _ in self._read(point):
-                        if index not in kept:
-                            evaluate = Evaluate(self._objective, data, self._seed_of(index))
-                            with point.at(evaluate.seed):
-                                multiply(self._linearise(evaluate, point), products)
-
-            products = self.ranks.total(vectors.shape, self.dtype, self.device, add_to)
+                    with closing(self._read(point)) as batches:
+                        for index, batch, _ in batches:
+                            if index not in kept:
+                                batch_loss = self._loss_of(index, batch)
+                                with point.at(batch_loss.seed):
+                                    derivatives = self._linearize(batch_loss, point)
+                                    self._multiply(derivatives, vectors, products)
+                                    del derivatives  # before the next graph is built
             self.stats.products += len(vectors)
             return products.div_(point.weight)
+
+    def _multiply(self, derivatives: Derivatives, vectors: Tensor, products: Tensor) -> None:
+        """Adds one batch's weighted products with the rows of ``vectors`` to ``products``."""
+        space = self.parameters
+        for v, product in zip(vectors, products, strict=True):
+            space.add_(product, derivatives.product(space.unflatten(v)), derivatives.weight)
 
     def gradient(self) -> Tensor:
         """Returns ``∇L(θ)``, ``(P,)``. It is computed once for each parameter state."""
         with self._fixed() as point:
             if point.gradient is None:
-                self._accumulate(point, first_order)
+                self._pass(point, loss_and_gradient)
             assert point.gradient is not None  # noqa: S101 (the pass has found it)
             return point.gradient.clone()
 
@@ -195,7 +172,7 @@ class MeanLossOperator(CurvatureOperator):
         """Returns ``L(θ)``, from the gradient's pass where there was one."""
         with self._fixed() as point:
             if point.loss is None:
-                self._accumulate(point, value)
+                self._pass(point, loss_alone)
             assert point.loss is not None  # noqa: S101 (the pass has found it)
             return point.loss
 
@@ -276,7 +253,9 @@ class MeanLossOperator(CurvatureOperator):
 
     def _look(self) -> Surroundings:
         """Returns what the loss reaches now."""
-        return Surroundings(self.model, self._user_loss, self.device)
+        loss = self._batch_loss
+        user = loss.loss_fn if isinstance(loss, Supervised) else loss
+        return Surroundings(self.model, user, self.device)
 
     def _move_to_current(self) -> Point:
         """Returns what is known of the present parameter state; what was of another is dropped."""
@@ -307,12 +286,13 @@ class MeanLossOperator(CurvatureOperator):
 
     def _proof_of(self, *, demanded: bool) -> Proof:
         parts = Parts(
-            self._objective,
+            self.model,
+            self._batch_loss,
             self.parameters,
             self.stats,
             self._seed,
             self._batches,
-            self._linearise,
+            self._linearize,
             self._products,
         )
         return Proof(parts, demanded=demanded)
@@ -364,7 +344,7 @@ class MeanLossOperator(CurvatureOperator):
 
     # --- passes over the data -------------------------------------------------------------------
 
-    def _read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
+    def _read(self, point: Point) -> Generator[tuple[int, Any, int]]:
         """Yields the index of each batch, the batch on the device, and its bytes."""
         self.stats.passes += 1
         progress = Progress("pass over the data")
@@ -376,14 +356,15 @@ class MeanLossOperator(CurvatureOperator):
         """Batches that the ranks take in turn have the masks that one process gives them."""
         return self._seed + index * self.ranks.size + self.ranks.rank
 
-    def _accumulate(
-        self, point: Point, differentiate: Differentiate, *, keep: bool = False
-    ) -> None:
+    def _loss_of(self, index: int, batch: Any) -> BatchLoss:
+        return BatchLoss(self.model, self._batch_loss, batch, self._seed_of(index))
+
+    def _pass(self, point: Point, differentiate: Differentiate, *, keep: bool = False) -> None:
         """One pass over the data: loss, gradient, and what of it is kept for products.
 
         Args:
             point: where, and what is found out is added to.
-            differentiate: how; ``value`` for the loss alone.
+            differentiate: how; ``loss_alone`` for no gradient.
             keep: keeps what products need, as long as it fits the budget.
 
         Raises:
@@ -391,39 +372,39 @@ class MeanLossOperator(CurvatureOperator):
             NonFiniteError: the loss or a weight is not finite.
         """
         budget = self._budget() if keep else 0.0
-        kept: dict[int, Linearisation] = {}
+        kept: dict[int, Derivatives] = {}
         used = count = 0
-        size = 0 if differentiate is value else self.size
+        size = 0 if differentiate is loss_alone else self.size
         gradient = torch.zeros(size, dtype=self.dtype, device=self.device)
         proves_mean = self._proof.is_due("mean")
         pieces: list[Any] = []
-
-        def add_to(sums: Tensor) -> None:
-            nonlocal used, count, pieces
-            for index, batch_of_data, nbytes in self._read(point):
-                watching = nullcontext() if count else self._proof.watching(point)
-                count += 1
-                evaluate = Evaluate(self._objective, batch_of_data, self._seed_of(index))
-                if proves_mean:
-                    pieces = see(batch_of_data, pieces)
-                metering = AllocationMeter() if keep else nullcontext()
-                with metering as meter, point.at(evaluate.seed), watching:
-                    batch = differentiate(evaluate, point)
-                sums += torch.stack([_weighted(batch.loss.double(), batch.weight), batch.weight])
-                if size:
-                    self._add(batch.slopes, batch.weight, gradient)
-                    batch.slopes = ()  # it has been added up, and is held no longer
-                if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
-                    used += held
-                    kept[index] = batch
-                del batch, evaluate, batch_of_data  # before the graph of the next one is built
+        with self.ranks.summed((2,), torch.float64, self.device) as sums:
+            with closing(self._read(point)) as batches:
+                for index, batch, nbytes in batches:
+                    watching = nullcontext() if count else self._proof.watching(point)
+                    count += 1
+                    batch_loss = self._loss_of(index, batch)
+                    if proves_mean:
+                        pieces = see(batch, pieces)
+                    metering = AllocationMeter() if keep else nullcontext()
+                    with metering as meter, point.at(batch_loss.seed), watching:
+                        found = differentiate(batch_loss, point)
+                    sums.add_(
+                        torch.stack([weighted(found.loss.double(), found.weight), found.weight])
+                    )
+                    if size:
+                        self.parameters.add_(gradient, found.gradient, found.weight)
+                        found.gradient = ()  # it has been added up, and is held no longer
+                    if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
+                        used += held
+                        kept[index] = found
+                    del found, batch_loss, batch  # before the graph of the next one is built
             if pieces:
                 self._proof.mean(point, pieces)
-
-        total, weight = self.ranks.total((2,), torch.float64, self.device, add_to).tolist()
+        total, weight = sums.tolist()
         if weight == 0:
             raise ArgumentError("data", "of no examples", "at least one example of weight above 0")
-        if getattr(self._objective.batch_loss, "summed", False):
+        if getattr(self._batch_loss, "summed", False):
             weight = 1.0  # of all data together: the matrix is that of the sum
         loss = total / weight if weight > 0 else math.nan
         if not math.isfinite(loss):
@@ -464,20 +445,6 @@ class MeanLossOperator(CurvatureOperator):
             "Make that a part of the model, or of the loss as a module, or make the operator anew."
         )
 
-    def _add(self, slopes: Slopes, weight: Tensor, into: Tensor) -> None:
-        """Adds one batch's weighted term to the vector ``into: (P,)``.
-
-        Raises:
-            ArgumentError: a gradient is sparse.
-        """
-        pieces = zip(self.parameters.unflatten(into), slopes, self.parameters.names, strict=True)
-        for total, slope, name in pieces:
-            if slope is not None:
-                if slope.layout != torch.strided:
-                    label = f"the gradient of '{name}'"
-                    raise ArgumentError(label, slope.layout, "dense", "Use sparse=False.")
-                total.add_(_weighted(slope, weight))
-
     def _budget(self) -> float:
         if self._memory_budget is not None:
             return self._memory_budget
@@ -496,6 +463,33 @@ class MeanLossOperator(CurvatureOperator):
         return operator
 
 
-def _weighted(value: Tensor, weight: Tensor) -> Tensor:
-    """Returns ``weight · value``; zeros for a batch of weight 0, whose mean is NaN."""
-    return torch.where(weight > 0, value * weight, 0.0)
+class MeanLossHessian(MeanLossOperator):
+    """What the Hessians share: a loss of (model, batch) will do, of whatever form both are."""
+
+    def _set_up(
+        self, model: nn.Module, batch_loss: BatchLossFunction, data: Any, **options: Any
+    ) -> None:
+        """Does what the constructor does, for either form of loss; ``options`` are its own."""
+        super().__init__(model, batch_loss, data, **options)
+
+    @classmethod
+    def from_loss(
+        cls, model: nn.Module, batch_loss: BatchLossFunction, data: Any, **options: Any
+    ) -> Self:
+        """Makes the operator of a model that is not ``f(x) -> output``.
+
+        Args:
+            model: any module.
+            batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``; the weight is what
+                the mean is over: examples, or the tokens that count.
+            data: a re-iterable of batches of any form; a mapping is one batch.
+            **options: the keyword arguments of the class.
+
+        Returns:
+            The operator.
+
+        An argument that cannot be used raises an ``ArgumentError``.
+        """
+        operator = cls.__new__(cls)
+        operator._set_up(model, batch_loss, data, **options)  # noqa: SLF001 (its own)
+        return operator

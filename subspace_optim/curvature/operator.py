@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim.curvature.parameters import ParameterSpace
-from subspace_optim.curvature.ranks import Ranks
+from subspace_optim.curvature.process_group import Ranks
 
 
 @dataclass
@@ -96,9 +96,9 @@ class CurvatureOperator(ABC):
         """Where the parameters and all its vectors live."""
         return self.parameters.device
 
-    @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
         """Returns the product with ``v: (P,)``, a new ``(P,)``."""
+        return self.matmat(v[None])[0]
 
     @abstractmethod
     def matmat(self, vectors: Tensor) -> Tensor:

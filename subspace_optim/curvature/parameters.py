@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.curvature.layouts import dense_parts
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """Parameters of these dtypes are differentiated through float32 copies."""
@@ -120,6 +119,25 @@ class ParameterSpace:
         pieces = flat.split([shape.numel() for shape in self.shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
+    def add_(self, flat: Tensor, tensors: Sequence[Tensor | None], weight: Tensor) -> None:
+        """Adds ``weight`` times one tensor a parameter to ``flat: (P,)`` in place.
+
+        Args:
+            flat: is changed.
+            tensors: one a parameter; ``None`` stands for zeros.
+            weight: a scalar; where it is 0 nothing is added, whatever the tensors hold: the mean
+                over no examples is NaN.
+
+        Raises:
+            ArgumentError: a tensor is sparse.
+        """
+        for total, tensor, name in zip(self.unflatten(flat), tensors, self.names, strict=True):
+            if tensor is not None:
+                if tensor.layout != torch.strided:
+                    label = f"the gradient of '{name}'"
+                    raise ArgumentError(label, tensor.layout, "dense", "Use sparse=False.")
+                total.add_(weighted(tensor, weight))
+
     def name_in_model(self, tensor: Tensor) -> str | None:
         """Returns the name of a parameter of the model, in this space or not; else ``None``."""
         return next((name for name, p in self.model.named_parameters() if p is tensor), None)
@@ -179,6 +197,11 @@ def _under(model: nn.Module, name: str) -> Tensor | None:
     return parameter
 
 
+def weighted(value: Tensor, weight: Tensor) -> Tensor:
+    """Returns ``weight · value``, and zeros where the weight is 0 and the value may be NaN."""
+    return torch.where(weight > 0, value * weight, 0.0)
+
+
 def length(tensors: Sequence[Tensor]) -> Tensor:
     """Returns ℓ, the median of ``‖W‖ / n^{1/4}`` over the matrices; 1 where they are zero.
 
@@ -190,6 +213,25 @@ def length(tensors: Sequence[Tensor]) -> Tensor:
     matrices = [t.detach() for t in tensors if t.dim() > 1] or [t.detach() for t in tensors]
     lengths = torch.stack([t.double().norm() / t.numel() ** 0.25 for t in matrices])
     return torch.where(lengths > 0, lengths, torch.nan).nanmedian().nan_to_num(1.0)
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Returns the strided tensors that hold what ``tensor`` holds.
+
+    They are itself, or the indices and values of a sparse one, or those inside of a nested one.
+    """
+    if tensor.is_nested:
+        return [part for inner in tensor.unbind() for part in dense_parts(inner)]
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        unique = tensor.coalesce()
+        return [unique.indices(), unique.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor.to_dense()]
 
 
 @lru_cache(maxsize=8)
@@ -204,10 +246,10 @@ def _weights(device: torch.device) -> Tensor:
 def digest(tensors: Iterable[Tensor]) -> Tensor:
     """Returns the weighted sum, modulo 2⁶⁴, of the bits of all elements: one pass, one scalar.
 
-    The weights are fixed, random and odd: one element that changes always changes the sum, and
-    elements that change places do but by chance. 8 bytes are read as two integers: as one, an even
-    number of changed signs, 2⁶³ each, would add up to 0. Of sparse tensors the indices count, and
-    the values.
+    The weights are fixed, random and odd. So one element that changes always changes the sum, and
+    elements that are exchanged leave it the same with a probability of 2⁻³² or less. 8 bytes are
+    read as two integers: read as one, an even number of flipped signs, 2⁶³ each, would add up to 0.
+    Sparse tensors count with their indices and their values.
     """
     total: Tensor | None = None
     for tensor in (part for whole in tensors for part in dense_parts(whole.detach())):

@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -37,19 +37,17 @@ from subspace_optim._validation import (
     SecondDerivativeError,
 )
 from subspace_optim.curvature.averages import concatenated
-from subspace_optim.curvature.batches import Batches, Supervised
+from subspace_optim.curvature.batches import Batches
 from subspace_optim.curvature.evaluation import (
-    Evaluate,
-    Linearisation,
+    Derivatives,
     Point,
-    first_order,
-    gradient_at,
-    has_functions,
-    value,
+    loss_alone,
+    loss_and_gradient,
 )
-from subspace_optim.curvature.objective import Objective
+from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction, Supervised
 from subspace_optim.curvature.operator import OperatorStats, rounding_at
 from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, length
+from subspace_optim.curvature.second_derivatives import has_functions
 from subspace_optim.curvature.structure import moved
 from subspace_optim.curvature.surroundings import dtype_inside
 
@@ -131,21 +129,23 @@ class Parts:
     """What a proof needs of an operator.
 
     Attributes:
-        objective: the model and its loss.
+        model: the model.
+        batch_loss: its loss of a batch.
         space: the coordinates.
         stats: of the operator, where the costs are added.
         seed: of dropout masks and directions.
         batches: the data.
-        linearise: what makes the operator's products.
+        linearize: what makes the operator's products.
         products: what they are.
     """
 
-    objective: Objective
+    model: nn.Module
+    batch_loss: BatchLossFunction
     space: ParameterSpace
     stats: OperatorStats
     seed: int
     batches: Batches
-    linearise: Callable[[Evaluate, Point], Linearisation]
+    linearize: Callable[[BatchLoss, Point], Derivatives]
     products: Products
 
 
@@ -178,7 +178,7 @@ class Proof:
         self._proved[what] = self._structure()
 
     def _structure(self) -> int:
-        model = self._parts.objective.model
+        model = self._parts.model
         return hash(
             tuple((type(m), tuple(m._parameters), tuple(m._buffers)) for m in model.modules())  # noqa: SLF001
         )
@@ -277,7 +277,7 @@ class Proof:
             NotOneFunctionError: both have other weights.
         """
         report = report or Report(self._parts.stats.engine)
-        supervised = self._parts.objective.batch_loss
+        supervised = self._parts.batch_loss
         if len(pieces) < 2 or not isinstance(supervised, Supervised):
             return
         try:
@@ -305,7 +305,7 @@ class Proof:
         self, supervised: Supervised, pieces: list[Any], point: Point
     ) -> tuple[list[float], list[float]] | None:
         """Returns the shares of two batches in the loss of both, and those that weights claim."""
-        model, seed = self._parts.objective.model, self._parts.seed
+        model, seed = self._parts.model, self._parts.seed
         outputs = []
         for x, y in pieces:
             with point.at(seed):
@@ -348,9 +348,9 @@ class _Trial:
         self.opaque = False  # whether functions of the user's own are in the graph
         self.stops = False  # whether the loss makes something of the parameters constant
 
-    def of(self, batch: Any) -> Evaluate:
+    def of(self, batch: Any) -> BatchLoss:
         """Returns the loss of a batch."""
-        return Evaluate(self.parts.objective, batch, self.parts.seed)
+        return BatchLoss(self.parts.model, self.parts.batch_loss, batch, self.parts.seed)
 
     def flat(self, slopes: Any) -> Tensor:
         """Returns a gradient, or a product, as one vector in float64."""
@@ -379,11 +379,11 @@ class _Trial:
             return loss, weight
 
         with point.at(self.parts.seed), watching:
-            first = first_order(watched, point)
+            first = loss_and_gradient(watched, point)
         with point.at(self.parts.seed):
-            second = value(self.evaluate, point)
+            second = loss_alone(self.evaluate, point)
         self.report.gradients += 2
-        self.slopes = self.flat(first.slopes)
+        self.slopes = self.flat(first.gradient)
         loss, again = float(first.loss), float(second.loss)
         if not (math.isfinite(loss) and first.weight > 0):
             return False
@@ -416,8 +416,8 @@ class _Trial:
             if low:
                 wide = [p.detach().to(dtype_inside(p, None)) for p in point.own]
                 stack.enter_context(user.displaced(wide))
-            found = gradient_at(self.evaluate, user.leaves)
-        theirs = self.flat(found.slopes)
+            found = loss_and_gradient(self.evaluate, user)
+        theirs = self.flat(found.gradient)
         scale = float(torch.maximum(self.slopes.norm(), theirs.norm()))
         error = float((self.slopes - theirs).norm())
         self.report.gradient_error = error / scale if scale > 0 else 0.0
@@ -486,8 +486,8 @@ class _Trial:
         self.report.gradients += 1
         try:
             with wide.at(self.parts.seed):
-                there = first_order(evaluate, wide)
-            slopes = self.flat(there.slopes)
+                there = loss_and_gradient(evaluate, wide)
+            slopes = self.flat(there.gradient)
         except Exception:  # noqa: BLE001 (float32 is written into the model, or there is no float64)
             return None
         if there.loss.dtype != torch.float64 or not math.isclose(
@@ -499,7 +499,7 @@ class _Trial:
             return None
         return self._measured(wide, evaluate)
 
-    def _measured(self, point: Point, evaluate: Evaluate) -> _Found:
+    def _measured(self, point: Point, evaluate: BatchLoss) -> _Found:
         """Measures a product along a random direction, and the symmetry of two.
 
         Returns:
@@ -527,24 +527,24 @@ class _Trial:
             values = [b + distance * d for b, d in zip(base, v, strict=True)]
             self.report.gradients += 1
             held = constants.held() if self.stops else nullcontext()
-            with point.at(self.parts.seed), point.displaced(values) as leaves, held:
-                return self.flat(gradient_at(evaluate, leaves).slopes)
+            with point.at(self.parts.seed), point.displaced(values) as there, held:
+                return self.flat(loss_and_gradient(evaluate, there).gradient)
 
         def difference(step: float) -> Tensor:
             ahead, behind = gradient(step * scale), gradient(-step * scale)
             return (ahead - behind) / (2 * step * scale)
 
         self.report.gradients += 3
-        with point.at(self.parts.seed), point.displaced(base) as leaves:
-            here = self.parts.linearise(evaluate, point.by(leaves))
-            slopes = self.flat(here.slopes)
+        with point.at(self.parts.seed), point.displaced(base) as there:
+            here = self.parts.linearize(evaluate, there)
+            slopes = self.flat(here.gradient)
             product = self.flat(here.product(v))
             norm = float(product.norm())
             u = torch.nan_to_num(product / norm) if norm > 0 else product
             pieces = self.parts.space.unflatten(u.to(dtype))
             again = self.flat(here.product(pieces))
         with point.at(self.parts.seed), point.displaced(base):
-            plain = float(value(evaluate, point).loss)
+            plain = float(loss_alone(evaluate, point).loss)
         if not math.isclose(plain, float(here.loss), rel_tol=1e-4, abs_tol=1e-6):
             message = f"The transformed loss is {float(here.loss):.6g}, and not {plain:.6g}."
             raise TransformError(message)

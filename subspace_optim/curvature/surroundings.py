@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from subspace_optim.curvature.isolation import (
+from subspace_optim.curvature.contexts import (
     Generator,
     global_generators,
     seed_generator,

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature import HessianOperator
 from subspace_optim.curvature.averages import averaged, concatenated, examples
-from subspace_optim.curvature.batches import Supervised
+from subspace_optim.curvature.objective import Supervised
 
 CLASSES = 4
 LossFn = Callable[[Any, Any], Tensor]

@@ -20,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import subspace_optim as so
 from subspace_optim.curvature import GaussNewtonOperator
-from subspace_optim.curvature.objective import OfBatch
 from tests.dense import (
     LOSSES,
     MODELS,
@@ -388,15 +387,6 @@ def test_a_part_without_second_derivative_is_named():
     ):
         with pytest.raises(so.SecondDerivativeError, match="Once is once_differentiable"):
             operator.matvec(torch.ones(operator.size))
-
-
-def test_from_loss_says_which_constructor_to_use():
-    problem = make_problem("mlp")
-    message = r"batch_loss is .* Use GaussNewtonOperator\(model, loss_fn, data\)"
-    with pytest.raises(so.ArgumentError, match=message):
-        GaussNewtonOperator.from_loss(problem.model, lambda m, b: (m(b), 1), problem.batches)
-    with pytest.raises(so.ArgumentError, match=message):
-        GaussNewtonOperator(problem.model, OfBatch(lambda m, b: (m(b), 1)), problem.batches)
 
 
 def test_arguments_that_cannot_be_used_are_named():

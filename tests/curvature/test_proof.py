@@ -21,7 +21,7 @@ from subspace_optim import (
     NotOneFunctionError,
     SecondDerivativeError,
 )
-from subspace_optim.curvature import objective, surroundings
+from subspace_optim.curvature import second_derivatives, surroundings
 from subspace_optim.curvature.surroundings import Surroundings
 from tests.dense import LOSSES, MODELS, Apply, make_problem
 
@@ -234,7 +234,7 @@ def test_what_torch_has_wrong_is_caught_where_it_is_not_written_out(dtype, monke
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)), *network()[1:])
     net, data = net.to(dtype), [(x.to(dtype), y) for x, y in BATCHES]
     use(HessianOperator(net, F.cross_entropy, data))
-    monkeypatch.setattr(objective, "_PARTS", {})
+    monkeypatch.setattr(second_derivatives, "_PARTS", {})
     with pytest.raises(InconsistentDerivativeError, match="second derivative"):
         use(HessianOperator(net, F.cross_entropy, data))
 

@@ -59,23 +59,18 @@ class Ranks:
         self._message = torch.zeros(0) if process_group is None else _message(process_group)
         self._on_cpu = self._message.numpy() if self._message.device.type == "cpu" else None
 
-    def total(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        add_to: Callable[[Tensor], None],
-    ) -> Tensor:
-        """Returns the sum over ranks of what ``add_to`` adds to zeros; one all-reduce of it."""
+    @contextmanager
+    def summed(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Iterator[Tensor]:
+        """Yields zeros to add to; where the block ends, one all-reduce sums them over the ranks."""
         if self.group is None:
-            total = torch.zeros(shape, dtype=dtype, device=device)
-            add_to(total)
-            return total
+            yield torch.zeros(shape, dtype=dtype, device=device)
+            return
         with self._before(f"the sum of a tensor of shape {tuple(shape)}"):
             total = torch.zeros(shape, dtype=dtype, device=device)
-            add_to(total)
+            yield total
         self._all_reduce(total)
-        return total
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums ``tensor`` over the ranks in place."""
