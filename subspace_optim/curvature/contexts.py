@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -155,3 +157,51 @@ def full_precision(device: torch.device, *, fused: bool = False) -> Iterator[Non
         finally:
             for (setting, _), value in zip(settings, saved, strict=True):
                 setting.fp32_precision = value
+
+
+@contextmanager
+def no_autocast_inside() -> Iterator[None]:
+    """Keeps autocast off, for this thread, where the model itself switches it on."""
+    switch, own = torch.set_autocast_enabled, threading.get_ident()
+
+    def only_off(*arguments: Any) -> None:
+        on = arguments[-1] and threading.get_ident() != own
+        switch(*arguments[:-1], on)  # type: ignore[call-overload]
+
+    torch.set_autocast_enabled = only_off  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled = switch
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Delays Ctrl-C and SIGTERM to the end of the block; a second one comes at once.
+
+    An interrupt between two instructions of a ``finally`` would leave the model half put back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[Any] = []
+    handlers: dict[int, Any] = {}
+    for waiting in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(waiting)
+        if callable(handler):
+            handlers[int(waiting)] = handler
+
+    def wait(number: int, frame: Any) -> None:
+        if came:
+            handlers[number](number, frame)
+        came.append((number, frame))
+
+    for number in handlers:
+        signal.signal(number, wait)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            handlers[came[0][0]](*came[0])

@@ -7,6 +7,7 @@ stand in their places while it is evaluated.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from subspace_optim._validation import DataChangedError
 from subspace_optim.curvature.objective import BatchLoss, Places
 from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.curvature.second_derivatives import refuse_reentrant_checkpoints, written_out
@@ -124,6 +126,25 @@ class Point:
         finally:
             for p, data in held:
                 p.data = data
+
+    def check_loss(self, loss: float) -> None:
+        """Compares the loss of a pass with that of an earlier one at this state.
+
+        Raises:
+            DataChangedError: they differ: by something that the operator does not see.
+        """
+        double = any(p.dtype == torch.float64 for p in self.own)
+        epsilon = torch.finfo(torch.float64 if double else torch.float32).eps
+        if self.loss is None or math.isclose(
+            loss, self.loss, rel_tol=epsilon**0.5, abs_tol=epsilon
+        ):
+            return
+        raise DataChangedError(
+            f"The mean loss over the data is {loss:.8g}, and was {self.loss:.8g} in an earlier "
+            "pass at the same parameters: it depends on something that the operator cannot see, "
+            "such as another model in the closure of the loss, or data that were written in place. "
+            "Make that a part of the model, or of the loss as a module, or make the operator anew."
+        )
 
     def known(self) -> int:
         """Returns a number with one bit each for loss, gradient and what is kept, if known."""

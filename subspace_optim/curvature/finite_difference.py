@@ -16,10 +16,10 @@ from subspace_optim.curvature.evaluation import (
     Point,
     loss_and_gradient,
 )
-from subspace_optim.curvature.mean_loss import MeanLossHessian
+from subspace_optim.curvature.hessian import MeanLossHessian
 from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction, Supervised
 from subspace_optim.curvature.parameters import Params, length
-from subspace_optim.curvature.proof import Products
+from subspace_optim.curvature.report import Products
 
 
 class FiniteDifferenceHessian(MeanLossHessian):

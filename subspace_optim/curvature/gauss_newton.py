@@ -16,7 +16,7 @@ from subspace_optim.curvature.evaluation import Derivatives, PerParameter, Point
 from subspace_optim.curvature.mean_loss import MeanLossOperator
 from subspace_optim.curvature.objective import BatchLoss, Supervised, as_scalars
 from subspace_optim.curvature.parameters import Params
-from subspace_optim.curvature.proof import Products
+from subspace_optim.curvature.report import Products
 from subspace_optim.curvature.second_derivatives import explained, refuse_functions_of_one_pass
 
 

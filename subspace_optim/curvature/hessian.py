@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ from subspace_optim._validation import (
 )
 from subspace_optim.curvature.contexts import Mode
 from subspace_optim.curvature.evaluation import Derivatives, PerParameter, Point, backward
-from subspace_optim.curvature.mean_loss import MeanLossHessian
+from subspace_optim.curvature.mean_loss import MeanLossOperator
 from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction, Supervised
 from subspace_optim.curvature.parameters import Params
-from subspace_optim.curvature.proof import Report
+from subspace_optim.curvature.report import Report
 from subspace_optim.curvature.second_derivatives import explained, refuse_functions_of_one_pass
 
 Engine = Literal["auto", "func", "double_backward"]
@@ -94,6 +94,38 @@ def hessian_vector_product(
             )
 
     return product
+
+
+class MeanLossHessian(MeanLossOperator):
+    """What the Hessians share: a loss of (model, batch) will do, of whatever form both are."""
+
+    def _set_up(
+        self, model: nn.Module, batch_loss: BatchLossFunction, data: Any, **options: Any
+    ) -> None:
+        """Does what the constructor does, for either form of loss; ``options`` are its own."""
+        super().__init__(model, batch_loss, data, **options)
+
+    @classmethod
+    def from_loss(
+        cls, model: nn.Module, batch_loss: BatchLossFunction, data: Any, **options: Any
+    ) -> Self:
+        """Makes the operator of a model that is not ``f(x) -> output``.
+
+        Args:
+            model: any module.
+            batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``; the weight is what
+                the mean is over: examples, or the tokens that count.
+            data: a re-iterable of batches of any form; a mapping is one batch.
+            **options: the keyword arguments of the class.
+
+        Returns:
+            The operator.
+
+        An argument that cannot be used raises an ``ArgumentError``.
+        """
+        operator = cls.__new__(cls)
+        operator._set_up(model, batch_loss, data, **options)  # noqa: SLF001 (its own)
+        return operator
 
 
 class HessianOperator(MeanLossHessian):

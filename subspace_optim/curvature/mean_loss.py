@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
@@ -16,6 +16,7 @@ from subspace_optim._progress import Progress
 from subspace_optim._validation import ArgumentError, DataChangedError, NonFiniteError
 from subspace_optim.curvature.batches import Batches
 from subspace_optim.curvature.contexts import Mode, full_precision, in_mode
+from subspace_optim.curvature.dependencies import Dependencies
 from subspace_optim.curvature.evaluation import (
     Derivatives,
     Point,
@@ -33,7 +34,8 @@ from subspace_optim.curvature.objective import (
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
 from subspace_optim.curvature.parameters import ParameterSpace, Params, digest, weighted
 from subspace_optim.curvature.process_group import Ranks, warn_without_group
-from subspace_optim.curvature.proof import Parts, Products, Proof, Report, see
+from subspace_optim.curvature.proof import Proof, see
+from subspace_optim.curvature.report import Parts, Products, Report
 from subspace_optim.curvature.surroundings import ALONE, Surroundings
 
 Differentiate = Callable[[BatchLoss, Point], Derivatives]
@@ -51,20 +53,10 @@ class MeanLossOperator(CurvatureOperator):
     for the others.
 
     Args:
-        model: called as ``model(x)``. ``DistributedDataParallel`` and ``torch.compile`` wrappers
-            are taken off.
         batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``: a ``Supervised`` loss of
             (output, target), or the user's own.
-        data: ``(x, y)``, or any re-iterable of such batches that yields the same ones in every
-            pass. Batches are moved to the parameters' device.
-        params: the parameters to differentiate by: tensors, a pattern of their names, or a
-            predicate of (name, tensor) (default: all that require a gradient).
-        mode: ``"train"`` or ``"eval"`` (default: the mode that the model is in).
-        memory_budget: bytes for what is kept (default: a quarter of the memory that is free).
-        seed: of the dropout masks.
-        process_group: sums over its ranks, each with its own part of the data (default: none).
-        verify: proves the operator at its first use, and again where the model's structure has
-            changed (``proof``).
+        model, data, params, mode, memory_budget, seed, process_group, verify: as those of
+            ``HessianOperator``.
 
     Raises:
         ArgumentError: an argument that cannot be used; the message names the way out.
@@ -106,11 +98,21 @@ class MeanLossOperator(CurvatureOperator):
             warn_without_group(model, process_group)
         self.stats = OperatorStats()
         self._dtypes = [p.dtype for p in self.parameters.tensors]
-        self._fingerprint, self._data_writes = self._batches.fingerprint(), 0
         self._mode = mode
         self._memory_budget = memory_budget
         self._seed = seed
-        self._proof = self._proof_of(demanded=verify)
+        parts = Parts(
+            self.model,
+            self._batch_loss,
+            self.parameters,
+            self.stats,
+            self._seed,
+            self._batches,
+            self._linearize,
+            self._products,
+        )
+        self._proof = Proof(parts, demanded=verify)
+        self._dependencies = Dependencies(self.parameters, self._batches, self._proof)
         self._point: Point | None = None
         self._frozen = False
 
@@ -143,14 +145,12 @@ class MeanLossOperator(CurvatureOperator):
                         for derivatives in kept.values():
                             self._multiply(derivatives, vectors, products)
                 if point.streamed:
-                    with closing(self._read(point)) as batches:
-                        for index, batch, _ in batches:
-                            if index not in kept:
-                                batch_loss = self._loss_of(index, batch)
-                                with point.at(batch_loss.seed):
-                                    derivatives = self._linearize(batch_loss, point)
-                                    self._multiply(derivatives, vectors, products)
-                                    del derivatives  # before the next graph is built
+                    with closing(self._losses(point, skip=kept)) as losses:
+                        for _, batch_loss, _ in losses:
+                            with point.at(batch_loss.seed):
+                                derivatives = self._linearize(batch_loss, point)
+                                self._multiply(derivatives, vectors, products)
+                                del derivatives  # before the next graph is built
             self.stats.products += len(vectors)
             return products.div_(point.weight)
 
@@ -194,29 +194,7 @@ class MeanLossOperator(CurvatureOperator):
         changes; the mode of every module; and whether stored data were written.
         """
         with self._entered():
-            own, others, numbers, modes = self._seen(self._look())
-        return State(int(digest(own)), hash((int(digest(others)), numbers)), modes)
-
-    def _seen(self, surroundings: Surroundings) -> tuple[list[Tensor], list[Tensor], int, int]:
-        """Returns all that the matrix depends on, but for what an evaluation itself changes.
-
-        Returns:
-            Its own parameters, other tensors, and what tells of numbers, and of modes and data.
-        """
-        own, proof = self.parameters.tensors, self._proof
-        known = {id(t) for t in [*own, *proof.written]}
-        found = [*surroundings.tensors(), *surroundings.plain_tensors()]
-        others = [t for t in found if id(t) not in known]
-        modes = hash((surroundings.modes(), self._writes_to_data()))
-        return own, others, surroundings.numbers(proof.moved_names), modes
-
-    def _writes_to_data(self) -> int:
-        """Counts how often stored data may have been written in place."""
-        fingerprint = self._batches.fingerprint()
-        if fingerprint != self._fingerprint:
-            self._fingerprint = fingerprint
-            self._data_writes += 1
-        return self._data_writes
+            return self._dependencies.state(self._look())
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -260,11 +238,8 @@ class MeanLossOperator(CurvatureOperator):
     def _move_to_current(self) -> Point:
         """Returns what is known of the present parameter state; what was of another is dropped."""
         surroundings = self._look()
-        own, others, numbers, modes = self._seen(surroundings)
-        # By identity too: parameters that were replaced by equal ones are others to differentiate.
-        held = int(digest([*own, *others])), tuple(map(id, own))
-        key = held, numbers, modes, self.device
-        dtypes = [p.dtype for p in own]
+        key = self._dependencies.key(surroundings)
+        dtypes = [p.dtype for p in self.parameters.tensors]
         if self._dtypes != dtypes:  # the data may have been converted with the model
             self._batches.forget()
             self._dtypes = dtypes
@@ -283,19 +258,6 @@ class MeanLossOperator(CurvatureOperator):
             written=self._proof.written,
             key=key,
         )
-
-    def _proof_of(self, *, demanded: bool) -> Proof:
-        parts = Parts(
-            self.model,
-            self._batch_loss,
-            self.parameters,
-            self.stats,
-            self._seed,
-            self._batches,
-            self._linearize,
-            self._products,
-        )
-        return Proof(parts, demanded=demanded)
 
     def _proven(self, point: Point, *, products: bool) -> Point:
         """Proves the operator where that is due.
@@ -344,20 +306,22 @@ class MeanLossOperator(CurvatureOperator):
 
     # --- passes over the data -------------------------------------------------------------------
 
-    def _read(self, point: Point) -> Generator[tuple[int, Any, int]]:
-        """Yields the index of each batch, the batch on the device, and its bytes."""
+    def _losses(
+        self, point: Point, skip: Collection[int] = ()
+    ) -> Generator[tuple[int, BatchLoss, int]]:
+        """Yields the index of each batch of a pass, its loss, and its bytes.
+
+        Whoever may leave the loop by an error closes the generator, which then puts back the
+        random state.
+        """
         self.stats.passes += 1
         progress = Progress("pass over the data")
         for index, batch, nbytes in self._batches.read(self.device, upcast=point.upcast):
             progress.tick(lambda index=index: f"batch {index}")  # type: ignore[misc]
-            yield index, batch, nbytes
-
-    def _seed_of(self, index: int) -> int:
-        """Batches that the ranks take in turn have the masks that one process gives them."""
-        return self._seed + index * self.ranks.size + self.ranks.rank
-
-    def _loss_of(self, index: int, batch: Any) -> BatchLoss:
-        return BatchLoss(self.model, self._batch_loss, batch, self._seed_of(index))
+            if index not in skip:
+                # Batches that the ranks take in turn have the masks that one process gives them.
+                seed = self._seed + index * self.ranks.size + self.ranks.rank
+                yield index, BatchLoss(self.model, self._batch_loss, batch, seed), nbytes
 
     def _pass(self, point: Point, differentiate: Differentiate, *, keep: bool = False) -> None:
         """One pass over the data: loss, gradient, and what of it is kept for products.
@@ -370,8 +334,12 @@ class MeanLossOperator(CurvatureOperator):
         Raises:
             ArgumentError: the data have no examples.
             NonFiniteError: the loss or a weight is not finite.
+            DataChangedError: the loss is another than in an earlier pass at this state.
         """
-        budget = self._budget() if keep else 0.0
+        budget: float | None = self._memory_budget
+        if budget is None:
+            sharing = 1 if self.device.type == "cuda" else self.ranks.size  # one machine's memory
+            budget = free_memory(self.device) / (4 * sharing) if keep else 0.0
         kept: dict[int, Derivatives] = {}
         used = count = 0
         size = 0 if differentiate is loss_alone else self.size
@@ -379,77 +347,53 @@ class MeanLossOperator(CurvatureOperator):
         proves_mean = self._proof.is_due("mean")
         pieces: list[Any] = []
         with self.ranks.summed((2,), torch.float64, self.device) as sums:
-            with closing(self._read(point)) as batches:
-                for index, batch, nbytes in batches:
+            with closing(self._losses(point)) as losses:
+                for index, batch_loss, nbytes in losses:
                     watching = nullcontext() if count else self._proof.watching(point)
                     count += 1
-                    batch_loss = self._loss_of(index, batch)
                     if proves_mean:
-                        pieces = see(batch, pieces)
+                        pieces = see(batch_loss.batch, pieces)
                     metering = AllocationMeter() if keep else nullcontext()
                     with metering as meter, point.at(batch_loss.seed), watching:
                         found = differentiate(batch_loss, point)
-                    sums.add_(
-                        torch.stack([weighted(found.loss.double(), found.weight), found.weight])
-                    )
+                    weight = found.weight
+                    sums.add_(torch.stack([weighted(found.loss.double(), weight), weight]))
                     if size:
-                        self.parameters.add_(gradient, found.gradient, found.weight)
+                        self.parameters.add_(gradient, found.gradient, weight)
                         found.gradient = ()  # it has been added up, and is held no longer
                     if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
                         used += held
                         kept[index] = found
-                    del found, batch_loss, batch  # before the graph of the next one is built
+                    del found, batch_loss  # before the graph of the next one is built
             if pieces:
                 self._proof.mean(point, pieces)
-        total, weight = sums.tolist()
-        if weight == 0:
+        total, N = sums.tolist()
+        if N == 0:
             raise ArgumentError("data", "of no examples", "at least one example of weight above 0")
         if getattr(self._batch_loss, "summed", False):
-            weight = 1.0  # of all data together: the matrix is that of the sum
-        loss = total / weight if weight > 0 else math.nan
+            N = 1.0  # of all data together: the matrix is that of the sum
+        loss = total / N if N > 0 else math.nan
         if not math.isfinite(loss):
             message = (
-                f"The mean loss over the data is {loss} (weight {weight:g}), so it has no "
+                f"The mean loss over the data is {loss} (weight {N:g}), so it has no "
                 "curvature. Lower the learning rate, or look for NaN in parameters and data."
             )
             self._batches.forget()  # they may be mended
             raise NonFiniteError(message)
-        self._compare(point, loss)
+        try:
+            point.check_loss(loss)
+        except DataChangedError:
+            self._forget()
+            raise
         self._proof.done("mean")
-        point.loss, point.weight = loss, weight
+        point.loss, point.weight = loss, N
         if size:
             self.stats.gradients += 1
-            point.gradient = self.ranks.sum_(gradient).div_(weight)
+            point.gradient = self.ranks.sum_(gradient).div_(N)
         if keep:
             point.kept, point.streamed = kept, count - len(kept)
             self.stats.graphs_kept, self.stats.graphs_streamed = len(kept), point.streamed
             self.stats.graph_bytes = used
-
-    def _compare(self, point: Point, loss: float) -> None:
-        """Compares the loss of a pass with that of an earlier one at the same parameter state.
-
-        Raises:
-            DataChangedError: they differ: by something that the operator does not see.
-        """
-        epsilon = torch.finfo(self.dtype).eps
-        if point.loss is None or math.isclose(
-            loss, point.loss, rel_tol=epsilon**0.5, abs_tol=epsilon
-        ):
-            return
-        before, point.loss = point.loss, None
-        self._forget()
-        raise DataChangedError(
-            f"The mean loss over the data is {loss:.8g}, and was {before:.8g} in an earlier pass "
-            "at the same parameters: it depends on something that the operator cannot see, such "
-            "as another model in the closure of the loss, or data that were written in place. "
-            "Make that a part of the model, or of the loss as a module, or make the operator anew."
-        )
-
-    def _budget(self) -> float:
-        if self._memory_budget is not None:
-            return self._memory_budget
-        sharing = 1 if self.device.type == "cuda" else self.ranks.size  # of one machine's memory
-        return free_memory(self.device) / (4 * sharing)
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs cannot be copied, and a copy has parameters of its own.
@@ -460,36 +404,4 @@ class MeanLossOperator(CurvatureOperator):
         memo[id(self)] = operator
         memo[id(self._batches)] = self._batches  # data are read only: the copies share them
         operator.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return operator
-
-
-class MeanLossHessian(MeanLossOperator):
-    """What the Hessians share: a loss of (model, batch) will do, of whatever form both are."""
-
-    def _set_up(
-        self, model: nn.Module, batch_loss: BatchLossFunction, data: Any, **options: Any
-    ) -> None:
-        """Does what the constructor does, for either form of loss; ``options`` are its own."""
-        super().__init__(model, batch_loss, data, **options)
-
-    @classmethod
-    def from_loss(
-        cls, model: nn.Module, batch_loss: BatchLossFunction, data: Any, **options: Any
-    ) -> Self:
-        """Makes the operator of a model that is not ``f(x) -> output``.
-
-        Args:
-            model: any module.
-            batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``; the weight is what
-                the mean is over: examples, or the tokens that count.
-            data: a re-iterable of batches of any form; a mapping is one batch.
-            **options: the keyword arguments of the class.
-
-        Returns:
-            The operator.
-
-        An argument that cannot be used raises an ``ArgumentError``.
-        """
-        operator = cls.__new__(cls)
-        operator._set_up(model, batch_loss, data, **options)  # noqa: SLF001 (its own)
         return operator

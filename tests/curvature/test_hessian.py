@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from subspace_optim._validation import ArgumentError, NonFiniteError
-from subspace_optim.curvature import HessianOperator, mean_loss
+from subspace_optim.curvature import HessianOperator, dependencies
 from tests.dense import (
     LOSSES,
     MODELS,
@@ -495,8 +495,8 @@ def test_no_copy_is_held_so_a_promise_that_is_broken_is_an_error(engine):
 
 def test_frozen_looks_at_the_parameters_once(monkeypatch):
     looks = []
-    digest = mean_loss.digest
-    monkeypatch.setattr(mean_loss, "digest", lambda tensors: looks.append(1) or digest(tensors))
+    digest = dependencies.digest
+    monkeypatch.setattr(dependencies, "digest", lambda tensors: looks.append(1) or digest(tensors))
     operator = operator_of(make_problem("mlp"))
     v = torch.ones(operator.size, dtype=torch.float64)
     with operator.frozen():

@@ -21,7 +21,7 @@ from subspace_optim import (
     NotOneFunctionError,
     SecondDerivativeError,
 )
-from subspace_optim.curvature import second_derivatives, surroundings
+from subspace_optim.curvature import reachable, second_derivatives
 from subspace_optim.curvature.surroundings import Surroundings
 from tests.dense import LOSSES, MODELS, Apply, make_problem
 
@@ -500,7 +500,7 @@ def test_the_walk_ends():
         chain = deeper
     net.data = list(range(200_000))
     found = Surroundings(net, F.cross_entropy, torch.device("cpu"))
-    assert len(found._sequences) <= surroundings._MOST
+    assert len(found._sequences) <= reachable._MOST
     assert not any(s is net.data for s in found._sequences)
 
 
