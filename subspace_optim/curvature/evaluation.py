@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from subspace_optim._validation import DataChangedError
+from subspace_optim._validation import ArgumentError, DataChangedError
 from subspace_optim.curvature.objective import BatchLoss, Places
 from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.curvature.second_derivatives import refuse_reentrant_checkpoints, written_out
@@ -90,6 +91,8 @@ class Point:
                 enter(_as_leaves(self.own, hooks=hooks))
             else:
                 enter(self.holding(self.leaves))
+            if self.upcast:
+                enter(_dtypes_explained())
             yield
 
     @contextmanager
@@ -150,6 +153,28 @@ class Point:
         """Returns a number with one bit each for loss, gradient and what is kept, if known."""
         found = (self.loss is not None, self.gradient is not None, self.kept is not None)
         return sum(1 << bit for bit, is_known in enumerate(found) if is_known)
+
+
+@contextmanager
+def _dtypes_explained() -> Iterator[None]:
+    """Adds the way out to torch's own error for a model that names its low precision itself.
+
+    Raises:
+        ArgumentError: two dtypes meet in one operation.
+        RuntimeError: as it was, for any other reason.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("BFloat16|Half|dtype", str(error)):
+            raise
+        found = f"one that does not follow its parameters ({error})"
+        allowed = "float32 where the parameters are: low precision is differentiated so"
+        remedy = (
+            "In the forward pass, write x.to(self.weight.dtype) where a dtype is named; or "
+            "measure a float32 copy of the model."
+        )
+        raise ArgumentError("a dtype inside of the model", found, allowed, remedy) from error
 
 
 @contextmanager

@@ -61,7 +61,8 @@ class FiniteDifferenceHessian(MeanLossHessian):
             are taken off.
         loss_fn: ``loss_fn(output, target)``, a mean over examples.
         data: ``(x, y)``, or any re-iterable of such batches that yields the same ones in every
-            pass. Batches are moved to the parameters' device.
+            pass. Batches are moved to the parameters' device. A pair of pairs is read as two
+            batches; one batch of such parts is a list of one: ``[((a, b), (c, d))]``.
         params: the parameters to differentiate by (default: all that require a gradient).
         mode: ``"train"`` or ``"eval"`` (default: the mode that the model is in).
         memory_budget: bytes for kept batches (default: a quarter of the memory that is free).

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from subspace_optim._validation import ArgumentError
 
@@ -42,10 +43,15 @@ class ParameterSpace:
 
     Raises:
         ArgumentError: there are none, one is not the model's, frozen, complex, sparse, sharded,
-            listed twice, or they are on several devices.
+            listed twice, or they are on several devices; or the model has lazy layers that have
+            not seen a batch.
     """
 
     def __init__(self, model: nn.Module, params: Params = None) -> None:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if is_lazy(tensor):
+                remedy = "Call the model on a batch first: lazy layers take their shapes from it."
+                raise ArgumentError(f"'{name}'", "uninitialized", "of a known shape", remedy)
         names = {id(p): name for name, p in model.named_parameters()}
         chosen, remedy = _chosen(model, params)
         if not chosen:

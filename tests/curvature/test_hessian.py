@@ -250,6 +250,20 @@ def test_bf16_models_are_differentiated_through_float32_copies():
     check(low, high.dense())
 
 
+@pytest.mark.parametrize("what", ["matvec", "gradient", "loss"])
+def test_a_forward_pass_that_names_its_low_precision_is_refused_with_the_way_out(what):
+    """Its input would be bf16 and its parameters are float32."""
+
+    class Named(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(torch.bfloat16))
+
+    x, y = torch.randn(4, 3).bfloat16(), torch.arange(4) % 2
+    operator = HessianOperator(Named(3, 2).bfloat16(), nn.CrossEntropyLoss(), (x, y))
+    with pytest.raises(ArgumentError, match=r"a dtype inside of the model .*self\.weight\.dtype"):
+        _read(operator, what)
+
+
 # --- finite differences: an oracle without second derivatives -----------------------------------
 
 

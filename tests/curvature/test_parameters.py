@@ -188,6 +188,16 @@ def test_parameters_that_cannot_be_used_are_named(make, choose, message):
         ParameterSpace(model, choose(model))
 
 
+def test_lazy_layers_have_to_see_a_batch_first():
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    with pytest.raises(
+        ArgumentError, match=r"'0\.weight' is 'uninitialized'.* Call the model on a"
+    ):
+        ParameterSpace(model)
+    model(torch.ones(3, 2))
+    assert ParameterSpace(model).size == 4 * 2 + 4 + 4 + 4
+
+
 def test_frozen_and_complex_parameters_do_no_harm_where_they_are_not_asked_for():
     model = Parameters(a=torch.zeros(2), z=torch.zeros(2, dtype=torch.complex64))
     assert ParameterSpace(model, [model.a]).names == ["a"]
