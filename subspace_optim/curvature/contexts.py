@@ -33,14 +33,14 @@ def _device_generators(device: torch.device) -> list[Generator]:
 
 
 def global_generators(device: torch.device) -> list[Generator]:
-    """Returns those that code draws from where it names none: torch's, NumPy's and Python's."""
+    """Returns the global generators of torch, NumPy and Python."""
     python: Any = random.seed  # a method of the one that is shared
     legacy: Any = np.random.mtrand._rand  # noqa: SLF001 (np.random.seed is a method of it)
     return [*_device_generators(device), legacy, python.__self__]
 
 
 def seed_generator(generator: Generator, seed: int) -> None:
-    """Lets a generator of any library draw as if it had just been made from ``seed``."""
+    """Seeds a generator of any of the three libraries."""
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = type(generator.bit_generator)(seed).state
     elif isinstance(generator, torch.Generator):
@@ -50,7 +50,7 @@ def seed_generator(generator: Generator, seed: int) -> None:
 
 
 def states_kept(generators: Iterable[Generator]) -> Callable[[], None]:
-    """Returns what puts the present states of generators back."""
+    """Returns a function that puts the present states of generators back."""
     states = [(generator, _state(generator)) for generator in generators]
 
     def restore() -> None:
@@ -75,7 +75,7 @@ def _state(generator: Generator) -> Any:
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Draws from torch's generators as if they had just been seeded: dropout masks are fixed."""
+    """Seeds torch's own generators inside, so that dropout masks are fixed, and restores them."""
     generators = _device_generators(device)
     restore = states_kept(generators)
     try:
@@ -117,7 +117,10 @@ def in_mode(model: nn.Module, mode: Mode | None) -> Iterator[None]:
 
 
 def _precision_settings(device: torch.device) -> Iterable[tuple[Any, Any]]:
-    """Settings by operation, each with the backend's, which it follows while it is "none"."""
+    """The precision setting of each operation, with that of its backend.
+
+    An operation whose setting is "none" follows its backend.
+    """
     backends: Any = torch.backends  # its annotations lack the settings by operation
     if device.type == "cuda":
         return [
@@ -139,7 +142,7 @@ def full_precision(device: torch.device, *, fused: bool = False) -> Iterator[Non
             mathematical form, since fused kernels have no second derivative.
     """
     settings = list(_precision_settings(device))
-    # A setting reads as what is in force: one that equals its backend's goes on following it.
+    # A setting of "none" reads as its backend's. So one that equals it is put back as "none".
     saved = [
         "none" if setting.fp32_precision == above.fp32_precision else setting.fp32_precision
         for setting, above in settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from subspace_optim.curvature.batches import Batches
+from subspace_optim.curvature.objective import BatchLossFunction, Supervised
 from subspace_optim.curvature.operator import State
 from subspace_optim.curvature.parameters import ParameterSpace, digest
 from subspace_optim.curvature.proof import Proof
@@ -16,13 +17,23 @@ class Dependencies:
 
     Args:
         space: the parameters that are differentiated by.
+        batch_loss: the loss of a batch.
         batches: the data.
         proof: has learned what an evaluation changes.
     """
 
-    def __init__(self, space: ParameterSpace, batches: Batches, proof: Proof) -> None:
-        self._space, self._batches, self._proof = space, batches, proof
+    def __init__(
+        self, space: ParameterSpace, batch_loss: BatchLossFunction, batches: Batches, proof: Proof
+    ) -> None:
+        self._space, self._batch_loss = space, batch_loss
+        self._batches, self._proof = batches, proof
         self._fingerprint, self._data_writes = batches.fingerprint(), 0
+
+    def look(self) -> Surroundings:
+        """Returns what model and loss reach now."""
+        loss = self._batch_loss
+        user = loss.loss_fn if isinstance(loss, Supervised) else loss
+        return Surroundings(self._space.model, user, self._space.device)
 
     def state(self, surroundings: Surroundings) -> State:
         """Returns the numbers of ``CurvatureOperator.state``."""

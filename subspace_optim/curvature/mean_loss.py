@@ -98,21 +98,19 @@ class MeanLossOperator(CurvatureOperator):
             warn_without_group(model, process_group)
         self.stats = OperatorStats()
         self._dtypes = [p.dtype for p in self.parameters.tensors]
-        self._mode = mode
-        self._memory_budget = memory_budget
-        self._seed = seed
+        self._mode, self._memory_budget, self._seed = mode, memory_budget, seed
         parts = Parts(
             self.model,
-            self._batch_loss,
+            batch_loss,
             self.parameters,
             self.stats,
-            self._seed,
+            seed,
             self._batches,
             self._linearize,
             self._products,
         )
         self._proof = Proof(parts, demanded=verify)
-        self._dependencies = Dependencies(self.parameters, self._batches, self._proof)
+        self._dependencies = Dependencies(self.parameters, batch_loss, self._batches, self._proof)
         self._point: Point | None = None
         self._frozen = False
 
@@ -184,7 +182,7 @@ class MeanLossOperator(CurvatureOperator):
             that fails.
         """
         with self._entered():
-            return self._proof.report(self._point_of(self._look()))
+            return self._proof.report(self._point_of(self._dependencies.look()))
 
     def state(self) -> State:
         """Returns numbers that differ where anything does that the matrix depends on.
@@ -194,7 +192,7 @@ class MeanLossOperator(CurvatureOperator):
         changes; the mode of every module; and whether stored data were written.
         """
         with self._entered():
-            return self._dependencies.state(self._look())
+            return self._dependencies.state(self._dependencies.look())
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -211,7 +209,7 @@ class MeanLossOperator(CurvatureOperator):
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        """Alone, in full precision, outside autocast, and in the mode of this operator."""
+        """Enters full precision, outside autocast, and the mode of this operator; one at a time."""
         precision = full_precision(self.device, fused=self._fused_kernels)
         with ALONE, precision, in_mode(self.model, self._mode):
             yield
@@ -229,15 +227,9 @@ class MeanLossOperator(CurvatureOperator):
             finally:
                 self._frozen = False
 
-    def _look(self) -> Surroundings:
-        """Returns what the loss reaches now."""
-        loss = self._batch_loss
-        user = loss.loss_fn if isinstance(loss, Supervised) else loss
-        return Surroundings(self.model, user, self.device)
-
     def _move_to_current(self) -> Point:
-        """Returns what is known of the present parameter state; what was of another is dropped."""
-        surroundings = self._look()
+        """Returns the present parameter state; what is known of another one is dropped."""
+        surroundings = self._dependencies.look()
         key = self._dependencies.key(surroundings)
         dtypes = [p.dtype for p in self.parameters.tensors]
         if self._dtypes != dtypes:  # the data may have been converted with the model
@@ -269,7 +261,7 @@ class MeanLossOperator(CurvatureOperator):
             return point
         with self.ranks.all_or_none():
             proved = self._prove(point, products=products)
-        # On all ranks or on none: what is due next has to be the same on all.
+        # Noted on all ranks or on none, since what is due next has to be the same on all.
         if not self.ranks.any(lambda: not self._proof.sure):
             for what in ("function", "products") if products else ("function",):
                 self._proof.done(what)
@@ -284,9 +276,10 @@ class MeanLossOperator(CurvatureOperator):
         return point
 
     def _agree(self) -> None:
-        """Sees to it that all ranks go on from the same parameters and the same knowledge.
+        """Checks that all ranks have the same parameters, and know the same of them.
 
-        Parameters that differ are an ``ArgumentError`` on all of them.
+        Parameters that differ are an ``ArgumentError`` on all ranks. Where knowledge differs, it
+        is dropped on all, or some would compute what others only look up.
         """
         if self.ranks.group is None:
             return
@@ -297,11 +290,11 @@ class MeanLossOperator(CurvatureOperator):
             remedy = "Broadcast them from one rank, as DistributedDataParallel does."
             found, allowed = "ranks whose parameters differ", "ranks of equal parameters"
             raise self.ranks.told(ArgumentError("process_group", found, allowed, remedy))
-        if not same_knowledge:  # else some would compute what the others only look up
+        if not same_knowledge:
             self._forget()
 
     def _forget(self) -> None:
-        self.release()  # what is kept may know the point that it belongs to
+        self.release()  # what is kept may refer to the point, and a cycle is freed late
         self._point = None
 
     # --- passes over the data -------------------------------------------------------------------
@@ -327,7 +320,7 @@ class MeanLossOperator(CurvatureOperator):
         """One pass over the data: loss, gradient, and what of it is kept for products.
 
         Args:
-            point: where, and what is found out is added to.
+            point: where; loss, gradient and what is kept are added to it.
             differentiate: how; ``loss_alone`` for no gradient.
             keep: keeps what products need, as long as it fits the budget.
 

@@ -1,4 +1,4 @@
-"""The only flatten and unflatten: a model's parameters as one vector ``θ`` of P coordinates."""
+"""A model's parameters as one vector ``θ`` of P coordinates: the only flatten and unflatten."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Params = Iterable[Tensor] | str | Callable[[str, Tensor], bool] | None
 class ParameterSpace:
     """Parameters of a model, in order, as the coordinates of ``θ``.
 
-    They are known by their names: what stands under them now is what is measured. Parameters that
-    ``load_state_dict(assign=True)`` or a new layer of the same shape have put in their places are
-    followed; where a name is gone, or its shape is another, there is an error.
+    They are known by their names. So parameters that ``load_state_dict(assign=True)`` or a new
+    layer of the same shape have put in their places are followed; a name that is gone, or has
+    another shape, is an error.
 
     Args:
         model: the model that owns them.
@@ -151,9 +151,9 @@ class ParameterSpace:
     def digest(self) -> int:
         """Returns a number that differs when any bit of any parameter does (but by 1 in 2³²).
 
-        Of any of the model's, since the matrix depends on those that it is not differentiated by
-        too. Version counters do not tell: fused optimizers and writes through ``p.data`` leave
-        them.
+        All parameters of the model count, since the matrix depends on those too that it is not
+        differentiated by. Version counters would not do: fused optimizers and writes through
+        ``p.data`` do not change them.
         """
         return int(digest(self.model.parameters()))
 
@@ -211,10 +211,10 @@ def weighted(value: Tensor, weight: Tensor) -> Tensor:
 def length(tensors: Sequence[Tensor]) -> Tensor:
     """Returns ℓ, the median of ``‖W‖ / n^{1/4}`` over the matrices; 1 where they are zero.
 
-    A direction of high curvature moves a matrix by about one of rank one, which is to be compared
-    with its spectral norm, for a square W of n random entries ``‖W‖ / n^{1/4}``. The lower median,
-    over what is not zero: neither an embedding's large norm nor a layer that starts at zero
-    decides.
+    A direction of high curvature moves a matrix by about a matrix of rank one. That is compared
+    with the spectral norm, which for a square W of n random entries is about ``‖W‖ / n^{1/4}``.
+    It is the lower median over matrices that are not zero, so that neither an embedding's large
+    norm nor a layer that starts at zero decides.
     """
     matrices = [t.detach() for t in tensors if t.dim() > 1] or [t.detach() for t in tensors]
     lengths = torch.stack([t.double().norm() / t.numel() ** 0.25 for t in matrices])
@@ -253,7 +253,7 @@ def digest(tensors: Iterable[Tensor]) -> Tensor:
     """Returns the weighted sum, modulo 2⁶⁴, of the bits of all elements: one pass, one scalar.
 
     The weights are fixed, random and odd. So one element that changes always changes the sum, and
-    elements that are exchanged leave it the same with a probability of 2⁻³² or less. 8 bytes are
+    elements that are exchanged leave it as it was by chance alone (1 in 2³²). 8 bytes are
     read as two integers: read as one, an even number of flipped signs, 2⁶³ each, would add up to 0.
     Sparse tensors count with their indices and their values.
     """

@@ -7,14 +7,14 @@ At its first use, on some examples of the first batch:
 - *its derivative*: a product along a random direction is the central difference of gradients, and
   two products are symmetric; in float64, where the model can be computed in it, since the step is
   then too short for kinks to be counted;
-- *a mean*: the loss of two batches together, by the model's outputs, is the weighted mean of
-  theirs.
+- *a mean*: the loss of two batches together, the first and the last of a pass, is the weighted
+  mean of theirs, as a function of the model's outputs. Batches between are not looked at.
 
 What a loss detaches, or computes under ``no_grad``, is constant to its derivatives, and is held
 constant in the differences too.
 
-It takes eight gradients of a few examples, once, and again where the structure of the model has
-changed.
+A proof takes eight gradients of a few examples. It is made once, and again where the structure of
+the model has changed.
 """
 
 from __future__ import annotations
@@ -41,27 +41,28 @@ from subspace_optim.curvature.stopped_gradients import copied
 from subspace_optim.curvature.trial import TransformError, Trial
 
 _EXAMPLES = 24
-"""Examples of the first batch that the proof is made on, where it can be cut."""
+"""How many examples of the first batch the proof is made on, where the batch can be cut."""
 _FEWER = 15
-"""... and of the last one: another number, so that a sum and a mean are told apart."""
+"""... and of the last one. With another number a sum is told from a mean."""
 _LINEAR = 1e-3
-"""How well the gradient of a batch alone has the direction that it has beside another."""
+"""Relative difference allowed between the directions of a batch's gradient alone, and as a part of
+the gradient of two batches together."""
 _WEIGHED = 2e-2
-"""How well its share is the one that weights say."""
+"""Relative difference allowed between a batch's share of the loss of two, and what weights say."""
 _FAILURES = (NotOneFunctionError, InconsistentDerivativeError, SecondDerivativeError)
 
 
 class Proof:
-    """What of an operator has been proved, and how.
+    """Proves an operator, and keeps account of what has been proved.
 
     Args:
         parts: of the operator.
         demanded: whether it has to be proved before it is used.
 
     Attributes:
-        written: tensors that an evaluation was seen to write to, beside buffers.
-        moved_names: of attributes that an evaluation was seen to change.
-        sure: whether the last run has come to its end.
+        written: tensors, beside buffers, that an evaluation was seen to write to.
+        moved_names: names of attributes that an evaluation was seen to change.
+        sure: whether the latest run proved all that it was asked for.
     """
 
     def __init__(self, parts: Parts, *, demanded: bool) -> None:
@@ -76,7 +77,7 @@ class Proof:
         return self._demanded and self._proved.get(what) != self._structure()
 
     def done(self, what: str) -> None:
-        """Takes something as proved, for as long as the model has this structure."""
+        """Notes that something is proved, for as long as the model has its present structure."""
         self._proved[what] = self._structure()
 
     def _structure(self) -> int:
@@ -86,7 +87,7 @@ class Proof:
         )
 
     def watching(self, point: Point) -> AbstractContextManager[Any]:
-        """Learns inside what an evaluation writes to, where that is not known yet."""
+        """Returns a context that learns what an evaluation writes to, if that is not known yet."""
         stage = hash((self._structure(), point.surroundings.modes()))
         return nullcontext() if self._proved.get("writes") == stage else self._learned(point, stage)
 
@@ -107,7 +108,7 @@ class Proof:
         try:
             trial = self._trial(point, report)
             if trial is None:
-                return  # no loss is finite: the pass itself tells
+                return  # no batch has a finite loss: the pass raises its own error for that
             own = {id(p) for p in point.own}
             if not point.in_place and report.engine == "func" and own & set(map(id, self.written)):
                 raise TransformError("The forward pass writes to parameters.")
@@ -145,7 +146,7 @@ class Proof:
             yield batch
 
     def _trial(self, point: Point, report: Report) -> Trial | None:
-        """Returns the proof on the first batch that has a loss: on a part of it, if that has."""
+        """Returns the trial on the first batch with a finite loss, or on a part of that batch."""
         for whole in self._read(point):
             part = head(whole, _EXAMPLES)
             for batch in [whole] if part is None else [part, whole]:
@@ -166,9 +167,10 @@ class Proof:
     def mean(self, point: Point, pieces: list[Any], report: Report | None = None) -> None:
         """Proves that the loss of two batches together is the weighted mean of theirs.
 
-        The gradient by the outputs of one of them is then its weight times what it is alone. A loss
-        that couples examples, as a contrast does, has another gradient altogether, and is a
-        function of the batches as they are. Weights that the user tells are not doubted.
+        If it is, its gradient by the outputs of one batch is a multiple of that of the batch's
+        own loss, and the factor is the batch's share of the weights. A loss that couples examples,
+        such as a contrastive one, gives no multiple; it is a function of whole batches, and nothing
+        is proved of it. Weights from ``from_loss`` are the user's own, and are not looked at.
 
         Args:
             point: where.
@@ -176,7 +178,7 @@ class Proof:
             report: what is found is added to it.
 
         Raises:
-            NotOneFunctionError: both have other weights.
+            NotOneFunctionError: the shares are others than the weights say.
         """
         report = report or Report(self._parts.stats.engine)
         supervised = self._parts.batch_loss
@@ -226,11 +228,11 @@ class Proof:
         total = 1.0 if supervised.summed else sum(weights)
         found, claimed = [], []
         for (loss, _), weight, of in zip(alone, weights, leaves, strict=True):
-            slope = torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, of)])
+            gradient = torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, of)])
             part = torch.autograd.grad(together, of, retain_graph=True)
-            share_of = torch.cat([g.flatten().double() for g in part])
-            share = float(share_of @ slope / (slope @ slope))
-            if not float((share_of - share * slope).norm()) <= _LINEAR * float(share_of.norm()):
+            joint = torch.cat([g.flatten().double() for g in part])
+            share = float(joint @ gradient / (gradient @ gradient))
+            if not float((joint - share * gradient).norm()) <= _LINEAR * float(joint.norm()):
                 return None
             found.append(share)
             claimed.append(weight / total)

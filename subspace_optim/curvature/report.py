@@ -16,12 +16,12 @@ from subspace_optim.curvature.operator import OperatorStats
 from subspace_optim.curvature.parameters import ParameterSpace
 
 Products = Literal["derivative", "symmetric", "differences"]
-"""Products with the derivative of the gradient; with another symmetric matrix; its differences."""
+"""With the derivative of the gradient, with another symmetric matrix, or by finite differences."""
 
 
 @dataclass
 class Report:
-    """What a proof has found. What was not looked at is NaN.
+    """What a proof has found; a number that was not looked at is NaN.
 
     Attributes:
         engine: how products are computed.
@@ -30,8 +30,8 @@ class Report:
         product_error: of a product to the central difference of gradients, relative.
         asymmetry: ``|⟨u, Hv⟩ − ⟨v, Hu⟩|`` for ``u = Hv/‖Hv‖``, relative to the products.
         mean_error: of the gradient of two batches together to the weighted mean of theirs.
-        failed: what one would have been told of each failure.
-        gradients: what it took: gradients and products of some examples.
+        failed: the message of each failure.
+        gradients: how many gradients and products of a few examples the proof took.
     """
 
     engine: str
@@ -76,8 +76,8 @@ class Parts:
         stats: of the operator, where the costs are added.
         seed: of dropout masks and directions.
         batches: the data.
-        linearize: what makes the operator's products.
-        products: what they are.
+        linearize: differentiates the loss of a batch, as the operator does for its products.
+        products: which matrix they are of.
     """
 
     model: nn.Module
