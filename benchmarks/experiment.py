@@ -22,7 +22,7 @@ import subspace_optim as so
 from benchmarks.losses import accuracy
 from benchmarks.optimizers import BUILT_IN, PAPERS, Recipe, recipes, takes_closure
 from subspace_optim._validation import check_integer, check_number
-from subspace_optim.curvature.isolation import in_mode, seeded
+from subspace_optim.curvature.contexts import in_mode, seeded
 from subspace_optim.linalg import EigenBasis, top_eigenpairs
 from subspace_optim.subspaces import DominantSubspace, EveryNSteps
 from subspace_optim.subspaces.eigenpairs import TopPairs
@@ -33,7 +33,7 @@ OptimizerFactory = Callable[
 ]
 OPTIMIZERS: dict[str, Recipe] = dict(BUILT_IN)
 _OF_RANDOM = 10
-"""Steps that random directions serve for where the basis has to tell its own age."""
+"""Steps that random directions serve for where the basis has to tell how stale it is."""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,17 @@ def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tup
     return lambda model, batch: (loss_fn(model(batch[0]), batch[1]), len(batch[1]))
 
 
+def probes(size: int, dtype: torch.dtype = torch.float64, count: int = 4) -> Tensor:
+    """Returns random vectors ``(count, size)``, the same ones for the same size.
+
+    Two matrices that differ in any entry have different products with a random vector (with
+    probability one). So a few products compare an operator with its dense matrix, where all of
+    its rows would take ``size`` of them.
+    """
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(count, size, dtype=torch.float64, generator=generator).to(dtype)
+
+
 def projector(vectors: Tensor) -> Tensor:
     """``Vᵀ V``, for orthonormal rows."""
     return vectors.T @ vectors

@@ -16,7 +16,7 @@ from benchmarks.optimizers import takes_closure
 from benchmarks.papers.checkpoint import Checkpoint
 from benchmarks.papers.reproduction import Job
 from benchmarks.progress import doing
-from subspace_optim.curvature.isolation import seeded
+from subspace_optim.curvature.contexts import seeded
 
 Row = dict[str, Any]
 

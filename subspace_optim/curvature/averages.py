@@ -1,7 +1,7 @@
 """What the loss of a batch is a mean over.
 
-The loss of all data is the mean of the losses of the batches, weighted by what these are means
-over. Only then it does not depend on how the data are split.
+The loss of all data is the mean of the losses of the batches, each weighted by what it is a mean
+over. So it does not depend on how the data are split into batches.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Average:
 
     Attributes:
         loss: of a batch, as the user's function returned it.
-        weight: how much the mean is over; ``None`` if the loss does not tell.
-        summed: it is no mean but a sum, of weight 1.
+        weight: how many examples, targets or elements it is a mean over; ``None`` if the loss does
+            not tell.
+        summed: whether it is a sum and no mean; its weight is then 1.
     """
 
     loss: Tensor
@@ -42,10 +43,10 @@ class Average:
 def averaged(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Average:
     r"""Returns ``loss_fn(output, target)``, and what it is a mean over if that can be told.
 
-    It can be told where ``loss_fn`` returns what one of the loss functions of
-    ``torch.nn.functional`` has returned, whatever is around it: one of torch's loss modules, a
-    ``partial``, or a function of one's own that reshapes, masks, or picks a part of the output.
-    With ``reduction="sum"`` it is a sum. With ``"mean"``, for an output of N examples:
+    It can be told where ``loss_fn`` returns unchanged what a loss function of
+    ``torch.nn.functional`` returned: as a loss module of torch does, a ``partial``, or a function
+    of the user's that reshapes, masks or selects the output first. With ``reduction="sum"`` it is
+    a sum. With ``"mean"``, for an output of N examples:
 
     ======================================================= =====================================
     loss                                                    is a mean over
@@ -67,7 +68,7 @@ def averaged(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any) ->
     ``ctc_loss``                                            sequences
     ======================================================= =====================================
 
-    Anything else, be it the half of one of them, does not tell.
+    Anything else does not tell, and neither does half of one of these.
     """
     seen = _TorchLosses()
     with seen:
@@ -118,7 +119,7 @@ def concatenated(first: tuple[Any, Any], second: tuple[Any, Any]) -> tuple[Any, 
 
 
 class _CannotBeJoinedError(Exception):
-    """Two parts of batches of which it is not known what they are together."""
+    """Two parts of batches that are joined in no way, or in more than one."""
 
 
 def _concatenated(first: Any, second: Any, sizes: tuple[int, int]) -> Any:
@@ -262,21 +263,21 @@ def _reduction(arguments: Mapping[str, Any]) -> str:
 
 
 class _TorchLosses(TorchFunctionMode):
-    """Sees the calls of torch's own losses, wherever they are made."""
+    """Records the calls of torch's own losses, wherever they are made."""
 
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple[Any, Callable[..., Any], Any, Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Does what was called, and keeps what the call was."""
+        """Calls the function, and records the call if it is one of a loss."""
         result = func(*args, **(kwargs or {}))
         if func in _FUNCTIONS:
             self._calls.append((result, func, args, kwargs or {}))
         return result
 
     def average(self, loss: Tensor) -> Average:
-        """Returns what ``loss`` is a mean over, if it is what one of the calls has returned."""
+        """Returns what ``loss`` is a mean over, if one of the recorded calls returned it."""
         for result, function, args, kwargs in self._calls:
             if result is loss:
                 bound = _SIGNATURES[function].bind(*args, **kwargs)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -13,30 +12,31 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from subspace_optim._validation import ArgumentError, DataChangedError
-from subspace_optim.curvature.averages import Weight, averaged, examples
-from subspace_optim.curvature.isolation import random_state_kept
-from subspace_optim.curvature.layouts import dense_parts
+from subspace_optim.curvature.contexts import random_state_kept
 from subspace_optim.curvature.loaders import check_loader, own_loader
-from subspace_optim.curvature.parameters import LOW_PRECISION, digest
+from subspace_optim.curvature.parameters import LOW_PRECISION, dense_parts, digest
 from subspace_optim.curvature.structure import contents, moved, moves_itself, tensors
 
-# The most batches of data without a length: a stream without an end would be read for ever. Epochs
-# are shorter, and this many are counted in seconds where a batch costs little to read.
+# The most batches of data without a length, since a stream without an end would be read for ever.
+# An epoch is shorter as a rule, and so many cheap batches are counted in seconds.
 UNSIZED_LIMIT = 4096
-# Where the first pass stops to count them, if they are no loader's: of a loader without a length
-# it is likely that it has no end. Other data of fewer batches are not read twice for it.
+# The first pass stops to count the batches at this one, and those of a loader at the first, since
+# a loader without a length is likely to have no end. Shorter data are not read twice for that.
 _FEW = 64
 
 
 class Batches:
     """Passes over ``data``, each checked to be the same as the first.
 
-    A ``DataLoader`` is read through a copy that has an iterator and samplers of its own, so that a
-    training loop can read it meanwhile; a ``DistributedSampler`` stays at the epoch it is at.
+    A ``DataLoader`` is read through a copy with an iterator and samplers of its own, so that a
+    training loop can read it meanwhile; a ``DistributedSampler`` stays at its present epoch.
 
-    Data that are held in tensors (``(x, y)``, a list of batches) are read anew only when a
-    version counter says that they may have been written in place. What leaves the counters is not
-    seen: writes through ``tensor.data``, or through an array that shares the memory.
+    Data that are held in tensors (``(x, y)``, a list of batches) are compared again only when a
+    version counter says that they may have been written in place. Writes that the counters do not
+    count are not seen: through ``tensor.data``, or through an array that shares the memory.
+
+    A tuple of two pairs is read as two batches; one batch of a pair of inputs and a pair of targets
+    is given as a list of one, ``[((a, b), (c, d))]``.
 
     Args:
         data: ``(x, y)``, or any re-iterable of batches: a list, a ``DataLoader`` that does not
@@ -50,7 +50,7 @@ class Batches:
 
     def __init__(self, data: Any, *, pairs: bool) -> None:
         self.data: Iterable[Any] = [data] if _is_batch(data, pairs=pairs) else data
-        # Python's own containers hold the same batches in every pass; other iterables are asked.
+        # Lists and tuples hold the same batches in every pass; other iterables may make them anew.
         self._stored = isinstance(self.data, list | tuple)
         self._reference: list[int] | None = None  # digests of the first pass ...
         self._written = 0  # ... and the version of stored data that they are known to hold for
@@ -86,11 +86,11 @@ class Batches:
     ) -> Iterator[tuple[int, Any, int]]:
         """Yields the index of each batch, the batch on ``device``, and its bytes.
 
-        Of the bytes count those that the pass has brought: none for what the user's own list
-        holds on the device.
+        The bytes are those of memory that this pass has allocated: none for what the user's own
+        list holds on the device.
 
-        A pass that differed from the first raises ``DataChangedError`` at its end, or at its start
-        if the data are stored.
+        A pass that differs from the first raises ``DataChangedError``: at its start if the data are
+        stored, and at its end if they are not.
 
         Args:
             device: where the parameters live.
@@ -169,7 +169,7 @@ class Batches:
         self._ends = True
 
     def _read_apart(self) -> Iterable[Any]:
-        """The data, to be read with no iterator of those that read them already."""
+        """The data for another reader, without the iterator of the present one."""
         return own_loader(self.data) if isinstance(self.data, DataLoader) else self.data
 
     def _watch(self) -> None:
@@ -178,7 +178,7 @@ class Batches:
         self._watched = [t for t in tensors(self._stores) if not t.is_inference()]
 
     def forget(self) -> None:
-        """Takes the next pass for the first, as when the data of this one had to be mended."""
+        """Takes the next pass for the first one, as where the user has repaired the data."""
         self._reference = None
 
     def _compare(self, digests: list[int]) -> None:
@@ -224,7 +224,7 @@ def _parts(batch: Any) -> Iterator[Tensor]:
 
 
 def _stores(data: Any) -> list[Any]:
-    """What data are held in, if it is known: the batches of a list, the tensors of a data set."""
+    """What holds the data, if that is known: the batches of a list, the tensors of a data set."""
     if isinstance(data, list | tuple):
         return list(data)
     if isinstance(data, DataLoader | Subset):
@@ -232,38 +232,3 @@ def _stores(data: Any) -> list[Any]:
     if isinstance(data, ConcatDataset):
         return [store for dataset in data.datasets for store in _stores(dataset)]
     return list(data.tensors) if isinstance(data, TensorDataset) else []
-
-
-@dataclass
-class Supervised:
-    """``batch_loss(model, (x, y)) = loss_fn(model(x), y)``, and what it is a mean over.
-
-    Args:
-        loss_fn: ``loss_fn(output, target)``. What ``averaged`` cannot tell of it, is a mean over
-            examples.
-
-    Attributes:
-        summed: the loss of the batch before was a sum and no mean, of weight 1.
-    """
-
-    loss_fn: Callable[[Any, Any], Tensor]
-    summed: bool = field(default=False, init=False)
-
-    def __call__(self, model: Callable[[Any], Any], batch: Any) -> tuple[Tensor, Weight]:
-        """Returns the loss of a batch and its weight.
-
-        Raises:
-            ArgumentError: the batch is no pair.
-        """
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ArgumentError(
-                "a batch of data",
-                type(batch).__name__,
-                "a pair (x, y)",
-                "For batches of another form use HessianOperator.from_loss.",
-            )
-        x, y = batch
-        count = examples(x, y)
-        average = averaged(self.loss_fn, model(x), y)
-        self.summed = average.summed
-        return average.loss, count if average.weight is None else average.weight

@@ -9,22 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from subspace_optim._validation import check_number
+from subspace_optim.curvature.contexts import Mode
 from subspace_optim.curvature.evaluation import (
-    Evaluate,
-    Linearisation,
+    Derivatives,
+    PerParameter,
     Point,
-    Slopes,
-    first_order,
-    gradient_at,
+    loss_and_gradient,
 )
-from subspace_optim.curvature.isolation import Mode
-from subspace_optim.curvature.mean_loss import MeanLossOperator
-from subspace_optim.curvature.objective import OfBatch
+from subspace_optim.curvature.hessian import MeanLossHessian
+from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction, Supervised
 from subspace_optim.curvature.parameters import Params, length
-from subspace_optim.curvature.proof import Products
+from subspace_optim.curvature.report import Products
 
 
-class FiniteDifferenceHessian(MeanLossOperator):
+class FiniteDifferenceHessian(MeanLossHessian):
     r"""The Hessian of the mean loss over ``data``, by central differences of gradients.
 
     .. math::
@@ -63,7 +61,8 @@ class FiniteDifferenceHessian(MeanLossOperator):
             are taken off.
         loss_fn: ``loss_fn(output, target)``, a mean over examples.
         data: ``(x, y)``, or any re-iterable of such batches that yields the same ones in every
-            pass. Batches are moved to the parameters' device.
+            pass. Batches are moved to the parameters' device. A pair of pairs is read as two
+            batches; one batch of such parts is a list of one: ``[((a, b), (c, d))]``.
         params: the parameters to differentiate by (default: all that require a gradient).
         mode: ``"train"`` or ``"eval"`` (default: the mode that the model is in).
         memory_budget: bytes for kept batches (default: a quarter of the memory that is free).
@@ -84,7 +83,7 @@ class FiniteDifferenceHessian(MeanLossOperator):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor] | OfBatch,
+        loss_fn: Callable[[Any, Any], Tensor],
         data: Any,
         *,
         params: Params = None,
@@ -95,19 +94,31 @@ class FiniteDifferenceHessian(MeanLossOperator):
         process_group: Any = None,
         verify: bool = True,
     ) -> None:
-        if rounding is not None:
-            check_number("rounding", rounding, exclusive=True)
-        super().__init__(
+        self._set_up(
             model,
-            loss_fn,
+            Supervised(loss_fn),
             data,
             params=params,
             mode=mode,
             memory_budget=memory_budget,
             seed=seed,
+            rounding=rounding,
             process_group=process_group,
             verify=verify,
         )
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        batch_loss: BatchLossFunction,
+        data: Any,
+        *,
+        rounding: float | None = None,
+        **options: Any,
+    ) -> None:
+        if rounding is not None:
+            check_number("rounding", rounding, exclusive=True)
+        super()._set_up(model, batch_loss, data, **options)
         self._rounding = rounding
         self.stats.engine = "finite_difference"
 
@@ -127,19 +138,19 @@ class FiniteDifferenceHessian(MeanLossOperator):
         self.stats.gradients += 2 * len(vectors)
         return products
 
-    def _linearise(self, evaluate: Evaluate, point: Point) -> Linearisation:
+    def _linearize(self, batch_loss: BatchLoss, point: Point) -> Derivatives:
         leaves = point.leaves
         step = (3 * self.rounding) ** (1 / 3) * length(leaves)
 
-        def gradient(direction: list[Tensor], distance: Tensor) -> Slopes:
+        def gradient(direction: list[Tensor], distance: Tensor) -> PerParameter:
             moved = [
                 torch.add(p.detach(), d * distance).to(p.dtype)
                 for p, d in zip(leaves, direction, strict=True)
             ]
-            with point.at(evaluate.seed), point.displaced(moved) as there:
-                return gradient_at(evaluate, there).slopes
+            with point.at(batch_loss.seed), point.displaced(moved) as there:
+                return loss_and_gradient(batch_loss, there).gradient
 
-        def product(v: list[Tensor]) -> Slopes:
+        def product(v: list[Tensor]) -> PerParameter:
             norm = torch.stack([torch.linalg.vector_norm(piece) for piece in v]).norm()
             distance = torch.where(norm > 0, step / norm, 0.0)
             ahead, behind = gradient(v, distance), gradient(v, -distance)
@@ -148,6 +159,6 @@ class FiniteDifferenceHessian(MeanLossOperator):
                 for a, b in zip(ahead, behind, strict=True)
             ]
 
-        batch = first_order(evaluate, point)
-        batch.product = product
-        return batch
+        derivatives = loss_and_gradient(batch_loss, point)
+        derivatives.product = product
+        return derivatives

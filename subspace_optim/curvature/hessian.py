@@ -3,33 +3,132 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.func import grad
 
 from subspace_optim._validation import (
     ArgumentError,
     EngineWarning,
     InconsistentDerivativeError,
 )
-from subspace_optim.curvature.evaluation import (
-    ENGINES,
-    Evaluate,
-    Linearisation,
-    Point,
-    double_backward,
-)
-from subspace_optim.curvature.isolation import Mode
+from subspace_optim.curvature.contexts import Mode
+from subspace_optim.curvature.evaluation import Derivatives, PerParameter, Point, backward
 from subspace_optim.curvature.mean_loss import MeanLossOperator
-from subspace_optim.curvature.objective import OfBatch
+from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction, Supervised
 from subspace_optim.curvature.parameters import Params
-from subspace_optim.curvature.proof import Report
+from subspace_optim.curvature.report import Report
+from subspace_optim.curvature.second_derivatives import explained, refuse_functions_of_one_pass
 
 Engine = Literal["auto", "func", "double_backward"]
 
 
-class HessianOperator(MeanLossOperator):
+def func(batch_loss: BatchLoss, point: Point) -> Derivatives:
+    """Differentiates the loss as a function of the parameters, by ``torch.func.grad``.
+
+    Its reason: leaves stand in the places of the parameters, so that hooks, flags and gradients
+    of the user's own have no part in it, and a gradient that the loss takes itself is one level
+    of the transform among others.
+    """
+
+    def loss_at(leaves: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        with point.holding(leaves), point.surroundings.buffers_of_this_level():
+            loss, weight = batch_loss()
+        return loss, (loss, weight)
+
+    with explained():
+        gradient, (loss, weight) = grad(loss_at, has_aux=True)(tuple(point.leaves))
+        refuse_functions_of_one_pass(loss)
+    return _derivatives(loss, weight, gradient, point.leaves)
+
+
+def double_backward(batch_loss: BatchLoss, point: Point) -> Derivatives:
+    """Differentiates the loss by a backward pass at the parameters that keeps its graph.
+
+    Its reason: like ``loss.backward()`` it finds parameters wherever the loss reaches them, past
+    the modules too, and runs what ``torch.func`` cannot transform.
+    """
+    with explained():
+        loss, weight = batch_loss()
+        refuse_functions_of_one_pass(loss)
+        gradient = backward(loss, point.leaves, create_graph=True)
+    return _derivatives(loss, weight, gradient, point.leaves)
+
+
+def _derivatives(
+    loss: Tensor, weight: Tensor, gradient: PerParameter, leaves: Sequence[Tensor]
+) -> Derivatives:
+    values = [None if g is None else g.detach() for g in gradient]
+    product = hessian_vector_product(gradient, leaves)
+    return Derivatives(loss.detach(), weight, values, product)
+
+
+def hessian_vector_product(
+    gradient: PerParameter, leaves: Sequence[Tensor]
+) -> Callable[[list[Tensor]], PerParameter]:
+    """Returns ``v -> H v``, a backward pass through the graph of ``gradient``.
+
+    It gives the vector-Jacobian product ``vᵀ ∂∇L/∂θ``, which is ``H v`` because H is symmetric.
+    The map holds the ends of the graph, and not the gradient: a graph that is kept has no tensor
+    of P numbers of its own.
+
+    Args:
+        gradient: functions of ``leaves``, each with a graph if it varies with them.
+        leaves: the parameters.
+    """
+    varying = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
+    parts = [g for g in gradient if g is not None and g.requires_grad]
+    ends, dtypes = [get_gradient_edge(g) for g in parts], [g.dtype for g in parts]
+
+    def product(v: list[Tensor]) -> PerParameter:
+        if not ends:
+            return (None,) * len(leaves)
+        cotangents = [v[i].to(dtype) for i, dtype in zip(varying, dtypes, strict=True)]
+        with explained():
+            return torch.autograd.grad(
+                ends, leaves, cotangents, retain_graph=True, allow_unused=True
+            )
+
+    return product
+
+
+class MeanLossHessian(MeanLossOperator):
+    """What the Hessians share: a loss of (model, batch) will do, of whatever form both are."""
+
+    def _set_up(
+        self, model: nn.Module, batch_loss: BatchLossFunction, data: Any, **options: Any
+    ) -> None:
+        """Does what the constructor does, for either form of loss; ``options`` are its own."""
+        super().__init__(model, batch_loss, data, **options)
+
+    @classmethod
+    def from_loss(
+        cls, model: nn.Module, batch_loss: BatchLossFunction, data: Any, **options: Any
+    ) -> Self:
+        """Makes the operator of a model that is not ``f(x) -> output``.
+
+        Args:
+            model: any module.
+            batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``; the weight is what
+                the mean is over: examples, or the tokens that count.
+            data: a re-iterable of batches of any form; a mapping is one batch.
+            **options: the keyword arguments of the class.
+
+        Returns:
+            The operator.
+
+        An argument that cannot be used raises an ``ArgumentError``.
+        """
+        operator = cls.__new__(cls)
+        operator._set_up(model, batch_loss, data, **options)  # noqa: SLF001 (its own)
+        return operator
+
+
+class HessianOperator(MeanLossHessian):
     r"""The Hessian of the mean loss over ``data``, at the model's current parameters.
 
     .. math::
@@ -63,7 +162,8 @@ class HessianOperator(MeanLossOperator):
             are taken off.
         loss_fn: ``loss_fn(output, target)``, a mean over examples.
         data: ``(x, y)``, or any re-iterable of such batches that yields the same ones in every
-            pass. Batches are moved to the parameters' device.
+            pass. Batches are moved to the parameters' device. A pair of pairs is read as two
+            batches; one batch of such parts is a list of one: ``[((a, b), (c, d))]``.
         params: the parameters to differentiate by (default: all that require a gradient).
         mode: ``"train"`` or ``"eval"`` (default: the mode that the model is in).
         memory_budget: bytes for kept graphs (default: a quarter of the memory that is free).
@@ -91,7 +191,7 @@ class HessianOperator(MeanLossOperator):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor] | OfBatch,
+        loss_fn: Callable[[Any, Any], Tensor],
         data: Any,
         *,
         params: Params = None,
@@ -102,22 +202,34 @@ class HessianOperator(MeanLossOperator):
         process_group: Any = None,
         verify: bool = True,
     ) -> None:
-        if engine not in ("auto", *ENGINES):
-            raise ArgumentError("engine", engine, "'auto', 'func' or 'double_backward'")
-        super().__init__(
+        self._set_up(
             model,
-            loss_fn,
+            Supervised(loss_fn),
             data,
             params=params,
             mode=mode,
             memory_budget=memory_budget,
             seed=seed,
+            engine=engine,
             process_group=process_group,
             verify=verify,
         )
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        batch_loss: BatchLossFunction,
+        data: Any,
+        *,
+        engine: Engine = "auto",
+        **options: Any,
+    ) -> None:
+        if engine not in ("auto", "func", "double_backward"):
+            raise ArgumentError("engine", engine, "'auto', 'func' or 'double_backward'")
+        super()._set_up(model, batch_loss, data, **options)
         self._asked_for_func = engine == "func"
-        # What nobody proves differentiates by the parameters themselves: that cannot miss one.
-        preferred = "func" if verify else "double_backward"
+        # Without a proof, by the parameters themselves: that cannot miss one.
+        preferred = "func" if options.get("verify", True) else "double_backward"
         self.stats.engine = preferred if engine == "auto" else engine
 
     def check(self) -> Report:
@@ -139,10 +251,9 @@ class HessianOperator(MeanLossOperator):
         finally:
             self.stats.engine = engine
 
-    def _linearise(self, evaluate: Evaluate, point: Point) -> Linearisation:
-        if self.stats.engine == "func":
-            return ENGINES["func"](evaluate, point)
-        return double_backward(evaluate, point)
+    def _linearize(self, batch_loss: BatchLoss, point: Point) -> Derivatives:
+        differentiate = func if self.stats.engine == "func" else double_backward
+        return differentiate(batch_loss, point)
 
     def _prove(self, point: Point, *, products: bool) -> Point:
         """Proves products by ``torch.func``, or else those by double backward."""

@@ -1,4 +1,4 @@
-"""A user's ``DataLoader``, read without a part in the training that reads it too."""
+"""A user's ``DataLoader``, read without disturbing the training loop that reads it too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import (
 
 from subspace_optim._validation import ArgumentError
 
-# Where loaders keep what they read through: samplers, and the loader that a wrapper is around.
+# Attributes in which loaders keep their samplers, and wrappers the loader inside.
 _LINKS = ("sampler", "batch_sampler", "base_dataloader")
 
 _DRAWING: dict[type[Sampler[Any]], tuple[str, str]] = {
@@ -48,12 +48,12 @@ def loader_parts(loader: object) -> Iterator[Any]:
 
 
 def check_loader(loader: object) -> None:
-    """Checks that the samplers of a loader draw no lots.
+    """Checks that the samplers of a loader do not draw at random.
 
-    Those of one's own that do are seen when a pass differs from the first.
+    Samplers that are not torch's own are found out when a pass differs from the first.
 
     Raises:
-        ArgumentError: one of torch's own that does.
+        ArgumentError: one of torch's own samplers does.
     """
     for part in loader_parts(loader):
         for kind, (value, remedy) in _DRAWING.items():
@@ -65,9 +65,9 @@ def check_loader(loader: object) -> None:
 def own_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Returns a loader of the same batches that shares no state with ``loader``.
 
-    Iterators of persistent workers are the loader's one iterator, which a second reader would
-    set back to the start; and training sets the epoch of a ``DistributedSampler``. So both
-    readers have a loader and samplers of their own, of one data set.
+    A loader with persistent workers has one iterator, which a second reader would set back to the
+    start; and training sets the epoch of a ``DistributedSampler``. So the two readers have a
+    loader and samplers each, over one data set.
     """
     copies: dict[int, Any] = {}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,25 +14,31 @@ from torch import Tensor, nn
 
 from subspace_optim._progress import Progress
 from subspace_optim._validation import ArgumentError, DataChangedError, NonFiniteError
-from subspace_optim.curvature.batches import Batches, Supervised
+from subspace_optim.curvature.batches import Batches
+from subspace_optim.curvature.contexts import Mode, full_precision, in_mode
+from subspace_optim.curvature.dependencies import Dependencies
 from subspace_optim.curvature.evaluation import (
-    Evaluate,
-    Linearisation,
+    Derivatives,
     Point,
-    Slopes,
-    first_order,
-    value,
+    loss_alone,
+    loss_and_gradient,
 )
-from subspace_optim.curvature.isolation import Mode, full_precision, in_mode
 from subspace_optim.curvature.memory import AllocationMeter, free_memory
-from subspace_optim.curvature.objective import BatchLoss, Objective, OfBatch, unwrapped
+from subspace_optim.curvature.objective import (
+    BatchLoss,
+    BatchLossFunction,
+    Supervised,
+    check_batch_loss,
+    unwrapped,
+)
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
-from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
-from subspace_optim.curvature.proof import Parts, Products, Proof, Report, see
-from subspace_optim.curvature.ranks import Ranks, warn_without_group
+from subspace_optim.curvature.parameters import ParameterSpace, Params, digest, weighted
+from subspace_optim.curvature.process_group import Ranks, warn_without_group
+from subspace_optim.curvature.proof import Proof, see
+from subspace_optim.curvature.report import Parts, Products, Report
 from subspace_optim.curvature.surroundings import ALONE, Surroundings
 
-Differentiate = Callable[[Evaluate, Point], Linearisation]
+Differentiate = Callable[[BatchLoss, Point], Derivatives]
 
 
 class MeanLossOperator(CurvatureOperator):
@@ -42,25 +48,15 @@ class MeanLossOperator(CurvatureOperator):
         A v = \frac{1}{N} \sum_b n_b A_b v, \qquad
         L(\theta) = \frac{1}{N} \sum_b n_b \, \ell(f_\theta(x_b), y_b), \quad N = \sum_b n_b
 
-    Subclasses say what one batch's matrix is (``_linearise``). What they need for its products
+    Subclasses say what one batch's matrix is (``_linearize``). What they need for its products
     is kept for all batches that fit ``memory_budget``, and made anew for each block of products
     for the others.
 
     Args:
-        model: called as ``model(x)``. ``DistributedDataParallel`` and ``torch.compile`` wrappers
-            are taken off.
-        loss_fn: ``loss_fn(output, target)``, a mean over examples, or a loss of torch's, which is
-            asked what it is a mean over (``averages``).
-        data: ``(x, y)``, or any re-iterable of such batches that yields the same ones in every
-            pass. Batches are moved to the parameters' device.
-        params: the parameters to differentiate by: tensors, a pattern of their names, or a
-            predicate of (name, tensor) (default: all that require a gradient).
-        mode: ``"train"`` or ``"eval"`` (default: the mode that the model is in).
-        memory_budget: bytes for what is kept (default: a quarter of the memory that is free).
-        seed: of the dropout masks.
-        process_group: sums over its ranks, each with its own part of the data (default: none).
-        verify: proves the operator at its first use, and again where the model's structure has
-            changed (``proof``).
+        batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``: a ``Supervised`` loss of
+            (output, target), or the user's own.
+        model, data, params, mode, memory_budget, seed, process_group, verify: as those of
+            ``HessianOperator``.
 
     Raises:
         ArgumentError: an argument that cannot be used; the message names the way out.
@@ -72,7 +68,7 @@ class MeanLossOperator(CurvatureOperator):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor] | OfBatch,
+        batch_loss: BatchLossFunction,
         data: Any,
         *,
         params: Params = None,
@@ -84,8 +80,7 @@ class MeanLossOperator(CurvatureOperator):
     ) -> None:
         self._ranks = Ranks(process_group)
         with self.ranks.all_or_none():
-            if not callable(loss_fn) and not isinstance(loss_fn, OfBatch):
-                raise ArgumentError("loss_fn", loss_fn, "callable as loss_fn(output, target)")
+            check_batch_loss(batch_loss)
             if not isinstance(model, nn.Module):
                 raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
             if mode not in (None, "train", "eval"):
@@ -98,41 +93,26 @@ class MeanLossOperator(CurvatureOperator):
                 raise ArgumentError("verify", verify, "True or False")
             self.model = unwrapped(model)
             self.parameters = ParameterSpace(self.model, params)
-            batch_loss = loss_fn.function if isinstance(loss_fn, OfBatch) else Supervised(loss_fn)
-            self._objective = Objective(self.model, batch_loss)
-            self._batches = Batches(data, pairs=not isinstance(loss_fn, OfBatch))
+            self._batch_loss = batch_loss
+            self._batches = Batches(data, pairs=isinstance(batch_loss, Supervised))
             warn_without_group(model, process_group)
         self.stats = OperatorStats()
         self._dtypes = [p.dtype for p in self.parameters.tensors]
-        self._fingerprint, self._data_writes = self._batches.fingerprint(), 0
-        self._mode = mode
-        self._memory_budget = memory_budget
-        self._seed = seed
-        self._proof = self._proof_of(demanded=verify)
-        self._user_loss: Any = loss_fn.function if isinstance(loss_fn, OfBatch) else loss_fn
+        self._mode, self._memory_budget, self._seed = mode, memory_budget, seed
+        parts = Parts(
+            self.model,
+            batch_loss,
+            self.parameters,
+            self.stats,
+            seed,
+            self._batches,
+            self._linearize,
+            self._products,
+        )
+        self._proof = Proof(parts, demanded=verify)
+        self._dependencies = Dependencies(self.parameters, batch_loss, self._batches, self._proof)
         self._point: Point | None = None
         self._frozen = False
-
-    @classmethod
-    def from_loss(cls, model: nn.Module, batch_loss: BatchLoss, data: Any, **options: Any) -> Self:
-        """Makes the operator of a model that is not ``f(x) -> output``.
-
-        Args:
-            model: any module.
-            batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``; the weight is what
-                the mean is over: examples, or the tokens that count.
-            data: a re-iterable of batches of any form; a mapping is one batch.
-            **options: the keyword arguments of the class.
-
-        Returns:
-            The operator.
-
-        Raises:
-            ArgumentError: an argument that cannot be used.
-        """
-        if not callable(batch_loss):
-            raise ArgumentError("batch_loss", batch_loss, "callable as batch_loss(model, batch)")
-        return cls(model, OfBatch(batch_loss), data, **options)
 
     @property
     def ranks(self) -> Ranks:
@@ -140,12 +120,8 @@ class MeanLossOperator(CurvatureOperator):
         return self._ranks
 
     @abstractmethod
-    def _linearise(self, evaluate: Evaluate, point: Point) -> Linearisation:
+    def _linearize(self, batch_loss: BatchLoss, point: Point) -> Derivatives:
         """Returns loss, gradient and product of one batch at ``point``."""
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """Returns the product with ``v: (P,)``, a new ``(P,)``."""
-        return self.matmat(v[None])[0]
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``.
@@ -158,36 +134,35 @@ class MeanLossOperator(CurvatureOperator):
             raise ArgumentError("the shape of vectors", shape, f"(j, {self.size}), one a row")
         with self._fixed(products=True) as point:
             if point.kept is None:
-                self._accumulate(point, self._linearise, keep=True)
+                self._pass(point, self._linearize, keep=True)
+            kept = point.kept or {}
             vectors = vectors.to(self.device, self.dtype).contiguous()
-
-            def multiply(batch: Linearisation, products: Tensor) -> None:
-                for v, product in zip(vectors, products, strict=True):
-                    slopes = batch.product(self.parameters.unflatten(v))
-                    self._add(slopes, batch.weight, product)
-
-            def add_to(products: Tensor) -> None:
-                kept = point.kept or {}
-                if kept:  # at the point: checkpointed parts run the model again
+            with self.ranks.summed(vectors.shape, self.dtype, self.device) as products:
+                if kept:  # at the point, since checkpointed parts run the model again
                     with point.at(self._seed):
-                        for batch in kept.values():
-                            multiply(batch, products)
+                        for derivatives in kept.values():
+                            self._multiply(derivatives, vectors, products)
                 if point.streamed:
-                    for index, data, _ in self._read(point):
-                        if index not in kept:
-                            evaluate = Evaluate(self._objective, data, self._seed_of(index))
-                            with point.at(evaluate.seed):
-                                multiply(self._linearise(evaluate, point), products)
-
-            products = self.ranks.total(vectors.shape, self.dtype, self.device, add_to)
+                    with closing(self._losses(point, skip=kept)) as losses:
+                        for _, batch_loss, _ in losses:
+                            with point.at(batch_loss.seed):
+                                derivatives = self._linearize(batch_loss, point)
+                                self._multiply(derivatives, vectors, products)
+                                del derivatives  # before the next graph is built
             self.stats.products += len(vectors)
             return products.div_(point.weight)
+
+    def _multiply(self, derivatives: Derivatives, vectors: Tensor, products: Tensor) -> None:
+        """Adds one batch's weighted products with the rows of ``vectors`` to ``products``."""
+        space = self.parameters
+        for v, product in zip(vectors, products, strict=True):
+            space.add_(product, derivatives.product(space.unflatten(v)), derivatives.weight)
 
     def gradient(self) -> Tensor:
         """Returns ``∇L(θ)``, ``(P,)``. It is computed once for each parameter state."""
         with self._fixed() as point:
             if point.gradient is None:
-                self._accumulate(point, first_order)
+                self._pass(point, loss_and_gradient)
             assert point.gradient is not None  # noqa: S101 (the pass has found it)
             return point.gradient.clone()
 
@@ -195,7 +170,7 @@ class MeanLossOperator(CurvatureOperator):
         """Returns ``L(θ)``, from the gradient's pass where there was one."""
         with self._fixed() as point:
             if point.loss is None:
-                self._accumulate(point, value)
+                self._pass(point, loss_alone)
             assert point.loss is not None  # noqa: S101 (the pass has found it)
             return point.loss
 
@@ -207,7 +182,7 @@ class MeanLossOperator(CurvatureOperator):
             that fails.
         """
         with self._entered():
-            return self._proof.report(self._point_of(self._look()))
+            return self._proof.report(self._point_of(self._dependencies.look()))
 
     def state(self) -> State:
         """Returns numbers that differ where anything does that the matrix depends on.
@@ -217,29 +192,7 @@ class MeanLossOperator(CurvatureOperator):
         changes; the mode of every module; and whether stored data were written.
         """
         with self._entered():
-            own, others, numbers, modes = self._seen(self._look())
-        return State(int(digest(own)), hash((int(digest(others)), numbers)), modes)
-
-    def _seen(self, surroundings: Surroundings) -> tuple[list[Tensor], list[Tensor], int, int]:
-        """Returns all that the matrix depends on, but for what an evaluation itself changes.
-
-        Returns:
-            Its own parameters, other tensors, and what tells of numbers, and of modes and data.
-        """
-        own, proof = self.parameters.tensors, self._proof
-        known = {id(t) for t in [*own, *proof.written]}
-        found = [*surroundings.tensors(), *surroundings.plain_tensors()]
-        others = [t for t in found if id(t) not in known]
-        modes = hash((surroundings.modes(), self._writes_to_data()))
-        return own, others, surroundings.numbers(proof.moved_names), modes
-
-    def _writes_to_data(self) -> int:
-        """Counts how often stored data may have been written in place."""
-        fingerprint = self._batches.fingerprint()
-        if fingerprint != self._fingerprint:
-            self._fingerprint = fingerprint
-            self._data_writes += 1
-        return self._data_writes
+            return self._dependencies.state(self._dependencies.look())
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -256,7 +209,7 @@ class MeanLossOperator(CurvatureOperator):
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        """Alone, in full precision, outside autocast, and in the mode of this operator."""
+        """Enters full precision, outside autocast, and the mode of this operator; one at a time."""
         precision = full_precision(self.device, fused=self._fused_kernels)
         with ALONE, precision, in_mode(self.model, self._mode):
             yield
@@ -274,18 +227,11 @@ class MeanLossOperator(CurvatureOperator):
             finally:
                 self._frozen = False
 
-    def _look(self) -> Surroundings:
-        """Returns what the loss reaches now."""
-        return Surroundings(self.model, self._user_loss, self.device)
-
     def _move_to_current(self) -> Point:
-        """Returns what is known of the present parameter state; what was of another is dropped."""
-        surroundings = self._look()
-        own, others, numbers, modes = self._seen(surroundings)
-        # By identity too: parameters that were replaced by equal ones are others to differentiate.
-        held = int(digest([*own, *others])), tuple(map(id, own))
-        key = held, numbers, modes, self.device
-        dtypes = [p.dtype for p in own]
+        """Returns the present parameter state; what is known of another one is dropped."""
+        surroundings = self._dependencies.look()
+        key = self._dependencies.key(surroundings)
+        dtypes = [p.dtype for p in self.parameters.tensors]
         if self._dtypes != dtypes:  # the data may have been converted with the model
             self._batches.forget()
             self._dtypes = dtypes
@@ -305,18 +251,6 @@ class MeanLossOperator(CurvatureOperator):
             key=key,
         )
 
-    def _proof_of(self, *, demanded: bool) -> Proof:
-        parts = Parts(
-            self._objective,
-            self.parameters,
-            self.stats,
-            self._seed,
-            self._batches,
-            self._linearise,
-            self._products,
-        )
-        return Proof(parts, demanded=demanded)
-
     def _proven(self, point: Point, *, products: bool) -> Point:
         """Proves the operator where that is due.
 
@@ -327,7 +261,7 @@ class MeanLossOperator(CurvatureOperator):
             return point
         with self.ranks.all_or_none():
             proved = self._prove(point, products=products)
-        # On all ranks or on none: what is due next has to be the same on all.
+        # Noted on all ranks or on none, since what is due next has to be the same on all.
         if not self.ranks.any(lambda: not self._proof.sure):
             for what in ("function", "products") if products else ("function",):
                 self._proof.done(what)
@@ -342,9 +276,10 @@ class MeanLossOperator(CurvatureOperator):
         return point
 
     def _agree(self) -> None:
-        """Sees to it that all ranks go on from the same parameters and the same knowledge.
+        """Checks that all ranks have the same parameters, and know the same of them.
 
-        Parameters that differ are an ``ArgumentError`` on all of them.
+        Parameters that differ are an ``ArgumentError`` on all ranks. Where knowledge differs, it
+        is dropped on all, or some would compute what others only look up.
         """
         if self.ranks.group is None:
             return
@@ -355,134 +290,103 @@ class MeanLossOperator(CurvatureOperator):
             remedy = "Broadcast them from one rank, as DistributedDataParallel does."
             found, allowed = "ranks whose parameters differ", "ranks of equal parameters"
             raise self.ranks.told(ArgumentError("process_group", found, allowed, remedy))
-        if not same_knowledge:  # else some would compute what the others only look up
+        if not same_knowledge:
             self._forget()
 
     def _forget(self) -> None:
-        self.release()  # what is kept may know the point that it belongs to
+        self.release()  # what is kept may refer to the point, and a cycle is freed late
         self._point = None
 
     # --- passes over the data -------------------------------------------------------------------
 
-    def _read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
-        """Yields the index of each batch, the batch on the device, and its bytes."""
+    def _losses(
+        self, point: Point, skip: Collection[int] = ()
+    ) -> Generator[tuple[int, BatchLoss, int]]:
+        """Yields the index of each batch of a pass, its loss, and its bytes.
+
+        Whoever may leave the loop by an error closes the generator, which then puts back the
+        random state.
+        """
         self.stats.passes += 1
         progress = Progress("pass over the data")
         for index, batch, nbytes in self._batches.read(self.device, upcast=point.upcast):
             progress.tick(lambda index=index: f"batch {index}")  # type: ignore[misc]
-            yield index, batch, nbytes
+            if index not in skip:
+                # Batches that the ranks take in turn have the masks that one process gives them.
+                seed = self._seed + index * self.ranks.size + self.ranks.rank
+                yield index, BatchLoss(self.model, self._batch_loss, batch, seed), nbytes
 
-    def _seed_of(self, index: int) -> int:
-        """Batches that the ranks take in turn have the masks that one process gives them."""
-        return self._seed + index * self.ranks.size + self.ranks.rank
-
-    def _accumulate(
-        self, point: Point, differentiate: Differentiate, *, keep: bool = False
-    ) -> None:
+    def _pass(self, point: Point, differentiate: Differentiate, *, keep: bool = False) -> None:
         """One pass over the data: loss, gradient, and what of it is kept for products.
 
         Args:
-            point: where, and what is found out is added to.
-            differentiate: how; ``value`` for the loss alone.
+            point: where; loss, gradient and what is kept are added to it.
+            differentiate: how; ``loss_alone`` for no gradient.
             keep: keeps what products need, as long as it fits the budget.
 
         Raises:
             ArgumentError: the data have no examples.
             NonFiniteError: the loss or a weight is not finite.
+            DataChangedError: the loss is another than in an earlier pass at this state.
         """
-        budget = self._budget() if keep else 0.0
-        kept: dict[int, Linearisation] = {}
+        budget: float | None = self._memory_budget
+        if budget is None:
+            sharing = 1 if self.device.type == "cuda" else self.ranks.size  # one machine's memory
+            budget = free_memory(self.device) / (4 * sharing) if keep else 0.0
+        kept: dict[int, Derivatives] = {}
         used = count = 0
-        size = 0 if differentiate is value else self.size
+        size = 0 if differentiate is loss_alone else self.size
         gradient = torch.zeros(size, dtype=self.dtype, device=self.device)
         proves_mean = self._proof.is_due("mean")
         pieces: list[Any] = []
-
-        def add_to(sums: Tensor) -> None:
-            nonlocal used, count, pieces
-            for index, batch_of_data, nbytes in self._read(point):
-                watching = nullcontext() if count else self._proof.watching(point)
-                count += 1
-                evaluate = Evaluate(self._objective, batch_of_data, self._seed_of(index))
-                if proves_mean:
-                    pieces = see(batch_of_data, pieces)
-                metering = AllocationMeter() if keep else nullcontext()
-                with metering as meter, point.at(evaluate.seed), watching:
-                    batch = differentiate(evaluate, point)
-                sums += torch.stack([_weighted(batch.loss.double(), batch.weight), batch.weight])
-                if size:
-                    self._add(batch.slopes, batch.weight, gradient)
-                    batch.slopes = ()  # it has been added up, and is held no longer
-                if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
-                    used += held
-                    kept[index] = batch
-                del batch, evaluate, batch_of_data  # before the graph of the next one is built
+        with self.ranks.summed((2,), torch.float64, self.device) as sums:
+            with closing(self._losses(point)) as losses:
+                for index, batch_loss, nbytes in losses:
+                    watching = nullcontext() if count else self._proof.watching(point)
+                    count += 1
+                    if proves_mean:
+                        pieces = see(batch_loss.batch, pieces)
+                    metering = AllocationMeter() if keep else nullcontext()
+                    with metering as meter, point.at(batch_loss.seed), watching:
+                        found = differentiate(batch_loss, point)
+                    weight = found.weight
+                    sums.add_(torch.stack([weighted(found.loss.double(), weight), weight]))
+                    if size:
+                        self.parameters.add_(gradient, found.gradient, weight)
+                        found.gradient = ()  # it has been added up, and is held no longer
+                    if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
+                        used += held
+                        kept[index] = found
+                    del found, batch_loss  # before the graph of the next one is built
             if pieces:
                 self._proof.mean(point, pieces)
-
-        total, weight = self.ranks.total((2,), torch.float64, self.device, add_to).tolist()
-        if weight == 0:
+        total, N = sums.tolist()
+        if N == 0:
             raise ArgumentError("data", "of no examples", "at least one example of weight above 0")
-        if getattr(self._objective.batch_loss, "summed", False):
-            weight = 1.0  # of all data together: the matrix is that of the sum
-        loss = total / weight if weight > 0 else math.nan
+        if getattr(self._batch_loss, "summed", False):
+            N = 1.0  # of all data together: the matrix is that of the sum
+        loss = total / N if N > 0 else math.nan
         if not math.isfinite(loss):
             message = (
-                f"The mean loss over the data is {loss} (weight {weight:g}), so it has no "
+                f"The mean loss over the data is {loss} (weight {N:g}), so it has no "
                 "curvature. Lower the learning rate, or look for NaN in parameters and data."
             )
             self._batches.forget()  # they may be mended
             raise NonFiniteError(message)
-        self._compare(point, loss)
+        try:
+            point.check_loss(loss)
+        except DataChangedError:
+            self._forget()
+            raise
         self._proof.done("mean")
-        point.loss, point.weight = loss, weight
+        point.loss, point.weight = loss, N
         if size:
             self.stats.gradients += 1
-            point.gradient = self.ranks.sum_(gradient).div_(weight)
+            point.gradient = self.ranks.sum_(gradient).div_(N)
         if keep:
             point.kept, point.streamed = kept, count - len(kept)
             self.stats.graphs_kept, self.stats.graphs_streamed = len(kept), point.streamed
             self.stats.graph_bytes = used
-
-    def _compare(self, point: Point, loss: float) -> None:
-        """Compares the loss of a pass with that of an earlier one at the same parameter state.
-
-        Raises:
-            DataChangedError: they differ: by something that the operator does not see.
-        """
-        epsilon = torch.finfo(self.dtype).eps
-        if point.loss is None or math.isclose(
-            loss, point.loss, rel_tol=epsilon**0.5, abs_tol=epsilon
-        ):
-            return
-        before, point.loss = point.loss, None
-        self._forget()
-        raise DataChangedError(
-            f"The mean loss over the data is {loss:.8g}, and was {before:.8g} in an earlier pass "
-            "at the same parameters: it depends on something that the operator cannot see, such "
-            "as another model in the closure of the loss, or data that were written in place. "
-            "Make that a part of the model, or of the loss as a module, or make the operator anew."
-        )
-
-    def _add(self, slopes: Slopes, weight: Tensor, into: Tensor) -> None:
-        """Adds one batch's weighted term to the vector ``into: (P,)``.
-
-        Raises:
-            ArgumentError: a gradient is sparse.
-        """
-        pieces = zip(self.parameters.unflatten(into), slopes, self.parameters.names, strict=True)
-        for total, slope, name in pieces:
-            if slope is not None:
-                if slope.layout != torch.strided:
-                    label = f"the gradient of '{name}'"
-                    raise ArgumentError(label, slope.layout, "dense", "Use sparse=False.")
-                total.add_(_weighted(slope, weight))
-
-    def _budget(self) -> float:
-        if self._memory_budget is not None:
-            return self._memory_budget
-        sharing = 1 if self.device.type == "cuda" else self.ranks.size  # of one machine's memory
-        return free_memory(self.device) / (4 * sharing)
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs cannot be copied, and a copy has parameters of its own.
@@ -494,8 +398,3 @@ class MeanLossOperator(CurvatureOperator):
         memo[id(self._batches)] = self._batches  # data are read only: the copies share them
         operator.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return operator
-
-
-def _weighted(value: Tensor, weight: Tensor) -> Tensor:
-    """Returns ``weight · value``; zeros for a batch of weight 0, whose mean is NaN."""
-    return torch.where(weight > 0, value * weight, 0.0)

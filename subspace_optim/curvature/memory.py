@@ -18,8 +18,8 @@ _ASSUMED_MEMORY = 1 << 32
 class AllocationMeter(TorchDispatchMode):
     """Counts the bytes that were allocated inside and are still held, on any device.
 
-    What an operation was given from outside, such as parameters, is not counted; nor is a view
-    of it, which is what operations like a transpose return.
+    What was allocated before, such as parameters, is not counted, and neither are views of it, as
+    a transpose returns.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class AllocationMeter(TorchDispatchMode):
         for leaf in tree_leaves(values):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
                 storage = leaf.untyped_storage()
-                # A weak reference keeps its address from being used again: what is known stays so.
+                # While a weak reference is held, no new storage gets its address.
                 reference = StorageWeakRef(storage)
                 size = storage.nbytes() if inside else 0
                 self._storages.setdefault(reference.cdata, (reference, size))

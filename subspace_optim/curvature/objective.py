@@ -1,68 +1,125 @@
-"""A model and its loss of one batch, as a function of the parameters."""
+"""A model and its loss of one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.averages import Weight, averaged, examples
 
-BatchLoss = Callable[[Any, Any], tuple[Tensor, Any]]
+BatchLossFunction = Callable[[Any, Any], tuple[Tensor, Any]]
+"""``batch_loss(model, batch) -> (mean loss, weight)``: ``Supervised``, or the user's own."""
 
 
 @dataclass
-class OfBatch:
-    """Marks a function of (model, batch), where else a loss of (output, target) stands."""
-
-    function: BatchLoss
-
-
-class Objective:
-    """A model, and its loss of a batch.
+class Supervised:
+    """``batch_loss(model, (x, y)) = loss_fn(model(x), y)``, and what it is a mean over.
 
     Args:
-        model: the model.
-        batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``.
+        loss_fn: ``loss_fn(output, target)``. Where ``averaged`` cannot tell what it is a mean
+            over, it is taken for a mean over examples.
+
+    Attributes:
+        summed: whether the latest loss was a sum and no mean; its weight is then 1.
     """
 
-    def __init__(self, model: nn.Module, batch_loss: BatchLoss) -> None:
-        self.model, self.batch_loss = model, batch_loss
+    loss_fn: Callable[[Any, Any], Tensor]
+    summed: bool = field(default=False, init=False)
 
-    def evaluate(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Returns the mean loss of a batch and its weight, both scalars.
+    def __call__(self, model: Callable[[Any], Any], batch: Any) -> tuple[Tensor, Weight]:
+        """Returns the loss of a batch and its weight."""
+        x, y, count = self.split(batch)
+        return self.of_output(model(x), y, count)
+
+    def split(self, batch: Any) -> tuple[Any, Any, int]:
+        """Returns the inputs and targets of a batch, and its number of examples.
 
         Raises:
-            ArgumentError: the loss is not a real scalar, or there is no weight with it.
+            ArgumentError: the batch is no pair.
         """
-        result = self.batch_loss(self.model, batch)
-        if not isinstance(result, tuple) or len(result) != 2:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ArgumentError(
-                "what batch_loss returns", type(result).__name__, "(mean loss, weight)"
+                "a batch of data",
+                type(batch).__name__,
+                "a pair (x, y)",
+                "For batches of another form use HessianOperator.from_loss.",
             )
-        loss, weight = result
-        if not isinstance(loss, Tensor):
-            raise ArgumentError("the loss", type(loss).__name__, "a scalar tensor")
-        if loss.dim() != 0:
-            remedy = "Take the mean over examples, e.g. with reduction='mean'."
-            raise ArgumentError("the shape of the loss", tuple(loss.shape), "()", remedy)
-        if not loss.is_floating_point():
-            raise ArgumentError("the dtype of the loss", loss.dtype, "real floating point")
-        weight = torch.as_tensor(weight, dtype=torch.float64, device=loss.device)
-        return loss, weight.detach()
+        x, y = batch
+        return x, y, examples(x, y)
+
+    def of_output(self, output: Any, y: Any, count: int) -> tuple[Tensor, Weight]:
+        """Returns the loss of the model's output, and its weight: ``count`` if it does not tell."""
+        average = averaged(self.loss_fn, output, y)
+        self.summed = average.summed
+        return average.loss, count if average.weight is None else average.weight
+
+
+@dataclass
+class BatchLoss:
+    """The mean loss of one batch, as a function of the parameters that the model holds.
+
+    Attributes:
+        model: the model.
+        function: the loss of (model, batch).
+        batch: the data.
+        seed: of what draws at random while it is evaluated.
+    """
+
+    model: nn.Module
+    function: BatchLossFunction
+    batch: Any
+    seed: int
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Returns the loss and its weight, both scalars."""
+        return as_scalars(self.function(self.model, self.batch))
+
+
+def as_scalars(result: Any) -> tuple[Tensor, Tensor]:
+    """Returns a mean loss and its weight as two scalar tensors.
+
+    Raises:
+        ArgumentError: the loss is not a real scalar, or there is no weight with it.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ArgumentError("what batch_loss returns", type(result).__name__, "(mean loss, weight)")
+    loss, weight = result
+    if not isinstance(loss, Tensor):
+        raise ArgumentError("the loss", type(loss).__name__, "a scalar tensor")
+    if loss.dim() != 0:
+        remedy = "Take the mean over examples, e.g. with reduction='mean'."
+        raise ArgumentError("the shape of the loss", tuple(loss.shape), "()", remedy)
+    if not loss.is_floating_point():
+        raise ArgumentError("the dtype of the loss", loss.dtype, "real floating point")
+    weight = torch.as_tensor(weight, dtype=torch.float64, device=loss.device)
+    return loss, weight.detach()
+
+
+def check_batch_loss(batch_loss: BatchLossFunction) -> None:
+    """Checks that a loss can be called.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    if isinstance(batch_loss, Supervised):
+        if not callable(batch_loss.loss_fn):
+            allowed = "callable as loss_fn(output, target)"
+            raise ArgumentError("loss_fn", batch_loss.loss_fn, allowed)
+    elif not callable(batch_loss):
+        raise ArgumentError("batch_loss", batch_loss, "callable as batch_loss(model, batch)")
 
 
 class Places:
-    """Where some parameters stand in the modules: by which name each module knows which of them.
+    """Where parameters are registered: each module, and the name that it has them under.
 
-    Found by the identity of module and parameter, so that a layer that is registered twice, or a
-    parameter that several modules share, is filled once and put back to what it was.
+    They are found by identity. So a layer that is registered twice, or a parameter that several
+    modules share, is replaced once in each place, and put back to what was there.
 
     Args:
         modules: each once.
@@ -80,7 +137,7 @@ class Places:
 
     @contextmanager
     def holding(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Puts other tensors there, and the same objects back as were there before."""
+        """Puts ``values`` in the places of the parameters, and the same parameters back."""
         before = [owner[name] for owner, name, _ in self._places]
         try:
             for owner, name, i in self._places:
@@ -102,60 +159,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(model, wrapper) and isinstance(inner, nn.Module):
             return unwrapped(inner)
     return model
-
-
-# --- functions whose second derivative torch lacks, or has wrong ---------------------------------
-
-
-class WrittenOut(TorchFunctionMode):
-    """Puts parts in the place of some functions."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _PARTS.get(func, func)(*args, **(kwargs or {}))
-
-
-def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    gate = (input + 3).clamp(0, 6) / 6
-    return input.copy_(gate) if inplace else gate
-
-
-def _hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    gate = _hardsigmoid(input)
-    return input.mul_(gate) if inplace else input * gate
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``g v / ‖v‖``, the norm over all dimensions but one: torch's own is wrong in the second."""
-    others = [d for d in range(v.dim()) if d != dim]
-    if dim != -1 and v.dim() == 1:
-        return v * (g / v.abs())
-    norm: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1)
-    return v * (g / norm)
-
-
-@contextmanager
-def written_out() -> Iterator[None]:
-    """Computes some functions of torch by parts that have a second derivative.
-
-    Wherever they are called from: by the names of torch, also when a checkpointed part runs again
-    in a backward pass, in which modes are off, and by names that were imported from there.
-    """
-    places = [(F, "hardsigmoid"), (F, "hardswish"), (torch, "_weight_norm")]
-    before = [getattr(module, name) for module, name in places]
-    try:
-        for (module, name), function in zip(places, before, strict=True):
-            setattr(module, name, _PARTS.get(function, function))
-        with WrittenOut():
-            yield
-    finally:
-        for (module, name), function in zip(places, before, strict=True):
-            setattr(module, name, function)
-
-
-_PARTS: dict[Any, Callable[..., Tensor]] = {
-    F.hardsigmoid: _hardsigmoid,
-    torch._C._nn.hardsigmoid: _hardsigmoid,  # noqa: SLF001 (what others than F call)
-    F.hardswish: _hardswish,
-    torch._C._nn.hardswish: _hardswish,  # noqa: SLF001
-    torch._weight_norm: _weight_norm,  # noqa: SLF001
-}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim.curvature.parameters import ParameterSpace
-from subspace_optim.curvature.ranks import Ranks
+from subspace_optim.curvature.process_group import Ranks
 
 
 @dataclass
@@ -25,11 +25,11 @@ class OperatorStats:
         gradients: gradients over all of the data; those that a kept graph begins with, and the
             two of a finite difference, included.
         passes: readings of the data.
-        graphs_kept: batches whose gradient graph (for finite differences: the batch itself) is
-            held, or was when it was last needed.
+        graphs_kept: batches whose gradient graph is held, or was when it was last needed; for
+            finite differences, batches that are held.
         graphs_streamed: batches whose graph is built anew for each block of products.
         graph_bytes: memory of the kept graphs, and of the batches that they hold.
-        verification: gradients and products of some examples that proofs took (``verify``).
+        verification: gradients and products of a few examples, for proofs (``verify``).
         engine: how products are computed at present.
     """
 
@@ -49,7 +49,7 @@ class State(NamedTuple):
     Attributes:
         parameters: of those that it is differentiated by.
         elsewhere: of all other tensors: frozen parameters, buffers, parameters of the loss.
-        modes: of what cannot change by little: the mode of each module, and data written in place.
+        modes: of what does not change gradually: modes of modules, and data written in place.
     """
 
     parameters: int
@@ -96,9 +96,9 @@ class CurvatureOperator(ABC):
         """Where the parameters and all its vectors live."""
         return self.parameters.device
 
-    @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
         """Returns the product with ``v: (P,)``, a new ``(P,)``."""
+        return self.matmat(v[None])[0]
 
     @abstractmethod
     def matmat(self, vectors: Tensor) -> Tensor:
@@ -120,18 +120,18 @@ class CurvatureOperator(ABC):
     def frozen(self) -> Iterator[None]:
         """Promises that the parameters do not change inside: they are looked at on entry only.
 
-        What a block of products needs once is done once, and no product synchronises the host.
+        What all products need is then done once, and no product synchronises the host.
         """
         yield
 
-    def release(self) -> None:  # noqa: B027 (an operator that keeps nothing has nothing to do)
+    def release(self) -> None:  # noqa: B027 (an operator that keeps nothing frees nothing)
         """Frees what is kept for further products at the present parameters."""
 
 
 def rounding_at(loss: float, dtype: torch.dtype) -> float:
-    """Returns what rounding may make of the derivatives of a loss, relative to them.
+    """Returns a bound of the relative rounding error of the derivatives of a loss.
 
-    A loss that is small because examples are fitted, as cross-entropy is, is a difference of
-    numbers of order one, and so are its derivatives: of a loss of 1e-8 float32 leaves nothing.
+    A cross-entropy that is small because examples are fitted is a difference of numbers of order
+    one, and so are its derivatives: a loss of 1e-8 has no correct digit in float32.
     """
     return 4 * torch.finfo(dtype).eps / abs(loss) if loss else math.inf

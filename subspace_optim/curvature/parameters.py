@@ -1,4 +1,4 @@
-"""The only flatten and unflatten: a model's parameters as one vector ``θ`` of P coordinates."""
+"""A model's parameters as one vector ``θ`` of P coordinates: the only flatten and unflatten."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.curvature.layouts import dense_parts
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """Parameters of these dtypes are differentiated through float32 copies."""
@@ -26,9 +26,9 @@ Params = Iterable[Tensor] | str | Callable[[str, Tensor], bool] | None
 class ParameterSpace:
     """Parameters of a model, in order, as the coordinates of ``θ``.
 
-    They are known by their names: what stands under them now is what is measured. Parameters that
-    ``load_state_dict(assign=True)`` or a new layer of the same shape have put in their places are
-    followed; where a name is gone, or its shape is another, there is an error.
+    They are known by their names. So parameters that ``load_state_dict(assign=True)`` or a new
+    layer of the same shape have put in their places are followed; a name that is gone, or has
+    another shape, is an error.
 
     Args:
         model: the model that owns them.
@@ -43,10 +43,15 @@ class ParameterSpace:
 
     Raises:
         ArgumentError: there are none, one is not the model's, frozen, complex, sparse, sharded,
-            listed twice, or they are on several devices.
+            listed twice, or they are on several devices; or the model has lazy layers that have
+            not seen a batch.
     """
 
     def __init__(self, model: nn.Module, params: Params = None) -> None:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if is_lazy(tensor):
+                remedy = "Call the model on a batch first: lazy layers take their shapes from it."
+                raise ArgumentError(f"'{name}'", "uninitialized", "of a known shape", remedy)
         names = {id(p): name for name, p in model.named_parameters()}
         chosen, remedy = _chosen(model, params)
         if not chosen:
@@ -120,6 +125,25 @@ class ParameterSpace:
         pieces = flat.split([shape.numel() for shape in self.shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
+    def add_(self, flat: Tensor, tensors: Sequence[Tensor | None], weight: Tensor) -> None:
+        """Adds ``weight`` times one tensor a parameter to ``flat: (P,)`` in place.
+
+        Args:
+            flat: is changed.
+            tensors: one a parameter; ``None`` stands for zeros.
+            weight: a scalar; where it is 0 nothing is added, whatever the tensors hold: the mean
+                over no examples is NaN.
+
+        Raises:
+            ArgumentError: a tensor is sparse.
+        """
+        for total, tensor, name in zip(self.unflatten(flat), tensors, self.names, strict=True):
+            if tensor is not None:
+                if tensor.layout != torch.strided:
+                    label = f"the gradient of '{name}'"
+                    raise ArgumentError(label, tensor.layout, "dense", "Use sparse=False.")
+                total.add_(weighted(tensor, weight))
+
     def name_in_model(self, tensor: Tensor) -> str | None:
         """Returns the name of a parameter of the model, in this space or not; else ``None``."""
         return next((name for name, p in self.model.named_parameters() if p is tensor), None)
@@ -127,9 +151,9 @@ class ParameterSpace:
     def digest(self) -> int:
         """Returns a number that differs when any bit of any parameter does (but by 1 in 2³²).
 
-        Of any of the model's, since the matrix depends on those that it is not differentiated by
-        too. Version counters do not tell: fused optimizers and writes through ``p.data`` leave
-        them.
+        All parameters of the model count, since the matrix depends on those too that it is not
+        differentiated by. Version counters would not do: fused optimizers and writes through
+        ``p.data`` do not change them.
         """
         return int(digest(self.model.parameters()))
 
@@ -179,17 +203,41 @@ def _under(model: nn.Module, name: str) -> Tensor | None:
     return parameter
 
 
+def weighted(value: Tensor, weight: Tensor) -> Tensor:
+    """Returns ``weight · value``, and zeros where the weight is 0 and the value may be NaN."""
+    return torch.where(weight > 0, value * weight, 0.0)
+
+
 def length(tensors: Sequence[Tensor]) -> Tensor:
     """Returns ℓ, the median of ``‖W‖ / n^{1/4}`` over the matrices; 1 where they are zero.
 
-    A direction of high curvature moves a matrix by about one of rank one, which is to be compared
-    with its spectral norm, for a square W of n random entries ``‖W‖ / n^{1/4}``. The lower median,
-    over what is not zero: neither an embedding's large norm nor a layer that starts at zero
-    decides.
+    A direction of high curvature moves a matrix by about a matrix of rank one. That is compared
+    with the spectral norm, which for a square W of n random entries is about ``‖W‖ / n^{1/4}``.
+    It is the lower median over matrices that are not zero, so that neither an embedding's large
+    norm nor a layer that starts at zero decides.
     """
     matrices = [t.detach() for t in tensors if t.dim() > 1] or [t.detach() for t in tensors]
     lengths = torch.stack([t.double().norm() / t.numel() ** 0.25 for t in matrices])
     return torch.where(lengths > 0, lengths, torch.nan).nanmedian().nan_to_num(1.0)
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Returns the strided tensors that hold what ``tensor`` holds.
+
+    They are itself, or the indices and values of a sparse one, or those inside of a nested one.
+    """
+    if tensor.is_nested:
+        return [part for inner in tensor.unbind() for part in dense_parts(inner)]
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        unique = tensor.coalesce()
+        return [unique.indices(), unique.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor.to_dense()]
 
 
 @lru_cache(maxsize=8)
@@ -204,10 +252,10 @@ def _weights(device: torch.device) -> Tensor:
 def digest(tensors: Iterable[Tensor]) -> Tensor:
     """Returns the weighted sum, modulo 2⁶⁴, of the bits of all elements: one pass, one scalar.
 
-    The weights are fixed, random and odd: one element that changes always changes the sum, and
-    elements that change places do but by chance. 8 bytes are read as two integers: as one, an even
-    number of changed signs, 2⁶³ each, would add up to 0. Of sparse tensors the indices count, and
-    the values.
+    The weights are fixed, random and odd. So one element that changes always changes the sum, and
+    elements that are exchanged leave it as it was by chance alone (1 in 2³²). 8 bytes are
+    read as two integers: read as one, an even number of flipped signs, 2⁶³ each, would add up to 0.
+    Sparse tensors count with their indices and their values.
     """
     total: Tensor | None = None
     for tensor in (part for whole in tensors for part in dense_parts(whole.detach())):

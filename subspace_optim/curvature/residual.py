@@ -13,7 +13,7 @@ from torch import Tensor
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.gauss_newton import GaussNewtonOperator
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
-from subspace_optim.curvature.ranks import Ranks
+from subspace_optim.curvature.process_group import Ranks
 
 
 class ResidualOperator(CurvatureOperator):
@@ -77,10 +77,6 @@ class ResidualOperator(CurvatureOperator):
     def ranks(self) -> Ranks:
         """Those of the Hessian."""
         return self.hessian.ranks
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """Returns the product with ``v: (P,)``, a new ``(P,)``."""
-        return self.matmat(v[None])[0]
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``."""

@@ -1,4 +1,4 @@
-"""Batches of any form: the tensors inside, and the same batch elsewhere.
+"""Batches of any form: the tensors inside, and the same batch on another device.
 
 A batch is made of tensors, sequences, mappings, and objects that hold such things in their fields:
 dataclasses, graphs, packed sequences, what a tokenizer returns.
@@ -20,7 +20,7 @@ from subspace_optim._validation import ArgumentError
 
 _UNDECIDED = object()
 _PLAIN = (str, bytes, int, float, complex)
-# What has fields and is no part of the data that a batch brings.
+# Objects with fields that are leaves all the same, or hold no data.
 _NO_FIELDS = (Tensor, np.ndarray, nn.Module, type, *_PLAIN)
 
 
@@ -30,9 +30,9 @@ def tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def contents(batch: Any) -> list[Tensor]:
-    """Returns tensors that differ when the data of a batch do.
+    """Returns the tensors of a batch, and a checksum of what else it holds.
 
-    They are its tensors, and a checksum of what else it holds: arrays, numbers, and texts.
+    The checksum is of arrays, numbers and texts, in a tensor that comes first.
     """
     checksum, found = 0, []
     for leaf in _leaves(batch):
@@ -48,9 +48,9 @@ def contents(batch: Any) -> list[Tensor]:
 def moved(batch: Any, device: torch.device, cast: Callable[[torch.dtype], torch.dtype]) -> Any:
     """Returns a batch on ``device``, its tensors of the dtypes that ``cast`` says.
 
-    An object with a method ``to`` is moved by it, as a whole: a packed sequence keeps its batch
-    sizes on the CPU. What has to change is copied first, since the batch is its owner's; a batch
-    of which nothing has to change is returned as it is.
+    An object with a method ``to`` is moved by that method, which knows what has to stay: a packed
+    sequence keeps its batch sizes on the CPU. What changes is copied first, since the batch belongs
+    to the user; a batch that need not change is returned as it is.
     """
 
     def elsewhere(tensor: Tensor) -> Tensor:
@@ -93,14 +93,14 @@ def _slots(kind: type) -> Iterable[str]:
 
 
 def _leaves(batch: Any) -> Iterator[Any]:
-    """Yields what a batch is made of, of a container that occurs twice only once."""
+    """Yields the leaves of a batch; a container that occurs twice is walked through once."""
     seen: dict[int, Any] = {}  # alive, so that no other part gets the same id
 
     def walk(node: Any) -> Iterator[Any]:
         children = _children(node)
         if children is None:
             yield node
-        elif id(node) not in seen:  # parts may know the whole that they are of
+        elif id(node) not in seen:  # parts may refer to the whole, as nodes do to their graph
             seen[id(node)] = node
             for child in children:
                 yield from walk(child)
@@ -112,10 +112,10 @@ def _own(item: Any) -> Any:
     """Returns a copy of an object that shares its tensors, for a method that writes into it."""
     leaves = list(_leaves(item))
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        return item  # it does not show what it holds, and copies may be dear
+        return item  # what it holds is not visible, and a copy may be expensive
     try:
         return copy.deepcopy(item, {id(leaf): leaf for leaf in leaves})
-    except Exception:  # noqa: BLE001 (whatever a part says that cannot be copied)
+    except Exception:  # noqa: BLE001 (parts that cannot be copied raise anything)
         return copy.copy(item)
 
 
@@ -135,7 +135,7 @@ def _replaced(
     Raises:
         ArgumentError: a part that holds tensors cannot be copied.
     """
-    # What `deepcopy` finds here, it takes: the new tensors, and parts that stay as they are.
+    # `deepcopy` takes what it finds here: the new tensors, and parts that stay as they are.
     memo: dict[int, Any] = {}
     visited: list[Any] = []  # alive, so that no other part gets the same id
     anything = False
@@ -156,7 +156,7 @@ def _replaced(
                     return True
                 memo[id(node)] = node
             anything |= memo[id(node)] is not node
-        return memo[id(node)] is not node  # a part that knows the whole goes with it
+        return memo[id(node)] is not node  # undecided, of a whole that a part refers to, counts
 
     differs(batch)
     if not anything:

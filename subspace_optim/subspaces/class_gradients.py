@@ -20,11 +20,12 @@ from subspace_optim._validation import (
     check_number,
 )
 from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
-from subspace_optim.curvature.evaluation import Point, Slopes, refuse_reentrant_checkpoints
-from subspace_optim.curvature.isolation import full_precision, random_state_kept
+from subspace_optim.curvature.contexts import full_precision, random_state_kept
+from subspace_optim.curvature.evaluation import PerParameter, Point
 from subspace_optim.curvature.objective import unwrapped
 from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, Params, digest
-from subspace_optim.curvature.ranks import Ranks
+from subspace_optim.curvature.process_group import Ranks
+from subspace_optim.curvature.second_derivatives import refuse_reentrant_checkpoints
 from subspace_optim.curvature.surroundings import ALONE, Surroundings
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
@@ -200,12 +201,9 @@ class ClassGradientSubspace:
         with ALONE, full_precision(device, fused=True), random_state_kept(device, None):
             self._agree()
             with self._ranks.all_or_none():
-                sums = self._ranks.total(
-                    (C * (P + 2),),
-                    self.parameters.dtype,
-                    device,
-                    lambda sums: self._add_to(sums, x, y),
-                )
+                shape = (C * (P + 2),)
+                with self._ranks.summed(shape, self.parameters.dtype, device) as sums:
+                    self._add_to(sums, x, y)
                 averages = self._averaged(*self._split(sums))
         self._given, self._averages = None, averages
         self.stats.observations += 1
@@ -512,7 +510,7 @@ def _spread(logits: Tensor, y: Tensor) -> Tensor:
 
 def _gradients(
     scores: Tensor, present: list[int], leaves: Sequence[Tensor]
-) -> Iterator[tuple[int, Slopes]]:
+) -> Iterator[tuple[int, PerParameter]]:
     """Yields each class that is present, and the gradient of its score."""
     if not scores.requires_grad:
         return

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature import HessianOperator
 from subspace_optim.curvature.averages import averaged, concatenated, examples
-from subspace_optim.curvature.batches import Supervised
+from subspace_optim.curvature.objective import Supervised
 
 CLASSES = 4
 LossFn = Callable[[Any, Any], Tensor]
@@ -328,7 +328,7 @@ def test_the_mean_is_the_sum_over_its_weight(name, data, seed, n):
 
 @pytest.mark.parametrize("name", CASES)
 @many
-@settings(max_examples=6)
+@settings(max_examples=3)
 def test_how_data_are_split_changes_nothing(name, data, seed, n):
     """Loss, gradient and products are those of all data as one batch, by torch itself."""
     case, model, x, y = _problem(name, data, seed, n)

@@ -732,3 +732,10 @@ def test_one_batch_is_read_as_one(data, pairs):
 @pytest.mark.parametrize("data", [[(X, Y), (X, Y)], ((X, Y), (X, Y)), [(Sample(X), Y)] * 2])
 def test_batches_are_read_as_several(data):
     assert passed(Batches(data, pairs=True)) == 2
+
+
+def test_a_pair_of_pairs_is_two_batches_and_in_a_list_it_is_one():
+    pair = (X, X), (Y, Y)
+    assert passed(Batches(pair, pairs=True)) == 2
+    ((_, batch, _),) = Batches([pair], pairs=True).read(torch.device("cpu"))
+    assert batch is pair

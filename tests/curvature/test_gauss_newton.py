@@ -20,8 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import subspace_optim as so
 from subspace_optim.curvature import GaussNewtonOperator
-from subspace_optim.curvature.objective import OfBatch
-from tests.dense import LOSSES, MODELS, Problem, double, half_squared_error, make_problem, problems
+from tests.dense import (
+    LOSSES,
+    MODELS,
+    Problem,
+    double,
+    half_squared_error,
+    make_problem,
+    probes,
+    problems,
+)
 from tests.observe import Seen
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
@@ -67,20 +75,20 @@ def operator_of(problem: Problem, **options: Any) -> GaussNewtonOperator:
     return GaussNewtonOperator(problem.model, problem.loss_fn, problem.batches, **options)
 
 
-def matrix(operator: GaussNewtonOperator) -> Tensor:
-    return operator.matmat(torch.eye(operator.size, dtype=operator.dtype))
+def products(operator: GaussNewtonOperator) -> Tensor:
+    """Those with some random vectors, which tell one matrix from another."""
+    return operator.matmat(probes(operator.size, operator.dtype))
 
 
 def check(operator: GaussNewtonOperator, expected: Tensor) -> None:
     P, dtype = len(expected), operator.dtype
     assert operator.size == P
-    tolerance = {"rtol": 0, "atol": TOLERANCE[dtype] * max(float(expected.abs().max()), 1.0)}
-    rows = matrix(operator)
-    assert (rows.dtype, rows.shape) == (dtype, (P, P))
-    torch.testing.assert_close(rows.double(), expected, **tolerance)
-    v = torch.randn(P, dtype=dtype, generator=torch.Generator().manual_seed(P))
-    tolerance["atol"] *= P**0.5
-    torch.testing.assert_close(operator.matvec(v).double(), expected @ v.double(), **tolerance)
+    scale = max(float(expected.abs().max()), 1.0)
+    tolerance = {"rtol": 0, "atol": TOLERANCE[dtype] * scale * P**0.5}
+    V, rows = probes(P, dtype), products(operator)
+    assert (rows.dtype, rows.shape) == (dtype, V.shape)
+    torch.testing.assert_close(rows.double(), V.double() @ expected, **tolerance)
+    torch.testing.assert_close(operator.matvec(V[0]), rows[0], **tolerance)
 
 
 # --- closed forms -------------------------------------------------------------------------------
@@ -127,7 +135,10 @@ def test_it_is_the_dense_matrix_in_float32(problem, budget):
 def test_every_model_and_loss_has_its_matrix(model, loss):
     problem = make_problem(model, loss, [3, 1, 4])
     expected = of_problem(problem)
-    check(operator_of(problem), expected)
+    operator = operator_of(problem)
+    check(operator, expected)
+    matrix = operator.matmat(torch.eye(operator.size, dtype=operator.dtype))
+    torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-11)
     assert torch.linalg.eigvalsh(expected).min() >= -1e-12
     hessian_matrix = problem.dense().hessian
     assert (hessian_matrix - expected).abs().max() > 1e-3  # another matrix than the Hessian
@@ -199,8 +210,9 @@ def test_parameters_that_changed_have_a_new_matrix(budget):
 def test_it_differentiates_where_gradients_are_switched_off(context):
     problem = make_problem("mlp")
     with context():
-        found = matrix(operator_of(problem)).clone()
-    torch.testing.assert_close(found, of_problem(problem), rtol=0, atol=1e-11)
+        found = products(operator_of(problem)).clone()
+    expected = of_problem(problem)
+    torch.testing.assert_close(found, probes(len(expected)) @ expected, rtol=0, atol=1e-10)
     assert all(p.grad is None for p in problem.model.parameters())
 
 
@@ -377,15 +389,6 @@ def test_a_part_without_second_derivative_is_named():
             operator.matvec(torch.ones(operator.size))
 
 
-def test_from_loss_says_which_constructor_to_use():
-    problem = make_problem("mlp")
-    message = r"batch_loss is .* Use GaussNewtonOperator\(model, loss_fn, data\)"
-    with pytest.raises(so.ArgumentError, match=message):
-        GaussNewtonOperator.from_loss(problem.model, lambda m, b: (m(b), 1), problem.batches)
-    with pytest.raises(so.ArgumentError, match=message):
-        GaussNewtonOperator(problem.model, OfBatch(lambda m, b: (m(b), 1)), problem.batches)
-
-
 def test_arguments_that_cannot_be_used_are_named():
     problem = make_problem("mlp")
     with pytest.raises(so.ArgumentError, match="loss_fn is None, but must be callable"):
@@ -397,11 +400,11 @@ def test_arguments_that_cannot_be_used_are_named():
 def test_a_copy_is_bound_to_the_copied_model():
     problem = make_problem("mlp")
     operator = operator_of(problem)
-    before = matrix(operator)
+    before = products(operator)
     other_model, other = copy.deepcopy((problem.model, operator))
     other_model[0].weight.data[0, 0] += 0.5
     check(other, dense_gauss_newton(other_model, problem.loss_fn, problem.batches))
-    assert torch.equal(matrix(operator), before)
+    assert torch.equal(products(operator), before)
 
 
 def test_a_subspace_is_that_of_the_dense_matrix():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from subspace_optim._validation import ArgumentError, NonFiniteError
-from subspace_optim.curvature import HessianOperator, mean_loss
+from subspace_optim.curvature import HessianOperator, dependencies
 from tests.dense import (
     LOSSES,
     MODELS,
@@ -26,6 +26,7 @@ from tests.dense import (
     dense_curvature,
     half_squared_error,
     make_problem,
+    probes,
     problems,
     supervised,
 )
@@ -45,24 +46,23 @@ def check(operator: HessianOperator, dense: Dense) -> None:
     scale = float(dense.hessian.abs().max())
     tolerance = {"rtol": 0, "atol": TOLERANCE[dtype] * max(scale, 1.0)}
 
-    rows = operator.matmat(torch.eye(P, dtype=dtype))
-    assert (rows.dtype, rows.shape) == (dtype, (P, P))
-    torch.testing.assert_close(rows.double(), dense.hessian, **tolerance)
-    torch.testing.assert_close(rows, rows.T, **tolerance)
-
-    v = torch.randn(P, dtype=dtype, generator=torch.Generator().manual_seed(P))
-    product = operator.matvec(v)
-    assert (product.dtype, product.shape) == (dtype, (P,))
-    tolerance["atol"] *= P**0.5
-    torch.testing.assert_close(product.double(), dense.hessian @ v.double(), **tolerance)
-
     assert operator.gradient().dtype == dtype
     torch.testing.assert_close(operator.gradient().double(), dense.gradient, **tolerance)
+
+    V = probes(P, dtype)
+    tolerance["atol"] *= P**0.5
+    rows = operator.matmat(V)
+    assert (rows.dtype, rows.shape) == (dtype, V.shape)
+    torch.testing.assert_close(rows.double(), V.double() @ dense.hessian, **tolerance)
+    product = operator.matvec(V[0])
+    assert (product.dtype, product.shape) == (dtype, (P,))
+    torch.testing.assert_close(product, rows[0], **tolerance)
     assert operator.loss() == pytest.approx(dense.loss, rel=TOLERANCE[dtype])
 
 
-def matrix(operator: HessianOperator) -> Tensor:
-    return operator.matmat(torch.eye(operator.size, dtype=operator.dtype))
+def products(operator: HessianOperator) -> Tensor:
+    """Those with some random vectors, which tell one matrix from another."""
+    return operator.matmat(probes(operator.size, operator.dtype))
 
 
 # --- closed forms -------------------------------------------------------------------------------
@@ -120,7 +120,11 @@ def test_every_model_and_loss_has_its_dense_hessian(model, loss):
     problem = make_problem(model, loss)
     dense = problem.dense()
     assert dense.hessian.abs().max() > 1e-2
-    check(operator_of(problem), dense)
+    operator = operator_of(problem)
+    check(operator, dense)
+    matrix = operator.matmat(torch.eye(operator.size, dtype=operator.dtype))
+    torch.testing.assert_close(matrix, dense.hessian, rtol=0, atol=1e-11)
+    torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-12)
 
 
 @pytest.mark.gpu
@@ -241,9 +245,23 @@ def test_bf16_models_are_differentiated_through_float32_copies():
     high = Problem(copy.deepcopy(problem.model).float(), problem.loss_fn, [])
     for x, y in problem.batches:
         high.batches.append((x.float(), y))
-    assert torch.equal(matrix(low), matrix(operator_of(high)))
+    assert torch.equal(products(low), products(operator_of(high)))
     assert all(p.dtype == torch.bfloat16 for p in problem.model.parameters())
     check(low, high.dense())
+
+
+@pytest.mark.parametrize("what", ["matvec", "gradient", "loss"])
+def test_a_forward_pass_that_names_its_low_precision_is_refused_with_the_way_out(what):
+    """Its input would be bf16 and its parameters are float32."""
+
+    class Named(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(torch.bfloat16))
+
+    x, y = torch.randn(4, 3).bfloat16(), torch.arange(4) % 2
+    operator = HessianOperator(Named(3, 2).bfloat16(), nn.CrossEntropyLoss(), (x, y))
+    with pytest.raises(ArgumentError, match=r"a dtype inside of the model .*self\.weight\.dtype"):
+        _read(operator, what)
 
 
 # --- finite differences: an oracle without second derivatives -----------------------------------
@@ -305,15 +323,16 @@ def test_dropout_has_fixed_masks_and_a_symmetric_matrix():
     batches = make_problem(sizes=[5, 3]).batches
     model = Dropping().double().train()
     operator = HessianOperator(model, nn.CrossEntropyLoss(), batches)
-    first = matrix(operator)
+    first = products(operator)
     torch.rand(7)  # the global random state has no part in it
-    torch.testing.assert_close(first, first.T, rtol=0, atol=1e-14)
+    forms = probes(operator.size) @ first.T
+    torch.testing.assert_close(forms, forms.T, rtol=0, atol=1e-12)
     operator.release()
-    assert torch.equal(matrix(operator), first)
+    assert torch.equal(products(operator), first)
     streamed = HessianOperator(model, nn.CrossEntropyLoss(), batches, memory_budget=0)
-    torch.testing.assert_close(matrix(streamed), first, rtol=0, atol=1e-14)
+    torch.testing.assert_close(products(streamed), first, rtol=0, atol=1e-13)
     other = HessianOperator(model, nn.CrossEntropyLoss(), batches, seed=1)
-    assert not torch.allclose(matrix(other), first)
+    assert not torch.allclose(products(other), first)
 
 
 def test_each_batch_has_a_mask_of_its_own():
@@ -335,15 +354,15 @@ def test_modes_choose_the_function_and_none_takes_the_model_as_it_is(budget):
         loss = nn.CrossEntropyLoss()
         return HessianOperator(model, loss, batches, mode=mode, memory_budget=budget)
 
-    trained = matrix(operator("train"))
-    assert not torch.allclose(trained, dense.hessian)
+    trained = products(operator("train"))
+    assert not torch.allclose(trained, probes(len(dense.hessian)) @ dense.hessian)
     as_it_is = operator(None)
     check(as_it_is, dense)
     check(operator("eval"), dense)
     model.train()
-    assert torch.equal(matrix(as_it_is), trained)  # a change of mode is a change of matrix
+    assert torch.equal(products(as_it_is), trained)  # a change of mode is a change of matrix
     check(operator("eval"), dense)
-    assert torch.equal(matrix(operator("train")), trained)
+    assert torch.equal(products(operator("train")), trained)
 
 
 def test_a_part_in_eval_mode_stays_so():
@@ -389,14 +408,14 @@ def test_spectral_norm_takes_one_power_iteration_from_its_buffers_in_train_mode(
     dense = dense_curvature(iterated.eval(), supervised(nn.CrossEntropyLoss()), batches)
     operator = HessianOperator(model, nn.CrossEntropyLoss(), batches, memory_budget=budget)
     check(operator, dense)
-    assert torch.equal(matrix(operator), matrix(operator))
+    assert torch.equal(products(operator), products(operator))
 
 
 def test_autocast_around_it_has_no_effect():
     problem = make_problem("mlp", dtype=torch.float32)
-    expected = matrix(operator_of(problem))
+    expected = products(operator_of(problem))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(matrix(operator_of(problem)), expected)
+        assert torch.equal(products(operator_of(problem)), expected)
         gradient = operator_of(problem).gradient()
         loss = operator_of(problem).loss()
     assert torch.equal(gradient, operator_of(problem).gradient())
@@ -409,9 +428,10 @@ def test_it_differentiates_where_gradients_are_switched_off(context, budget):
     problem = make_problem("mlp")
     operator = operator_of(problem, memory_budget=budget)
     with context():
-        inside = matrix(operator).clone()
+        inside = products(operator).clone()
         assert not torch.is_grad_enabled()
-    torch.testing.assert_close(inside, problem.dense().hessian, rtol=0, atol=1e-11)
+    expected = probes(operator.size) @ problem.dense().hessian
+    torch.testing.assert_close(inside, expected, rtol=0, atol=1e-10)
     check(operator, problem.dense())  # and what was kept from inside serves outside
 
 
@@ -467,9 +487,9 @@ CHANGES = {
 def test_parameters_that_changed_have_a_new_matrix(change, budget):
     problem = make_problem("mlp")
     operator = operator_of(problem, memory_budget=budget)
-    before = matrix(operator)
+    before = products(operator)
     change(problem.model)
-    assert not torch.allclose(matrix(operator), before)
+    assert not torch.allclose(products(operator), before)
     check(operator, problem.dense())
 
 
@@ -489,8 +509,8 @@ def test_no_copy_is_held_so_a_promise_that_is_broken_is_an_error(engine):
 
 def test_frozen_looks_at_the_parameters_once(monkeypatch):
     looks = []
-    digest = mean_loss.digest
-    monkeypatch.setattr(mean_loss, "digest", lambda tensors: looks.append(1) or digest(tensors))
+    digest = dependencies.digest
+    monkeypatch.setattr(dependencies, "digest", lambda tensors: looks.append(1) or digest(tensors))
     operator = operator_of(make_problem("mlp"))
     v = torch.ones(operator.size, dtype=torch.float64)
     with operator.frozen():
@@ -578,21 +598,21 @@ def test_streamed_graphs_are_built_once_for_each_block_of_products():
 def test_a_budget_for_some_graphs_keeps_those_and_streams_the_others():
     sizes = (4, 4, 4, 4)
     _, whole = counted(sizes, memory_budget=1 << 30)
-    expected = matrix(whole)
+    expected = products(whole)
     each = whole.stats.graph_bytes / 4
     model, operator = counted(sizes, memory_budget=int(2.5 * each))
-    torch.testing.assert_close(matrix(operator), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(products(operator), expected, rtol=0, atol=1e-13)
     stats = operator.stats
     assert (stats.graphs_kept, stats.graphs_streamed) == (2, 2)
     assert 0 < stats.graph_bytes <= 2.5 * each
     before = model.calls
-    matrix(operator)
+    products(operator)
     assert model.calls == before + 2
 
 
 def test_the_default_budget_keeps_the_graphs_of_a_small_model():
     _, operator = counted()
-    matrix(operator)
+    products(operator)
     assert operator.stats.graphs_streamed == 0
 
 
@@ -667,12 +687,12 @@ def test_graphs_that_stream_are_gone_one_by_one():
 
 def test_release_frees_the_graphs_and_the_next_product_builds_them_again():
     model, operator = counted()
-    first, gradient = matrix(operator), operator.gradient()
+    first, gradient = products(operator), operator.gradient()
     operator.release()
     assert torch.equal(operator.gradient(), gradient)
     assert operator.loss() == operator.loss()
     assert model.calls == 3
-    assert torch.equal(matrix(operator), first)
+    assert torch.equal(products(operator), first)
     assert model.calls == 6
 
 

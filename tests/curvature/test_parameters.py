@@ -188,6 +188,16 @@ def test_parameters_that_cannot_be_used_are_named(make, choose, message):
         ParameterSpace(model, choose(model))
 
 
+def test_lazy_layers_have_to_see_a_batch_first():
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    with pytest.raises(
+        ArgumentError, match=r"'0\.weight' is 'uninitialized'.* Call the model on a"
+    ):
+        ParameterSpace(model)
+    model(torch.ones(3, 2))
+    assert ParameterSpace(model).size == 4 * 2 + 4 + 4 + 4
+
+
 def test_frozen_and_complex_parameters_do_no_harm_where_they_are_not_asked_for():
     model = Parameters(a=torch.zeros(2), z=torch.zeros(2, dtype=torch.complex64))
     assert ParameterSpace(model, [model.a]).names == ["a"]
@@ -206,7 +216,7 @@ def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(data=st.data(), dtype=st.sampled_from(FLOATS), seed=st.integers(0, 99))
 def test_any_single_bit_changes_the_digest(data, dtype, seed):
     space = space_of(randn(5, 3, dtype=dtype, seed=seed), randn(7, dtype=dtype, seed=seed + 1))
@@ -261,11 +271,11 @@ def test_changes_of_several_elements_do_not_cancel(dtype, change):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_no_exchange_of_ones_and_twos_goes_unseen(dtype):
     """The worst values: 1.0 and 2.0 differ in high bits only, which a wide sum shifts out."""
-    space = space_of(torch.tensor([1.0, 2.0]).repeat(64).to(dtype))
+    space = space_of(torch.tensor([1.0, 2.0]).repeat(24).to(dtype))
     p, before = space.tensors[0].data, space.digest()
     unseen = 0
-    for i in range(0, 128, 2):
-        for j in range(1, 128, 2):
+    for i in range(0, 48, 2):
+        for j in range(1, 48, 2):
             p[i], p[j] = 2, 1
             unseen += space.digest() == before
             p[i], p[j] = 1, 2

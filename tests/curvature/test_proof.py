@@ -21,7 +21,7 @@ from subspace_optim import (
     NotOneFunctionError,
     SecondDerivativeError,
 )
-from subspace_optim.curvature import objective, surroundings
+from subspace_optim.curvature import reachable, second_derivatives
 from subspace_optim.curvature.surroundings import Surroundings
 from tests.dense import LOSSES, MODELS, Apply, make_problem
 
@@ -234,7 +234,7 @@ def test_what_torch_has_wrong_is_caught_where_it_is_not_written_out(dtype, monke
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)), *network()[1:])
     net, data = net.to(dtype), [(x.to(dtype), y) for x, y in BATCHES]
     use(HessianOperator(net, F.cross_entropy, data))
-    monkeypatch.setattr(objective, "_PARTS", {})
+    monkeypatch.setattr(second_derivatives, "_PARTS", {})
     with pytest.raises(InconsistentDerivativeError, match="second derivative"):
         use(HessianOperator(net, F.cross_entropy, data))
 
@@ -341,7 +341,7 @@ BLANK = torch.zeros(12, 3)
 """Inputs of zeros: with biases of zero every unit lies exactly at its kink."""
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     act=st.sampled_from(sorted(ACTIVATIONS)),
@@ -500,7 +500,7 @@ def test_the_walk_ends():
         chain = deeper
     net.data = list(range(200_000))
     found = Surroundings(net, F.cross_entropy, torch.device("cpu"))
-    assert len(found._sequences) <= surroundings._MOST
+    assert len(found._sequences) <= reachable._MOST
     assert not any(s is net.data for s in found._sequences)
 
 

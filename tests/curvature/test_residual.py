@@ -18,7 +18,7 @@ from subspace_optim import (
     ResidualOperator,
 )
 from tests.curvature.test_gauss_newton import of_problem
-from tests.dense import Problem, half_squared_error, make_problem, problems
+from tests.dense import Problem, half_squared_error, make_problem, probes, problems
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 
@@ -32,6 +32,11 @@ def parts(
     return hessian, gauss_newton, ResidualOperator(hessian, gauss_newton)
 
 
+def products(operator: so.CurvatureOperator) -> Tensor:
+    """Those with some random vectors, which tell one matrix from another."""
+    return operator.matmat(probes(operator.size, operator.dtype)).double()
+
+
 def matrix(operator: so.CurvatureOperator) -> Tensor:
     return operator.matmat(torch.eye(operator.size, dtype=operator.dtype)).double()
 
@@ -40,18 +45,15 @@ def check(problem: Problem, **options: Any) -> None:
     hessian, gauss_newton, residual = parts(problem, **options)
     dense = problem.dense().hessian
     scale = max(float(dense.abs().max()), 1.0)
-    tolerance = {"rtol": 0, "atol": TOLERANCE[residual.dtype] * scale}
-    R = matrix(residual)
+    tolerance = {"rtol": 0, "atol": TOLERANCE[residual.dtype] * scale * len(dense) ** 0.5}
+    V, R = probes(len(dense), residual.dtype), products(residual)
     assert (residual.size, residual.dtype) == (len(dense), hessian.dtype)
-    torch.testing.assert_close(R, dense - of_problem(problem), **tolerance)
-    torch.testing.assert_close(matrix(gauss_newton) + R, dense, **tolerance)
-    torch.testing.assert_close(matrix(hessian), matrix(gauss_newton) + R, **tolerance)
-    v = torch.randn(len(dense), generator=torch.Generator().manual_seed(0)).to(residual.dtype)
-    product = residual.matvec(v)
-    assert (product.shape, product.dtype) == (v.shape, v.dtype)
-    torch.testing.assert_close(
-        product.double(), R @ v.double(), rtol=0, atol=10 * tolerance["atol"]
-    )
+    expected = V.double() @ (dense - of_problem(problem))
+    torch.testing.assert_close(R, expected, **tolerance)
+    torch.testing.assert_close(products(hessian), products(gauss_newton) + R, **tolerance)
+    product = residual.matvec(V[0])
+    assert (product.shape, product.dtype) == (V[0].shape, V.dtype)
+    torch.testing.assert_close(product.double(), R[0], **tolerance)
 
 
 @settings(max_examples=5)
@@ -111,7 +113,7 @@ def test_loss_and_gradient_are_the_hessians():
     for products_first in (True, False):
         residual = parts(problem)[2]
         if products_first:
-            matrix(residual)
+            products(residual)
         torch.testing.assert_close(residual.gradient(), dense.gradient, rtol=0, atol=1e-12)
         assert residual.loss() == pytest.approx(dense.loss, rel=1e-12)
 
@@ -122,8 +124,8 @@ def test_a_hessian_of_finite_differences_will_do():
     hessian, gauss_newton = FiniteDifferenceHessian(*arguments), GaussNewtonOperator(*arguments)
     residual = ResidualOperator(hessian, gauss_newton)
     assert residual.accuracy == hessian.accuracy > gauss_newton.accuracy
-    expected = problem.dense().hessian - of_problem(problem)
-    assert (matrix(residual) - expected).abs().max() <= 1e-8
+    expected = probes(residual.size) @ (problem.dense().hessian - of_problem(problem))
+    assert (products(residual) - expected).abs().max() <= 1e-7
 
 
 def test_its_top_eigenpairs_are_found_by_a_subspace():
@@ -202,9 +204,10 @@ def test_the_same_loss_in_other_batches_is_the_same(dtype, far):
     x, y = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     hessian = HessianOperator(problem.model, problem.loss_fn, (x, y))
     gauss_newton = GaussNewtonOperator(problem.model, problem.loss_fn, batches)
-    residual = matrix(ResidualOperator(hessian, gauss_newton))
+    residual = products(ResidualOperator(hessian, gauss_newton))
     problem = Problem(problem.model, problem.loss_fn, batches)
-    expected = problem.dense().hessian - of_problem(problem)
+    V = probes(residual.shape[1], dtype).double()
+    expected = V @ (problem.dense().hessian - of_problem(problem))
     scale = max(1.0, float(expected.abs().max()))
     assert (residual - expected).abs().max() <= TOLERANCE[dtype] * scale
 
@@ -216,22 +219,23 @@ def test_frozen_freezes_both():
     """No copy is held: parameters that change inside, against the promise, are an error."""
     problem = make_problem()
     _, _, residual = parts(problem)
-    before = matrix(residual)
+    before = products(residual)
     with residual.frozen():
-        assert torch.equal(matrix(residual), before)
+        assert torch.equal(products(residual), before)
         with torch.no_grad():
             for p in problem.model.parameters():
                 p.mul_(1.1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            matrix(residual)
-    after = matrix(residual)
-    torch.testing.assert_close(after, problem.dense().hessian - of_problem(problem))
+            products(residual)
+    after = products(residual)
+    expected = problem.dense().hessian - of_problem(problem)
+    torch.testing.assert_close(after, probes(len(expected)) @ expected)
     assert (after - before).abs().max() > 1e-3
 
 
 def test_release_frees_what_both_keep():
     hessian, gauss_newton, residual = parts(make_problem())
-    matrix(residual)
+    products(residual)
     assert hessian._point.kept
     assert gauss_newton._point.kept
     residual.release()
@@ -272,6 +276,6 @@ def test_a_copy_goes_with_the_copied_model():
         for p in problem.model.parameters():
             p.zero_()
     moved = Problem(model, problem.loss_fn, problem.batches)
-    expected = moved.dense().hessian - of_problem(moved)
-    assert (matrix(twin) - expected).abs().max() <= 1e-11
-    assert (matrix(residual) - expected).abs().max() > 1e-3
+    expected = probes(residual.size) @ (moved.dense().hessian - of_problem(moved))
+    assert (products(twin) - expected).abs().max() <= 1e-10
+    assert (products(residual) - expected).abs().max() > 1e-3

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import subspace_optim as so
-from subspace_optim.curvature.ranks import Ranks, warn_without_group
+from subspace_optim.curvature.process_group import Ranks, warn_without_group
 from tests.dense import make_problem
 from tests.optim.naive import DenseOperator, Quartic
 
@@ -56,12 +56,9 @@ class Shared(DenseOperator):
 
     def matmat(self, vectors: Tensor) -> Tensor:
         part = (1 + self._ranks.rank) / 3  # of two ranks: a third, and two thirds
-        return self._ranks.total(
-            vectors.shape,
-            vectors.dtype,
-            vectors.device,
-            lambda total: total.add_(super(Shared, self).matmat(vectors), alpha=part),
-        )
+        with self._ranks.summed(vectors.shape, vectors.dtype, vectors.device) as total:
+            total.add_(super().matmat(vectors), alpha=part)
+        return total
 
 
 class RunsOut(TorchDispatchMode):
@@ -207,14 +204,12 @@ def kinds() -> dict[str, Any]:
     ranks, found = Ranks(dist.group.WORLD), {}
     for name, make in ERRORS.items():
 
-        def fail(total: Tensor, make: Any = make) -> None:
-            total += 1
-            if dist.get_rank() == 1:
-                raise make()
-
-        def inside(total: Callable[[Tensor], None] = fail) -> None:
-            with ranks.all_or_none():
-                ranks.total((2,), torch.float32, torch.device("cpu"), total)
+        def inside(make: Any = make) -> None:
+            summed = ranks.summed((2,), torch.float32, torch.device("cpu"))
+            with ranks.all_or_none(), summed as total:
+                total.add_(1)
+                if dist.get_rank() == 1:
+                    raise make()
 
         def alone(make: Any = make) -> None:
             with ranks.all_or_none():

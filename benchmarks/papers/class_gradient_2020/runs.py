@@ -18,7 +18,7 @@ from benchmarks.papers.networks import made, resnet9
 from benchmarks.papers.problems import as_images, pooled, real
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Row, train
-from subspace_optim.curvature.isolation import in_mode
+from subspace_optim.curvature.contexts import in_mode
 
 Method = Literal["sgd", "printed", "orthogonal", "slowed", "added", "damped"]
 """SGD, and the quasi-Newton method: eq. 15 as printed, with orthogonal vectors, or calmed.

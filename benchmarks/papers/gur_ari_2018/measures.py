@@ -16,7 +16,7 @@ from benchmarks.papers import problems
 from benchmarks.papers.networks import fully_connected, made, resnet, simple_convnet
 from benchmarks.papers.reproduction import Job
 from benchmarks.papers.training import Row
-from subspace_optim.curvature.isolation import in_mode
+from subspace_optim.curvature.contexts import in_mode
 from subspace_optim.diagnostics import hessian_gradient_overlap
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -31,14 +33,14 @@ def _device_generators(device: torch.device) -> list[Generator]:
 
 
 def global_generators(device: torch.device) -> list[Generator]:
-    """Returns those that code draws from where it names none: torch's, NumPy's and Python's."""
+    """Returns the global generators of torch, NumPy and Python."""
     python: Any = random.seed  # a method of the one that is shared
     legacy: Any = np.random.mtrand._rand  # noqa: SLF001 (np.random.seed is a method of it)
     return [*_device_generators(device), legacy, python.__self__]
 
 
 def seed_generator(generator: Generator, seed: int) -> None:
-    """Lets a generator of any library draw as if it had just been made from ``seed``."""
+    """Seeds a generator of any of the three libraries."""
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = type(generator.bit_generator)(seed).state
     elif isinstance(generator, torch.Generator):
@@ -48,7 +50,7 @@ def seed_generator(generator: Generator, seed: int) -> None:
 
 
 def states_kept(generators: Iterable[Generator]) -> Callable[[], None]:
-    """Returns what puts the present states of generators back."""
+    """Returns a function that puts the present states of generators back."""
     states = [(generator, _state(generator)) for generator in generators]
 
     def restore() -> None:
@@ -73,7 +75,7 @@ def _state(generator: Generator) -> Any:
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Draws from torch's generators as if they had just been seeded: dropout masks are fixed."""
+    """Seeds torch's own generators inside, so that dropout masks are fixed, and restores them."""
     generators = _device_generators(device)
     restore = states_kept(generators)
     try:
@@ -115,7 +117,10 @@ def in_mode(model: nn.Module, mode: Mode | None) -> Iterator[None]:
 
 
 def _precision_settings(device: torch.device) -> Iterable[tuple[Any, Any]]:
-    """Settings by operation, each with the backend's, which it follows while it is "none"."""
+    """The precision setting of each operation, with that of its backend.
+
+    An operation whose setting is "none" follows its backend.
+    """
     backends: Any = torch.backends  # its annotations lack the settings by operation
     if device.type == "cuda":
         return [
@@ -137,7 +142,7 @@ def full_precision(device: torch.device, *, fused: bool = False) -> Iterator[Non
             mathematical form, since fused kernels have no second derivative.
     """
     settings = list(_precision_settings(device))
-    # A setting reads as what is in force: one that equals its backend's goes on following it.
+    # A setting of "none" reads as its backend's. So one that equals it is put back as "none".
     saved = [
         "none" if setting.fp32_precision == above.fp32_precision else setting.fp32_precision
         for setting, above in settings
@@ -155,3 +160,51 @@ def full_precision(device: torch.device, *, fused: bool = False) -> Iterator[Non
         finally:
             for (setting, _), value in zip(settings, saved, strict=True):
                 setting.fp32_precision = value
+
+
+@contextmanager
+def no_autocast_inside() -> Iterator[None]:
+    """Keeps autocast off, for this thread, where the model itself switches it on."""
+    switch, own = torch.set_autocast_enabled, threading.get_ident()
+
+    def only_off(*arguments: Any) -> None:
+        on = arguments[-1] and threading.get_ident() != own
+        switch(*arguments[:-1], on)  # type: ignore[call-overload]
+
+    torch.set_autocast_enabled = only_off  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled = switch
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Delays Ctrl-C and SIGTERM to the end of the block; a second one comes at once.
+
+    An interrupt between two instructions of a ``finally`` would leave the model half put back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[Any] = []
+    handlers: dict[int, Any] = {}
+    for waiting in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(waiting)
+        if callable(handler):
+            handlers[int(waiting)] = handler
+
+    def wait(number: int, frame: Any) -> None:
+        if came:
+            handlers[number](number, frame)
+        came.append((number, frame))
+
+    for number in handlers:
+        signal.signal(number, wait)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            handlers[came[0][0]](*came[0])

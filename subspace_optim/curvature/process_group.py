@@ -1,9 +1,9 @@
 """Sums over the ranks of a process group, and one error on all of them where one fails.
 
-Ranks that wait for each other have to do the same things in the same order. So each thing that
-they do together begins with a *meeting*, one all-reduce of a few numbers: has one of them failed,
-and are all about to do the same? A rank that fails in between goes on to the next meeting, whatever
-the others will do there, and all leave it with the same error.
+Ranks that wait for each other have to do the same things in the same order. So whatever they do
+together begins with a *meeting*, an all-reduce of a few numbers that tells whether a rank has
+failed, and whether all are about to do the same. A rank that fails on its own goes to the next
+meeting, and all ranks leave that one with its error.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Ranks:
         ArgumentError: it is no process group, or one that this process does not belong to.
     """
 
-    _occasion: ClassVar[int] = 0  # counts meetings, and what leads to them
+    _occasion: ClassVar[int] = 0  # counts meetings and their preparations: which error is of which
 
     def __init__(self, process_group: Any) -> None:
         known = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
@@ -59,23 +59,18 @@ class Ranks:
         self._message = torch.zeros(0) if process_group is None else _message(process_group)
         self._on_cpu = self._message.numpy() if self._message.device.type == "cpu" else None
 
-    def total(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        add_to: Callable[[Tensor], None],
-    ) -> Tensor:
-        """Returns the sum over ranks of what ``add_to`` adds to zeros; one all-reduce of it."""
+    @contextmanager
+    def summed(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Iterator[Tensor]:
+        """Yields zeros to add to; where the block ends, one all-reduce sums them over the ranks."""
         if self.group is None:
-            total = torch.zeros(shape, dtype=dtype, device=device)
-            add_to(total)
-            return total
+            yield torch.zeros(shape, dtype=dtype, device=device)
+            return
         with self._before(f"the sum of a tensor of shape {tuple(shape)}"):
             total = torch.zeros(shape, dtype=dtype, device=device)
-            add_to(total)
+            yield total
         self._all_reduce(total)
-        return total
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums ``tensor`` over the ranks in place."""
@@ -95,9 +90,9 @@ class Ranks:
         return [bool(same) for same in (largest == smallest).tolist()]
 
     def any(self, holds: Callable[[], bool | None]) -> bool | None:
-        """Returns whether it holds on any rank. What fails on one raises on all.
+        """Returns whether ``holds()`` on any rank. What fails on one raises on all.
 
-        ``None``, which all ranks have to find at once, is that there is nothing to tell.
+        Where it returns ``None``, which it has to do on all ranks at once, nothing is communicated.
         """
         if self.group is None:
             return holds()
@@ -129,7 +124,7 @@ class Ranks:
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """What fails inside on one rank raises on all, wherever the others are inside."""
+        """Raises on all ranks what fails inside on one of them."""
         if self.group is None:
             yield
         else:
@@ -138,14 +133,14 @@ class Ranks:
 
     @contextmanager
     def _before(self, doing: str) -> Iterator[None]:
-        """Prepares alone what is done together: then all have met, and none has failed."""
+        """Runs what each rank does on its own, and then meets: no rank has failed after it."""
         error = None
         Ranks._occasion += 1
         try:
             yield
         except Exception as caught:
             if getattr(caught, "told_on", None) == Ranks._occasion:
-                raise  # all ranks have heard of it just now
+                raise  # it was raised on all ranks at their latest meeting
             error = caught
         self._meet(doing, error)
 
@@ -174,7 +169,7 @@ class Ranks:
         if self._on_cpu is None:
             self._message.copy_(torch.tensor(own))
         else:
-            self._on_cpu[:] = own  # torch, which may be what fails, has no part in it
+            self._on_cpu[:] = own  # by NumPy: torch may be what fails, for want of memory
         self._all_reduce(self._message, dist.ReduceOp.MAX)
         failed, flagged, *largest = self._message.tolist()
         if failed:
@@ -196,7 +191,7 @@ class Ranks:
         try:
             dist.all_reduce(tensor, operation, self.group)
         except Exception as error:
-            self.told(error)  # there is no connection to tell of it by
+            self.told(error)  # without a connection no other rank can be told
             raise
 
     def _raise_first(self, error: Exception | None) -> None:
@@ -216,15 +211,15 @@ class Ranks:
 
     @staticmethod
     def told(error: _Error) -> _Error:
-        """Marks an error that all ranks have: it need not be told once more on its way up.
+        """Marks an error that is raised on all ranks: blocks around it need not meet for it again.
 
-        On this occasion, that is: the same object may be raised by one rank alone later.
+        The mark holds until the next meeting, since one rank may raise the same object later.
         """
         error.told_on = Ranks._occasion  # type: ignore[attr-defined]
         return error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # a copy on every rank goes on in the same group
+        return self  # copies communicate in the same group
 
     def __reduce__(self) -> Any:
         if self.group is None:
@@ -236,7 +231,7 @@ class Ranks:
 
 
 def warn_without_group(model: nn.Module, process_group: Any) -> None:
-    """Warns of a model whose ranks train together, while each would measure its own data.
+    """Warns where a model is trained on several ranks and each would measure its own data alone.
 
     Args:
         model: with its wrappers, as it was given to the operator.
@@ -257,14 +252,14 @@ def warn_without_group(model: nn.Module, process_group: Any) -> None:
 
 
 def _message(group: Any) -> Tensor:
-    """Returns room for what is told in a meeting, on a device that the group communicates from."""
+    """Returns the tensor of a meeting, on a device that the group communicates from."""
     devices = {device.type for device in group._device_types}  # noqa: SLF001 (no public name)
     device = "cpu" if "cpu" in devices or not devices else devices.pop()
     return torch.zeros(6, dtype=torch.int64, device=device)
 
 
 def _number(text: str) -> int:
-    """Returns 64 bits that tell one text from another, on whatever machine."""
+    """Returns 64 bits of a hash that is the same on all machines."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -272,15 +267,15 @@ def _number(text: str) -> int:
 def _text(error: Exception) -> str:
     try:
         return str(error)
-    except Exception:  # noqa: BLE001 (an error that cannot tell of itself is one all the same)
+    except Exception:  # noqa: BLE001 (of a faulty __str__: the error itself still counts)
         return f"{type(error).__name__}, which has no message"
 
 
 def _plain_kind(error: Exception) -> str:
-    """Returns the name of the first class of ``error`` that one message makes.
+    """Returns the name of the nearest base class of ``error`` that is made from one message.
 
-    ``Exception`` at the latest: a base class and not just any, since what is done about an error
-    depends on what it is a kind of.
+    A base class, ``Exception`` at the latest, since what is done about an error depends on its
+    class.
     """
     return next(cls.__name__ for cls in type(error).__mro__ if _is_plain(cls))
 

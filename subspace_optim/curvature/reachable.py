@@ -1,0 +1,266 @@
+"""What a loss can reach: modules, tensors, generators, and Python state, by a walk from its roots.
+
+A forward pass may read and write more than parameters and buffers: running statistics, a hidden
+state, a counter, a queue, a generator of its own, the critic in a closure.
+"""
+
+from __future__ import annotations
+
+import dis
+import random
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim import Optimizer
+
+from subspace_optim.curvature.contexts import Generator, global_generators
+
+_MOST = 50_000
+"""Objects that are looked at, at most. State in objects further away is not put back; that the
+loss is then no function of the parameters is what ``proof`` tells."""
+_LONG = 1_000
+"""Elements of a container that are looked at, at most: a longer one holds data."""
+_LONGER = 100_000
+"""Elements of a container that are put back, at most."""
+_SMALL = 1 << 20
+"""Bytes of a plain tensor that is copied before each evaluation. Whether a larger one is written
+to is learned once, by watching an evaluation."""
+_LARGE = 1 << 24
+"""Bytes of a NumPy array that is put back."""
+_APART = {
+    "torch", "subspace_optim", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate",
+    "transformers", "wandb", "mlflow", "tensorboard", "tqdm", "rich", "logging", "threading",
+    "multiprocessing", "concurrent", "asyncio",
+}  # fmt: skip
+"""Packages whose objects run threads of their own, or have no part in a loss."""
+_NUMBERS = (bool, int, float, complex)
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device}
+_INTERNAL = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+"""The dicts of hooks and the like that every module has; they are looked at where not empty."""
+MISSING = object()
+"""Stands for what an empty cell, or a namespace without the name, does not hold."""
+
+
+class Reachable:
+    """What can be reached from a model and its loss, at this moment.
+
+    Args:
+        model: its parameters and buffers are part of what the loss depends on.
+        loss: anything callable: a function with its closure and globals, a module, an object.
+        device: where the parameters live, whose own generator is drawn from too.
+
+    Attributes:
+        modules: all that were found, those of the model first.
+    """
+
+    def __init__(self, model: nn.Module, loss: Any, device: torch.device) -> None:
+        self.modules: list[nn.Module] = []
+        self._owners: list[dict[str, Any]] = []  # attributes of modules and objects
+        self._classes: list[tuple[type, dict[str, Any]]] = []
+        self._namespaces: list[dict[Any, Any]] = []
+        self._sequences: list[Any] = []
+        self._cells: list[CellType] = []
+        self._globals: list[tuple[dict[str, Any], set[str]]] = []
+        self._generators: list[Generator] = global_generators(device)
+        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._loose: list[Tensor] = []  # tensors that no module has registered
+        self._walk([model, loss])
+        registered = {id(t) for t in self.parameters() + self.buffers()}
+        self._loose = [t for t in self._loose if id(t) not in registered]
+
+    def parameters(self) -> list[Tensor]:
+        """Returns the parameters of all modules, each once."""
+        return once(p for m in self.modules for p in m._parameters.values())  # noqa: SLF001
+
+    def buffers(self) -> list[Tensor]:
+        """Returns the buffers of all modules, each once."""
+        return once(b for m in self.modules for b in m._buffers.values())  # noqa: SLF001
+
+    def tensors(self) -> list[Tensor]:
+        """Returns all of both on which the loss depends.
+
+        Running statistics of layers that normalise by those of the batch are written, not read.
+        """
+        written = {
+            id(b)
+            for m in self.modules
+            if isinstance(m, _BatchNorm | _InstanceNorm) and _by_batch(m)
+            for b in m._buffers.values()  # noqa: SLF001
+        }
+        return [t for t in self.parameters() + self.buffers() if id(t) not in written]
+
+    def modes(self) -> tuple[bool, ...]:
+        """Returns whether each module is in train mode."""
+        return tuple(module.training for module in self.modules)
+
+    def numbers(self, moved_names: set[Any]) -> int:
+        """Returns a number that tells of those among the attributes of modules and objects.
+
+        Args:
+            moved_names: of counters and the like, which evaluations themselves change.
+        """
+        found = [
+            value
+            for owner in self._owners
+            for name, value in owner.items()
+            if type(value) in _NUMBERS and name not in moved_names
+        ]
+        found += [c for c in map(contents_of, self._cells) if type(c) in _NUMBERS]
+        return hash(tuple(found))
+
+    def plain_tensors(self) -> list[Tensor]:
+        """Returns those of the tensors that are neither parameters nor buffers that are small."""
+        return [t for t in self._loose if t.layout == torch.strided and t.nbytes <= _SMALL]
+
+    # --- the walk -------------------------------------------------------------------------------
+
+    def _walk(self, roots: list[Any]) -> None:
+        seen: dict[int, Any] = {}  # holds what it has seen, so that no address is used again
+        pending = roots[::-1]
+        while pending and len(seen) < _MOST:
+            thing = pending.pop()
+            if type(thing) in _ATOMS or id(thing) in seen or isinstance(thing, type):
+                continue
+            seen[id(thing)] = thing
+            pending += list(self._enter(thing))[::-1]
+
+    def _enter(self, thing: Any) -> Iterator[Any]:
+        """Notes one object, and yields those that it refers to."""
+        if isinstance(thing, Tensor):
+            self._loose.append(thing)
+            yield from (thing._backward_hooks or {}).values()  # noqa: SLF001
+        elif isinstance(thing, nn.Module):
+            self.modules.append(thing)
+            self._owners.append(thing.__dict__)
+            yield from (v for name, v in thing.__dict__.items() if name not in _INTERNAL or v)
+            yield from self._enter_class(type(thing))
+        elif isinstance(thing, dict):
+            if len(thing) <= _LONGER:
+                self._namespaces.append(thing)
+            yield from thing.values() if len(thing) <= _LONG else ()
+        elif isinstance(thing, list | set | deque):
+            if len(thing) <= _LONGER:
+                self._sequences.append(thing)
+            yield from thing if len(thing) <= _LONG else ()
+        elif isinstance(thing, tuple | frozenset):
+            yield from thing if len(thing) <= _LONG else ()
+        elif isinstance(thing, MethodType):
+            yield from (thing.__self__, thing.__func__)
+        elif isinstance(thing, partial):
+            yield from (thing.func, thing.args, thing.keywords)
+        elif isinstance(thing, FunctionType):
+            yield from self._enter_function(thing)
+        elif isinstance(thing, property):
+            yield thing.fget
+        elif isinstance(thing, staticmethod | classmethod):
+            yield thing.__func__
+        elif isinstance(thing, Generator):
+            if not isinstance(thing, random.SystemRandom):  # it has no state
+                self._generators.append(thing)
+        elif isinstance(thing, np.ndarray):
+            if thing.nbytes <= _LARGE and thing.dtype != object:
+                self._arrays.append(thing)
+        elif isinstance(getattr(thing, "__dict__", None), dict) and _keeps_state(thing.__class__):
+            self._owners.append(thing.__dict__)
+            if not _is_installed(_file_of(thing.__class__)):
+                yield from thing.__dict__.values()
+                yield from self._enter_class(type(thing))
+
+    def _enter_class(self, kind: type) -> Iterator[Any]:
+        """Notes the attributes of the user's own classes, and yields them and all methods."""
+        for base in kind.__mro__:
+            if base is not object and not _is_installed(_file_of(base)):
+                held = {n: v for n, v in vars(base).items() if not n.startswith("__")}
+                self._classes.append((base, {n: v for n, v in held.items() if not callable(v)}))
+                yield from held.values()
+                yield vars(base).get("__call__")
+
+    def _enter_function(self, function: FunctionType) -> Iterator[Any]:
+        for cell in function.__closure__ or ():
+            self._cells.append(cell)
+            yield contents_of(cell)
+        yield function.__defaults__
+        yield function.__kwdefaults__
+        yield getattr(function, "__wrapped__", None)
+        if _is_installed(function.__code__.co_filename):
+            return
+        self._namespaces.append(function.__dict__)
+        names, attributes = _names(function.__code__)
+        space = function.__globals__
+        self._globals.append((space, names & space.keys()))
+        for name in names & space.keys():
+            value = space[name]
+            if isinstance(value, ModuleType):
+                if not _is_installed(getattr(value, "__file__", None) or "<frozen"):
+                    found = attributes & vars(value).keys()
+                    self._globals.append((vars(value), found))
+                    yield from (vars(value)[attribute] for attribute in found)
+            else:
+                yield value
+
+
+def once(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Returns tensors without repetition."""
+    return list({id(t): t for t in tensors if t is not None}.values())
+
+
+def _by_batch(module: Any) -> bool:
+    """Whether a layer normalises by the statistics of the batch."""
+    by_batch: bool = module.training or not module.track_running_stats
+    return by_batch
+
+
+@lru_cache(maxsize=4096)
+def _names(code: CodeType) -> tuple[set[str], set[str]]:
+    """Returns the globals that code and the functions inside of it name, and the attributes."""
+    names = {
+        i.argval for i in dis.get_instructions(code) if i.opname.endswith(("_GLOBAL", "_NAME"))
+    }
+    attributes = set(code.co_names)
+    for inner in (_names(c) for c in code.co_consts if isinstance(c, CodeType)):
+        names, attributes = names | inner[0], attributes | inner[1]
+    return names, attributes
+
+
+@lru_cache(maxsize=4096)
+def _is_installed(file: str) -> bool:
+    """Whether code is the standard library's or an installed package's: it is not looked into."""
+    return "site-packages" in file or "dist-packages" in file or file.startswith(_STANDARD)
+
+
+_STANDARD = (str(getattr(sys, "base_prefix", sys.prefix)) + "/lib", "<frozen")
+
+
+@lru_cache(maxsize=4096)
+def _file_of(kind: type) -> str:
+    """Returns where a class is defined, as far as its module tells."""
+    if kind.__module__.partition(".")[0] in sys.builtin_module_names:
+        return "<frozen"
+    return getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+
+
+@lru_cache(maxsize=4096)
+def _keeps_state(kind: type) -> bool:
+    """Whether the attributes of objects of a class may be part of what a loss reads and writes."""
+    if issubclass(kind, ModuleType | Optimizer | threading.Thread):
+        return False
+    package = kind.__module__.partition(".")[0]
+    return package not in _APART and package not in sys.builtin_module_names
+
+
+def contents_of(cell: CellType) -> Any:
+    """Returns what a cell of a closure holds, or ``MISSING``."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return MISSING

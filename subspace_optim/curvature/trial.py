@@ -1,0 +1,341 @@
+"""The proof of an operator on one batch, at one point."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from subspace_optim._validation import (
+    InconsistentDerivativeError,
+    NotOneFunctionError,
+    SecondDerivativeError,
+)
+from subspace_optim.curvature.evaluation import PerParameter, Point, loss_alone, loss_and_gradient
+from subspace_optim.curvature.objective import BatchLoss
+from subspace_optim.curvature.operator import rounding_at
+from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, length
+from subspace_optim.curvature.report import Parts, Report
+from subspace_optim.curvature.second_derivatives import has_functions
+from subspace_optim.curvature.stopped_gradients import ReplayError, StoppedGradients
+from subspace_optim.curvature.structure import moved
+from subspace_optim.curvature.surroundings import dtype_inside
+
+_ASIDE = 1e-3
+"""How far from the parameters products are proved, relative to their length. A kink that lies
+exactly at the parameters, as that of a unit whose inputs are all zero, is avoided so."""
+_STEP = 1e-7
+"""Length of a difference in float64, relative to that of the parameters too."""
+_AGREE = {torch.float64: 1e-3, torch.float32: 3e-2}
+"""Relative difference allowed between a product and a difference: wrong ones differ by 3 % or
+more."""
+_SYMMETRIC = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Relative asymmetry allowed of products: wrong ones have 3 % or more."""
+_SAME = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Relative difference allowed between two gradients ..."""
+_ROUNDED = 5e-2
+"""... and where one of them is rounded to low precision."""
+_NOT_FINITE = (
+    "The loss has no finite second derivative, though it and its gradient are finite: somewhere "
+    "there is a norm or a square root of exactly 0 (a distance of two equal rows, a row of zeros "
+    "that is normalised), or a power below 2 at 0. Add a small number inside of the root, or use "
+    "FiniteDifferenceHessian, which takes the same arguments."
+)
+
+
+class Trial:
+    """The proof on one batch, at one point."""
+
+    def __init__(self, parts: Parts, point: Point, batch: Any, report: Report) -> None:
+        self.parts, self.point, self.batch, self.report = parts, point, batch, report
+        self.batch_loss = self.of(batch)
+        self.ours = torch.zeros(0, device="cpu")
+        self.stops = False  # whether the loss stops gradients of its own accord
+
+    def of(self, batch: Any) -> BatchLoss:
+        """Returns the loss of a batch."""
+        return BatchLoss(self.parts.model, self.parts.batch_loss, batch, self.parts.seed)
+
+    def flat(self, pieces: PerParameter) -> Tensor:
+        """Returns a gradient, or a product, as one vector in float64."""
+        return _flat(pieces, self.parts.space)
+
+    def one_function(self, watching: AbstractContextManager[Any]) -> bool:
+        """Evaluates the loss twice.
+
+        Args:
+            watching: entered for the first time.
+
+        Returns:
+            Whether the loss is finite and has a weight.
+
+        Raises:
+            NotOneFunctionError: the two differ.
+        """
+        point = self.point
+
+        def watched() -> tuple[Tensor, Tensor]:
+            with StoppedGradients() as stopped:
+                loss, weight = self.batch_loss()
+            # Autograd functions in Python run without gradients, and stop none for that.
+            self.stops = bool(stopped.recorded) and not has_functions(loss)
+            return loss, weight
+
+        with point.at(self.parts.seed), watching:
+            first = loss_and_gradient(watched, point)
+        with point.at(self.parts.seed):
+            second = loss_alone(self.batch_loss, point)
+        self.report.gradients += 2
+        self.ours = self.flat(first.gradient)
+        loss, again = float(first.loss), float(second.loss)
+        if not (math.isfinite(loss) and first.weight > 0):
+            return False
+        self.loss = loss
+        gap = abs(loss - again)
+        self.report.loss_gap = gap / max(abs(loss), abs(again)) if gap else 0.0
+        slack = 0.0 if first.loss.device.type == "cpu" else 1e-5  # sums of atomic additions
+        if not self.report.loss_gap <= slack:
+            message = (
+                "The loss is not one function of parameters and data: two evaluations of one batch "
+                f"at the same parameters gave {loss:.9g} and {again:.9g}. Something draws at "
+                "random from a generator that cannot be reached from the model and its loss, or "
+                "keeps state in a place that cannot: make it an attribute of the model or of the "
+                "loss, or a constant while curvature is measured."
+            )
+            raise NotOneFunctionError(message)
+        return True
+
+    def gradient(self) -> None:
+        """Compares the gradient with the one at the user's own parameters.
+
+        Raises:
+            InconsistentDerivativeError: it is another.
+        """
+        point = self.point
+        low = any(p.dtype in LOW_PRECISION for p in point.own)
+        user = Point(point.own, point.surroundings, in_place="always", written=point.written)
+        self.report.gradients += 1
+        with user.at(self.parts.seed, hooks=True), ExitStack() as stack:
+            if low:
+                wide = [p.detach().to(dtype_inside(p, None)) for p in point.own]
+                stack.enter_context(user.displaced(wide))
+            found = loss_and_gradient(self.batch_loss, user)
+        theirs = self.flat(found.gradient)
+        scale = float(torch.maximum(self.ours.norm(), theirs.norm()))
+        error = float((self.ours - theirs).norm())
+        self.report.gradient_error = error / scale if scale > 0 else 0.0
+        # Torch rounds a gradient to the dtype that it knows the parameter by.
+        tolerance = _ROUNDED if low else _SAME[self.parts.space.dtype]
+        if not self.report.gradient_error <= tolerance:
+            message = (
+                f"The gradient that is measured ({float(self.ours.norm()):.4g}) is not the one "
+                f"that loss.backward() gives the model's parameters ({float(theirs.norm()):.4g}): "
+                f"they differ by {self.report.gradient_error:.2g} of it. The loss reaches "
+                "parameters past the modules that hold them: in a list, a closure, a cache, or "
+                "another module's attribute. engine='double_backward' differentiates by the "
+                "parameters themselves, where they are not in low precision. Or a hook of a "
+                "parameter changes its gradient: what then trains has no loss."
+            )
+            raise InconsistentDerivativeError(message)
+
+    def products(self) -> None:
+        """Compares a product with a central difference of gradients, and two with each other.
+
+        Raises:
+            InconsistentDerivativeError: they differ by more than the dtype can explain.
+        """
+        if self.parts.products == "differences":
+            return
+        found = self._in_float64() or self._measured(self.point, self.batch_loss)
+        self.report.product_error, self.report.asymmetry = found.error, found.asymmetry
+        rounding = rounding_at(found.loss, found.dtype)
+        differs = found.error > _AGREE[found.dtype] + rounding  # not if it is NaN
+        if not differs and found.asymmetry <= _SYMMETRIC[found.dtype] + rounding:
+            return
+        what = (
+            f"a product with a vector differs from the difference of gradients along it by "
+            f"{found.error:.2g} of its length"
+            if differs
+            else f"two products are asymmetric by {found.asymmetry:.2g}"
+        )
+        message = (
+            f"The second derivative of the loss is wrong: {what}, by {self.report.engine}. Likely "
+            "causes: an autograd.Function that keeps intermediates on ctx instead of "
+            "save_for_backward(), or whose backward() detaches; a gradient that is no gradient of "
+            "the loss (gradient reversal, straight-through estimators, hooks); an operation of "
+            "which torch's own second derivative is wrong. Write that part in plain operations, "
+            "or use FiniteDifferenceHessian, if the gradient itself is right."
+        )
+        raise InconsistentDerivativeError(message)
+
+    def _in_float64(self) -> _Found | None:
+        """Measures with everything in float64; ``None`` where the model cannot be computed so."""
+        if self.parts.space.dtype == torch.float64:
+            return self._measured(self.point, self.batch_loss)
+        wide = Point(
+            self.point.own,
+            self.point.surroundings,
+            in_place=False,
+            dtype=torch.float64,
+            written=self.point.written,
+        )
+        batch_loss = self.of(
+            moved(
+                self.batch,
+                self.parts.space.device,
+                lambda own: torch.float64 if own.is_floating_point else own,
+            )
+        )
+        self.report.gradients += 1
+        try:
+            with wide.at(self.parts.seed):
+                there = loss_and_gradient(batch_loss, wide)
+            gradient = self.flat(there.gradient)
+        except Exception:  # noqa: BLE001 (float32 is written into the model, or there is no float64)
+            return None
+        if there.loss.dtype != torch.float64 or not math.isclose(
+            float(there.loss), self.loss, rel_tol=1e-2, abs_tol=1e-6
+        ):
+            return None
+        near = _AGREE[torch.float32] + rounding_at(float(there.loss), torch.float32)
+        if float((gradient - self.ours).norm()) > near * float(gradient.norm()):
+            return None
+        return self._measured(wide, batch_loss)
+
+    def _measured(self, point: Point, batch_loss: BatchLoss) -> _Found:
+        """Measures a product along a random direction, and the symmetry of two.
+
+        Returns:
+            What was found, with an error of NaN where differences do not tell it.
+
+        Raises:
+            SecondDerivativeError: the product is not finite.
+            TransformError: the loss is another inside of the transform.
+        """
+        dtype = point.leaves[0].dtype if point.dtype is None else point.dtype
+        scale = float(length(point.leaves))
+        generator = torch.Generator("cpu").manual_seed(self.parts.seed + 1)
+        aside, v = (_random_like(point.leaves, generator) for _ in range(2))
+        base = [p.detach().clone() for p in point.leaves]
+        if dtype == torch.float64:
+            base = [b + _ASIDE * scale * a for b, a in zip(base, aside, strict=True)]
+
+        self.report.gradients += 3
+        with point.at(self.parts.seed), point.displaced(base) as there:
+            here = self.parts.linearize(batch_loss, there)
+            gradient = self.flat(here.gradient)
+            product = self.flat(here.product(v))
+            norm = float(product.norm())
+            u = torch.nan_to_num(product / norm) if norm > 0 else product
+            pieces = self.parts.space.unflatten(u.to(dtype))
+            again = self.flat(here.product(pieces))
+        with point.at(self.parts.seed), point.displaced(base):
+            plain = float(loss_alone(batch_loss, point).loss)
+        if not math.isclose(plain, float(here.loss), rel_tol=1e-4, abs_tol=1e-6):
+            message = f"The transformed loss is {float(here.loss):.6g}, and not {plain:.6g}."
+            raise TransformError(message)
+        if not math.isfinite(norm) and bool(gradient.isfinite().all()):
+            raise SecondDerivativeError(_NOT_FINITE)
+        along = sum(
+            float((a.double() * b.double().view_as(a)).sum())
+            for a, b in zip(v, self.parts.space.unflatten(again), strict=True)
+        )
+        largest = max(norm, float(again.norm()))
+        asymmetry = abs(norm - along) / largest if largest > 0 else 0.0
+        written = set(map(id, point.written)) & set(map(id, point.own))
+        if self.parts.products == "symmetric" or written:
+            # Of another matrix, or of a loss that writes to its parameters, which is a step of its
+            # own: differences are of something else.
+            return _Found(math.nan, asymmetry, plain, dtype)
+        rounded = 100 * torch.finfo(dtype).eps + rounding_at(plain, dtype) / 40  # as a rule less
+        rounding = rounded * max(float(gradient.norm()), norm * scale)
+        error = self._error(point, batch_loss, base, v, product, rounding)
+        return _Found(error, asymmetry, plain, dtype)
+
+    def _error(
+        self,
+        point: Point,
+        batch_loss: BatchLoss,
+        base: list[Tensor],
+        v: list[Tensor],
+        product: Tensor,
+        rounding: float,
+    ) -> float:
+        """Compares a product with a central difference of gradients.
+
+        Args:
+            point: where.
+            batch_loss: what is differentiated.
+            base: the parameters at which the product was taken.
+            v: the direction.
+            product: with ``v``.
+            rounding: of the gradients: a difference cannot tell less.
+
+        Returns:
+            How far they are apart, beyond rounding, relative to the longer of them; NaN where the
+            loss stops gradients in another order at other parameters.
+        """
+        dtype, scale = base[0].dtype, float(length(point.leaves))
+        stopped = StoppedGradients()
+        if self.stops:
+            with point.at(self.parts.seed), point.displaced(base), stopped:
+                batch_loss()
+
+        def gradient_at(distance: float) -> Tensor:
+            values = [b + distance * d for b, d in zip(base, v, strict=True)]
+            self.report.gradients += 1
+            held = stopped.replayed() if self.stops else nullcontext()
+            with point.at(self.parts.seed), point.displaced(values) as there, held:
+                return self.flat(loss_and_gradient(batch_loss, there).gradient)
+
+        def difference(step: float) -> Tensor:
+            ahead, behind = gradient_at(step * scale), gradient_at(-step * scale)
+            return (ahead - behind) / (2 * step * scale)
+
+        step = _STEP if dtype == torch.float64 else (3 * torch.finfo(dtype).eps) ** (1 / 3)
+        try:
+            found = difference(step)
+        except ReplayError:
+            return math.nan
+        rounding = rounding / (step * scale)
+        longer = max(float(product.norm()), float(found.norm()))
+        off = float((product - found).norm()) - rounding
+        if off > _AGREE[dtype] * longer:  # kinks, or gradients that are rounded by more than that
+            nearer = difference(step / 8)
+            off = float((product - nearer).norm()) - 2 * float((found - nearer).norm()) - rounding
+        return max(0.0, off) / longer if longer > 0 else 0.0
+
+
+class _Found(NamedTuple):
+    """What was measured of products: error and asymmetry, at which loss and in which dtype."""
+
+    error: float
+    asymmetry: float
+    loss: float
+    dtype: torch.dtype
+
+
+class TransformError(RuntimeError):
+    """The loss has another value inside of a transform, as where it draws in another order."""
+
+
+def _flat(pieces: PerParameter, space: ParameterSpace) -> Tensor:
+    """Returns tensors of the parameters' shapes, zeros for ``None``, as a vector in float64."""
+    parts = [
+        torch.zeros(shape.numel(), dtype=torch.float64, device=space.device)
+        if piece is None
+        else piece.detach().to_dense().double().flatten()
+        for piece, shape in zip(pieces, space.shapes, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _random_like(leaves: Any, generator: torch.Generator) -> list[Tensor]:
+    """Returns a random direction of unit length, in tensors of the leaves' shapes."""
+    options: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    drawn = [torch.randn(p.shape, **options) for p in leaves]
+    norm = torch.stack([d.norm() for d in drawn]).norm()
+    return [(d / norm).to(p) for d, p in zip(drawn, leaves, strict=True)]
