@@ -175,7 +175,7 @@ def test_the_softmax_model_of_two_samples() -> None:
 
 def test_gradient_descent_has_its_rate_in_both() -> None:
     problem = make_problem("mlp", "cross_entropy")
-    operator = so.HessianOperator(problem.model, problem.loss_fn, problem.batches)
+    operator = so.HessianOperator(problem.model, problem.loss_fn, problem.batches, verify=False)
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.03)
     monitor = so.Monitor(optimizer, so.DominantSubspace(operator, 2, refresh=1))
     for _ in range(5):
@@ -199,14 +199,14 @@ def test_momentum_reaches_its_rate_over_one_minus_momentum_in_flat_directions() 
         return 5 * theta[0] ** 2 + theta[1] - 2 * theta[2]
 
     subspace = subspace_of(model, loss, 1, 1)
-    eta, mu = 0.01, 0.9
+    eta, mu = 0.01, 0.8
     optimizer = torch.optim.SGD(model.parameters(), lr=eta, momentum=mu)
     monitor = so.Monitor(optimizer, subspace)
-    for _ in range(120):
+    for _ in range(60):
         optimizer.zero_grad()
         loss(model.theta, 0).backward()
         optimizer.step()
-    expected = [eta * (1 - mu ** (t + 1)) / (1 - mu) for t in range(120)]
+    expected = [eta * (1 - mu ** (t + 1)) / (1 - mu) for t in range(60)]
     assert monitor.history["bulk_lr"] == pytest.approx(expected)
     assert monitor.history["bulk_lr"][0] == pytest.approx(eta)
     assert monitor.history["bulk_lr"][-1] == pytest.approx(eta / (1 - mu), rel=1e-5)
@@ -217,9 +217,8 @@ def test_adam_s_rates_are_those_of_its_recursion_by_hand() -> None:
     x = torch.cat([batch[0] for batch in problem.batches])
     y = torch.cat([batch[1] for batch in problem.batches])
     model, loss_fn = problem.model, problem.loss_fn
-    subspace = so.DominantSubspace(
-        so.HessianOperator(model, loss_fn, (x, y)), 2, refresh=1, tol=1e-12
-    )
+    hessian = so.HessianOperator(model, loss_fn, (x, y), verify=False)
+    subspace = so.DominantSubspace(hessian, 2, refresh=1, tol=1e-12)
     lr, (b1, b2), eps = 0.02, (0.9, 0.999), 1e-8
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     monitor = so.Monitor(optimizer, subspace)

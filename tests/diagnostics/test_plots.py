@@ -686,7 +686,7 @@ def histories(draw: st.DrawFn) -> dict[str, list[Any]]:
 
 @example({"step": [0], "bulk_lr": [5e-324]}, "rates")
 @given(histories(), st.sampled_from([plots.dashboard, plots.eigenvalue_history, "rates"]))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_no_history_breaks_a_picture(table: dict[str, list[Any]], picture: Any) -> None:
     """Warnings are errors, in drawing too."""
     figure = plots.effective_rates({"a": table}) if picture == "rates" else picture(table)
@@ -1038,12 +1038,21 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("name", ["dashboard", "effective_rates", "density", "cosine_matrix"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dashboard, spikes, late",
+        "eigenvalue_history",
+        "effective_rates",
+        "density",
+        "cosine_matrix",
+    ],
+)
 def test_settings_are_neither_changed_nor_read(name: str) -> None:
     """Those for files have a test of their own, below."""
 
     def look() -> np.ndarray:
-        figure = PICTURES[name](theme="dark")
+        figure = ALL[name](theme="dark")
         figure.set_layout_engine("none")
         figure.set_dpi(60)
         return pixels(figure)

@@ -130,7 +130,7 @@ def test_the_model_is_left_as_it_was(measure):
 # --- the whole spectrum, its density, its trace ---------------------------------------------------
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(problem=problems())
 def test_exact_spectra_are_those_of_the_dense_matrices(problem):
     """Of the Hessian, of its Gauss-Newton part, and of the residual."""
