@@ -24,7 +24,16 @@ ALLOWED: dict[str, set[str]] = {
     ".curvature": {"._validation", "._progress", ".linalg", ".curvature"},
     ".pace": set(),  # numbers alone
     ".ageing": {"._validation", "._progress", ".linalg", ".curvature", ".pace"},
-    ".subspace": {"._validation", "._progress", ".linalg", ".curvature", ".ageing", ".subspace"},
+    ".step_count": {".curvature"},
+    ".subspace": {
+        "._validation",
+        "._progress",
+        ".linalg",
+        ".curvature",
+        ".ageing",
+        ".step_count",
+        ".subspace",
+    },
     ".step_hooks": {"._validation", ".curvature"},
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.
     ".optim._base": {"._validation", ".curvature", ".subspace", ".step_hooks"},
@@ -35,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         ".linalg",
         ".curvature",
         ".subspace",
+        ".step_count",
         ".step_hooks",
         ".diagnostics",
     },
