@@ -25,6 +25,7 @@ from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
 from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
+from subspace_optim.step_count import StepCount
 
 __all__ = [
     "DominantSubspace",
@@ -144,7 +145,7 @@ class DominantSubspace:
         operator: as given.
         k: as given.
         stats: what the basis has cost, and how good it is.
-        asked: how often it was asked for a basis.
+        steps: the training steps that are known of; who follows an optimizer tells it of more.
 
     Raises:
         ArgumentError: an argument is of the wrong type or out of range.
@@ -191,11 +192,8 @@ class DominantSubspace:
             max_angle=self.max_angle if auto else None,
             seed=self.seed,
         )
-        self.asked = 0
-        self._clock = 0
+        self.steps = StepCount(operator)
         self._refreshed_at = 0
-        self._state: int | None = None  # the parameters at the last update
-        self._state_clock = 0
         self._attempted: int | None = None  # ... and when the basis was last decided upon
         self._failures = 0
         self._around = 0, 0  # what was elsewhere, and the modes, at the last attempt
@@ -226,16 +224,8 @@ class DominantSubspace:
 
     @property
     def clock(self) -> int:
-        """Training steps that are known of: parameter states that were seen, or were told of."""
-        return self._clock
-
-    def advance(self, clock: int) -> None:
-        """Tells of training steps at which nobody asks: ``clock`` is at least this.
-
-        A monitor that records every tenth step tells of the others, so that ``refresh=n`` counts
-        them. Steps that others ask at are not counted twice.
-        """
-        self._clock = max(self._clock, clock)
+        """The number of the training step that is known of; the first is 1."""
+        return self.steps.now
 
     def update(self) -> EigenBasis:
         """Returns the basis for the present parameters, refreshed first if that is due.
@@ -272,10 +262,8 @@ class DominantSubspace:
             return clock - self._refreshed_at >= self.refresh_every or not self._is_finite()
 
         due = self._ranks.any(is_due)
-        state, clock = hash(seen.state), seen.clock
-        self.asked += 1
-        if state != self._state:
-            self._state, self._state_clock, self._clock = state, clock, clock
+        state = hash(seen.state)
+        self.steps.look(state)
         if estimate is not None:
             self.stats.estimate = estimate
         if due:
@@ -286,10 +274,9 @@ class DominantSubspace:
         return self.basis
 
     def _look(self) -> _Seen:
-        """Returns the present parameter state, and the clock there: a new one is a step more."""
+        """Returns the present parameter state, and the clock there."""
         state = self.operator.state()
-        is_new = hash(state) != self._state
-        return _Seen(state, max(self._clock, self._state_clock + 1) if is_new else self._clock)
+        return _Seen(state, self.steps.number(hash(state)))
 
     def _work(self, state: State, *, forced: bool) -> Callable[[AgeingBasis], None]:
         """Returns what is to be done at this state; that it is the same on all ranks is checked."""
@@ -328,7 +315,7 @@ class DominantSubspace:
             failure = error
         else:
             if trial.stats.refreshes > stats.refreshes:
-                self._refreshed_at = self._clock
+                self._refreshed_at = self.clock
             self._take(trial)
             self._failures, self._attempted = 0, hash(state)
             self._around = state.elsewhere, state.modes
@@ -347,7 +334,7 @@ class DominantSubspace:
         if self._is_finite():  # once a state; where training has diverged, at each update
             self._attempted = hash(state)
         message = (
-            f"The refresh at step {self._clock} failed ({failure}). The basis of step "
+            f"The refresh at step {self.clock} failed ({failure}). The basis of step "
             f"{self._refreshed_at} stays in use; failure {self._failures} of at most "
             f"{_FAILURES_IN_A_ROW - 1} in a row."
         )
@@ -387,11 +374,8 @@ class DominantSubspace:
         return {"version": VERSION} | entries | {"checksum": _checksum(entries)}
 
     def _counters(self) -> dict[str, int | None]:
-        return {
-            "clock": self._clock,
+        return self.steps.state_dict() | {
             "refreshed_at": self._refreshed_at,
-            "state": self._state,
-            "state_clock": self._state_clock,
             "attempted": self._attempted,
             "elsewhere": self._around[0],
             "modes": self._around[1],
@@ -428,8 +412,8 @@ class DominantSubspace:
         state.check_sum(_checksum({name: state_dict[name] for name in names}))
 
         self._take(held)
-        self._clock, self._refreshed_at, self._failures = clock, refreshed_at, failures
-        self._state, self._state_clock, self._attempted = seen, state_clock, attempted
+        self.steps.load(clock, seen, state_clock)
+        self._refreshed_at, self._failures, self._attempted = refreshed_at, failures, attempted
         self._around = elsewhere or 0, modes or 0
         self._settled = None
 

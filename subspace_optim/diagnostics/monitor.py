@@ -26,6 +26,7 @@ from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
 from subspace_optim.diagnostics.logs import logs
 from subspace_optim.diagnostics.stability import preconditioned_sharpness, thresholds
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.step_count import StepTeller
 from subspace_optim.step_hooks import JointSteps, attached, optimizers_of
 from subspace_optim.subspace import DominantSubspace
 
@@ -54,7 +55,7 @@ COLUMNS = (
     "gradients",
     "products",
 )
-_STATE = {"history", "start", "steps", "clock", "seen"}
+_STATE = {"history", "start", "steps"}
 _LISTS = {"eigenvalues": "eigenvalue", "next_eigenvalues": "next_eigenvalue"}
 
 
@@ -175,10 +176,7 @@ class Monitor:
         self._counts = {"eigenvalues": k, "next_eigenvalues": next_k}
         self._start = space.flatten(space.tensors)
         self._steps = 0
-        self._clock: int | None = None  # the subspace's, at the last step
-        self._seen = False  # whether that was recorded
-        self._asked = 0  # how often the subspace had been asked by then
-        self._moved = True  # whether that came to its end, as far as is known with a change
+        self._teller = StepTeller(subspace.steps, [each.optimizer for each in optimizers])
         self._unmeasured: dict[str, Any] | None = None
         self._before: _Before | None = None
         self._failing = False
@@ -241,21 +239,14 @@ class Monitor:
 
     def _begin(self) -> None:
         self._before = self._unmeasured = None
-        subspace, recorded = self.subspace, self._is_recorded()
+        recorded = self._is_recorded()
         self._joint.watchful = recorded
-        # Who asks sees for himself whether the parameters have changed: that is from one row to
-        # the next step's, and where an optimizer has asked. A step that raised is none.
-        alone = self._moved and subspace.asked == self._asked
-        if self._clock is not None and alone and not (recorded and self._seen):
-            # The lower one, if an earlier state was loaded since.
-            subspace.advance(min(self._clock, subspace.clock) + 1)
-        self._moved = False
+        self._teller.begin(looks=recorded)
         if recorded:
             try:
                 self._before = self._look()
             except Exception as error:  # noqa: BLE001 (training is worth more than its record)
                 self._unmeasured = self._failed(error)
-        self._clock, self._seen, self._asked = subspace.clock, recorded, subspace.asked
 
     def _is_recorded(self) -> bool:
         every, step = self.every, self._steps
@@ -301,8 +292,8 @@ class Monitor:
                 self._failing = False
             except Exception as error:  # noqa: BLE001 (training is worth more than its record)
                 row = self._failed(error)
-        self._moved = row is None or row["update_norm"] != 0
-        self._clock = self.subspace.clock  # others may have told of this step since it began
+        measured = row is not None and not math.isnan(row["update_norm"])
+        self._teller.end(row["update_norm"] != 0 if measured else None)
         self._steps += 1
         if row is not None:
             self._add(row)
@@ -361,8 +352,6 @@ class Monitor:
             "history": {column: list(values) for column, values in self.history.items()},
             "start": self._start,
             "steps": self._steps,
-            "clock": self._clock,
-            "seen": self._seen,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -393,9 +382,6 @@ class Monitor:
         self._history = {column: list(state_dict["history"][column]) for column in COLUMNS}
         self._start = start.to(self._start, copy=True)
         self._steps = state_dict["steps"]
-        self._clock = state_dict["clock"]
-        self._seen = state_dict["seen"]
-        self._asked = self.subspace.asked
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the history row by row, with a column for each eigenvalue."""

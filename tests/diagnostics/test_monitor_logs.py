@@ -451,7 +451,7 @@ def test_a_state_of_another_k_is_named() -> None:
     assert len(monitor.history["eigenvalues"][0]) == 2
 
 
-@pytest.mark.parametrize("missing", ["history", "seen", "gap"])
+@pytest.mark.parametrize("missing", ["history", "start", "gap"])
 def test_a_state_that_is_no_monitor_s_is_named(missing: str) -> None:
     monitor, _ = watched(1)
     before = str(monitor.history)
