@@ -26,6 +26,7 @@ _SUBSPACES = {
     *_ARITHMETIC,
     *_VALUES,
     ".curvature",
+    ".step_count",
     ".subspaces",
 }
 ALLOWED: dict[str, set[str]] = {
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     ".linalg.low_rank": {"._validation", *_ARITHMETIC, ".linalg.eigenbasis"},
     ".linalg": {"._validation", "._progress", *_ARITHMETIC, *_VALUES, ".linalg"},
     ".curvature": {"._validation", "._progress", ".curvature"},
+    ".step_count": {".curvature"},
     ".subspaces": _SUBSPACES,
     ".step_hooks": {"._validation", ".curvature"},
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.

@@ -12,8 +12,9 @@ import subspace_optim
 
 installed = pathlib.Path(subspace_optim.__file__).resolve().parent.parent
 version = importlib.metadata.version("subspace_optim")
+prefix = pathlib.Path(sys.prefix).resolve()
 checks = {
-    "the package comes from the wheel": installed.is_relative_to(pathlib.Path(sys.prefix).resolve()),
+    "the package comes from the wheel": installed.is_relative_to(prefix),
     "py.typed is in place": (installed / "subspace_optim" / "py.typed").is_file(),
     "__version__ is the wheel's": getattr(subspace_optim, "__version__", version) == version,
 }

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+import torch.distributed as dist
+from torch.optim import Optimizer
 
 from subspace_optim._validation import (
     ArgumentError,
@@ -21,51 +19,17 @@ from subspace_optim._validation import (
     LogWarning,
     check_integer,
 )
-from subspace_optim.diagnostics.alignment import alignment
-from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
 from subspace_optim.diagnostics.logs import logs
-from subspace_optim.diagnostics.stability import preconditioned_sharpness, thresholds
-from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.diagnostics.measures.dominant import COLUMNS, Before, Dominant
+from subspace_optim.diagnostics.table import Table
+from subspace_optim.step_count import StepCount, StepTeller
 from subspace_optim.step_hooks import JointSteps, attached, optimizers_of
-from subspace_optim.subspaces import DominantSubspace
+from subspace_optim.subspaces import Subspace, check_subspace
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = (
-    "step",
-    "loss",
-    "gradient_norm",
-    "update_norm",
-    "chi_gradient",
-    "chi_update",
-    "dom_lr",
-    "bulk_lr",
-    "distance",
-    "sharpness",
-    "eigenvalues",
-    "next_eigenvalues",
-    "gap",
-    "threshold",
-    "sam_edge",
-    "adam_threshold",
-    "preconditioned_sharpness",
-    "angle_estimate",
-    "gradients",
-    "products",
-)
-_STATE = {"history", "start", "steps", "clock", "seen"}
-_LISTS = {"eigenvalues": "eigenvalue", "next_eigenvalues": "next_eigenvalue"}
-
-
-@dataclass
-class _Before:
-    """What a row needs of ``θ_t``, from before the step."""
-
-    theta: Tensor
-    basis: EigenBasis
-    gradient: Tensor
-    row: dict[str, Any]  # what is known already
+_STATE = {"history", "start", "steps"}
 
 
 class Monitor:
@@ -106,6 +70,13 @@ class Monitor:
     What does not apply is NaN. The cost is of the row alone, with the refresh of a shared basis
     if the monitor was the first to ask for it.
 
+    Any subspace with an orthonormal basis can be measured in. What is made of the update alone
+    (``update_norm``, ``chi_update``, ``distance``), and the thresholds, are there for each. The
+    other columns need more of the subspace than ``parameters`` and ``update()``, and without it
+    they are NaN: an attribute ``operator`` for loss, gradient, effective rates and cost, with
+    ``k`` beside it for the eigenvalues, ``gap``, and ``stats.estimate``. A ``FixedSubspace`` is
+    given one by ``subspace.operator = hessian``.
+
     Training does not change by a bit: nothing is written to parameters, gradients, buffers or
     random states. A step that is not recorded costs a counter; steps with all rates zero, such as
     those with which checkpoints are prepared, are no steps. What cannot be measured, for a loss
@@ -141,7 +112,7 @@ class Monitor:
     def __init__(
         self,
         optimizer: Optimizer | Iterable[Optimizer],
-        subspace: DominantSubspace,
+        subspace: Subspace,
         *,
         every: int | Callable[[int], bool] = 1,
         next_k: int = 0,
@@ -149,49 +120,26 @@ class Monitor:
         log: Any = None,
         append: bool = False,
     ) -> None:
-        if not isinstance(subspace, DominantSubspace):
-            raise ArgumentError("subspace", type(subspace).__name__, "a DominantSubspace")
+        check_subspace(subspace, projects=True)
         optimizers = optimizers_of(optimizer, subspace.parameters)
         if not callable(every):
             remedy = "Or a function of the step that tells whether it is recorded."
             every = check_integer("every", every, minimum=1, remedy=remedy)
-        space, k = subspace.parameters, subspace.k
-        next_k = check_integer("next_k", next_k, minimum=0, maximum=space.size - k)
-        adam = all(isinstance(each.optimizer, Adam | AdamW) for each in optimizers)
-        if preconditioned and not adam:
-            remedy = "The thresholds of other optimizers are for the sharpness itself."
-            raise ArgumentError("preconditioned", True, "False, but for Adam and AdamW", remedy)
         self.every = every
         self.subspace = subspace
-        self._history: dict[str, list[Any]] = {column: [] for column in COLUMNS}
-        self._preconditioned = preconditioned
-        self._next = (
-            DominantSubspace(
-                subspace.operator, k + next_k, refresh=1, tol=subspace.tol, seed=subspace.seed
-            )
-            if next_k
-            else None
-        )
-        self._counts = {"eigenvalues": k, "next_eigenvalues": next_k}
-        self._start = space.flatten(space.tensors)
+        self._measure = Dominant(subspace, optimizers, next_k=next_k, preconditioned=preconditioned)
+        self._options = next_k, preconditioned
+        self._table = Table(COLUMNS, self._measure.lists)
         self._steps = 0
-        self._clock: int | None = None  # the subspace's, at the last step
-        self._seen = False  # whether that was recorded
-        self._asked = 0  # how often the subspace had been asked by then
-        self._moved = True  # whether that came to its end, as far as is known with a change
-        self._unmeasured: dict[str, Any] | None = None
-        self._before: _Before | None = None
+        count = getattr(subspace, "steps", None)
+        self._teller = StepTeller(
+            count if isinstance(count, StepCount) else None,
+            [each.optimizer for each in optimizers],
+        )
+        self._before: Before | None = None
+        self._unmeasured: dict[str, Any] | None = None  # the row, if that is not to be had
         self._failing = False
-        # A step that goes on after the one inside, as Lookahead's, has another threshold; SAM's
-        # is told by its radius.
-        self._with_thresholds = [
-            each.optimizer
-            for each in optimizers
-            if len(each.members) == 1 or "rho" in each.optimizer.param_groups[0]
-        ]
-        files = subspace.operator.ranks.rank == 0  # of the ranks, which have the same rows, one
-        columns = list(self._flat(self._empty_row()))
-        self._logs = logs(log, columns, append=append, files=files)
+        self._logs = logs(log, self._table.names, append=append, files=self._writes_files())
         owners = [steps.owner for steps in attached(optimizers)]
         twins = [each for each in owners if isinstance(each, Monitor) and each.kind == self.kind]
         for twin in twins:
@@ -199,7 +147,7 @@ class Monitor:
         # Last: a projection that was attached later must have been applied.
         self._joint = JointSteps(
             optimizers,
-            space,
+            subspace.parameters,
             owner=self,
             begin=self._begin,
             end=self._end,
@@ -217,12 +165,12 @@ class Monitor:
     def history(self) -> dict[str, list[Any]]:
         """A list for each column, with an entry for each row."""
         self._joint.check()
-        return self._history
+        return self._table.history
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What the rows depend on, beside the optimizer."""
-        return id(self.subspace), self.every, self._counts["next_eigenvalues"], self._preconditioned
+        return id(self.subspace), self.every, *self._options
 
     def detach(self) -> None:
         """Removes the monitor from its optimizers. The history stays."""
@@ -239,73 +187,46 @@ class Monitor:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
+    def _writes_files(self) -> bool:
+        """Whether this process does: of the ranks, which have the same rows, one."""
+        operator = self._measure.operator
+        if operator is not None:
+            return operator.ranks.rank == 0
+        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+    @torch.no_grad()
     def _begin(self) -> None:
-        self._before = self._unmeasured = None
-        subspace, recorded = self.subspace, self._is_recorded()
+        self._forget()
+        recorded = self._is_recorded()
         self._joint.watchful = recorded
-        # Who asks sees for himself whether the parameters have changed: that is from one row to
-        # the next step's, and where an optimizer has asked. A step that raised is none.
-        alone = self._moved and subspace.asked == self._asked
-        if self._clock is not None and alone and not (recorded and self._seen):
-            # The lower one, if an earlier state was loaded since.
-            subspace.advance(min(self._clock, subspace.clock) + 1)
-        self._moved = False
+        self._teller.begin(looks=recorded)
         if recorded:
             try:
-                self._before = self._look()
+                self._before = self._measure.before()
             except Exception as error:  # noqa: BLE001 (training is worth more than its record)
                 self._unmeasured = self._failed(error)
-        self._clock, self._seen, self._asked = subspace.clock, recorded, subspace.asked
 
     def _is_recorded(self) -> bool:
         every, step = self.every, self._steps
         return bool(every(step)) if callable(every) else step % every == 0
 
     @torch.no_grad()
-    def _look(self) -> _Before:
-        """Measures what a row needs before the step."""
-        subspace = self.subspace
-        space, operator = subspace.parameters, subspace.operator
-        gradients, products = operator.stats.gradients, operator.stats.products
-        basis = subspace.update()
-        gradient = operator.gradient()
-        row = self._empty_row() | {"loss": operator.loss()}
-        norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-        # Now: a scheduler may change the rate before several optimizers have all stepped.
-        row |= {"gradient_norm": norm} | thresholds(self._with_thresholds, norm)
-        eigenvalues = basis.eigenvalues.tolist()
-        if subspace.gap is not None:
-            row["gap"] = subspace.gap
-        if subspace.stats.estimate is not None:
-            row["angle_estimate"] = subspace.stats.estimate
-        if self._next is not None:
-            every = self._next.update().eigenvalues.tolist()
-            eigenvalues, following = every[: subspace.k], every[subspace.k :]
-            row |= {"next_eigenvalues": following, "gap": eigenvalues[-1] - following[0]}
-        row |= {"eigenvalues": eigenvalues, "sharpness": eigenvalues[0]}
-        if self._preconditioned:
-            with suppress(ArgumentError):  # before the first step there are no moments
-                row["preconditioned_sharpness"] = preconditioned_sharpness(
-                    operator, self._joint.optimizers, tol=subspace.tol, seed=subspace.seed
-                )
-        row["gradients"] = operator.stats.gradients - gradients
-        row["products"] = operator.stats.products - products
-        return _Before(space.flatten(space.tensors), basis, gradient, row)
-
     def _end(self) -> None:
         row, before = self._unmeasured, self._before
         self._forget()
         if before is not None:
             try:
-                row = self._row(before)
+                row = self._table.unknown(self._steps) | self._measure.after(before)
                 self._failing = False
             except Exception as error:  # noqa: BLE001 (training is worth more than its record)
                 row = self._failed(error)
-        self._moved = row is None or row["update_norm"] != 0
-        self._clock = self.subspace.clock  # others may have told of this step since it began
+        unknown = row is None or math.isnan(row["update_norm"])
+        self._teller.end(None if row is None or unknown else row["update_norm"] != 0)
         self._steps += 1
         if row is not None:
-            self._add(row)
+            self._table.append(row)
+            for log in self._logs:
+                log(self._table.flat(row))
 
     def _forget(self) -> None:
         """Of a step that raised there is no row."""
@@ -313,56 +234,22 @@ class Monitor:
 
     def _failed(self, error: Exception) -> dict[str, Any]:
         """Returns the row of what could not be measured. One warning, until a row can be again."""
-        with suppress(Exception):
-            self.subspace.operator.release()
+        if self._measure.operator is not None:
+            with suppress(Exception):
+                self._measure.operator.release()
         if not self._failing:
             self._failing = True
             kind = type(error).__name__
             message = f"The row of step {self._steps} is NaN: {error} ({kind}) Training goes on."
             warnings.warn(message, LogWarning, stacklevel=2)
-        return self._empty_row()
-
-    @torch.no_grad()
-    def _row(self, before: _Before) -> dict[str, Any]:
-        space, basis, gradient = self.subspace.parameters, before.basis, before.gradient
-        update = space.flatten(space.tensors) - before.theta
-        measured = {
-            "update_norm": distance(update, torch.zeros_like(update)),
-            "chi_gradient": alignment(gradient, basis),
-            "chi_update": alignment(update, basis),
-            "dom_lr": dom_lr(update, gradient, basis),
-            "bulk_lr": bulk_lr(update, gradient, basis),
-            "distance": distance(before.theta, self._start),
-        }
-        values = torch.stack(list(measured.values())).tolist()
-        return before.row | dict(zip(measured, values, strict=True))
-
-    def _empty_row(self) -> dict[str, Any]:
-        """A row of which nothing is known but the step."""
-        row: dict[str, Any] = dict.fromkeys(COLUMNS, math.nan) | {"step": self._steps}
-        return row | {name: [math.nan] * count for name, count in self._counts.items()}
-
-    def _add(self, row: dict[str, Any]) -> None:
-        for column in COLUMNS:
-            self._history[column].append(row[column])
-        for log in self._logs:
-            log(self._flat(row))
-
-    def _flat(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns the row with a column for each eigenvalue, at the end."""
-        flat = {column: value for column, value in row.items() if column not in _LISTS}
-        for column, name in _LISTS.items():
-            flat |= {f"{name}_{i + 1}": value for i, value in enumerate(row[column])}
-        return flat
+        return self._table.unknown(self._steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns history and counters, for ``torch.save``: a resumed run goes on with them."""
         return {
             "history": {column: list(values) for column, values in self.history.items()},
-            "start": self._start,
+            "start": self._measure.start,
             "steps": self._steps,
-            "clock": self._clock,
-            "seen": self._seen,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -375,56 +262,38 @@ class Monitor:
             ArgumentError: it is of another model, or no monitor's.
         """
         missing = _STATE - state_dict.keys()
-        missing |= self._history.keys() - state_dict.get("history", {}).keys()
+        missing |= self._table.history.keys() - state_dict.get("history", {}).keys()
         if missing:
             found = f"without {', '.join(sorted(missing))}"
             raise ArgumentError("the loaded state", found, "that of a monitor of this version")
-        start = state_dict["start"]
-        if start.shape != self._start.shape:
+        start, own = state_dict["start"], self._measure.start
+        if start.shape != own.shape:
             raise ArgumentError(
-                "the loaded state", f"of {start.numel()} parameters", f"of {len(self._start)}"
+                "the loaded state", f"of {start.numel()} parameters", f"of {len(own)}"
             )
-        for column, count in self._counts.items():
-            if any(len(values) != count for values in state_dict["history"][column]):
-                allowed = f"{count} in each row"
-                remedy = "It is of another k or next_k."
-                raise ArgumentError("the loaded state", f"of other {column}", allowed, remedy)
+        self._table.check(state_dict["history"])
         self._joint.forget()
-        self._history = {column: list(state_dict["history"][column]) for column in COLUMNS}
-        self._start = start.to(self._start, copy=True)
+        self._table.load(state_dict["history"])
+        self._measure.start = start
         self._steps = state_dict["steps"]
-        self._clock = state_dict["clock"]
-        self._seen = state_dict["seen"]
-        self._asked = self.subspace.asked
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the history row by row, with a column for each eigenvalue."""
-        columns = (self.history[column] for column in COLUMNS)
-        return [
-            self._flat(dict(zip(COLUMNS, values, strict=True)))
-            for values in zip(*columns, strict=True)
-        ]
+        self._joint.check()
+        return self._table.rows()
 
     def to_frame(self) -> pd.DataFrame:
         """Returns the history as a ``pandas.DataFrame``, one row a recorded step.
 
-        Raises:
-            ImportError: pandas is not installed.
+        It needs pandas, of the extra ``plots``.
         """
-        try:
-            import pandas as pd  # noqa: PLC0415 (an extra)
-        except ImportError as error:
-            message = "to_frame() needs pandas: pip install 'subspace_optim[plots]'"
-            raise ImportError(message) from error
-        return pd.DataFrame(self.rows(), columns=list(self._flat(self._empty_row())))
+        self._joint.check()
+        return self._table.to_frame()
 
     def to_csv(self, path: str | Path) -> None:
         """Writes the history as a table, one row a recorded step."""
-        rows, names = self.rows(), list(self._flat(self._empty_row()))
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
+        self._joint.check()
+        self._table.to_csv(path)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draws the training dashboard: loss, sharpness, alignment, rates and distance.

@@ -18,6 +18,7 @@ from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.curvature.operator import CurvatureOperator, State
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.step_count import StepCount
 from subspace_optim.subspaces.eigenpairs import shapes
 from subspace_optim.subspaces.refresh import ByAngle, EveryNSteps, is_finite
 from subspace_optim.subspaces.rule import RefreshRule, Situation, SubspaceStats
@@ -62,7 +63,7 @@ class DominantSubspace:
         k: as given.
         tol: as given.
         seed: as given.
-        asked: how often it was asked for a basis.
+        steps: the training steps that are known of; who follows an optimizer tells it of more.
 
     Raises:
         ArgumentError: an argument is of the wrong type or out of range.
@@ -93,12 +94,9 @@ class DominantSubspace:
         self.operator = operator
         self._rule = rule
         self._ranks.check_alike("Pass the same on each.", **self._options())
-        self.asked = 0
-        self._clock = 0
+        self.steps = StepCount(operator)
         self._refreshed_at = 0
-        self._state: int | None = None  # the parameters at the last update
-        self._state_clock = 0
-        self._attempted: int | None = None  # ... and when the basis was last decided upon
+        self._attempted: int | None = None  # the state at which a refresh was last tried
         self._failures = 0
         self._then = State(0)  # at the last refresh or probe
         self._settled: _Seen | None = None  # at the last decision
@@ -128,16 +126,8 @@ class DominantSubspace:
 
     @property
     def clock(self) -> int:
-        """Training steps that are known of: parameter states that were seen, or were told of."""
-        return self._clock
-
-    def advance(self, clock: int) -> None:
-        """Tells of training steps at which nobody asks: ``clock`` is at least this.
-
-        A monitor that records every tenth step tells of the others, so that ``refresh=n`` counts
-        them. Steps that others ask at are not counted twice.
-        """
-        self._clock = max(self._clock, clock)
+        """The number of the training step that is known of; the first is 1."""
+        return self.steps.now
 
     def update(self) -> EigenBasis:
         """Returns the basis for the present parameters, refreshed first if that is due.
@@ -170,10 +160,8 @@ class DominantSubspace:
             return rule.is_due(self._situation(seen))
 
         due = self._ranks.any(is_due)
-        state, clock = hash(seen.state), seen.clock
-        self.asked += 1
-        if state != self._state:
-            self._state, self._state_clock, self._clock = state, clock, clock
+        state = hash(seen.state)
+        self.steps.look(state)
         if due:
             plan = rule.plan(self._situation(seen), forced=forced) if rule.fits() else "solve"
             self._attempt(seen.state, plan)
@@ -183,10 +171,9 @@ class DominantSubspace:
         return self.basis
 
     def _look(self) -> _Seen:
-        """Returns the present parameter state, and the clock there: a new one is a step more."""
+        """Returns the present parameter state, and the clock there."""
         state = self.operator.state()
-        is_new = hash(state) != self._state
-        return _Seen(state, max(self._clock, self._state_clock + 1) if is_new else self._clock)
+        return _Seen(state, self.steps.number(hash(state)))
 
     def _situation(self, seen: _Seen) -> Situation:
         return Situation(seen.state, self._then, seen.clock - self._refreshed_at)
@@ -208,7 +195,7 @@ class DominantSubspace:
             failure = error
         else:
             if trial.stats.refreshes > stats.refreshes:
-                self._refreshed_at = self._clock
+                self._refreshed_at = self.clock
             self._take(trial)
             self._failures, self._attempted, self._then = 0, hash(state), state
         finally:
@@ -228,7 +215,7 @@ class DominantSubspace:
         ):  # once a state; where training has diverged, at each update
             self._attempted = hash(state)
         message = (
-            f"The refresh at step {self._clock} failed ({failure}). The basis of step "
+            f"The refresh at step {self.clock} failed ({failure}). The basis of step "
             f"{self._refreshed_at} stays in use; failure {self._failures} of at most "
             f"{_FAILURES_IN_A_ROW - 1} in a row."
         )
@@ -262,11 +249,8 @@ class DominantSubspace:
         return {"version": VERSION} | entries | {"checksum": _checksum(entries)}
 
     def _counters(self) -> dict[str, int | None]:
-        return {
-            "clock": self._clock,
+        return self.steps.state_dict() | {
             "refreshed_at": self._refreshed_at,
-            "state": self._state,
-            "state_clock": self._state_clock,
             "attempted": self._attempted,
             "elsewhere": self._then.elsewhere,
             "modes": self._then.modes,
@@ -298,8 +282,8 @@ class DominantSubspace:
         state.check_sum(_checksum({name: state_dict[name] for name in names}))
 
         self._take(rule)
-        self._clock, self._refreshed_at, self._failures = clock, refreshed_at, failures
-        self._state, self._state_clock, self._attempted = seen, state_clock, attempted
+        self.steps.load(clock, seen, state_clock)
+        self._refreshed_at, self._failures, self._attempted = refreshed_at, failures, attempted
         self._then = State(0, elsewhere or 0, modes or 0)
         self._settled = None
 

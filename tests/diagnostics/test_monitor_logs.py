@@ -74,12 +74,14 @@ def test_what_was_written_is_what_to_csv_writes(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
 def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
+    """What the monitor has given to its logs; that it does so at each step is seen above."""
     script = """
 import os, signal, sys
-from tests.diagnostics.test_monitor_logs import watched
-_, step = watched(log=sys.argv[1:])
-for _ in range(5):
-    step()
+from subspace_optim.diagnostics.logs import logs
+targets = logs(sys.argv[1:], ["step", "loss"], append=False)
+for step in range(5):
+    for log in targets:
+        log({"step": step, "loss": 1.0})
 os.kill(os.getpid(), signal.SIGKILL)
 """
     paths = [tmp_path / "run.csv", tmp_path / "run.jsonl"]
@@ -449,7 +451,7 @@ def test_a_state_of_another_k_is_named() -> None:
     assert len(monitor.history["eigenvalues"][0]) == 2
 
 
-@pytest.mark.parametrize("missing", ["history", "seen", "gap"])
+@pytest.mark.parametrize("missing", ["history", "start", "gap"])
 def test_a_state_that_is_no_monitor_s_is_named(missing: str) -> None:
     monitor, _ = watched(1)
     before = str(monitor.history)

@@ -105,7 +105,7 @@ def steps(model: nn.Module, optimizers: list[torch.optim.Optimizer], way: str, l
 
 
 def run(
-    name: str, way: str, monitor: Callable[..., so.Monitor] | None
+    name: str, way: str, monitor: Callable[..., so.Monitor] | None, *, verify: bool = False
 ) -> tuple[list[Tensor], list[Any], so.Monitor | None]:
     torch.manual_seed(0)
     model = Noisy()
@@ -116,7 +116,7 @@ def run(
     if monitor is not None:
         # The monitor's data come from a loader of their own, whose passes draw numbers too.
         batches = DataLoader(TensorDataset(x, y), batch_size=24)
-        hessian = so.HessianOperator(model, nn.functional.mse_loss, batches)
+        hessian = so.HessianOperator(model, nn.functional.mse_loss, batches, verify=verify)
         watching = monitor(optimizers, so.DominantSubspace(hessian, 1, tol=0.1))
     path: list[Tensor] = []
     for loss in steps(model, optimizers, way, loader):
@@ -129,7 +129,8 @@ def run(
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_training_does_not_change_by_a_bit(name: str, way: str) -> None:
     plain, states, _ = run(name, way, None)
-    observed, others, monitor = run(name, way, so.Monitor)
+    # The operator's proof of itself leaves no trace either: one case has it, as every user does.
+    observed, others, monitor = run(name, way, so.Monitor, verify=name == "Adam")
     torch.testing.assert_close(plain, observed, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(states, others, rtol=0, atol=0)
     rows = {"closure": 4, "plain": 4, "scaler": 3, "accumulation": 2}[way]
@@ -148,11 +149,12 @@ def small() -> tuple[nn.Module, so.HessianOperator, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     data = torch.randn(20, 3).double(), torch.randint(2, (20,))
-    return model, so.HessianOperator(model, nn.CrossEntropyLoss(), data), data
+    hessian = so.HessianOperator(model, nn.CrossEntropyLoss(), data, verify=False)
+    return model, hessian, data
 
 
 @pytest.mark.parametrize("next_k", [0, 3])
-@pytest.mark.parametrize("refresh", [10, "auto"])
+@pytest.mark.parametrize("refresh", [4, "auto"])
 @pytest.mark.parametrize("kind", ["BulkSGD", "DomSAM"])
 def test_beside_an_optimizer_on_the_same_subspace(kind: str, refresh: Any, next_k: int) -> None:
     """The shared basis is refreshed at the same steps, whatever the monitor asks beside it."""
@@ -164,7 +166,7 @@ def test_beside_an_optimizer_on_the_same_subspace(kind: str, refresh: Any, next_
         if watched:
             so.Monitor(optimizer, subspace, next_k=next_k, every=1 if next_k else 3)
         path = []
-        for t in range(25):
+        for t in range(10):
             x, y = (part[t % 5 :: 5] for part in data)
 
             def closure(

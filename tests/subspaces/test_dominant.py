@@ -357,7 +357,6 @@ def test_a_monitor_alone_refreshes_at(every: int, refresh: int, expected: list[i
     assert seen == expected
 
 
-@pytest.mark.xfail(reason="between its rows a monitor counts on from what it knew itself")
 def test_a_monitor_counts_on_from_what_others_have_counted() -> None:
     """A plain step, projected ones, plain ones again: due at 12, three steps after the last."""
     model, _, subspace = make(refresh=3)

@@ -1,0 +1,1 @@
+"""What the rows of a monitor can hold, one measure a file."""

@@ -1,0 +1,201 @@
+"""Where the update of a step goes: into the dominant subspace, or into the bulk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW
+
+from subspace_optim._validation import ArgumentError, check_integer
+from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.diagnostics.alignment import alignment
+from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
+from subspace_optim.diagnostics.stability import preconditioned_sharpness, thresholds
+from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.step_hooks import Followed
+from subspace_optim.subspaces import DominantSubspace, Subspace, projector_of
+
+COLUMNS = (
+    "step",
+    "loss",
+    "gradient_norm",
+    "update_norm",
+    "chi_gradient",
+    "chi_update",
+    "dom_lr",
+    "bulk_lr",
+    "distance",
+    "sharpness",
+    "eigenvalues",
+    "next_eigenvalues",
+    "gap",
+    "threshold",
+    "sam_edge",
+    "adam_threshold",
+    "preconditioned_sharpness",
+    "angle_estimate",
+    "gradients",
+    "products",
+)
+
+
+@dataclass
+class Before:
+    """What a row needs of ``θ_t``, from before the step."""
+
+    theta: Tensor
+    basis: EigenBasis
+    gradient: Tensor | None  # without an operator there is none
+    row: dict[str, Any]  # what is known already
+
+
+class Dominant:
+    """Measures a step before and after it, with what the subspace has.
+
+    Every subspace has ``parameters`` and ``update()``: they give what is told of the update. The
+    rest comes from what it may have beside them: ``operator`` the loss, the gradient and the cost;
+    ``k``, the number of its eigenpairs, the eigenvalues; ``gap`` and ``stats.estimate`` themselves.
+
+    Args:
+        subspace: to measure in.
+        optimizers: whose steps these are.
+        next_k: further eigenvalues, by a solve of their own.
+        preconditioned: whether Adam's sharpness is solved for.
+
+    Attributes:
+        lists: of the columns with lists, how long these are.
+
+    Raises:
+        ArgumentError: an option is out of range, or needs what subspace or optimizers do not have.
+    """
+
+    def __init__(
+        self,
+        subspace: Subspace,
+        optimizers: Sequence[Followed],
+        *,
+        next_k: int,
+        preconditioned: bool,
+    ) -> None:
+        self.subspace = subspace
+        self.operator = operator_of(subspace)
+        self._optimizers = [each.optimizer for each in optimizers]
+        k = getattr(subspace, "k", 0)
+        free = subspace.parameters.size - k if self._has_eigenpairs else 0
+        remedy = "" if self._has_eigenpairs else "More takes a DominantSubspace."
+        next_k = check_integer("next_k", next_k, minimum=0, maximum=free, remedy=remedy)
+        if preconditioned and not all(isinstance(o, Adam | AdamW) for o in self._optimizers):
+            remedy = "The thresholds of other optimizers are for the sharpness itself."
+            raise ArgumentError("preconditioned", True, "False, but for Adam and AdamW", remedy)
+        if preconditioned and self.operator is None:
+            allowed = "False for a subspace without an operator"
+            raise ArgumentError("preconditioned", True, allowed, "Use a DominantSubspace.")
+        self._preconditioned = preconditioned
+        self._next = self._solver(k + next_k) if next_k else None
+        self.lists = {"eigenvalues": k, "next_eigenvalues": next_k}
+        space = subspace.parameters
+        self._start = space.flatten(space.tensors)
+        # A step that goes on after the one inside, as Lookahead's, has another threshold; SAM's
+        # is told by its radius.
+        self._with_thresholds = [
+            each.optimizer
+            for each in optimizers
+            if len(each.members) == 1 or "rho" in each.optimizer.param_groups[0]
+        ]
+
+    @property
+    def start(self) -> Tensor:
+        """The parameters from which distances count."""
+        return self._start
+
+    @start.setter
+    def start(self, theta: Tensor) -> None:
+        self._start = theta.to(self._start, copy=True)
+
+    @property
+    def _has_eigenpairs(self) -> bool:
+        return self.operator is not None and hasattr(self.subspace, "k")
+
+    def _solver(self, k: int) -> DominantSubspace:
+        """Returns a subspace of its own, solved for at each row as the one that is measured in."""
+        shared: Any = self.subspace
+        return DominantSubspace(shared.operator, k, refresh=1, tol=_tol(shared), seed=_seed(shared))
+
+    def before(self) -> Before:
+        """Measures what a row needs before the step."""
+        subspace, operator = self.subspace, self.operator
+        stats = None if operator is None else operator.stats
+        spent = None if stats is None else (stats.gradients, stats.products)
+        basis = projector_of(subspace)
+        row: dict[str, Any] = {}
+        gradient, norm = None, torch.nan
+        if operator is not None:
+            gradient = operator.gradient()
+            norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+            row |= {"loss": operator.loss(), "gradient_norm": norm}
+        # Now: a scheduler may change the rate before several optimizers have all stepped.
+        row |= thresholds(self._with_thresholds, norm)
+        for column, value in (
+            ("gap", getattr(subspace, "gap", None)),
+            ("angle_estimate", getattr(getattr(subspace, "stats", None), "estimate", None)),
+        ):
+            if value is not None:
+                row[column] = value
+        if self._has_eigenpairs:
+            row |= self._eigenvalues(basis)
+        if self._preconditioned and operator is not None:
+            with suppress(ArgumentError):  # before the first step there are no moments
+                row["preconditioned_sharpness"] = preconditioned_sharpness(
+                    operator, self._optimizers, tol=_tol(subspace), seed=_seed(subspace)
+                )
+        if stats is not None and spent is not None:
+            row["gradients"] = stats.gradients - spent[0]
+            row["products"] = stats.products - spent[1]
+        space = subspace.parameters
+        return Before(space.flatten(space.tensors), basis, gradient, row)
+
+    def _eigenvalues(self, basis: EigenBasis) -> dict[str, Any]:
+        k, found = self.lists["eigenvalues"], {}
+        eigenvalues = basis.eigenvalues.tolist()
+        if self._next is not None:
+            every = self._next.update().eigenvalues.tolist()
+            eigenvalues, following = every[:k], every[k:]
+            found = {"next_eigenvalues": following, "gap": eigenvalues[-1] - following[0]}
+        return found | {"eigenvalues": eigenvalues, "sharpness": eigenvalues[0]}
+
+    def after(self, before: Before) -> dict[str, Any]:
+        """Returns what is known of the row after the step."""
+        space, basis, gradient = self.subspace.parameters, before.basis, before.gradient
+        update = space.flatten(space.tensors) - before.theta
+        measured = {
+            "update_norm": distance(update, torch.zeros_like(update)),
+            "chi_update": alignment(update, basis),
+            "distance": distance(before.theta, self._start),
+        }
+        if gradient is not None:
+            measured |= {
+                "chi_gradient": alignment(gradient, basis),
+                "dom_lr": dom_lr(update, gradient, basis),
+                "bulk_lr": bulk_lr(update, gradient, basis),
+            }
+        values = torch.stack(list(measured.values())).tolist()
+        return before.row | dict(zip(measured, values, strict=True))
+
+
+def operator_of(subspace: Subspace) -> CurvatureOperator | None:
+    """Returns the operator whose loss and gradient are recorded, if the subspace has one."""
+    operator = getattr(subspace, "operator", None)
+    return operator if isinstance(operator, CurvatureOperator) else None
+
+
+def _tol(subspace: Any) -> float:
+    return float(getattr(subspace, "tol", 1e-3))
+
+
+def _seed(subspace: Any) -> int:
+    return int(getattr(subspace, "seed", 0))

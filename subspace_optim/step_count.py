@@ -1,0 +1,141 @@
+"""The step count: how many training steps a subspace knows of, and who tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.curvature.parameters import digest
+
+
+class StepCount:
+    """Numbers the parameter states that a training passes through; the first is 1.
+
+    A step is what brings the training from one state to another, and two kinds of witnesses know of
+    it. Who asks for a basis *looks*: a digest of the parameters shows whether they have changed.
+    Who follows an optimizer without asking at each step, as a monitor that records every tenth,
+    *tells*, which costs nothing: it marks that a step has moved the parameters, and the next step
+    that begins, or the next look, counts that once, however many have marked it.
+
+    What is told can be a step too many, where nothing moved after all. A look finds that out if
+    nothing has changed since the look before: all that was told in between is taken back.
+
+    Attributes:
+        now: the number of the latest state that is known; 0 before the first.
+        looks: how often somebody has looked.
+    """
+
+    def __init__(self, operator: CurvatureOperator) -> None:
+        self.now = self.looks = 0
+        self._operator = operator
+        self._seen: int | None = None  # the state at the last look ...
+        self._seen_at = 0  # ... and its number
+        self._moved = False  # since the number was last settled, as somebody has told
+
+    def number(self, state: int) -> int:
+        """Returns the number of the present state, without counting it: pure."""
+        if state == self._seen:
+            return self._seen_at
+        return max(self.now + self._moved, self._seen_at + 1)
+
+    def look(self, state: int | None = None) -> int:
+        """Counts the present state, if it is a new one, and returns its number.
+
+        Args:
+            state: its digest (default: that of the operator's state).
+        """
+        if state is None:
+            state = hash(self._operator.state())
+        self.now = self.number(state)
+        self._seen, self._seen_at, self._moved = state, self.now, False
+        self.looks += 1
+        return self.now
+
+    def begin(self) -> None:
+        """Tells that a step begins: if the one before has moved anything, this is another state."""
+        self.now += self._moved
+        self._moved = False
+
+    def moved(self) -> None:
+        """Tells that the parameters have changed since the step began."""
+        self._moved = True
+
+    def state_dict(self) -> dict[str, int | None]:
+        """Returns the count as a resumed run takes it up, a step that was told of included."""
+        return {
+            "clock": self.now + self._moved,
+            "state": self._seen,
+            "state_clock": self._seen_at,
+        }
+
+    def load(self, now: int, seen: int | None, seen_at: int) -> None:
+        """Takes the entries of ``state_dict()``. Who follows steps looks before he tells again."""
+        self.now, self._seen, self._seen_at, self._moved = now, seen, seen_at, False
+        self.looks += 1
+
+
+class StepTeller:
+    """Tells a count of the steps of optimizers that are followed, at which perhaps nobody looks.
+
+    It looks itself only where somebody else has looked outside of the steps that it follows: then
+    the parameters may have moved there, or not.
+
+    Args:
+        count: the subspace's; ``None`` for one that counts no steps.
+        optimizers: those that are followed, as one step.
+    """
+
+    def __init__(self, count: StepCount | None, optimizers: Sequence[Optimizer]) -> None:
+        self._count = count
+        self._optimizers = optimizers
+        self._looks: int | None = None  # when the last step ended
+        self._versions = 0  # of the parameters at the beginning of the step ...
+        self._before: int | None = None  # ... and their digest, if it is needed
+
+    def begin(self, *, looks: bool) -> None:
+        """A step begins.
+
+        Args:
+            looks: whether the basis will be asked for before anything moves.
+        """
+        if self._count is None:
+            return
+        if self._count.looks == self._looks:
+            self._count.begin()
+        elif not looks:
+            self._count.look()
+        self._versions = self._written()
+        # SAM puts back what it has moved where a gradient is not finite. A digest tells.
+        returns = any(hasattr(each, "first_step") for each in self._optimizers)
+        self._before = self._digest() if returns and not looks else None
+
+    def end(self, moved: bool | None = None) -> None:
+        """The step has ended.
+
+        Args:
+            moved: whether it has changed the parameters; ``None`` if the caller has not measured.
+        """
+        if self._count is None:
+            return
+        if moved is None and self._before is not None:
+            moved = self._digest() != self._before
+        if moved is None:
+            # Fused optimizers, and those that write to `p.data`, leave no trace in the versions.
+            has_gradient = any(p.grad is not None for p in self._parameters())
+            moved = has_gradient or self._written() != self._versions
+        if moved:
+            self._count.moved()
+        self._looks = self._count.looks
+
+    def _digest(self) -> int:
+        return int(digest(self._parameters()))
+
+    def _written(self) -> int:
+        return sum(p._version for p in self._parameters())  # noqa: SLF001 (counts what is written)
+
+    def _parameters(self) -> list[Tensor]:
+        groups = [group for each in self._optimizers for group in each.param_groups]
+        return [p for group in groups for p in group["params"]]
