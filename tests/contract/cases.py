@@ -18,7 +18,14 @@ from torch.optim import Optimizer
 
 import subspace_optim as so
 from subspace_optim.curvature import CurvatureOperator
-from tests.optim.naive import DenseOperator, Quartic, flat, landscape, projector
+from tests.optim.naive import (
+    DenseOperator,
+    ExactSubspace,
+    Quartic,
+    flat,
+    landscape,
+    projector,
+)
 
 K = 2
 LR = 0.0625  # a power of two: the same number in float32 tensors
@@ -51,6 +58,20 @@ def quartic(dtype: torch.dtype = torch.float64) -> Problem:
     return Problem(model, model, model.hessian, DenseOperator(model))
 
 
+_LAST: dict[str, tuple[Tensor, Tensor]] = {}
+
+
+def remembered(name: str, hessian: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same matrix at the same point: twins ask for it one after the other."""
+
+    def of(theta: Tensor) -> Tensor:
+        if name not in _LAST or not torch.equal(_LAST[name][0], theta):
+            _LAST[name] = theta.clone(), hessian(theta)
+        return _LAST[name][1]
+
+    return of
+
+
 class Odd(nn.Module):
     """Tied, non-contiguous and 0-d parameters, of which nothing is in the usual layout."""
 
@@ -70,8 +91,8 @@ class Odd(nn.Module):
 def odd() -> Problem:
     model = Odd()
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    hessian = landscape(model, F.mse_loss, x, x).hessian
-    operator = so.HessianOperator(model, F.mse_loss, (x, x))
+    hessian = remembered("odd", landscape(model, F.mse_loss, x, x).hessian)
+    operator = so.HessianOperator(model, F.mse_loss, (x, x), verify=False)
     return Problem(model, lambda: F.mse_loss(model(x), x), hessian, operator)
 
 
@@ -86,8 +107,8 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, Tensor, Ten
 
 def network(dtype: torch.dtype = torch.float64) -> Problem:
     model, x, y = data(dtype)
-    hessian = landscape(model, F.mse_loss, x, y).hessian
-    operator = so.HessianOperator(model, F.mse_loss, (x, y))
+    hessian = remembered(f"network {dtype}", landscape(model, F.mse_loss, x, y).hessian)
+    operator = so.HessianOperator(model, F.mse_loss, (x, y), verify=False)
     return Problem(model, lambda: F.mse_loss(model(x), y), hessian, operator)
 
 
@@ -97,8 +118,8 @@ def frozen() -> Problem:
     model[0].requires_grad_(False)
     with torch.no_grad():
         hidden = model[1](model[0](x))
-    hessian = landscape(model[2], F.mse_loss, hidden, y).hessian
-    operator = so.HessianOperator(model, F.mse_loss, (x, y))
+    hessian = remembered("frozen", landscape(model[2], F.mse_loss, hidden, y).hessian)
+    operator = so.HessianOperator(model, F.mse_loss, (x, y), verify=False)
     return Problem(model, lambda: F.mse_loss(model(x), y), hessian, operator)
 
 
@@ -106,8 +127,8 @@ def classified(dtype: torch.dtype = torch.float64) -> Problem:
     """A network of two classes, and the minibatch that a class-gradient subspace observes."""
     model, x, _ = data(dtype)
     y = torch.tensor([0, 1, 1, 0, 1, 1, 0, 1])
-    hessian = landscape(model, F.cross_entropy, x, y).hessian
-    operator = so.HessianOperator(model, F.cross_entropy, (x, y))
+    hessian = remembered(f"classified {dtype}", landscape(model, F.cross_entropy, x, y).hessian)
+    operator = so.HessianOperator(model, F.cross_entropy, (x, y), verify=False)
     return Problem(model, lambda: F.cross_entropy(model(x), y), hessian, operator, (x, y))
 
 
@@ -376,6 +397,10 @@ PROJECTED = [case for case in CASES.values() if not case.ours]
 ALL = list(CASES.values())
 # Where a test is about something that does not depend on the part, one of the two is enough.
 EACH = [*OURS, *(case for case in PROJECTED if case.part == "dominant")]
+# Where it is about how a step is taken and not about which: one tensor after the other, all at
+# once, by a kernel, by others' code, with hooks inside of hooks, in turn, and many moves in one.
+_WAYS = "SGD momentum, SGD foreach, AdamW fused, third party, subclass of Adam, Muon + AdamW, LBFGS"
+SOME = [*OURS, *(CASES[f"{name}, dominant"] for name in _WAYS.split(", "))]
 
 
 # A run.
@@ -399,7 +424,7 @@ class Run:
         problem: Problem | None = None,
         *,
         two_groups: bool = False,
-        refresh: Any = 1,
+        refresh: Any = None,
         subspace: Any = None,
         params: Iterable[Tensor] | None = None,
         everything: bool = False,
@@ -411,6 +436,9 @@ class Run:
         double = self.problem.operator.dtype == torch.float64
         if subspace is None and case.observes:
             subspace = so.ClassGradientSubspace(self.model, 2)
+        if subspace is None and refresh is None:
+            space = self.problem.operator.parameters
+            subspace = ExactSubspace(space, self.problem.hessian, K)
         self.subspace = subspace or so.DominantSubspace(
             self.problem.operator, K, refresh=refresh, tol=1e-12 if double else 1e-5
         )
@@ -428,6 +456,12 @@ class Run:
     def project(self) -> None:
         optimizers = self.optimizers if self.case.joint else self.optimizer
         self.handle = so.project_updates(optimizers, self.subspace, onto=self.case.part)
+
+    @property
+    def refreshes(self) -> int:
+        """At how many parameter states a basis was made."""
+        own = self.subspace
+        return own.refreshes if isinstance(own, ExactSubspace) else own.stats.refreshes
 
     @property
     def optimizer(self) -> Any:

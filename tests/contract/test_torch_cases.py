@@ -25,8 +25,8 @@ from torch import nn
 import subspace_optim as so
 from tests.checkpoints import through_a_file
 from tests.contract.cases import (
-    ALL,
     CASES,
+    EACH,
     LR,
     OBSERVING,
     OURS,
@@ -263,7 +263,7 @@ def test_every_optimizer_and_every_option_range_of_torch_is_here() -> None:
     } - {"Optimizer"}
     assert set(THEIRS) <= theirs
     covered = {
-        type(each).__name__ for case in ALL if not case.ours for each in Run(case).optimizers
+        type(each).__name__ for case in EACH if not case.ours for each in Run(case).optimizers
     }
     assert theirs - covered == {"SparseAdam"}  # of sparse gradients alone
     assert {entry.desc for entry in THEIRS["SGD"]} <= set(OPTIONS)
@@ -341,7 +341,7 @@ def test_the_option_ranges_of_each_optimizer_are_projected(
 # Tests of torch's that have no other place. ----------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [c for c in ALL if c.takes_groups and c.part != "bulk"], ids=str)
+@pytest.mark.parametrize("case", [c for c in EACH if c.takes_groups], ids=str)
 def test_groups_under_a_scheduler_have_their_own_rates(case: Case) -> None:
     run, reference = pair(case, two_groups=True)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.5)

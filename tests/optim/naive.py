@@ -141,6 +141,42 @@ def projector(matrix: Tensor, k: int) -> Tensor:
     return vectors @ vectors.T
 
 
+class ExactSubspace:
+    """The top eigenvectors of a dense Hessian, by `eigh`: an optimizer is tested without a solver.
+
+    Args:
+        parameters: the coordinates.
+        hessian: of the flat float64 parameters.
+        k: how many.
+
+    Attributes:
+        refreshes: how many parameter states it was asked at, one after the other.
+        basis: at the last of them.
+    """
+
+    def __init__(
+        self, parameters: ParameterSpace, hessian: Callable[[Tensor], Tensor], k: int
+    ) -> None:
+        self.parameters, self.hessian, self.k = parameters, hessian, k
+        self.refreshes = 0
+        self.basis: EigenBasis | None = None
+        self._theta: Tensor | None = None
+
+    def update(self) -> EigenBasis:
+        theta = flat(self.parameters.tensors)
+        if self.basis is None or not torch.equal(theta, self._theta):
+            values, vectors = torch.linalg.eigh(self.hessian(theta))
+            top, rows = values[-self.k :].flip(0), vectors[:, -self.k :].T.flip(0)
+            top, rows = (t.to(self.parameters.dtype).contiguous() for t in (top, rows))
+            self.basis, self._theta = EigenBasis(top, rows, torch.zeros_like(top)), theta
+            self.refreshes += 1
+        return self.basis
+
+
+def exact(model: Quartic, k: int) -> ExactSubspace:
+    return ExactSubspace(ParameterSpace(model), model.hessian, k)
+
+
 def dense_eigenbasis(size: int, k: int, seed: int, dtype: torch.dtype) -> EigenBasis:
     """The top k eigenpairs of a dense symmetric matrix."""
     values, vectors = torch.linalg.eigh(symmetric(torch.linspace(-1, 3, size), seed))
