@@ -27,8 +27,16 @@ ALLOWED: dict[str, set[str]] = {
     ".subspace": {"._validation", "._progress", ".linalg", ".curvature", ".ageing", ".subspace"},
     ".step_hooks": {"._validation", ".curvature"},
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.
-    ".optim._base": {"._validation", ".curvature", ".subspace", ".step_hooks"},
-    ".optim": {"._validation", ".curvature", ".subspace", ".step_hooks", ".optim._base"},
+    ".optim._checks": {"._validation", ".curvature"},
+    ".optim._base": {"._validation", ".curvature", ".subspace", ".step_hooks", ".optim._checks"},
+    ".optim": {
+        "._validation",
+        ".curvature",
+        ".subspace",
+        ".step_hooks",
+        ".optim._base",
+        ".optim._checks",
+    },
     ".optim.__init__": {".optim._base", ".optim"},
     ".diagnostics": {
         "._validation",
