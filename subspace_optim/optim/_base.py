@@ -125,7 +125,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
 
     def _check_gradients(self) -> None:
         for p in parameters_of(self):
-            check_dense(f"the gradient of a parameter of shape {tuple(p.shape)}", p.grad)
+            check_dense(p)
 
     @property
     def _device(self) -> torch.device:
@@ -221,7 +221,7 @@ class SubspaceOptimizer(CheckedOptimizer):
         """
         tensors = check_same(parameters_of(self), space)
         for p, name in zip(tensors, space.names, strict=True):
-            check_dense(f"the gradient of '{name}'", p.grad)
+            check_dense(p, name)
         return tensors
 
     def _check_gradients(self) -> None:

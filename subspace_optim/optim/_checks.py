@@ -39,14 +39,16 @@ def check_sgd_options(group: dict[str, Any]) -> None:
         raise ArgumentError("differentiable", True, "False", remedy)
 
 
-def check_dense(label: str, gradient: Tensor | None) -> None:
-    """Checks that a gradient is dense, if there is one.
+def check_dense(parameter: Tensor, name: str | None = None) -> None:
+    """Checks that the gradient of a parameter is dense, if it has one.
 
     Raises:
         ArgumentError: it is not.
     """
+    gradient = parameter.grad
     if gradient is not None and gradient.layout != torch.strided:
-        raise ArgumentError(label, gradient.layout, "dense", "Use sparse=False.")
+        of = f"'{name}'" if name else f"a parameter of shape {tuple(parameter.shape)}"
+        raise ArgumentError(f"the gradient of {of}", gradient.layout, "dense", "Use sparse=False.")
 
 
 def check_buffer(parameter: Any, entries: Any) -> None:

@@ -117,8 +117,8 @@ class _TwoSteps(CheckedOptimizer):
             RuntimeError: it was called before, without ``second_step()``. The parameters are back
                 at θ_t then.
         """
-        own = innermost(self)
-        if own is not self:  # of a wrapper that has our class
+        own = self._own()
+        if own is not self:
             own.first_step(zero_grad)
             return
         if self._before is not None:
@@ -132,6 +132,10 @@ class _TwoSteps(CheckedOptimizer):
             self._displace()
         if zero_grad:
             self.zero_grad()
+
+    def _own(self) -> Any:
+        """Returns the optimizer inside of a wrapper that has taken on our class."""
+        return self if type(self).__module__ == __name__ else innermost(self)
 
     def _displace(self) -> None:
         groups = [(g, params) for g in self.param_groups if (params := _with_gradients(g))]
@@ -166,7 +170,7 @@ class _TwoSteps(CheckedOptimizer):
         Raises:
             RuntimeError: ``first_step()`` was not called.
         """
-        own = innermost(self)
+        own = self._own()
         if own._before is None:  # noqa: SLF001 (ours)
             raise RuntimeError("second_step() was called without first_step() before it.")
         if own is not self:
