@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 import subspace_optim as so
-from tests.contract.cases import CASES, OURS, Case, Problem, Run, UserSubspace, quartic, same
+from tests.contract.cases import CASES, OURS, Case
+from tests.contract.runs import Run, same
+from tests.contract.settings import Setting, UserSubspace, quartic
 from tests.failing import Fails
 from tests.optim.naive import dense_eigenbasis
 
-PROJECTED = [
+EACH_PROJECTED = [
     CASES[f"{name}, bulk"]
     for name in (
         "SGD",
@@ -62,9 +64,9 @@ def failing(step: Callable[[], object], at: int, error: Any) -> int | None:
 
 def fixed(case: Case) -> Run:
     """A run whose basis is given: the operations are those of the optimizer."""
-    problem: Problem = quartic()
-    subspace = UserSubspace(problem, dense_eigenbasis(9, 2, 3, torch.float64))
-    run = Run(case, problem, subspace=subspace)
+    setting: Setting = quartic()
+    subspace = UserSubspace(setting, dense_eigenbasis(9, 2, 3, torch.float64))
+    run = Run(case, setting, subspace=subspace)
     if case.lbfgs:
         run.groups[0]["max_iter"] = 2  # of 20, each with the operations of all others
     return run
@@ -149,7 +151,7 @@ def test_neither_call_of_sam_leaves_it_displaced_or_stuck(
     assert at > 5
 
 
-@errors([*PROJECTED, JOINT])
+@errors([*EACH_PROJECTED, JOINT])
 def test_a_projected_step_happens_or_leaves_the_parameters(case: Case, error: Any) -> None:
     """Of all optimizers that step in turn. Their moments may have begun to change: no copies."""
     run, twin = fixed(case), fixed(case)
