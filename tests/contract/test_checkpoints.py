@@ -172,7 +172,7 @@ def test_names_of_parameters_are_kept(case: Case) -> None:
 # Checkpoints of torch's own SGD, and of older torch.
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, 0.9], ids=["plain", "momentum"])
 @restricted
 def test_the_state_of_torch_sgd_can_be_loaded_and_the_other_way(
     case: Case, momentum: float

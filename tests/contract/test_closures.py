@@ -133,7 +133,7 @@ def test_the_calls_of_sam_come_in_their_order(case: Case) -> None:
 
 
 @sams
-@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("failing", [1, 2], ids=["first pass", "second pass"])
 def test_an_error_in_the_closure_of_sam_leaves_the_parameters(case: Case, failing: int) -> None:
     run, other = Run(case), Run(case)
     before, calls = run.values(), []

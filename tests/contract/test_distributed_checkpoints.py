@@ -56,7 +56,7 @@ def test_the_checkpoint_of_a_fresh_optimizer_costs_no_refresh_no_row_and_no_move
 
 
 @distributed
-@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 def test_distributed_checkpoints_resume(case: Case, momentum: bool) -> None:
     """Into a fresh optimizer, whose state torch makes by such a step."""
     options: dict[str, Any] = {}
@@ -108,7 +108,7 @@ def same_state(first: Any, second: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, False], ids=["the object", "its state"])
 @pytest.mark.parametrize("refresh", [2, "auto"])
 @pytest.mark.parametrize("k", [1, 2, 9])
 def test_a_new_subspace_goes_on_from_a_distributed_checkpoint_bit_by_bit(
@@ -165,7 +165,7 @@ def test_a_distributed_checkpoint_that_is_refused_changes_nothing(tmp_path: Any)
     assert same_state(subspace.state_dict(), before)
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, False], ids=["the object", "its state"])
 @pytest.mark.parametrize("observed", [0, 2])
 def test_class_gradients_go_on_from_a_distributed_checkpoint(
     observed: int, whole: bool, tmp_path: Any

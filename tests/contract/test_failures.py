@@ -111,7 +111,7 @@ def test_a_step_of_ours_happens_or_leaves_parameters_and_state(
 
 
 @errors([case for case in OURS if case.sam])
-@pytest.mark.parametrize("zero_grad", [False, True])
+@pytest.mark.parametrize("zero_grad", [False, True], ids=["keeps gradients", "zero_grad"])
 def test_neither_call_of_sam_leaves_it_displaced_or_stuck(
     case: Case, zero_grad: bool, error: Any
 ) -> None:

@@ -110,7 +110,7 @@ def test_ours_add_up_too() -> None:
 # Several optimizers.
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [False, True], ids=["in order", "reversed"])
 @pytest.mark.parametrize("part", ["dominant", "bulk"])
 def test_joint_steps_are_the_joint_displacement_projected_by_hand(part: str, reverse: bool) -> None:
     """In whatever order they step; projecting each alone would be another thing."""
@@ -134,7 +134,7 @@ def skip_one(run: Run, scaler: Any, which: int) -> None:
     scaler.update()
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1], ids=["skips Muon", "skips AdamW"])
 def test_of_joint_optimizers_the_scaler_may_skip_one(which: int) -> None:
     """What the other did is projected before the next forward pass."""
     run = Run(CASES["Muon + AdamW, bulk"])
@@ -147,7 +147,7 @@ def test_of_joint_optimizers_the_scaler_may_skip_one(which: int) -> None:
     assert float((P @ update).norm()) < 1e-8 * float(update.norm())
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1], ids=["skips Muon", "skips AdamW"])
 def test_after_a_skip_joint_optimizers_step_together_again(which: int) -> None:
     """However the step of the skip itself is told: from the second after it they are in step."""
     run = Run(CASES["Muon + AdamW, bulk"])
@@ -246,7 +246,7 @@ def test_of_a_subclass_that_calls_super_step_the_monitor_sees_the_whole_displace
 
 
 @pytest.mark.parametrize("name", ["SAM", "DomSAM"])
-@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("calls", [1, 2], ids=["step", "two calls"])
 def test_sam_itself_may_be_projected(name: str, calls: int) -> None:
     """A third party's SAM as well as ours: of `step(closure)` the whole displacement counts."""
     run, other = Run(CASES[name]), Run(CASES["BulkSAM" if name == "SAM" else "DomSAM"])

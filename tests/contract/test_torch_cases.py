@@ -407,7 +407,7 @@ def test_the_default_dtype_changes_no_step(name: str) -> None:
     assert same(run.values(), other.values())
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, 0.9], ids=["plain", "momentum"])
 def test_sam_of_a_complex_parameter_is_that_of_its_real_view(momentum: float) -> None:
     random = torch.Generator().manual_seed(0)
     z = nn.Parameter(torch.randn(3, dtype=torch.complex128, generator=random))

@@ -39,12 +39,16 @@ WRAPPED = [
     *(
         (name, "bulk", when)
         for name in ("wrapped twice", "with a closure", "SAM in one call", "of a subclass")
-        for when in ("before", "after")
+        for when in ("scheduler before", "scheduler after")
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "part", "scheduled"), WRAPPED)
+@pytest.mark.parametrize(
+    ("name", "part", "scheduled"),
+    WRAPPED,
+    ids=lambda value: "no scheduler" if value is None else value,
+)
 def test_the_whole_move_is_projected_and_measured(
     name: str, part: str, scheduled: str | None
 ) -> None:
@@ -58,12 +62,12 @@ def test_the_whole_move_is_projected_and_measured(
         while not hasattr(type(inner).step, "hooked"):
             inner = getattr(inner, "optimizer", None) or inner._base_optimizer
         inner = getattr(inner, "base_optimizer", inner)
-        if scheduled == "before":
+        if scheduled == "scheduler before":
             schedulers.append(lr_scheduler.ExponentialLR(inner, 0.9))
         if one is optimizer:
             monitor = so.Monitor(optimizer, subspace)
             handle = so.project_updates(optimizer, subspace, part)  # type: ignore[arg-type]
-        if scheduled == "after":
+        if scheduled == "scheduler after":
             schedulers.append(lr_scheduler.ExponentialLR(inner, 0.9))
     norms = []
     for _ in range(3):

@@ -87,7 +87,7 @@ def own(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("kind", [gauss_newton, class_gradients, fixed, own])
 @pytest.mark.parametrize("part", ["dominant", "bulk"])
-@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("projected", [False, True], ids=["of ours", "project_updates"])
 def test_steps_are_projected_onto_the_span(
     problem: Any, kind: Any, part: str, projected: bool
 ) -> None:

@@ -121,8 +121,8 @@ def test_low_rank_newton_equals_the_formula(
         assert_near(flat(model.parameters()), expected, 1e-8)
 
 
-@pytest.mark.parametrize("orthogonal", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("orthogonal", [False, True], ids=["any angle", "orthogonal"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9], ids=["plain", "momentum"])
 def test_the_quasi_newton_update_is_equation_15(orthogonal: bool, momentum: float) -> None:
     """With vectors of any angle: θ − ηd − Σ (1/λ_k − η)(v_kᵀd) v_k, term by term."""
     model = Quartic()

@@ -137,7 +137,7 @@ class Two(Quartic):
 
 
 @pytest.mark.parametrize("part", ["dominant", "bulk"])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [False, True], ids=["in order", "reversed"])
 def test_optimizers_that_share_the_parameters_are_projected_jointly(
     part: str, reverse: bool
 ) -> None:
@@ -157,7 +157,7 @@ def test_optimizers_that_share_the_parameters_are_projected_jointly(
     assert subspace.refreshes == 5
 
 
-@pytest.mark.parametrize("monitor_first", [False, True])
+@pytest.mark.parametrize("monitor_first", [False, True], ids=["monitor last", "monitor first"])
 def test_a_monitor_sees_the_projected_update_whatever_came_first(monitor_first: bool) -> None:
     model = Quartic()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)

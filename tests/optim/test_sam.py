@@ -230,9 +230,9 @@ def test_each_group_has_its_radius_and_the_norm_is_over_all_of_them() -> None:
 
 
 @pytest.mark.parametrize("part", CLASSES)
-@pytest.mark.parametrize("bad_pass", [0, 1])
+@pytest.mark.parametrize("bad_pass", [0, 1], ids=["first pass", "second pass"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("two_calls", [False, True])
+@pytest.mark.parametrize("two_calls", [False, True], ids=["step", "two calls"])
 def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(
     part: str, bad_pass: int, bad: float, two_calls: bool
 ) -> None:
@@ -343,7 +343,7 @@ def test_the_basis_is_that_of_the_point_it_steps_from() -> None:
     assert min(monitor.history["chi_update"]) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
 def test_complex_parameters_step_as_their_moduli_say(adaptive: bool) -> None:
     """L = |z|²/2 at z = 3 + 4i: g = z, |g| = 5, and |z|² g / ‖|z| g‖ is 5 times as long."""
     z = nn.Parameter(torch.tensor([3.0 + 4.0j], dtype=torch.complex128))

@@ -92,7 +92,7 @@ def test_steps_equal_the_formula(data: st.DataObject, part: str, foreach: bool) 
 
 @pytest.mark.parametrize("part", CLASSES)
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse_loss"])
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True], ids=["momentum", "nesterov"])
 def test_steps_of_a_network_equal_the_formula(part: str, loss: str, nesterov: bool) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
@@ -252,3 +252,34 @@ def test_dominant_and_bulk_update_add_up_to_that_of_sgd_with_its_buffers(
                 assert torch.equal(bulk, sgd)
                 remembered += 1
     assert bool(remembered) == any("momentum" in group for group in CASES[name].groups)
+
+
+# The memory that is kept.
+
+
+def test_another_subspace_of_the_same_size_has_other_coordinates() -> None:
+    """The memory of the update is kept from step to step, in the shapes of the parameters."""
+    models = [Quartic() for _ in range(2)]
+    reordered = []
+    for model in models:
+        space = so.ParameterSpace(model, reversed(list(model.parameters())))
+        order = torch.cat([torch.tensor([8]), torch.arange(6, 8), torch.arange(6)])
+        vectors = torch.eye(9, dtype=torch.float64)[:3]
+        reordered.append(so.FixedSubspace(model, vectors[:, order], params=space.tensors))
+    optimizers = [
+        so.BulkSGD(models[0].parameters(), lr=0.1, subspace=exact(models[0], 3)),
+        so.BulkSGD(models[1].parameters(), lr=0.1, subspace=reordered[1]),
+    ]
+    models[0]().backward()
+    optimizers[0].step()
+    models[0].load_state_dict(models[1].state_dict())
+    optimizers[0].subspace = reordered[0]
+    before = flat(models[0].parameters())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.zero_grad()
+        model().backward()
+        optimizer.step()
+    moved = flat(models[0].parameters()) - before
+    assert not moved[:3].any()  # the dominant coordinates
+    assert bool((moved[3:] != 0).all())
+    assert torch.equal(flat(models[0].parameters()), flat(models[1].parameters()))
