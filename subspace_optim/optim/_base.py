@@ -163,13 +163,14 @@ class SubspaceOptimizer(CheckedOptimizer):
 
     def _descend(self) -> None:
         subspace = self._subspace()
-        tensors = self._trained(subspace.parameters)
+        space = subspace.parameters
+        tensors = self._trained(space)
         if all(p.grad is None for p in tensors):
             return
         basis: EigenBasis | LowRankCurvature | None = None
         if self._moves():  # where every rate is 0, nothing moves: no reason to pay for a basis
             basis = projector_of(subspace) if self._projects else basis_of(subspace)
-        vector = self._vector(subspace.parameters, basis or subspace.parameters)
+        vector = self._vector(space, space if basis is None else basis)
         buffers: dict[Tensor, Tensor] = {}
 
         def gather(factor: Callable[[Group], float | Tensor]) -> Tensor:

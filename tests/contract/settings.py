@@ -129,14 +129,3 @@ def class_terms(setting: Setting) -> tuple[Tensor, Tensor]:
         vectors.append(torch.stack(slopes).mean(0))
         squares.append(spread / len(x) * vectors[-1].square().sum())
     return torch.stack(squares), torch.stack(vectors)
-
-
-class UserSubspace:
-    """A user's own subspace: one basis object for ever."""
-
-    def __init__(self, setting: Setting, basis: so.EigenBasis) -> None:
-        self.parameters = setting.operator.parameters
-        self.basis = basis
-
-    def update(self) -> so.EigenBasis:
-        return self.basis

@@ -20,9 +20,9 @@ from torch import Tensor
 import subspace_optim as so
 from tests.contract.cases import CASES, OURS, Case
 from tests.contract.runs import Run, same
-from tests.contract.settings import Setting, UserSubspace, quartic
+from tests.contract.settings import Setting, quartic
 from tests.failing import Fails
-from tests.optim.naive import dense_eigenbasis
+from tests.optim.naive import GivenSubspace, dense_eigenbasis
 
 EACH_PROJECTED = [
     CASES[f"{name}, bulk"]
@@ -65,7 +65,7 @@ def failing(step: Callable[[], object], at: int, error: Any) -> int | None:
 def fixed(case: Case) -> Run:
     """A run whose basis is given: the operations are those of the optimizer."""
     setting: Setting = quartic()
-    subspace = UserSubspace(setting, dense_eigenbasis(9, 2, 3, torch.float64))
+    subspace = GivenSubspace(setting.operator.parameters, dense_eigenbasis(9, 2, 3, torch.float64))
     run = Run(case, setting, subspace=subspace)
     if case.lbfgs:
         run.groups[0]["max_iter"] = 2  # of 20, each with the operations of all others

@@ -26,8 +26,8 @@ from tests.contract.cases import (
     ours,
 )
 from tests.contract.runs import Run, same
-from tests.contract.settings import Setting, UserSubspace, data, network, quartic
-from tests.optim.naive import DenseOperator, Quartic, dense_eigenbasis, exact
+from tests.contract.settings import Setting, data, network, quartic
+from tests.optim.naive import DenseOperator, GivenSubspace, Quartic, dense_eigenbasis, exact
 
 LIKE_SGD = [case for case in OURS if case.part != "newton"]
 
@@ -377,7 +377,7 @@ def test_a_sparse_gradient_is_refused_with_the_way_out(case: Case) -> None:
     mse = nn.functional.mse_loss
     setting = Setting(model, lambda: mse(model(x), y), lambda theta: theta, operator)
     # A basis that is there already: the operator, which refuses them too, is not asked.
-    fixed = UserSubspace(setting, dense_eigenbasis(13, 2, 0, torch.float32))
+    fixed = GivenSubspace(setting.operator.parameters, dense_eigenbasis(13, 2, 0, torch.float32))
     run = Run(case, setting, subspace=fixed)
     before = run.values()
     message = r"gradient of '0\.weight' is torch\.sparse_coo, but must be dense\. Use sparse=False"

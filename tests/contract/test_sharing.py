@@ -10,8 +10,8 @@ import torch
 import subspace_optim as so
 from tests.contract.cases import CASES, EACH_ALGORITHM, Case, in_subspace
 from tests.contract.runs import Run, same
-from tests.contract.settings import Setting, UserSubspace, data, frozen, quartic
-from tests.optim.naive import dense_eigenbasis
+from tests.contract.settings import Setting, data, frozen, quartic
+from tests.optim.naive import GivenSubspace, dense_eigenbasis
 
 
 @in_subspace
@@ -75,7 +75,7 @@ def test_to_maximize_is_to_minimize_the_negative(case: Case) -> None:
         setting = Setting(
             plain.model, lambda p=plain, s=sign: s * p.loss(), plain.hessian, plain.operator
         )
-        fixed = UserSubspace(setting, basis)
+        fixed = GivenSubspace(setting.operator.parameters, basis)
         assert isinstance(fixed, so.subspace.Subspace)
         run = Run(case, setting, subspace=fixed, maximize=sign == 1)
         before = float(plain.loss().detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -283,3 +284,20 @@ def test_another_subspace_of_the_same_size_has_other_coordinates() -> None:
     assert not moved[:3].any()  # the dominant coordinates
     assert bool((moved[3:] != 0).all())
     assert torch.equal(flat(models[0].parameters()), flat(models[1].parameters()))
+
+
+def test_a_gradient_that_is_gone_leaves_nothing_of_the_step_before() -> None:
+    """Its part of the direction is zero, in memory that held another step's."""
+    models = [Quartic() for _ in range(2)]
+    optimizers = [so.BulkSGD(m.parameters(), lr=0.1, subspace=exact(m, 2)) for m in models]
+    start = copy.deepcopy(models[0].state_dict())
+    models[0]().backward()
+    optimizers[0].step()
+    models[0].load_state_dict(start)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.zero_grad()
+        model().backward()
+        model.weights[0].grad = None
+        optimizer.step()
+    assert torch.equal(flat(models[0].parameters()), flat(models[1].parameters()))
+    assert not torch.equal(flat(models[0].parameters()), flat(start.values()))
