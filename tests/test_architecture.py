@@ -29,6 +29,7 @@ _SUBSPACES = {
     ".step_count",
     ".subspaces",
 }
+_OPTIM = {"._validation", *_VALUES, ".curvature", ".subspaces", ".step_hooks", ".optim._checks"}
 ALLOWED: dict[str, set[str]] = {
     "._validation": set(),
     "._progress": set(),
@@ -42,8 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     ".subspaces": _SUBSPACES,
     ".step_hooks": {"._validation", ".curvature"},
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.
-    ".optim._base": {"._validation", *_VALUES, ".curvature", ".subspaces", ".step_hooks"},
-    ".optim": {"._validation", *_VALUES, ".curvature", ".subspaces", ".step_hooks", ".optim._base"},
+    ".optim._checks": {"._validation", ".curvature"},
+    ".optim._base": _OPTIM,
+    ".optim": {*_OPTIM, ".optim._base"},
     ".optim.__init__": {".optim._base", ".optim"},
     ".diagnostics": {*_SUBSPACES, ".step_hooks", ".diagnostics"},
     ".__init__": {"._validation", ".linalg", ".curvature", ".subspaces", ".optim", ".diagnostics"},

@@ -1,39 +1,41 @@
-"""What the optimizers share: group checks, gather and scatter, and the direction of SGD."""
+"""What the optimizers share: a step that happens or does not, SGD's direction, one vector of it.
+
+``step()`` calls ``_descend()``, which computes all that is new in other memory and then puts it in
+place. Optimizers in a subspace write one method, ``_update()``: what is added to the parameters, as
+a function of the basis and of the direction.
+"""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, Generic, Self, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from subspace_optim._validation import ArgumentError, check_number
+from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.low_rank import LowRankCurvature
+from subspace_optim.optim._checks import check_buffer, check_dense, check_membership, check_same
 from subspace_optim.step_hooks import outside_autocast, parameters_of
-from subspace_optim.subspaces import Subspace, check_subspace, projector_of
+from subspace_optim.subspaces import Subspace, basis_of, check_subspace, projector_of
 
-Basis = TypeVar("Basis")
+Group = dict[str, Any]
+Part = Literal["dominant", "bulk"]
 Moves = list[tuple[list[Tensor], list[Tensor], float]]
 """Parameters, what is added to them, and the factor of that."""
 
 
 class CheckedOptimizer(torch.optim.Optimizer):
-    """A torch optimizer whose options are checked wherever they are given.
-
-    ``step`` evaluates the closure and then takes the step that ``_descend`` writes. It happens, or
-    an exception leaves parameters and state as they were: ``_descend`` computes all that is new in
-    other memory, and ``_commit`` puts it in place.
-    """
+    """A torch optimizer whose options are checked wherever they are given."""
 
     @staticmethod
     @abstractmethod
-    def _check_options(group: dict[str, Any]) -> None:
+    def _check_options(group: Group) -> None:
         """Checks the options of one parameter group.
 
         Raises:
@@ -42,11 +44,11 @@ class CheckedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def _descend(self) -> None:
-        """Moves the parameters, by the gradients that are there."""
+        """Moves the parameters, by the gradients that are there, or raises and changes nothing."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Takes one step.
+        """Takes one step. An exception leaves parameters and state as they were.
 
         Args:
             closure: evaluates the loss again and returns it; called first, with gradients on.
@@ -58,7 +60,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._outside_autocast():
+        with outside_autocast(self._device):
             self._descend()
         return loss
 
@@ -77,7 +79,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
             if error is not None:
                 raise error
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Adds a group, as torch's optimizers do, after its options and parameters were checked.
 
         Raises:
@@ -91,7 +93,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: Group) -> None:
         self._check_options(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -117,30 +119,28 @@ class CheckedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
 
     def _check_gradients(self) -> None:
-        """Checks that the gradients are dense.
-
-        Raises:
-            ArgumentError: one is not.
-        """
         for p in parameters_of(self):
-            if p.grad is not None and p.grad.layout != torch.strided:
-                label = f"the gradient of a parameter of shape {tuple(p.shape)}"
-                raise ArgumentError(label, p.grad.layout, "dense", "Use sparse=False.")
+            check_dense(p)
 
-    def _outside_autocast(self) -> AbstractContextManager[object]:
-        return outside_autocast(self.param_groups[0]["params"][0].device)
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
 
     def _moves(self) -> bool:
         """Whether a rate is above 0: steps that prepare a checkpoint have none."""
         return any(float(group["lr"]) != 0 for group in self.param_groups)
 
 
-class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
-    """An optimizer whose update is a function of all groups' direction and of a basis."""
+class SubspaceOptimizer(CheckedOptimizer):
+    """An optimizer whose update is a function of all groups' direction and of a basis.
+
+    All groups together, as one vector: the basis mixes their coordinates.
+    """
 
     subspace: Subspace | None  # an optimizer that was pickled or copied alone has none
-    _memory: Tensor | None = None  # of the update
-    _projects = False
+    _projects: ClassVar[bool] = True  # whether the basis has to be orthonormal
+    _memory: _Vector | None = None  # of the update
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], subspace: Subspace) -> None:
         check_subspace(subspace, projects=self._projects)
@@ -148,37 +148,93 @@ class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
         super().__init__(params, defaults)
 
     @abstractmethod
-    def _update(
-        self, index: dict[Tensor, int], basis: Basis | None, buffers: dict[Tensor, Tensor]
-    ) -> Tensor:
-        """Returns what is added to the parameters, ``(P,)``.
+    def _update(self, basis: Any, gather: Gather) -> None:
+        """Makes of the direction ``(P,)``, in its memory, what is added to the parameters.
 
         Args:
-            index: where each parameter is among the subspace's.
-            basis: at the present parameters; ``None`` where every rate is 0, so that the result
-                is not used.
-            buffers: takes the new momentum buffers.
+            basis: at the present parameters.
+            gather: returns the direction, each group's times the factor that a function gives it.
         """
 
     def _descend(self) -> None:
         subspace = self._subspace()
-        index = self._coordinates(subspace.parameters)
-        if not any(p.grad is not None for p in index):
+        space = subspace.parameters
+        tensors = self._trained(space)
+        if all(p.grad is None for p in tensors):
             return
-        # Where every rate is 0, nothing moves: no reason to pay for a basis.
-        basis = self._basis(subspace) if self._moves() else None
+        basis: EigenBasis | LowRankCurvature | None = None
+        if self._moves():  # where every rate is 0, nothing moves: no reason to pay for a basis
+            basis = projector_of(subspace) if self._projects else basis_of(subspace)
+        vector = self._vector(space, space if basis is None else basis)
         buffers: dict[Tensor, Tensor] = {}
-        update = self._update(index, basis, buffers)
-        added = subspace.parameters.unflatten(update)
-        self._commit(buffers, [] if basis is None else [(list(index), added, 1.0)])
 
-    @abstractmethod
-    def _basis(self, subspace: Subspace) -> Basis:
-        """Returns the basis at the present parameters."""
+        def gather(factor: Callable[[Group], float | Tensor]) -> Tensor:
+            self._gather(dict(zip(tensors, vector.views, strict=True)), factor, buffers)
+            return vector.whole
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+        if basis is None:
+            gather(lambda _: 0.0)  # a step that prepares a checkpoint makes the buffers
+            self._commit(buffers, [])
+        else:
+            self._update(basis, gather)
+            self._commit(buffers, [(tensors, vector.views, 1.0)])
+
+    def _gather(
+        self,
+        views: dict[Tensor, Tensor],
+        factor: Callable[[Group], float | Tensor],
+        buffers: dict[Tensor, Tensor],
+    ) -> None:
+        """Writes each parameter's direction, times its group's factor, to its view."""
+        for p, view in views.items():
+            if p.grad is None:
+                view.zero_()
+        for group in self.param_groups:
+            scale = factor(group)
+            scale = scale.reshape(()) if isinstance(scale, Tensor) else scale
+            params = [p for p in group["params"] if p in views and p.grad is not None]
+            # Torch takes any entry of a group, and loads those of other optimizers: ignored.
+            own = {name: group[name] for name in self.defaults if name in group}
+            for p, direction in sgd_directions(params, own, self.state, buffers):
+                view = views[p]
+                if direction.dtype == view.dtype:
+                    torch.mul(direction, scale, out=view)
+                else:
+                    view.copy_(direction).mul_(scale)
+
+    def _vector(self, space: ParameterSpace, like: Any) -> _Vector:
+        """Returns the memory of the last step: fresh pages cost as much as all the arithmetic."""
+        memory = self._memory
+        if memory is None or not memory.fits(space, like):
+            memory = self._memory = _Vector(space, like)
+        return memory
+
+    def _trained(self, space: ParameterSpace) -> list[Tensor]:
+        """Returns the parameters in the order of ``space``, after a check that both hold the same.
+
+        An ``ArgumentError`` says which is missing on either side, was frozen since, or has a sparse
+        gradient.
+        """
+        tensors = check_same(parameters_of(self), space)
+        for p, name in zip(tensors, space.names, strict=True):
+            check_dense(p, name)
+        return tensors
+
+    def _check_gradients(self) -> None:
+        self._trained(self._subspace().parameters)
+
+    def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         check_membership(group["params"], self._subspace().parameters)
+
+    def _subspace(self) -> Subspace:
+        if self.subspace is None:
+            remedy = (
+                "A copied or unpickled optimizer has none: set `optimizer.subspace`, or copy "
+                "them together, the subspace first: `deepcopy((model, subspace, optimizer))`."
+            )
+            raise ArgumentError("subspace", None, "set before step()", remedy)
+        return self.subspace
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("subspace", None)
@@ -193,99 +249,35 @@ class SubspaceOptimizer(CheckedOptimizer, Generic[Basis]):
         optimizer.subspace = memo.get(id(self.subspace))
         return optimizer
 
-    def _check_gradients(self) -> None:
-        self._coordinates(self._subspace().parameters)
 
-    def _subspace(self) -> Subspace:
-        if self.subspace is None:
-            remedy = (
-                "A copied or unpickled optimizer has none: set `optimizer.subspace`, or copy "
-                "them together, the subspace first: `deepcopy((model, subspace, optimizer))`."
-            )
-            raise ArgumentError("subspace", None, "set before step()", remedy)
-        return self.subspace
-
-    def _coordinates(self, space: ParameterSpace) -> dict[Tensor, int]:
-        """Returns where each parameter is in ``space``, after a check that both hold the same.
-
-        Raises:
-            ArgumentError: a parameter is missing on either side, was frozen since, or has a
-                sparse gradient.
-        """
-        check_same(parameters_of(self), space)
-        for p, name in zip(space.tensors, space.names, strict=True):
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise ArgumentError(
-                    f"the gradient of '{name}'", p.grad.layout, "dense", "Use sparse=False."
-                )
-        return {p: i for i, p in enumerate(space.tensors)}
-
-    def _direction(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns those options of a group that make its direction."""
-        return group
-
-    def _gather(
-        self,
-        index: dict[Tensor, int],
-        factor: Callable[[dict[str, Any]], float | Tensor],
-        buffers: dict[Tensor, Tensor],
-    ) -> Tensor:
-        """Returns each group's direction times its factor, as one vector, and the new buffers.
-
-        The memory is kept for the next step: fresh memory for millions of numbers would cost as
-        much as all of the arithmetic.
-        """
-        space = self._subspace().parameters
-        vector = self._memory
-        kind = (space.size,), space.dtype, space.device
-        if vector is None or (tuple(vector.shape), vector.dtype, vector.device) != kind:
-            vector = torch.empty(space.size, dtype=space.dtype, device=space.device)
-            self._memory = vector
-        views = space.unflatten(vector)
-        for p, i in index.items():
-            if p.grad is None:
-                views[i].zero_()
-        for group in self.param_groups:
-            scale = factor(group)
-            scale = scale.reshape(()) if isinstance(scale, Tensor) else scale
-            params = [p for p in group["params"] if p in index and p.grad is not None]
-            options = self._direction(group)
-            for p, direction in sgd_directions(params, options, self.state, buffers):
-                view = views[index[p]]
-                if direction.dtype == view.dtype:
-                    torch.mul(direction, scale, out=view)
-                else:
-                    view.copy_(direction).mul_(scale)
-        return vector
+Gather = Callable[[Callable[[Group], float | Tensor]], Tensor]
 
 
-class RestrictedSGD(SubspaceOptimizer[EigenBasis]):
-    r"""SGD whose whole update passes through a restriction to a subspace or its complement.
+class _Vector:
+    """Memory for one number a coordinate: as a whole, and in the shapes of the parameters."""
 
-    .. math:: \theta_{t+1} = \theta_t + R_t\, u_t
+    def __init__(self, space: ParameterSpace, like: Any) -> None:
+        self._space = space
+        self.whole = torch.empty(space.size, dtype=like.dtype, device=like.device)
+        self.views = space.unflatten(self.whole)
 
-    where :math:`u_t` is the update of ``torch.optim.SGD``, with its momentum, weight decay and
-    rates, over all parameter groups together. The momentum buffers see the raw gradients.
-    """
+    def fits(self, space: ParameterSpace, like: Any) -> bool:
+        whole = self.whole
+        return space is self._space and (whole.dtype, whole.device) == (like.dtype, like.device)
 
-    _projects = True
 
-    @staticmethod
-    def _check_options(group: dict[str, Any]) -> None:
-        check_sgd_options(group)
+def restrict_(update: Tensor, basis: EigenBasis, part: Part) -> None:
+    """Projects an update ``(P,)`` onto the span of a basis or its complement, in its memory."""
+    if part == "dominant":
+        basis.project(update, out=update)
+    else:
+        basis.project_out(update, out=update)
 
-    @abstractmethod
-    def _restrict(self, basis: EigenBasis, update: Tensor) -> Tensor:
-        """Returns ``R u`` for the update ``u: (P,)``, whose memory it may use for the result."""
 
-    def _basis(self, subspace: Subspace) -> EigenBasis:
-        return projector_of(subspace)
-
-    def _update(
-        self, index: dict[Tensor, int], basis: EigenBasis | None, buffers: dict[Tensor, Tensor]
-    ) -> Tensor:
-        update = self._gather(index, lambda group: -group["lr"], buffers)
-        return update if basis is None else self._restrict(basis, update)
+def options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the defaults of an optimizer's groups, of all arguments of its constructor."""
+    others = ("self", "params", "subspace", "__class__")
+    return {name: value for name, value in arguments.items() if name not in others}
 
 
 def _add(params: list[Tensor], added: list[Tensor], factor: float) -> BaseException | None:
@@ -312,7 +304,7 @@ _PLAIN = {
 
 def sgd_directions(
     params: list[Tensor],
-    group: dict[str, Any],
+    group: Group,
     state: dict[Tensor, Any],
     buffers: dict[Tensor, Tensor],
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -336,7 +328,7 @@ def sgd_directions(
 
 def _directions(
     params: list[Tensor],
-    group: dict[str, Any],
+    group: Group,
     state: dict[Tensor, Any],
     buffers: dict[Tensor, Tensor],
 ) -> list[Tensor]:
@@ -360,98 +352,3 @@ def _directions(
     if group["nesterov"]:
         return list(torch._foreach_add(directions, current, alpha=momentum))
     return current
-
-
-def check_buffer(parameter: Any, entries: Any) -> None:
-    """Checks what a state that is loaded has for one parameter.
-
-    Raises:
-        ArgumentError: it is no dict, or its momentum buffer cannot be used.
-    """
-    remedy = "The state was damaged, or is of a run that had diverged."
-    if not isinstance(entries, dict):
-        kind = type(entries).__name__
-        raise ArgumentError("the loaded state of a parameter", kind, "a dict", remedy)
-    buffer = entries.get("momentum_buffer")
-    if buffer is None or not isinstance(parameter, Tensor):
-        return
-    label, shape = "momentum_buffer of the loaded state", tuple(parameter.shape)
-    if not isinstance(buffer, Tensor):
-        raise ArgumentError(label, type(buffer).__name__, "a tensor", remedy)
-    if buffer.layout != torch.strided:
-        raise ArgumentError(label, buffer.layout, "dense", remedy)
-    if tuple(buffer.shape) != shape:
-        raise ArgumentError(label, f"of shape {tuple(buffer.shape)}", f"of shape {shape}", remedy)
-    if not bool(buffer.isfinite().all()):
-        raise ArgumentError(label, "not finite", "finite", remedy)
-
-
-def check_sgd_options(group: dict[str, Any]) -> None:
-    """Checks the options of ``torch.optim.SGD`` in one parameter group.
-
-    Raises:
-        ArgumentError: one is out of range, or not supported, with the reason.
-    """
-    check_number("lr", group["lr"], tensor=True)
-    check_number("momentum", group["momentum"])
-    check_number("dampening", group["dampening"], minimum=None)
-    check_number("weight_decay", group["weight_decay"])
-    for name in ("nesterov", "maximize", "differentiable"):
-        if not isinstance(group[name], bool):
-            raise ArgumentError(name, group[name], "True or False")
-    for name in ("foreach", "fused"):
-        if not (group[name] is None or isinstance(group[name], bool)):
-            raise ArgumentError(name, group[name], "True, False or None")
-    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
-        remedy = "Set momentum above 0 and dampening to 0."
-        raise ArgumentError("nesterov", True, "False without momentum or with dampening", remedy)
-    if group["fused"]:
-        remedy = "A fused kernel applies its update inside: there is nothing left to project."
-        raise ArgumentError("fused", True, "False or None", remedy)
-    if group["differentiable"]:
-        remedy = "The eigenbasis is a constant to autograd, so its derivative would be missing."
-        raise ArgumentError("differentiable", True, "False", remedy)
-
-
-def check_membership(params: Iterable[Tensor], space: ParameterSpace) -> None:
-    """Checks that the operator differentiates by all parameters that are trained.
-
-    Raises:
-        ArgumentError: it does not by one.
-    """
-    members = {id(p) for p in space.tensors}
-    for p in params:
-        if p.requires_grad and id(p) not in members:
-            raise ArgumentError(*_not_a_member(p, space))
-
-
-def check_same(params: list[Tensor], space: ParameterSpace) -> None:
-    """Checks that optimizers train the parameters of the operator, and no others.
-
-    Raises:
-        ArgumentError: one is missing on either side, or was frozen since.
-    """
-    check_membership(params, space)
-    held = {id(p) for p in params if p.requires_grad}
-    for p, name in zip(space.tensors, space.names, strict=True):
-        if id(p) not in held:
-            raise ArgumentError(
-                f"parameter '{name}' of the operator",
-                "in no group of the optimizer" if p.requires_grad else "frozen since",
-                "trained by this optimizer",
-                "The projection is over all of the operator's parameters together: give it only "
-                "those with `params=`, or add the others to the optimizer. Optimizers that share "
-                "them are projected together: project_updates([muon, adamw], subspace, onto=...).",
-            )
-
-
-def _not_a_member(parameter: Tensor, space: ParameterSpace) -> tuple[str, str, str, str]:
-    """Returns what to say of a parameter of the optimizer that the operator does not have."""
-    name = space.name_in_model(parameter)
-    allowed = "one that the operator differentiates by"
-    if name is None:
-        label = f"parameter of shape {tuple(parameter.shape)}"
-        remedy = "Build operator and subspace from the model that the optimizer trains."
-        return label, "of another model", allowed, remedy
-    remedy = "Add it to the `params` of the operator, or leave it out of the optimizer."
-    return f"parameter '{name}'", "not the operator's", allowed, remedy

@@ -13,8 +13,8 @@ from torch.optim.optimizer import ParamsT
 from subspace_optim._validation import check_number
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
-from subspace_optim.optim._base import SubspaceOptimizer
-from subspace_optim.subspaces import Subspace, basis_of
+from subspace_optim.optim._base import Gather, SubspaceOptimizer
+from subspace_optim.subspaces import Subspace
 
 Curvature = EigenBasis | LowRankCurvature
 
@@ -32,7 +32,7 @@ def _factors(basis: Curvature, inside: float, outside: float, damping: float) ->
     return torch.where(safe, newton, 0.0).to(basis.dtype)
 
 
-class SubspaceNewton(SubspaceOptimizer[Curvature]):
+class SubspaceNewton(SubspaceOptimizer):
     r"""Newton's method in the subspace, SGD in its complement, along the direction :math:`d_t`.
 
     .. math:: \theta_{t+1} = \theta_t - \eta\, d_t
@@ -41,26 +41,18 @@ class SubspaceNewton(SubspaceOptimizer[Curvature]):
     (`class_gradient_2020`, eq. 15), with the rate r inside and the rate η outside of each group.
     """
 
+    _projects = False  # class gradients are not orthogonal
+
     @abstractmethod
     def _rates(self, group: dict[str, Any]) -> tuple[float, float, float]:
         """Returns r, η and δ of a group."""
 
-    def _direction(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {"momentum": group["momentum"]}
-
-    def _basis(self, subspace: Subspace) -> Curvature:
-        return basis_of(subspace)
-
-    def _update(
-        self, index: dict[Tensor, int], basis: Curvature | None, buffers: dict[Tensor, Tensor]
-    ) -> Tensor:
-        update = self._gather(index, lambda _: 1.0, buffers)
-        if basis is None:
-            return update
+    def _update(self, basis: Curvature, gather: Gather) -> None:
+        update = gather(lambda _: 1.0)
         rates = {p: self._rates(group) for group in self.param_groups for p in group["params"]}
         runs = [
             (sum(p.numel() for p in members), of_run)
-            for of_run, members in groupby(index, key=rates.__getitem__)
+            for of_run, members in groupby(self._subspace().parameters.tensors, rates.__getitem__)
         ]  # neighbours with the same rates are one piece: all of the vector, if there is one group
         coefficients = basis.coefficients(update)
         lengths = [length for length, _ in runs]
@@ -68,7 +60,6 @@ class SubspaceNewton(SubspaceOptimizer[Curvature]):
         for piece, vectors, (_, (inside, outside, damping)) in pieces:
             factors = _factors(basis, inside, outside, damping)
             piece.mul_(-outside).addmv_(vectors.T, factors * coefficients, alpha=-1)
-        return update
 
 
 class LowRankNewton(SubspaceNewton):

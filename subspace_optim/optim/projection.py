@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.optim import LBFGS, Optimizer
 
 from subspace_optim._validation import ArgumentError, AttachedTwiceWarning
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.optim._base import check_same
+from subspace_optim.optim._base import Part, restrict_
+from subspace_optim.optim._checks import check_same
 from subspace_optim.step_hooks import (
     Followed,
     JointSteps,
@@ -27,12 +28,9 @@ from subspace_optim.subspaces import Subspace, check_subspace, projector_of
 class Projection:
     """What ``project_updates`` returns: its ``remove()`` makes the optimizers whole again."""
 
-    def __init__(
-        self, optimizers: list[Followed], subspace: Subspace, onto: Literal["dominant", "bulk"]
-    ) -> None:
+    def __init__(self, optimizers: list[Followed], subspace: Subspace, onto: Part) -> None:
         self.subspace, self.onto = subspace, onto
-        # θ_t, the basis there, and what the optimizers knew
-        self._before: tuple[Tensor, EigenBasis, list[_Known]] | None = None
+        self._before: _Before | None = None
         self._steps = JointSteps(
             optimizers,
             subspace.parameters,
@@ -52,37 +50,35 @@ class Projection:
     @torch.no_grad()
     def _begin(self) -> None:
         optimizers, space = self._steps.optimizers, self.subspace.parameters
-        check_same([p for each in optimizers for p in parameters_of(each)], space)
+        tensors = check_same([p for each in optimizers for p in parameters_of(each)], space)
         if self._before is not None:  # the step before raised, and was called past our guard
             self._forget_pairs()
-        theta, basis = space.flatten(space.tensors), projector_of(self.subspace)
-        self._before = theta, basis, [_Known(each) for each in optimizers]
+        basis, known = projector_of(self.subspace), [_Known(each) for each in optimizers]
+        self._before = _Before(tensors, space.flatten(tensors), basis, known)
 
     @torch.no_grad()
     def _project(self) -> None:
-        if self._before is None:
+        before = self._before
+        if before is None:
             return
-        space, (theta, basis, _) = self.subspace.parameters, self._before
-        update = space.flatten(space.tensors).sub_(theta)
-        if self.onto == "dominant":
-            basis.project(update, out=update)
-        else:
-            basis.project_out(update, out=update)
-        self._write(space.unflatten(update.add_(theta)))
+        update = self.subspace.parameters.flatten(before.tensors).sub_(before.theta)
+        restrict_(update, before.basis, self.onto)
+        self._write(before, update.add_(before.theta))
         self._forget_pairs()
 
     def _undo(self) -> None:
-        if self._before is None:
+        before = self._before
+        if before is None:
             return
-        theta, _, known = self._before
-        self._write(self.subspace.parameters.unflatten(theta))
-        for each in known:
+        self._write(before, before.theta)
+        for each in before.known:
             each.restore()
         self._forget_pairs()
 
-    def _write(self, values: list[Tensor]) -> None:
+    def _write(self, before: _Before, theta: Tensor) -> None:
+        values = self.subspace.parameters.unflatten(theta)  # what fails here can still be undone
         try:
-            write(self.subspace.parameters.tensors, values)
+            write(before.tensors, values)
         finally:
             self._before = None
 
@@ -118,10 +114,19 @@ class _Known:
         write(self._counts, self._values)
 
 
+class _Before(NamedTuple):
+    """What a step begins with."""
+
+    tensors: list[Tensor]  # the parameters ...
+    theta: Tensor  # ... their values, as one vector
+    basis: EigenBasis
+    known: list[_Known]
+
+
 def project_updates(
     optimizer: Optimizer | Iterable[Optimizer],
     subspace: Subspace,
-    onto: Literal["dominant", "bulk"],
+    onto: Part,
 ) -> Projection:
     r"""Projects every update of any ``torch.optim.Optimizer`` onto a subspace or its complement.
 

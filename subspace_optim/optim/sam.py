@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,16 @@ from subspace_optim._validation import ArgumentError, check_number
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.optim._base import (
     CheckedOptimizer,
+    Gather,
     Moves,
-    RestrictedSGD,
-    check_sgd_options,
+    Part,
+    SubspaceOptimizer,
+    options,
+    restrict_,
     sgd_directions,
 )
-from subspace_optim.step_hooks import innermost, parameters_of, write
+from subspace_optim.optim._checks import check_sgd_options
+from subspace_optim.step_hooks import innermost, outside_autocast, parameters_of, write
 from subspace_optim.subspaces import Subspace
 
 
@@ -92,7 +96,7 @@ class _TwoSteps(CheckedOptimizer):
                         closure()
             if not self._return():
                 return loss
-        with self._outside_autocast():
+        with outside_autocast(self._device):
             self._descend()
         return loss
 
@@ -114,8 +118,8 @@ class _TwoSteps(CheckedOptimizer):
             RuntimeError: it was called before, without ``second_step()``. The parameters are back
                 at θ_t then.
         """
-        own = innermost(self)
-        if own is not self:  # of a wrapper that has our class
+        own = self._own()
+        if own is not self:
             own.first_step(zero_grad)
             return
         if self._before is not None:
@@ -125,28 +129,30 @@ class _TwoSteps(CheckedOptimizer):
                 "are back where that first_step() found them: begin the step anew."
             )
         self._check_gradients()
-        with self._outside_autocast():
+        with outside_autocast(self._device):
             self._displace()
         if zero_grad:
             self.zero_grad()
 
+    def _own(self) -> Any:
+        """Returns the optimizer inside of a wrapper that has taken on our class."""
+        return self if type(self).__module__ == __name__ else innermost(self)
+
     def _displace(self) -> None:
-        moving = [
-            (p, group)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.requires_grad and p.grad is not None
-        ]
-        norm = _norm([p.grad * p.abs() if g["adaptive"] else p.grad for p, g in moving])
-        finite = math.isfinite(norm)
-        self._before = {p: p.detach().clone() for p, _ in moving} if finite else {}
-        self._finite = finite
+        groups = [(g, params) for g in self.param_groups if (params := _with_gradients(g))]
+        norm = _norm(
+            [p.grad * p.abs() if g["adaptive"] else p.grad for g, params in groups for p in params]
+        )
+        self._finite = math.isfinite(norm)
+        groups = groups if self._finite else []
+        self._before = {p: p.detach().clone() for _, params in groups for p in params}
         with self._going_back():
-            for p, group in moving if finite and norm > 0 else []:
-                slope = p.grad.to(torch.promote_types(p.dtype, torch.float32)) / norm
+            for group, params in groups if norm > 0 else []:
+                slopes = torch._foreach_div(_wide([p.grad for p in params]), norm)
                 if group["adaptive"]:
-                    slope.mul_(p.abs().square())
-                p.add_(slope, alpha=-group["rho"] if group["maximize"] else group["rho"])
+                    torch._foreach_mul_(slopes, [p.abs().square() for p in params])
+                rho = -group["rho"] if group["maximize"] else group["rho"]
+                torch._foreach_add_(params, slopes, alpha=rho)
         torch.clear_autocast_cache()  # its copies of parameters
 
     @torch.no_grad()
@@ -165,7 +171,7 @@ class _TwoSteps(CheckedOptimizer):
         Raises:
             RuntimeError: ``first_step()`` was not called.
         """
-        own = innermost(self)
+        own = self._own()
         if own._before is None:  # noqa: SLF001 (ours)
             raise RuntimeError("second_step() was called without first_step() before it.")
         if own is not self:
@@ -182,14 +188,14 @@ class _TwoSteps(CheckedOptimizer):
     def _return(self) -> bool:
         """Puts θ_t back, and tells whether the gradients of both passes were finite."""
         self._put_back()
-        gradients = [p.grad for p in parameters_of(self) if p.requires_grad and p.grad is not None]
-        with self._outside_autocast():
+        gradients = [p.grad for group in self.param_groups for p in _with_gradients(group)]
+        with outside_autocast(self._device):
             return self._finite and math.isfinite(_norm(gradients))
 
     def _put_back(self) -> None:
         before = self._before or {}
         try:
-            with self._outside_autocast():
+            with outside_autocast(self._device):
                 write(list(before), list(before.values()))
         finally:
             self._before = None
@@ -244,9 +250,18 @@ def _nothing_added(params: list[Tensor]) -> Iterator[None]:
         )
 
 
+def _with_gradients(group: dict[str, Any]) -> list[Any]:
+    return [p for p in group["params"] if p.requires_grad and p.grad is not None]
+
+
+def _wide(tensors: list[Tensor]) -> list[Tensor]:
+    """Returns the tensors in float32 at least."""
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
 def _norm(tensors: list[Tensor]) -> float:
     """Returns the norm of all tensors together, summed up in float32 at least."""
-    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    wide = _wide(tensors)
     norm = float(torch.nn.utils.get_total_norm(wide))
     if norm == 0 or math.isinf(norm):  # squares of float32 vanish, or overflow from 1e19 on
         double = [t.to(torch.promote_types(t.dtype, torch.float64)) for t in wide]
@@ -303,33 +318,22 @@ class SAM(_TwoSteps):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "rho": rho,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "adaptive": adaptive,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, options(locals()))
 
     def _descend(self) -> None:
         buffers: dict[Tensor, Tensor] = {}
         moves: Moves = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.requires_grad and p.grad is not None]
+            params = _with_gradients(group)
             directions = [d for _, d in sgd_directions(params, group, self.state, buffers)]
             moves.append((params, directions, -float(group["lr"])))
         self._commit(buffers, moves)
 
 
-class SubspaceSAM(_TwoSteps, RestrictedSGD):
-    """The arguments of ``SAM``, and ``subspace``."""
+class SubspaceSAM(_TwoSteps, SubspaceOptimizer):
+    """The step of ``SAM``, of which one part is taken."""
+
+    _part: ClassVar[Part]
 
     def __init__(
         self,
@@ -348,20 +352,11 @@ class SubspaceSAM(_TwoSteps, RestrictedSGD):
         fused: bool | None = None,
         subspace: Subspace,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "rho": rho,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "adaptive": adaptive,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, subspace)
+        super().__init__(params, options(locals()), subspace)
+
+    def _update(self, basis: EigenBasis, gather: Gather) -> None:
+        update = gather(lambda group: -group["lr"])  # of the gradient at θ_t + e_t
+        restrict_(update, basis, self._part)
 
 
 class DomSAM(SubspaceSAM):
@@ -376,8 +371,7 @@ class DomSAM(SubspaceSAM):
     The arguments are those of ``SAM``, and ``subspace`` as of ``DomSGD``.
     """
 
-    def _restrict(self, basis: EigenBasis, update: Tensor) -> Tensor:
-        return basis.project(update, out=update)
+    _part = "dominant"
 
 
 class BulkSAM(SubspaceSAM):
@@ -391,5 +385,4 @@ class BulkSAM(SubspaceSAM):
     The arguments are those of ``SAM``, and ``subspace`` as of ``DomSGD``.
     """
 
-    def _restrict(self, basis: EigenBasis, update: Tensor) -> Tensor:
-        return basis.project_out(update, out=update)
+    _part = "bulk"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.optim._base import RestrictedSGD
+from subspace_optim.optim._base import Gather, Part, SubspaceOptimizer, options, restrict_
+from subspace_optim.optim._checks import check_sgd_options
 from subspace_optim.subspaces import Subspace
 
 
-class SubspaceSGD(RestrictedSGD):
-    """The arguments of ``torch.optim.SGD``, and ``subspace``."""
+class SubspaceSGD(SubspaceOptimizer):
+    """The step of ``torch.optim.SGD``, of which one part is taken."""
+
+    _part: ClassVar[Part]
+    _check_options = staticmethod(check_sgd_options)
 
     def __init__(
         self,
@@ -28,18 +34,11 @@ class SubspaceSGD(RestrictedSGD):
         fused: bool | None = None,
         subspace: Subspace,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, subspace)
+        super().__init__(params, options(locals()), subspace)
+
+    def _update(self, basis: EigenBasis, gather: Gather) -> None:
+        update = gather(lambda group: -group["lr"])
+        restrict_(update, basis, self._part)
 
 
 class DomSGD(SubspaceSGD):
@@ -73,8 +72,7 @@ class DomSGD(SubspaceSGD):
         ArgumentError: an option is out of range, or a parameter is none of the subspace's.
     """
 
-    def _restrict(self, basis: EigenBasis, update: Tensor) -> Tensor:
-        return basis.project(update, out=update)
+    _part = "dominant"
 
 
 class BulkSGD(SubspaceSGD):
@@ -90,5 +88,4 @@ class BulkSGD(SubspaceSGD):
     The arguments are those of ``DomSGD``.
     """
 
-    def _restrict(self, basis: EigenBasis, update: Tensor) -> Tensor:
-        return basis.project_out(update, out=update)
+    _part = "bulk"

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 import subspace_optim as so
-from tests.contract.cases import CASES, OURS, Case, Problem, Run, UserSubspace, quartic, same
+from tests.contract.cases import CASES, OURS, Case
+from tests.contract.runs import Run, same
+from tests.contract.settings import Setting, quartic
 from tests.failing import Fails
-from tests.optim.naive import dense_eigenbasis
+from tests.optim.naive import GivenSubspace, dense_eigenbasis
 
-ERRORS = pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
-PROJECTED = [
+EACH_PROJECTED = [
     CASES[f"{name}, bulk"]
     for name in (
         "SGD",
@@ -39,6 +40,17 @@ PROJECTED = [
 JOINT = CASES["Muon + AdamW, bulk"]
 
 
+OUT_OF_MEMORY = (CASES["BulkSGD"], CASES["BulkSAM"], CASES["Adam, bulk"])
+
+
+def errors(cases: list[Case]) -> Any:
+    """An interrupt in each, which `except Exception` lets pass; of some, want of memory too."""
+    pairs = [(case, KeyboardInterrupt) for case in cases]
+    pairs += [(case, torch.OutOfMemoryError) for case in cases if case in OUT_OF_MEMORY]
+    ids = [f"{case}, {error.__name__}" for case, error in pairs]
+    return pytest.mark.parametrize(("case", "error"), pairs, ids=ids)
+
+
 def failing(step: Callable[[], object], at: int, error: Any) -> int | None:
     """Returns how many operations the step has, or None if it was made to fail."""
     mode = Fails(at, error("injected"))
@@ -52,9 +64,9 @@ def failing(step: Callable[[], object], at: int, error: Any) -> int | None:
 
 def fixed(case: Case) -> Run:
     """A run whose basis is given: the operations are those of the optimizer."""
-    problem: Problem = quartic()
-    subspace = UserSubspace(problem, dense_eigenbasis(9, 2, 3, torch.float64))
-    run = Run(case, problem, subspace=subspace)
+    setting: Setting = quartic()
+    subspace = GivenSubspace(setting.operator.parameters, dense_eigenbasis(9, 2, 3, torch.float64))
+    run = Run(case, setting, subspace=subspace)
     if case.lbfgs:
         run.groups[0]["max_iter"] = 2  # of 20, each with the operations of all others
     return run
@@ -75,9 +87,8 @@ def alike(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-@ERRORS
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("case", OURS, ids=str)
+@errors(OURS)
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "with buffers"])
 def test_a_step_of_ours_happens_or_leaves_parameters_and_state(
     case: Case, warm: bool, error: Any
 ) -> None:
@@ -99,9 +110,8 @@ def test_a_step_of_ours_happens_or_leaves_parameters_and_state(
     assert values == [], "the step that was not disturbed did not happen"
 
 
-@ERRORS
-@pytest.mark.parametrize("zero_grad", [False, True])
-@pytest.mark.parametrize("case", [case for case in OURS if case.sam], ids=str)
+@errors([case for case in OURS if case.sam])
+@pytest.mark.parametrize("zero_grad", [False, True], ids=["keeps gradients", "zero_grad"])
 def test_neither_call_of_sam_leaves_it_displaced_or_stuck(
     case: Case, zero_grad: bool, error: Any
 ) -> None:
@@ -141,8 +151,7 @@ def test_neither_call_of_sam_leaves_it_displaced_or_stuck(
     assert at > 5
 
 
-@ERRORS
-@pytest.mark.parametrize("case", [*PROJECTED, JOINT], ids=str)
+@errors([*EACH_PROJECTED, JOINT])
 def test_a_projected_step_happens_or_leaves_the_parameters(case: Case, error: Any) -> None:
     """Of all optimizers that step in turn. Their moments may have begun to change: no copies."""
     run, twin = fixed(case), fixed(case)
@@ -243,7 +252,7 @@ def test_an_interrupt_while_a_row_is_measured_leaves_rows_and_step_whole(name: s
 @pytest.mark.parametrize("case", [CASES["DomSGD"], CASES["Adam, bulk"]], ids=str)
 def test_a_step_with_a_refresh_inside_happens_or_leaves_the_parameters(case: Case) -> None:
     """From a fresh basis at each step; what fails in the solve comes before anything has moved."""
-    run = Run(case)
+    run = Run(case, refresh=1)
     run.step()
     at, count, step = 0, None, 23
     while count is None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import subspace_optim as so
-from tests.contract.cases import OURS, Case, Run, same
+from tests.contract.cases import OURS, Case
+from tests.contract.runs import Run, same
 
 State = dict[str, Any]
 

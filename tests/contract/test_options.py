@@ -22,18 +22,13 @@ from tests.contract.cases import (
     OURS,
     PROJECTED,
     Case,
-    Problem,
-    Run,
-    UserSubspace,
-    data,
-    network,
-    quartic,
-    same,
+    in_subspace,
+    ours,
 )
-from tests.optim.naive import DenseOperator, Quartic, dense_eigenbasis
+from tests.contract.runs import Run, same
+from tests.contract.settings import Setting, data, network, quartic
+from tests.optim.naive import DenseOperator, GivenSubspace, Quartic, dense_eigenbasis, exact
 
-ours = pytest.mark.parametrize("case", OURS, ids=str)
-in_subspace = pytest.mark.parametrize("case", IN_SUBSPACE, ids=str)
 LIKE_SGD = [case for case in OURS if case.part != "newton"]
 
 
@@ -151,7 +146,7 @@ PLACES = ["defaults", "group", "add_param_group", "load_state_dict"]
 def test_each_option_of_each_optimizer_is_given_badly() -> None:
     for case in OURS:
         run = Run(case)
-        options = set(build(case, run.problem.trained, run.subspace, lr=0.1).defaults)
+        options = set(build(case, run.setting.trained, run.subspace, lr=0.1).defaults)
         assert options == {name for options, _ in BAD[case.name] for name in options}
 
 
@@ -159,7 +154,6 @@ def label(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     ("case", "options", "message"),
     [
@@ -169,29 +163,30 @@ def label(options: dict[str, Any]) -> str:
     ],
 )
 def test_a_bad_option_is_named_wherever_it_is_given(
-    case: Case, options: dict[str, Any], message: str, place: str
+    case: Case, options: dict[str, Any], message: str
 ) -> None:
     """Each group is checked, where torch's own optimizers check the defaults only."""
     model = Quartic()
-    subspace = so.DominantSubspace(DenseOperator(model), 2)
+    subspace = exact(model, 2)
     first, *others = model.parameters()
     group = {"params": others, **options}
     given = dict(group)
     optimizer = build(case, [first], subspace, lr=0.1)
-    before = copy.deepcopy(optimizer.state_dict())
-    state = copy.deepcopy(before)
-    state["param_groups"][0] |= options
+    before = optimizer.state_dict()
+    state = {"state": {}, "param_groups": [before["param_groups"][0] | options]}
     attempts: dict[str, Callable[[], Any]] = {
         "defaults": lambda: build(case, [first], subspace, **options),
         "group": lambda: build(case, [{"params": [first]}, group], subspace, lr=0.1),
         "add_param_group": lambda: optimizer.add_param_group(group),
         "load_state_dict": lambda: optimizer.load_state_dict(state),
     }
-    with pytest.raises(so.ArgumentError, match=f"^{re.escape(message)}"):
-        attempts[place]()
-    assert optimizer.state_dict() == before
-    assert group == given, "the group of the caller was changed"
-    assert subspace.stats.refreshes == 0
+    assert list(attempts) == PLACES
+    for place, attempt in attempts.items():
+        with pytest.raises(so.ArgumentError, match=f"^{re.escape(message)}"):
+            attempt()
+        assert optimizer.state_dict() == before, place
+        assert group == given, f"the group of the caller was changed: {place}"
+    assert subspace.refreshes == 0
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -240,7 +235,7 @@ def test_a_good_group_can_be_added_and_counts(case: Case) -> None:
     for group in (first, second):
         group["params"] = [
             q
-            for p, q in zip(run.problem.trained, other.problem.trained, strict=True)
+            for p, q in zip(run.setting.trained, other.setting.trained, strict=True)
             if any(p is held for held in group["params"])
         ]
         group.pop("first_lr", None)
@@ -314,22 +309,22 @@ def test_a_parameter_of_another_model_is_refused(case: Case) -> None:
     run.step()
 
 
-def last_layer() -> tuple[Problem, nn.Module, so.DominantSubspace]:
+def last_layer() -> tuple[Setting, nn.Module, so.DominantSubspace]:
     """The network, whose operator differentiates by its last layer alone."""
-    problem = network()
-    model, x, y = problem.model, *data()[1:]
+    setting = network()
+    model, x, y = setting.model, *data()[1:]
     own = so.HessianOperator(model, nn.functional.mse_loss, (x, y), params=model[2].parameters())
-    return problem, model, so.DominantSubspace(own, 2)
+    return setting, model, so.DominantSubspace(own, 2)
 
 
 @in_subspace
 def test_a_parameter_that_the_operator_has_not_is_named_as_in_the_model(case: Case) -> None:
-    problem, model, subspace = last_layer()
+    setting, model, subspace = last_layer()
     with pytest.raises(
         so.ArgumentError, match=r"^parameter '0\.weight' is .*Add it to the `params"
     ):
         build(case, model.parameters(), subspace, lr=0.1)
-    run = Run(case, problem, subspace=subspace, params=model[2].parameters())
+    run = Run(case, setting, subspace=subspace, params=model[2].parameters())
     run.step()
     assert subspace.stats.refreshes == 1
 
@@ -337,15 +332,15 @@ def test_a_parameter_that_the_operator_has_not_is_named_as_in_the_model(case: Ca
 @pytest.mark.parametrize("case", [*IN_SUBSPACE, *PROJECTED[:1]], ids=str)
 def test_what_the_optimizer_lacks_is_named_at_the_step(case: Case) -> None:
     """By a projection too, as a group may be taken away after it was made."""
-    problem = network()
-    run = Run(case, problem, params=None if not case.ours else problem.model[2].parameters())
+    setting = network()
+    run = Run(case, setting, params=None if not case.ours else setting.model[2].parameters())
     if not case.ours:
-        run.optimizer.param_groups[0]["params"] = list(problem.model[2].parameters())
+        run.optimizer.param_groups[0]["params"] = list(setting.model[2].parameters())
     before = run.values()
     with pytest.raises(so.ArgumentError, match=r"parameter '0\.weight' of the operator is 'in no"):
         run.step()
     assert same(before, run.values())
-    assert (run.subspace.stats.refreshes, len(run.optimizer.state)) == (0, 0)
+    assert (run.refreshes, len(run.optimizer.state)) == (0, 0)
 
 
 @pytest.mark.parametrize("case", [*IN_SUBSPACE, *PROJECTED[:1]], ids=str)
@@ -356,7 +351,7 @@ def test_a_parameter_that_was_frozen_since_is_named_at_the_step(case: Case) -> N
     with pytest.raises(so.ArgumentError, match=r"parameter 'weights\.1' of the .* 'frozen since'"):
         run.step()
     assert same(before, run.values())
-    assert run.subspace.stats.refreshes == 0
+    assert run.refreshes == 0
 
 
 @pytest.mark.parametrize("case", [*IN_SUBSPACE, *PROJECTED[:1]], ids=str)
@@ -365,8 +360,8 @@ def test_a_parameter_that_was_unfrozen_since_is_named_at_the_step(case: Case) ->
     model[0].bias.requires_grad_(False)
     operator = so.HessianOperator(model, nn.functional.mse_loss, (x, y))
     mse = nn.functional.mse_loss
-    problem = Problem(model, lambda: mse(model(x), y), lambda theta: theta, operator)
-    run = Run(case, problem, everything=True)
+    setting = Setting(model, lambda: mse(model(x), y), lambda theta: theta, operator)
+    run = Run(case, setting, everything=True)
     model[0].bias.requires_grad_(True)
     before = run.values()
     with pytest.raises(so.ArgumentError, match=r"parameter '0\.bias' is .*not the operator's"):
@@ -380,10 +375,10 @@ def test_a_sparse_gradient_is_refused_with_the_way_out(case: Case) -> None:
     x, y = torch.tensor([0, 3, 3]), torch.zeros(3, 1)
     operator = so.HessianOperator(model, nn.functional.mse_loss, (x, y))
     mse = nn.functional.mse_loss
-    problem = Problem(model, lambda: mse(model(x), y), lambda theta: theta, operator)
+    setting = Setting(model, lambda: mse(model(x), y), lambda theta: theta, operator)
     # A basis that is there already: the operator, which refuses them too, is not asked.
-    fixed = UserSubspace(problem, dense_eigenbasis(13, 2, 0, torch.float32))
-    run = Run(case, problem, subspace=fixed)
+    fixed = GivenSubspace(setting.operator.parameters, dense_eigenbasis(13, 2, 0, torch.float32))
+    run = Run(case, setting, subspace=fixed)
     before = run.values()
     message = r"gradient of '0\.weight' is torch\.sparse_coo, but must be dense\. Use sparse=False"
     with pytest.raises(so.ArgumentError, match=message):
@@ -434,16 +429,16 @@ def test_a_subspace_is_required(case: Case) -> None:
 def test_only_newton_takes_vectors_that_are_not_orthogonal(case: Case) -> None:
     """The others say so when they are made, or at the step at the latest."""
     observing = Run(OBSERVING)
-    problem, subspace = observing.problem, observing.subspace
-    subspace.observe(*problem.batch)
+    setting, subspace = observing.setting, observing.subspace
+    subspace.observe(*setting.batch)
     before = observing.values()
     if case.part == "newton":
-        Run(case, problem, subspace=subspace).step()
+        Run(case, setting, subspace=subspace).step()
         assert not same(before, observing.values())
         return
 
     def attempt() -> None:
-        Run(case, problem, subspace=subspace).step()
+        Run(case, setting, subspace=subspace).step()
 
     with pytest.raises(so.ArgumentError, match=r"orthogonal=True"):
         attempt()

@@ -25,23 +25,18 @@ from torch import nn
 import subspace_optim as so
 from tests.checkpoints import through_a_file
 from tests.contract.cases import (
-    ALL,
     CASES,
+    EACH_ALGORITHM,
     LR,
-    OBSERVING,
     OURS,
     Case,
-    Reference,
-    Run,
     muon_and_adamw,
     one,
-    pair,
-    quartic,
-    same,
+    ours_observing,
 )
+from tests.contract.runs import Reference, Run, pair, same
+from tests.contract.settings import quartic
 from tests.optim.naive import assert_near
-
-ours = pytest.mark.parametrize("case", [*OURS, OBSERVING], ids=str)
 
 # What applies. ---------------------------------------------------------------------------------
 
@@ -118,7 +113,7 @@ TESTS: dict[str, Any] = {
     "test_complex": _row(
         "test_sam_of_a_complex_parameter_is_that_of_its_real_view",
         ("SAM",),
-        "an operator has real parameters: view them as real numbers; SAM without `adaptive`",
+        "an operator has real parameters: view them as real numbers",
     ),
     "test_complex_2d": _row(
         "test_sam_of_a_complex_parameter_is_that_of_its_real_view", ("SAM",), "as test_complex"
@@ -263,7 +258,10 @@ def test_every_optimizer_and_every_option_range_of_torch_is_here() -> None:
     } - {"Optimizer"}
     assert set(THEIRS) <= theirs
     covered = {
-        type(each).__name__ for case in ALL if not case.ours for each in Run(case).optimizers
+        type(each).__name__
+        for case in EACH_ALGORITHM
+        if not case.ours
+        for each in Run(case).optimizers
     }
     assert theirs - covered == {"SparseAdam"}  # of sparse gradients alone
     assert {entry.desc for entry in THEIRS["SGD"]} <= set(OPTIONS)
@@ -279,7 +277,7 @@ def test_the_option_ranges_of_sgd(case: Case, entry: SimpleNamespace) -> None:
         run = Run(case)
         extra = {"subspace": run.subspace} if case.has_subspace else {}
         with pytest.raises(TypeError, match="unexpected keyword argument"):
-            case.ours(run.problem.trained, **entry.kwargs, **extra)
+            case.ours(run.setting.trained, **entry.kwargs, **extra)
         return
     run, reference = pair(case, **({"momentum": 0.0} | entry.kwargs))
     for _ in range(3):
@@ -296,11 +294,11 @@ def test_the_implementations(case: Case, flag: str) -> None:
     run = Run(case)
     extra = {"subspace": run.subspace} if case.has_subspace else {}
     if reason is None:
-        assert case.ours(run.problem.trained, **{flag: True}, **extra).defaults[flag] is True
+        assert case.ours(run.setting.trained, **{flag: True}, **extra).defaults[flag] is True
     else:
         refusal = flag if reason.startswith("refused") else "unexpected keyword argument"
         with pytest.raises((so.ArgumentError, TypeError), match=refusal):
-            case.ours(run.problem.trained, **{flag: True}, **extra)
+            case.ours(run.setting.trained, **{flag: True}, **extra)
 
 
 RANGES = [
@@ -327,10 +325,9 @@ def test_the_option_ranges_of_each_optimizer_are_projected(
             muon, adamw = muon_and_adamw([{"params": g["params"]} for g in groups])
             return [cls([{"params": muon.param_groups[0]["params"], **options}]), adamw]
 
-    kind = {"needs_closure": name == "LBFGS", "joint": name == "Muon"}
-    case = Case(name, plain, options, part="bulk", **kind)
-    run, problem = Run(case, quartic()), quartic()
-    reference = Reference(run, problem)
+    case = Case(name, options, part="bulk", plain=plain)
+    run, setting = Run(case, quartic()), quartic()
+    reference = Reference(run, setting)
     for _ in range(2):
         theta, expected = run.theta(), reference.step()
         run.step()
@@ -341,7 +338,7 @@ def test_the_option_ranges_of_each_optimizer_are_projected(
 # Tests of torch's that have no other place. ----------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [c for c in ALL if c.takes_groups and c.part != "bulk"], ids=str)
+@pytest.mark.parametrize("case", [c for c in EACH_ALGORITHM if c.takes_groups], ids=str)
 def test_groups_under_a_scheduler_have_their_own_rates(case: Case) -> None:
     run, reference = pair(case, two_groups=True)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.5)
@@ -356,11 +353,11 @@ def test_groups_under_a_scheduler_have_their_own_rates(case: Case) -> None:
         scheduler.step()
 
 
-@ours
+@ours_observing
 def test_a_gradient_of_zeros_moves_nothing(case: Case) -> None:
     run = Run(case)
     if case.observes:
-        run.subspace.observe(*run.problem.batch)
+        run.subspace.observe(*run.setting.batch)
     before = run.values()
 
     def closure() -> torch.Tensor:
@@ -373,7 +370,7 @@ def test_a_gradient_of_zeros_moves_nothing(case: Case) -> None:
     assert same(before, run.values())
 
 
-@ours
+@ours_observing
 def test_states_with_and_without_names_load_into_each_other(case: Case) -> None:
     run, other = Run(case), Run(case)
     extra = {"subspace": other.subspace} if case.has_subspace else {}
@@ -390,7 +387,7 @@ def test_states_with_and_without_names_load_into_each_other(case: Case) -> None:
     assert same(run.values(), other.values())
 
 
-@ours
+@ours_observing
 def test_a_copy_has_all_public_attributes(case: Case) -> None:
     optimizer = Run(case).optimizer
     names = [{n for n in vars(o) if n[0] != "_"} for o in (optimizer, copy.deepcopy(optimizer))]
@@ -410,7 +407,7 @@ def test_the_default_dtype_changes_no_step(name: str) -> None:
     assert same(run.values(), other.values())
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, 0.9], ids=["plain", "momentum"])
 def test_sam_of_a_complex_parameter_is_that_of_its_real_view(momentum: float) -> None:
     random = torch.Generator().manual_seed(0)
     z = nn.Parameter(torch.randn(3, dtype=torch.complex128, generator=random))

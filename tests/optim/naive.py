@@ -109,18 +109,20 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
+def outputs(model: nn.Module, theta: Tensor, x: Tensor) -> Tensor:
+    """What the model makes of ``x`` with the parameters ``theta``, in their usual order."""
+    named = dict(model.named_parameters())
+    pieces = theta.split([p.numel() for p in named.values()])
+    state = {n: piece.view(p.shape) for (n, p), piece in zip(named.items(), pieces, strict=True)}
+    return functional_call(model, state, (x,))
+
+
 def landscape(model: nn.Module, loss_fn: Callable[..., Tensor], x: Tensor, y: Tensor) -> Landscape:
     """The mean loss of a model in float64, whatever the dtype of the model. It has no buffers."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    y = y.double() if y.is_floating_point() else y
+    x, y = x.double(), y.double() if y.is_floating_point() else y
 
     def loss(theta: Tensor) -> Tensor:
-        pieces = theta.split([shape.numel() for shape in shapes.values()])
-        state = {
-            name: piece.view(shape)
-            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
-        }
-        return loss_fn(functional_call(model, state, (x.double(),)), y)
+        return loss_fn(outputs(model, theta, x), y)
 
     return Landscape(loss, grad(loss), hessian(loss))
 
@@ -139,6 +141,52 @@ def projector(matrix: Tensor, k: int) -> Tensor:
         raise ValueError("The case has no gap below λ_k: choose another seed.")
     vectors = torch.linalg.eigh(matrix).eigenvectors[:, -k:]
     return vectors @ vectors.T
+
+
+class GivenSubspace:
+    """A user's own subspace: one basis object for ever."""
+
+    def __init__(self, parameters: ParameterSpace, basis: Any) -> None:
+        self.parameters, self.basis = parameters, basis
+
+    def update(self) -> Any:
+        return self.basis
+
+
+class ExactSubspace:
+    """The top eigenvectors of a dense Hessian, by `eigh`: an optimizer is tested without a solver.
+
+    Args:
+        parameters: the coordinates.
+        hessian: of the flat float64 parameters.
+        k: how many.
+
+    Attributes:
+        refreshes: how many parameter states it was asked at, one after the other.
+        basis: at the last of them.
+    """
+
+    def __init__(
+        self, parameters: ParameterSpace, hessian: Callable[[Tensor], Tensor], k: int
+    ) -> None:
+        self.parameters, self.hessian, self.k = parameters, hessian, k
+        self.refreshes = 0
+        self.basis: EigenBasis | None = None
+        self._theta: Tensor | None = None
+
+    def update(self) -> EigenBasis:
+        theta = flat(self.parameters.tensors)
+        if self.basis is None or not torch.equal(theta, self._theta):
+            values, vectors = torch.linalg.eigh(self.hessian(theta))
+            top, rows = values[-self.k :].flip(0), vectors[:, -self.k :].T.flip(0)
+            top, rows = (t.to(self.parameters.dtype).contiguous() for t in (top, rows))
+            self.basis, self._theta = EigenBasis(top, rows, torch.zeros_like(top)), theta
+            self.refreshes += 1
+        return self.basis
+
+
+def exact(model: Quartic, k: int) -> ExactSubspace:
+    return ExactSubspace(ParameterSpace(model), model.hessian, k)
 
 
 def dense_eigenbasis(size: int, k: int, seed: int, dtype: torch.dtype) -> EigenBasis:

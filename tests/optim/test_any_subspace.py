@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
+from torch.func import hessian, jacrev
 
 import subspace_optim as so
-from tests.optim.naive import assert_near, flat
+from tests.optim.naive import assert_near, flat, outputs
+from tests.optim.naive import projector as dense_projector
 
 K = 2
 
@@ -23,19 +24,6 @@ def problem() -> Any:
     return model, torch.randn(20, 4).double(), torch.arange(20) % 3
 
 
-def outputs(model: nn.Module, theta: Tensor, x: Tensor) -> Tensor:
-    named = dict(model.named_parameters())
-    pieces = theta.split([p.numel() for p in named.values()])
-    state = {n: piece.view(p.shape) for (n, p), piece in zip(named.items(), pieces, strict=True)}
-    return functional_call(model, state, (x,))
-
-
-def top(matrix: Tensor, k: int) -> Tensor:
-    """P_k."""
-    vectors = torch.linalg.eigh(matrix).eigenvectors[:, -k:]
-    return vectors @ vectors.T
-
-
 def gauss_newton(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Any, Any]:
     operator = so.GaussNewtonOperator(model, F.cross_entropy, (x, y))
 
@@ -43,7 +31,7 @@ def gauss_newton(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Any, Any]:
         J = jacrev(lambda t: outputs(model, t, x).flatten())(theta)
         z = outputs(model, theta, x).detach()
         H = hessian(lambda f: F.cross_entropy(f.view(z.shape), y))(z.flatten())
-        return top(J.T @ H @ J, K)
+        return dense_projector(J.T @ H @ J, K)
 
     return so.DominantSubspace(operator, K, refresh=1, tol=1e-12), projector
 
@@ -87,7 +75,7 @@ def own(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("kind", [gauss_newton, class_gradients, fixed, own])
 @pytest.mark.parametrize("part", ["dominant", "bulk"])
-@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("projected", [False, True], ids=["of ours", "project_updates"])
 def test_steps_are_projected_onto_the_span(
     problem: Any, kind: Any, part: str, projected: bool
 ) -> None:

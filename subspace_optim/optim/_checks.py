@@ -1,0 +1,128 @@
+"""What an optimizer refuses: options, parameters, gradients and states that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace_optim._validation import ArgumentError, check_number
+from subspace_optim.curvature.parameters import ParameterSpace
+
+
+def check_sgd_options(group: dict[str, Any]) -> None:
+    """Checks the options of ``torch.optim.SGD`` in one parameter group.
+
+    Raises:
+        ArgumentError: one is out of range, or not supported, with the reason.
+    """
+    check_number("lr", group["lr"], tensor=True)
+    check_number("momentum", group["momentum"])
+    check_number("dampening", group["dampening"], minimum=None)
+    check_number("weight_decay", group["weight_decay"])
+    for name in ("nesterov", "maximize", "differentiable"):
+        if not isinstance(group[name], bool):
+            raise ArgumentError(name, group[name], "True or False")
+    for name in ("foreach", "fused"):
+        if not (group[name] is None or isinstance(group[name], bool)):
+            raise ArgumentError(name, group[name], "True, False or None")
+    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+        remedy = "Set momentum above 0 and dampening to 0."
+        raise ArgumentError("nesterov", True, "False without momentum or with dampening", remedy)
+    if group["fused"]:
+        remedy = "A fused kernel applies its update inside: there is nothing left to project."
+        raise ArgumentError("fused", True, "False or None", remedy)
+    if group["differentiable"]:
+        remedy = "The eigenbasis is a constant to autograd, so its derivative would be missing."
+        raise ArgumentError("differentiable", True, "False", remedy)
+
+
+def check_dense(parameter: Tensor, name: str | None = None) -> None:
+    """Checks that the gradient of a parameter is dense, if it has one.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    gradient = parameter.grad
+    if gradient is not None and gradient.layout != torch.strided:
+        of = f"'{name}'" if name else f"a parameter of shape {tuple(parameter.shape)}"
+        raise ArgumentError(f"the gradient of {of}", gradient.layout, "dense", "Use sparse=False.")
+
+
+def check_buffer(parameter: Any, entries: Any) -> None:
+    """Checks what a state that is loaded has for one parameter.
+
+    Raises:
+        ArgumentError: it is no dict, or its momentum buffer cannot be used.
+    """
+    remedy = "The state was damaged, or is of a run that had diverged."
+    if not isinstance(entries, dict):
+        kind = type(entries).__name__
+        raise ArgumentError("the loaded state of a parameter", kind, "a dict", remedy)
+    buffer = entries.get("momentum_buffer")
+    if buffer is None or not isinstance(parameter, Tensor):
+        return
+    label, shape = "momentum_buffer of the loaded state", tuple(parameter.shape)
+    if not isinstance(buffer, Tensor):
+        raise ArgumentError(label, type(buffer).__name__, "a tensor", remedy)
+    if buffer.layout != torch.strided:
+        raise ArgumentError(label, buffer.layout, "dense", remedy)
+    if tuple(buffer.shape) != shape:
+        raise ArgumentError(label, f"of shape {tuple(buffer.shape)}", f"of shape {shape}", remedy)
+    if not bool(buffer.isfinite().all()):
+        raise ArgumentError(label, "not finite", "finite", remedy)
+
+
+def check_membership(params: Iterable[Tensor], space: ParameterSpace) -> list[Tensor]:
+    """Checks that the operator differentiates by all parameters that are trained.
+
+    Returns:
+        Those that it differentiates by, in its order.
+
+    Raises:
+        ArgumentError: it does not by one.
+    """
+    tensors = space.tensors
+    members = {id(p) for p in tensors}
+    for p in params:
+        if p.requires_grad and id(p) not in members:
+            raise ArgumentError(*_not_a_member(p, space))
+    return tensors
+
+
+def check_same(params: list[Tensor], space: ParameterSpace) -> list[Tensor]:
+    """Checks that optimizers train the parameters of the operator, and no others.
+
+    Returns:
+        These parameters, in the operator's order.
+
+    Raises:
+        ArgumentError: one is missing on either side, or was frozen since.
+    """
+    tensors = check_membership(params, space)
+    held = {id(p) for p in params if p.requires_grad}
+    for p, name in zip(tensors, space.names, strict=True):
+        if id(p) not in held:
+            raise ArgumentError(
+                f"parameter '{name}' of the operator",
+                "in no group of the optimizer" if p.requires_grad else "frozen since",
+                "trained by this optimizer",
+                "The projection is over all of the operator's parameters together: give it only "
+                "those with `params=`, or add the others to the optimizer. Optimizers that share "
+                "them are projected together: project_updates([muon, adamw], subspace, onto=...).",
+            )
+    return tensors
+
+
+def _not_a_member(parameter: Tensor, space: ParameterSpace) -> tuple[str, str, str, str]:
+    """Returns what to say of a parameter of the optimizer that the operator does not have."""
+    name = space.name_in_model(parameter)
+    allowed = "one that the operator differentiates by"
+    if name is None:
+        label = f"parameter of shape {tuple(parameter.shape)}"
+        remedy = "Build operator and subspace from the model that the optimizer trains."
+        return label, "of another model", allowed, remedy
+    remedy = "Add it to the `params` of the operator, or leave it out of the optimizer."
+    return f"parameter '{name}'", "not the operator's", allowed, remedy
