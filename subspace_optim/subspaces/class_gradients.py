@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from subspace_optim._validation import (
-    ArgumentError,
-    NonFiniteError,
-    check_integer,
-    check_number,
-)
+from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.curvature.contexts import full_precision, random_state_kept
-from subspace_optim.curvature.evaluation import PerParameter, Point
+from subspace_optim.curvature.logit_gradients import LogitGradients
 from subspace_optim.curvature.objective import unwrapped
-from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, Params, digest
+from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
 from subspace_optim.curvature.process_group import Ranks
-from subspace_optim.curvature.second_derivatives import refuse_reentrant_checkpoints
-from subspace_optim.curvature.surroundings import ALONE, Surroundings
+from subspace_optim.curvature.surroundings import ALONE
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
-
-# Where C backward passes are faster than one that is batched. Measured on CPU, C = 10, batches of
-# 500: 52 against 63 ms for an MLP, 2.1 against 4.5 s for a CNN, whose convolutions become grouped.
-_LOOPED = ("cpu",)
-_SAFE = 1e-12
-"""Norms of which the squares are far from the ends of float32."""
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+from subspace_optim.subspaces.class_averages import (
+    ClassAverages,
+    check_averages,
+    kinds,
+    saved,
+)
 
 
 @dataclass
@@ -49,28 +38,6 @@ class ClassGradientStats:
 
     observations: int = 0
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Averages:
-    """What is known of the classes; an observation makes another one, and changes none.
-
-    Attributes:
-        vectors: ``(C, P)``, ``v_k = c_k / |c_k|``, zero where ``c_k`` is.
-        norms: ``(C,)``, ``|c_k|``, float64.
-        squares: ``(C,)``, ``λ_k²``, float64: it has twice the exponents of ``λ_k``.
-        updates: ``(C,)``, the observations that each class had a part in.
-    """
-
-    vectors: Tensor
-    norms: Tensor
-    squares: Tensor
-    updates: Tensor
-
-    def curvature(self) -> LowRankCurvature:
-        """Returns eq. 11; λ = 1 for a class that was never seen."""
-        values = torch.where(self.updates > 0, self.squares.sqrt(), 1.0)
-        return LowRankCurvature(values.to(self.vectors.dtype), self.vectors)
 
 
 class ClassGradientSubspace:
@@ -165,9 +132,8 @@ class ClassGradientSubspace:
         self.orthogonal = orthogonal
         self.coupled = coupled
         self.stats = ClassGradientStats()
-        self._written: list[Tensor] = []  # what the forward pass writes to, beside buffers
-        self._watched = False
-        self._averages: _Averages | None = None
+        self._sums = LogitGradients(self.model, self.parameters, self.num_classes, coupled)
+        self._averages: ClassAverages | None = None
         self._given: LowRankCurvature | EigenBasis | None = None
 
     def update(self) -> LowRankCurvature | EigenBasis:
@@ -197,14 +163,15 @@ class ClassGradientSubspace:
         ``NonFiniteError`` for a logit or gradient that is not finite: neither changes anything.
         """
         start = time.perf_counter()
-        device, C, P = self.parameters.device, self.num_classes, self.parameters.size
+        device = self.parameters.device
         with ALONE, full_precision(device, fused=True), random_state_kept(device, None):
             self._agree()
             with self._ranks.all_or_none():
-                shape = (C * (P + 2),)
+                shape = (self._sums.size,)
                 with self._ranks.summed(shape, self.parameters.dtype, device) as sums:
-                    self._add_to(sums, x, y)
-                averages = self._averaged(*self._split(sums))
+                    self._sums.add_to(sums, x, y)
+                parts = self._sums.split(sums)
+                averages = averaged(self._averages, *parts, decay=self.decay)
         self._given, self._averages = None, averages
         self.stats.observations += 1
         self.stats.seconds += time.perf_counter() - start
@@ -215,15 +182,7 @@ class ClassGradientSubspace:
         The tensors are copies, and of the same shapes whether anything was observed or not, so
         that ``torch.distributed.checkpoint`` can read into the state of a new subspace.
         """
-        device, averages = self.parameters.device, self._averages
-        entries: dict[str, Any] = {"observed": averages is not None}
-        for name, (shape, dtype) in self._kinds().items():
-            entries[name] = (
-                torch.zeros(shape, dtype=dtype, device=device)
-                if averages is None
-                else getattr(averages, name).clone()
-            )
-        entries["checksum"] = checksum(entries)
+        entries = saved(self._averages, *self._layout(), self.parameters.device)
         return {"version": VERSION, **entries, "stats": asdict(self.stats)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -235,11 +194,11 @@ class ClassGradientSubspace:
         Args:
             state_dict: what ``state_dict()`` returned.
         """
-        kinds = self._kinds()
-        names = {"version", "observed", *kinds, "checksum", "stats"}
+        entries = kinds(*self._layout())
+        names = {"version", "observed", *entries, "checksum", "stats"}
         state = SavedState(state_dict, names, "Pass what `subspace.state_dict()` returned.")
         observed, remedy = state.flag("observed"), "The state is of another model or num_classes."
-        loaded = _Averages(
+        loaded = ClassAverages(
             **{
                 name: state.tensor(
                     name,
@@ -249,28 +208,21 @@ class ClassGradientSubspace:
                     minimum=None if name == "vectors" else 0,
                     remedy=remedy,
                 )
-                for name, (shape, dtype) in kinds.items()
+                for name, (shape, dtype) in entries.items()
             }
         )
         costs = state.inside("stats", ["observations", "seconds"])
         stats = ClassGradientStats(costs.count("observations"), costs.number("seconds", minimum=0))
         if observed:
-            _check_averages(loaded, stats.observations, state_dict["vectors"].dtype)
-        state.check_sum(checksum({name: state_dict[name] for name in ("observed", *kinds)}))
+            check_averages(loaded, stats.observations, state_dict["vectors"].dtype)
+        state.check_sum(checksum({name: state_dict[name] for name in ("observed", *entries)}))
 
         self._given = None
         self._averages = loaded if observed else None
         self.stats = stats
 
-    def _kinds(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The shapes and dtypes of the averages."""
-        C = self.num_classes
-        return {
-            "vectors": ((C, self.parameters.size), self.parameters.dtype),
-            "norms": ((C,), torch.float64),
-            "squares": ((C,), torch.float64),
-            "updates": ((C,), torch.int64),
-        }
+    def _layout(self) -> tuple[int, int, torch.dtype]:
+        return self.num_classes, self.parameters.size, self.parameters.dtype
 
     def _agree(self) -> None:
         """Sees to it that all ranks have the same parameters and averages.
@@ -293,248 +245,3 @@ class ClassGradientSubspace:
             if not same:
                 found, allowed = f"ranks whose {name} differ", f"ranks of equal {name}"
                 raise ArgumentError("process_group", found, allowed, remedy)
-
-    # --- the sums over a minibatch --------------------------------------------------------------
-
-    def _split(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views one vector as ``Σ ∇z_k: (C, P)``, ``Σ p_k (1 − p_k): (C,)`` and ``|B_k|: (C,)``."""
-        C = self.num_classes
-        spreads, counts = sums[-2 * C :].view(2, C)
-        return sums[: -2 * C].view(C, -1), spreads, counts
-
-    def _add_to(self, sums: Tensor, x: Any, y: Tensor) -> None:
-        """Adds this rank's part of a minibatch to zeros."""
-        gradients, spreads, counts = self._split(sums)
-        y, found = self._checked(x, y)
-        counts += torch.tensor(found, dtype=counts.dtype, device=counts.device)
-        point = self._point()
-        x = self._input(x)
-
-        seen: list[tuple[Tensor, Tensor]] = []  # logits, and the classes
-
-        def add(x: Any, y: Tensor, present: list[int]) -> None:
-            logits = self._logits(x, len(y))
-            if not seen:
-                refuse_reentrant_checkpoints(logits)
-            seen.append((logits.detach(), y))
-            own = logits.gather(1, y[:, None])[:, 0]
-            scores = own.new_zeros(len(spreads)).index_add(0, y, own)
-            for k, slopes in _gradients(scores, present, point.leaves):
-                for view, slope in zip(
-                    self.parameters.unflatten(gradients[k]), slopes, strict=True
-                ):
-                    if slope is not None:
-                        view.copy_(slope)
-
-        coupled = _are_coupled(self.model) if self.coupled is None else self.coupled
-        seed = int(torch.randint(2**31, (), device="cpu"))  # masks follow the present random state
-        present = [k for k, n in enumerate(found) if n]
-        if coupled:
-            with self._evaluating(point, seed):
-                add(x, y, present)
-        else:
-            parts = y.argsort(stable=True).split(found)
-
-            for k in present:  # the gradient of class k needs its examples only
-                with self._evaluating(point, seed + k):
-                    add(self._examples(x, parts[k]), y[parts[k]], [k])
-        logits, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        spreads.index_add_(0, y, _spread(logits, y).to(spreads.dtype))
-
-    def _checked(self, x: Any, y: Any) -> tuple[Tensor, list[int]]:
-        """Returns the classes on the model's device, and how many examples each of them has.
-
-        Raises:
-            ArgumentError: x or y cannot be used.
-        """
-        if not isinstance(y, Tensor) or y.dtype not in _INTEGERS:
-            kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-            remedy = "Of one-hot targets take `y.argmax(dim=1)`."
-            raise ArgumentError("y", kind, "a tensor of integers, the classes", remedy)
-        if y.dim() != 1 or not len(y):
-            shape = tuple(y.shape)
-            raise ArgumentError("the shape of y", shape, "(N,), a class for each of N examples")
-        if isinstance(x, str | list | tuple | Mapping) or not hasattr(x, "__getitem__"):
-            allowed = "a tensor, or what takes a tensor of indices: x[indices]"
-            remedy = "Stack the inputs in a tensor, or wrap them in a class with __getitem__."
-            raise ArgumentError("x", type(x).__name__, allowed, remedy)
-        length = len(x) if hasattr(x, "__len__") else len(y)
-        if length != len(y):
-            raise ArgumentError("the length of x", length, f"{len(y)}, as that of y")
-        y = y.to(self.parameters.device, torch.int64)
-        counts = (y[:, None] == torch.arange(self.num_classes, device=y.device)).sum(dim=0)
-        low, high, *found = torch.cat([torch.stack(y.aminmax()), counts]).tolist()
-        if low < 0 or high >= self.num_classes:
-            wrong = low if low < 0 else high
-            allowed = f"from 0 to {self.num_classes - 1}, as num_classes is {self.num_classes}"
-            raise ArgumentError("a class in y", wrong, allowed)
-        return y, found
-
-    def _input(self, x: Any) -> Any:
-        """Returns a tensor on the model's device, of the precision of its copies."""
-        if not isinstance(x, Tensor):
-            return x
-        upcast = any(p.dtype in LOW_PRECISION for p in self.model.parameters())
-        low = upcast and x.dtype in LOW_PRECISION
-        return x.to(self.parameters.device, torch.float32 if low else x.dtype)
-
-    def _examples(self, x: Any, indices: Tensor) -> Any:
-        """Returns some of the inputs.
-
-        Raises:
-            ArgumentError: they cannot be taken by a tensor of indices.
-        """
-        try:
-            return self._input(x[indices])
-        except (TypeError, KeyError, IndexError) as error:
-            allowed = "a tensor, or what takes a tensor of indices: x[indices]"
-            raise ArgumentError("x", type(x).__name__, allowed, f"It raised: {error}") from error
-
-    @contextmanager
-    def _evaluating(self, point: Point, seed: int) -> Iterator[None]:
-        with point.at(seed):
-            if self._watched:
-                yield
-                return
-            with point.learning_writes():
-                yield
-            self._watched = True
-
-    def _point(self) -> Point:
-        """Returns the present parameters, low precision as float32 copies."""
-        surroundings = Surroundings(self.model, None, self.parameters.device)
-        return Point(self.parameters.tensors, surroundings, in_place=False, written=self._written)
-
-    def _logits(self, x: Any, examples: int) -> Tensor:
-        """Returns ``model(x)``.
-
-        Raises:
-            ArgumentError: it is of another form than ``(N, C)``.
-        """
-        logits = self.model(x)
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            remedy = "Wrap the model in a module that returns its logits."
-            raise ArgumentError("the model's output", found, "a tensor of real logits", remedy)
-        shape = (examples, self.num_classes)
-        if logits.shape != shape:
-            allowed = f"{shape}, a logit of each of num_classes={self.num_classes} classes"
-            raise ArgumentError("the shape of the logits", tuple(logits.shape), allowed)
-        return logits
-
-    # --- averages -------------------------------------------------------------------------------
-
-    def _averaged(self, gradients: Tensor, spreads: Tensor, counts: Tensor) -> _Averages:
-        """Returns the averages with a minibatch more, in the memory of its gradients.
-
-        The share of a class's t-th minibatch is ``(1 − γ) / (1 − γᵗ)``, and the old average
-        keeps the rest: the sums of eqs. 16 and 17, normalised at every step.
-
-        Args:
-            gradients: ``(C, P)``, ``Σ ∇z_k`` over the examples of class k; overwritten.
-            spreads: ``(C,)``, ``Σ p_k (1 − p_k)`` over them.
-            counts: ``(C,)``, how many they are.
-
-        Raises:
-            NonFiniteError: something is not finite.
-        """
-        counts, spreads, old = counts.double(), spreads.double(), self._averages
-        seen, scale = counts > 0, 1 / counts.clamp(min=1)
-        values = spreads / counts.sum() * (_row_norms(gradients) * scale).square()
-        if not bool(values.isfinite().all()):
-            message = (
-                "A logit or a gradient of a class is not finite; the minibatch was not added to "
-                "the averages. Lower the learning rate, or look for NaN in parameters and data."
-            )
-            raise NonFiniteError(message)
-        updates = seen.long() if old is None else old.updates.to(seen.device) + seen
-        rate = torch.where(seen, (1 - self.decay) / (1 - self.decay ** updates.double()), 0.0)
-        gradients.mul_((rate * scale).to(gradients.dtype)[:, None])
-        squares = rate * values.square()
-        known = torch.zeros_like(scale)
-        if old is not None:
-            known = old.norms.to(rate.device)
-            # What is absent keeps its unit vector, with no rounding.
-            share = torch.where(seen, (1 - rate) * known, 1.0).to(gradients.dtype)
-            gradients.addcmul_(old.vectors.to(gradients), share[:, None])
-            squares += (1 - rate) * old.squares.to(rate.device)
-        norms = _row_norms(gradients)
-        smallest = torch.finfo(gradients.dtype).tiny
-        inverse = torch.where(norms > smallest, 1 / norms, 0.0)
-        inverse = torch.where(seen, inverse, 1.0).to(gradients.dtype)
-        gradients.mul_(inverse[:, None])
-        return _Averages(gradients, torch.where(seen, norms, known), squares, updates)
-
-
-def _check_averages(averages: _Averages, observations: int, saved: torch.dtype) -> None:
-    """Checks what all averages have in common.
-
-    Raises:
-        ArgumentError: a vector is neither of norm 1 nor 0, or a class was seen more often than
-            there were minibatches, or has averages and was never seen.
-    """
-    vectors, updates = averages.vectors, averages.updates
-    most = int(updates.max())
-    if most > observations:
-        allowed = f"at most the minibatches observed, {observations}"
-        raise ArgumentError("the largest of the loaded updates", most, allowed)
-    norms = _row_norms(vectors)
-    accuracy = max(torch.finfo(dtype).eps for dtype in (saved, vectors.dtype))
-    off = ((norms - 1).abs() > min(0.01, 8 * vectors.shape[1] ** 0.5 * accuracy)) & (norms != 0)
-    for k in off.nonzero().flatten().tolist():
-        raise ArgumentError(f"the norm of the loaded vectors[{k}]", float(norms[k]), "1, or 0")
-    strange = (updates == 0) & ((norms > 0) | (averages.norms > 0) | (averages.squares > 0))
-    for k in strange.nonzero().flatten().tolist():
-        allowed = "at least 1, as it has averages"
-        raise ArgumentError(f"the loaded updates[{k}]", 0, allowed)
-
-
-def _are_coupled(model: nn.Module) -> bool:
-    """Whether a batch norm layer uses the statistics of the batch."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    return any(m.training or m.running_mean is None for m in norms)
-
-
-def _spread(logits: Tensor, y: Tensor) -> Tensor:
-    """Returns ``p (1 − p)`` of each example's own class, ``(N,)``, float64; NaN for no logit.
-
-    From the difference to the other logits: ``1 − p`` of a rounded p would be 0 where p is near 1.
-    """
-    logits = logits.double()
-    own = logits.gather(1, y[:, None])[:, 0]
-    others = logits.scatter(1, y[:, None], -torch.inf).logsumexp(dim=1)
-    margin = own - others
-    spread = margin.sigmoid() * (-margin).sigmoid()
-    return torch.where(own.isfinite() & (others < torch.inf), spread, torch.nan)
-
-
-def _gradients(
-    scores: Tensor, present: list[int], leaves: Sequence[Tensor]
-) -> Iterator[tuple[int, PerParameter]]:
-    """Yields each class that is present, and the gradient of its score."""
-    if not scores.requires_grad:
-        return
-    options: Any = {"retain_graph": len(present) > 1, "allow_unused": True}
-    rows = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
-    batched = None
-    if len(present) > 1 and scores.device.type not in _LOOPED:
-        with suppress(RuntimeError), warnings.catch_warnings():
-            # Where an operation has no batched form, torch loops over the classes itself.
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            batched = torch.autograd.grad(
-                scores, leaves, rows[present], is_grads_batched=True, **options
-            )
-    for j, k in enumerate(present):
-        if batched is None:  # or vmap cannot transform the model
-            yield k, torch.autograd.grad(scores, leaves, rows[k], **options)
-        else:
-            yield k, [None if slope is None else slope[j] for slope in batched]
-
-
-def _row_norms(rows: Tensor) -> Tensor:
-    """Returns the norms of the rows, float64: squares of small numbers do not vanish."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1).double()
-    for i, norm in enumerate(norms.tolist()):
-        if not _SAFE < norm < 1 / _SAFE:  # one row after another: torch makes a float64 copy of it
-            norms[i] = torch.linalg.vector_norm(rows[i], dtype=torch.float64)
-    return norms

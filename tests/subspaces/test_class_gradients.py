@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import subspace_optim as so
-from subspace_optim.subspaces import Subspace, class_gradients
+from subspace_optim.subspaces import Subspace
 from tests.dense import DTYPES, projector
 from tests.failing import Fails
 from tests.observe import Seen
@@ -367,7 +367,7 @@ def test_coupled_examples_go_through_the_model_together(case):
 @pytest.mark.parametrize("looped", [(), ("cpu",)], ids=["batched", "looped"])
 def test_batch_norm_is_differentiated_through_its_statistics(looped, monkeypatch):
     """Against one backward pass for each example's logit through the whole minibatch."""
-    monkeypatch.setattr(class_gradients, "_LOOPED", looped)
+    monkeypatch.setattr(logit_gradients, "_LOOPED", looped)
     model = normed()
     x, y = minibatch(LABELS)
     subspace = so.ClassGradientSubspace(model, C)
@@ -394,7 +394,7 @@ class Refusing(nn.Module):
 
 
 def test_what_vmap_cannot_transform_is_looped_over(monkeypatch):
-    monkeypatch.setattr(class_gradients, "_LOOPED", ())
+    monkeypatch.setattr(logit_gradients, "_LOOPED", ())
     model = mlp()
     x, y = minibatch(LABELS)
     subspace = so.ClassGradientSubspace(nn.Sequential(model, Refusing()), C, coupled=True)

@@ -1,0 +1,154 @@
+"""``ClassAverages``: the moving averages of class gradients, eqs. 16 and 17."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace_optim._validation import ArgumentError, NonFiniteError
+from subspace_optim.curvature.checkpoints import checksum
+from subspace_optim.linalg.low_rank import LowRankCurvature
+
+_SAFE = 1e-12
+"""Norms of which the squares are far from the ends of float32."""
+
+
+@dataclass(frozen=True)
+class ClassAverages:
+    r"""What is known of the classes; an observation makes another one, and changes none.
+
+    .. math::
+        c_k = \frac{1 - \gamma}{1 - \gamma^t} \sum_{i=1}^t \gamma^{t-i} c_k^{B_i}, \qquad
+        \lambda_k^2 = \frac{1 - \gamma}{1 - \gamma^t} \sum_{i=1}^t \gamma^{t-i}
+        (\lambda_k^{B_i})^2
+
+    (`class_gradient_2020`, eqs. 16 and 17), over the t minibatches in which class k occurred.
+
+    Attributes:
+        vectors: ``(C, P)``, ``v_k = c_k / |c_k|``, zero where ``c_k`` is.
+        norms: ``(C,)``, ``|c_k|``, float64.
+        squares: ``(C,)``, ``λ_k²``, float64: it has twice the exponents of ``λ_k``.
+        updates: ``(C,)``, t of each class.
+    """
+
+    vectors: Tensor
+    norms: Tensor
+    squares: Tensor
+    updates: Tensor
+
+    def curvature(self) -> LowRankCurvature:
+        """Returns eq. 11; λ = 1 for a class that was never seen."""
+        values = torch.where(self.updates > 0, self.squares.sqrt(), 1.0)
+        return LowRankCurvature(values.to(self.vectors.dtype), self.vectors)
+
+
+def averaged(
+    old: ClassAverages | None, gradients: Tensor, spreads: Tensor, counts: Tensor, *, decay: float
+) -> ClassAverages:
+    """Returns the averages with a minibatch more, in the memory of its gradients.
+
+    The share of a class's t-th minibatch is ``(1 − γ) / (1 − γᵗ)``, and the old average keeps the
+    rest: the sums of eqs. 16 and 17, normalised at every step.
+
+    Args:
+        old: the averages so far; ``None`` before the first minibatch.
+        gradients: ``(C, P)``, ``Σ ∇z_k`` over the examples of class k; overwritten.
+        spreads: ``(C,)``, ``Σ p_k (1 − p_k)`` over them.
+        counts: ``(C,)``, how many they are.
+        decay: γ.
+
+    Raises:
+        NonFiniteError: something is not finite.
+    """
+    counts, spreads = counts.double(), spreads.double()
+    seen, scale = counts > 0, 1 / counts.clamp(min=1)
+    values = spreads / counts.sum() * (_row_norms(gradients) * scale).square()
+    if not bool(values.isfinite().all()):
+        message = (
+            "A logit or a gradient of a class is not finite; the minibatch was not added to "
+            "the averages. Lower the learning rate, or look for NaN in parameters and data."
+        )
+        raise NonFiniteError(message)
+    updates = seen.long() if old is None else old.updates.to(seen.device) + seen
+    rate = torch.where(seen, (1 - decay) / (1 - decay ** updates.double()), 0.0)
+    gradients.mul_((rate * scale).to(gradients.dtype)[:, None])
+    squares = rate * values.square()
+    known = torch.zeros_like(scale)
+    if old is not None:
+        known = old.norms.to(rate.device)
+        # What is absent keeps its unit vector, with no rounding.
+        share = torch.where(seen, (1 - rate) * known, 1.0).to(gradients.dtype)
+        gradients.addcmul_(old.vectors.to(gradients), share[:, None])
+        squares += (1 - rate) * old.squares.to(rate.device)
+    norms = _row_norms(gradients)
+    smallest = torch.finfo(gradients.dtype).tiny
+    inverse = torch.where(norms > smallest, 1 / norms, 0.0)
+    inverse = torch.where(seen, inverse, 1.0).to(gradients.dtype)
+    gradients.mul_(inverse[:, None])
+    return ClassAverages(gradients, torch.where(seen, norms, known), squares, updates)
+
+
+# In a state dict.
+
+
+def kinds(classes: int, size: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Returns the shapes and dtypes of the averages, by their names."""
+    return {
+        "vectors": ((classes, size), dtype),
+        "norms": ((classes,), torch.float64),
+        "squares": ((classes,), torch.float64),
+        "updates": ((classes,), torch.int64),
+    }
+
+
+def saved(
+    averages: ClassAverages | None,
+    classes: int,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Returns copies of the averages; zeros of the same shapes where there are none."""
+    entries: dict[str, Any] = {"observed": averages is not None}
+    for name, (shape, kind) in kinds(classes, size, dtype).items():
+        entries[name] = (
+            torch.zeros(shape, dtype=kind, device=device)
+            if averages is None
+            else getattr(averages, name).clone()
+        )
+    return entries | {"checksum": checksum(entries)}
+
+
+def check_averages(averages: ClassAverages, observations: int, saved: torch.dtype) -> None:
+    """Checks what all averages have in common.
+
+    Raises:
+        ArgumentError: a vector is neither of norm 1 nor 0, or a class was seen more often than
+            there were minibatches, or has averages and was never seen.
+    """
+    vectors, updates = averages.vectors, averages.updates
+    most = int(updates.max())
+    if most > observations:
+        allowed = f"at most the minibatches observed, {observations}"
+        raise ArgumentError("the largest of the loaded updates", most, allowed)
+    norms = _row_norms(vectors)
+    accuracy = max(torch.finfo(dtype).eps for dtype in (saved, vectors.dtype))
+    off = ((norms - 1).abs() > min(0.01, 8 * vectors.shape[1] ** 0.5 * accuracy)) & (norms != 0)
+    for k in off.nonzero().flatten().tolist():
+        raise ArgumentError(f"the norm of the loaded vectors[{k}]", float(norms[k]), "1, or 0")
+    strange = (updates == 0) & ((norms > 0) | (averages.norms > 0) | (averages.squares > 0))
+    for k in strange.nonzero().flatten().tolist():
+        allowed = "at least 1, as it has averages"
+        raise ArgumentError(f"the loaded updates[{k}]", 0, allowed)
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    """Returns the norms of the rows, float64: squares of small numbers do not vanish."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1).double()
+    for i, norm in enumerate(norms.tolist()):
+        if not _SAFE < norm < 1 / _SAFE:  # one row after another: torch makes a float64 copy of it
+            norms[i] = torch.linalg.vector_norm(rows[i], dtype=torch.float64)
+    return norms
