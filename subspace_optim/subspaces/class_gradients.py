@@ -21,6 +21,7 @@ from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
 from subspace_optim.subspaces.class_averages import (
     ClassAverages,
+    averaged,
     check_averages,
     kinds,
     saved,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import subspace_optim as so
+from subspace_optim.curvature import logit_gradients
 from subspace_optim.subspaces import Subspace
 from tests.dense import DTYPES, projector
 from tests.failing import Fails
