@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -17,3 +19,19 @@ class Fails(TorchDispatchMode):
         if self.seen == self.at:
             raise self.error
         return func(*args, **(kwargs or {}))
+
+
+class FailsAfter(TorchFunctionMode):
+    """Raises after the n-th call with tensors has returned, as an interrupt does."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        super().__init__()
+        self.at, self.error, self.seen = at, error, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen += bool(args) and isinstance(args[0], torch.Tensor | list)  # no switch of modes
+        if self.seen == self.at:
+            self.seen += 1  # once
+            raise self.error
+        return result

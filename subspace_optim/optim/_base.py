@@ -282,11 +282,12 @@ def options(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _add(params: list[Tensor], added: list[Tensor], factor: float) -> BaseException | None:
     """Adds in one call of torch, and returns the exception that was raised before or after it."""
-    version = params[0]._version  # noqa: SLF001 (counts what is written)
+    version: int | None = None
     try:
+        version = params[0]._version  # noqa: SLF001 (counts what is written)
         torch._foreach_add_(params, added, alpha=factor)
     except BaseException as error:  # noqa: BLE001 (an interrupt is raised after the call)
-        if params[0]._version == version:  # noqa: SLF001
+        if version is None or params[0]._version == version:  # noqa: SLF001
             torch._foreach_add_(params, added, alpha=factor)
         return error
     return None

@@ -94,7 +94,8 @@ class _TwoSteps(CheckedOptimizer):
                     self.zero_grad()
                     with torch.enable_grad():
                         closure()
-            if not self._return():
+                finite = self._return()
+            if not finite:
                 return loss
         with outside_autocast(self._device):
             self._descend()
@@ -176,10 +177,12 @@ class _TwoSteps(CheckedOptimizer):
             raise RuntimeError("second_step() was called without first_step() before it.")
         if own is not self:
             self.step()  # the wrapper's, which counts it, and calls that of `own`
-        elif self._return():
-            self._ready = True
+        else:
+            with self._going_back():
+                self._ready = self._return()
             try:
-                self.step()  # the hooked one: hooks and schedulers see one step, from θ_t
+                if self._ready:
+                    self.step()  # the hooked one: hooks and schedulers see one step, from θ_t
             finally:
                 self._ready = False
         if zero_grad:
@@ -194,11 +197,11 @@ class _TwoSteps(CheckedOptimizer):
 
     def _put_back(self) -> None:
         before = self._before or {}
-        try:
-            with outside_autocast(self._device):
+        with outside_autocast(self._device):
+            try:
                 write(list(before), list(before.values()))
-        finally:
-            self._before = None
+            finally:
+                self._before = None
 
     @contextmanager
     def _going_back(self) -> Iterator[None]:

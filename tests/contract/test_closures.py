@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from tests.contract.cases import (
@@ -80,6 +80,7 @@ def test_a_closure_runs_before_the_basis_is_used(case: Case) -> None:
 @each_way_observing
 def test_step_hooks_fire_once(case: Case) -> None:
     """Twice where a subclass calls `super().step()`: that is torch's, and changes no number."""
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # so that torch has wrapped its step too
     run = Run(case)
     calls = watch(run)
     once = (

@@ -21,7 +21,7 @@ import subspace_optim as so
 from tests.contract.cases import CASES, OURS, Case
 from tests.contract.runs import Run, same
 from tests.contract.settings import Setting, quartic
-from tests.failing import Fails
+from tests.failing import Fails, FailsAfter
 from tests.optim.naive import GivenSubspace, dense_eigenbasis
 
 EACH_PROJECTED = [
@@ -51,9 +51,9 @@ def errors(cases: list[Case]) -> Any:
     return pytest.mark.parametrize(("case", "error"), pairs, ids=ids)
 
 
-def failing(step: Callable[[], object], at: int, error: Any) -> int | None:
+def failing(step: Callable[[], object], at: int, error: Any, kind: Any = Fails) -> int | None:
     """Returns how many operations the step has, or None if it was made to fail."""
-    mode = Fails(at, error("injected"))
+    mode = kind(at, error("injected"))
     try:
         with mode:
             step()
@@ -63,10 +63,10 @@ def failing(step: Callable[[], object], at: int, error: Any) -> int | None:
 
 
 def fixed(case: Case) -> Run:
-    """A run whose basis is given: the operations are those of the optimizer."""
+    """A run whose basis is given: the operations are those of the optimizer, of two groups."""
     setting: Setting = quartic()
     subspace = GivenSubspace(setting.operator.parameters, dense_eigenbasis(9, 2, 3, torch.float64))
-    run = Run(case, setting, subspace=subspace)
+    run = Run(case, setting, subspace=subspace, two_groups=case.takes_groups)
     if case.lbfgs:
         run.groups[0]["max_iter"] = 2  # of 20, each with the operations of all others
     return run
@@ -87,12 +87,8 @@ def alike(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-@errors(OURS)
-@pytest.mark.parametrize("warm", [False, True], ids=["first step", "with buffers"])
-def test_a_step_of_ours_happens_or_leaves_parameters_and_state(
-    case: Case, warm: bool, error: Any
-) -> None:
-    """From the first step on, whose state is still empty, and with buffers."""
+def assert_steps_are_whole(case: Case, warm: bool, error: Any, kind: Any = Fails) -> None:
+    """A step that fails at any of its operations happens, or leaves parameters and state."""
     run, twin = fixed(case), fixed(case)
     for one in (run, twin) if warm else ():
         one.step()
@@ -100,7 +96,7 @@ def test_a_step_of_ours_happens_or_leaves_parameters_and_state(
     while count is None:
         at += 1
         values, state = run.values(), known(run)
-        count = failing(run.step, at, error)
+        count = failing(run.step, at, error, kind)
         if not (same(values, run.values()) and alike(state, known(run))):
             twin.step()
             assert same(twin.values(), run.values()), at
@@ -108,6 +104,20 @@ def test_a_step_of_ours_happens_or_leaves_parameters_and_state(
             values = []
     assert at > count > 10
     assert values == [], "the step that was not disturbed did not happen"
+
+
+@errors(OURS)
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "with buffers"])
+def test_a_step_of_ours_happens_or_leaves_parameters_and_state(
+    case: Case, warm: bool, error: Any
+) -> None:
+    """From the first step on, whose state is still empty, and with buffers."""
+    assert_steps_are_whole(case, warm, error)
+
+
+@pytest.mark.parametrize("name", ["SAM", "BulkSAM", "BulkSGD", "LowRankNewton"])
+def test_a_step_that_is_interrupted_after_an_operation_makes_none_twice(name: str) -> None:
+    assert_steps_are_whole(CASES[name], True, KeyboardInterrupt, FailsAfter)
 
 
 @errors([case for case in OURS if case.sam])
