@@ -72,7 +72,7 @@ class StepCount:
         }
 
     def load(self, now: int, seen: int | None, seen_at: int) -> None:
-        """Takes the entries of ``state_dict()``. Who follows steps looks before he tells again."""
+        """Takes the entries of ``state_dict()``; those that follow steps then look first."""
         self.now, self._seen, self._seen_at, self._moved = now, seen, seen_at, False
         self.looks += 1
 

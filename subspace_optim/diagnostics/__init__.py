@@ -9,6 +9,11 @@ from subspace_optim.diagnostics.alignment import (
 )
 from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
 from subspace_optim.diagnostics.monitor import Monitor
+from subspace_optim.diagnostics.outliers import (
+    OutlierCount,
+    count_outliers,
+    trivial_eigenvalues,
+)
 from subspace_optim.diagnostics.overlap import (
     ClassGradientCosines,
     chance_cosine,
@@ -18,19 +23,18 @@ from subspace_optim.diagnostics.overlap import (
     principal_angles,
     subspace_overlap,
 )
-from subspace_optim.diagnostics.spectrum import (
-    OutlierCount,
-    count_outliers,
-    exact_spectrum,
+from subspace_optim.diagnostics.random_matrices import (
     marchenko_pastur_atom,
     marchenko_pastur_density,
     marchenko_pastur_edges,
     outlier_threshold,
+    spiked_eigenvalue,
+)
+from subspace_optim.diagnostics.spectrum import (
+    exact_spectrum,
     spectral_density,
     spectrum_edges,
-    spiked_eigenvalue,
     trace,
-    trivial_eigenvalues,
 )
 from subspace_optim.diagnostics.stability import (
     adam_stability_threshold,
@@ -38,7 +42,8 @@ from subspace_optim.diagnostics.stability import (
     sam_edge,
     stability_threshold,
 )
-from subspace_optim.linalg.spectral_density import Estimate, SpectralDensity
+from subspace_optim.linalg.spectral_density import SpectralDensity
+from subspace_optim.linalg.trace import Estimate
 
 __all__ = [
     "ClassGradientCosines",

@@ -134,7 +134,8 @@ def _log(target: Any, columns: Sequence[str]) -> Log:
 def _begin(path: Path, header: str) -> None:
     """Makes the file, or sees to it that the one that is there can be continued.
 
-    A last line that a kill has cut off is no row: it is taken off.
+    A kill can cut the last line off. It is taken away: the next row would be written onto its end,
+    and be lost with it.
 
     Raises:
         ArgumentError: it cannot be.
@@ -157,7 +158,7 @@ def _begin(path: Path, header: str) -> None:
 
 
 def _write(path: Path, header: str, line: str) -> None:
-    """Adds a line, or nothing: what is left of one on a full disk is taken off again.
+    """Adds a line, or nothing: half of one, as on a full disk, would spoil the next too.
 
     Raises:
         OSError: the file cannot be written.

@@ -199,12 +199,13 @@ class Monitor:
         self._forget()
         recorded = self._is_recorded()
         self._joint.watchful = recorded
-        self._teller.begin(looks=recorded)
-        if recorded:
-            try:
+        try:
+            self._teller.begin(looks=recorded)
+            if recorded:
                 self._before = self._measure.before()
-            except Exception as error:  # noqa: BLE001 (training is worth more than its record)
-                self._unmeasured = self._failed(error)
+        except Exception as error:  # noqa: BLE001 (training is worth more than its record)
+            row = self._failed(error)
+            self._unmeasured = row if recorded else None
 
     def _is_recorded(self) -> bool:
         every, step = self.every, self._steps

@@ -15,7 +15,8 @@ from subspace_optim.linalg.rows import (
     largest_sine,
     orthonormalise_,
 )
-from subspace_optim.linalg.spectral_density import hutch_plus_plus, lanczos_quadrature
+from subspace_optim.linalg.spectral_density import lanczos_quadrature
+from subspace_optim.linalg.trace import hutch_plus_plus
 from tests.dense import symmetric
 
 SIZE, K = 40, 3

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,9 +86,9 @@ class Dominant:
         self.subspace = subspace
         self.operator = operator_of(subspace)
         self._optimizers = [each.optimizer for each in optimizers]
-        k = getattr(subspace, "k", 0)
-        free = subspace.parameters.size - k if self._has_eigenpairs else 0
-        remedy = "" if self._has_eigenpairs else "More takes a DominantSubspace."
+        k = 0 if self.operator is None else getattr(subspace, "k", 0)
+        free = subspace.parameters.size - k if k else 0
+        remedy = "" if k else "More takes a DominantSubspace."
         next_k = check_integer("next_k", next_k, minimum=0, maximum=free, remedy=remedy)
         if preconditioned and not all(isinstance(o, Adam | AdamW) for o in self._optimizers):
             remedy = "The thresholds of other optimizers are for the sharpness itself."
@@ -96,7 +97,11 @@ class Dominant:
             allowed = "False for a subspace without an operator"
             raise ArgumentError("preconditioned", True, allowed, "Use a DominantSubspace.")
         self._preconditioned = preconditioned
-        self._next = self._solver(k + next_k) if next_k else None
+        self._next: DominantSubspace | None = None
+        if next_k and self.operator is not None:
+            self._next = DominantSubspace(
+                self.operator, k + next_k, refresh=1, **self._solver_options()
+            )
         self.lists = {"eigenvalues": k, "next_eigenvalues": next_k}
         space = subspace.parameters
         self._start = space.flatten(space.tensors)
@@ -117,47 +122,41 @@ class Dominant:
     def start(self, theta: Tensor) -> None:
         self._start = theta.to(self._start, copy=True)
 
-    @property
-    def _has_eigenpairs(self) -> bool:
-        return self.operator is not None and hasattr(self.subspace, "k")
-
-    def _solver(self, k: int) -> DominantSubspace:
-        """Returns a subspace of its own, solved for at each row as the one that is measured in."""
-        shared: Any = self.subspace
-        return DominantSubspace(shared.operator, k, refresh=1, tol=_tol(shared), seed=_seed(shared))
-
     def before(self) -> Before:
         """Measures what a row needs before the step."""
         subspace, operator = self.subspace, self.operator
-        stats = None if operator is None else operator.stats
-        spent = None if stats is None else (stats.gradients, stats.products)
+        spent = None if operator is None else replace(operator.stats)
         basis = projector_of(subspace)
         row: dict[str, Any] = {}
-        gradient, norm = None, torch.nan
+        gradient, norm = None, math.nan
         if operator is not None:
             gradient = operator.gradient()
             norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
             row |= {"loss": operator.loss(), "gradient_norm": norm}
         # Now: a scheduler may change the rate before several optimizers have all stepped.
         row |= thresholds(self._with_thresholds, norm)
-        for column, value in (
-            ("gap", getattr(subspace, "gap", None)),
-            ("angle_estimate", getattr(getattr(subspace, "stats", None), "estimate", None)),
-        ):
-            if value is not None:
-                row[column] = value
-        if self._has_eigenpairs:
+        known = {
+            "gap": getattr(subspace, "gap", None),
+            "angle_estimate": getattr(getattr(subspace, "stats", None), "estimate", None),
+        }
+        row |= {column: value for column, value in known.items() if value is not None}
+        if self.lists["eigenvalues"]:
             row |= self._eigenvalues(basis)
         if self._preconditioned and operator is not None:
             with suppress(ArgumentError):  # before the first step there are no moments
                 row["preconditioned_sharpness"] = preconditioned_sharpness(
-                    operator, self._optimizers, tol=_tol(subspace), seed=_seed(subspace)
+                    operator, self._optimizers, **self._solver_options()
                 )
-        if stats is not None and spent is not None:
-            row["gradients"] = stats.gradients - spent[0]
-            row["products"] = stats.products - spent[1]
+        if operator is not None and spent is not None:
+            row["gradients"] = operator.stats.gradients - spent.gradients
+            row["products"] = operator.stats.products - spent.products
         space = subspace.parameters
         return Before(space.flatten(space.tensors), basis, gradient, row)
+
+    def _solver_options(self) -> dict[str, Any]:
+        """Returns the options of solves beside the subspace: its own, where it has them."""
+        names = ("tol", "seed")
+        return {n: getattr(self.subspace, n) for n in names if hasattr(self.subspace, n)}
 
     def _eigenvalues(self, basis: EigenBasis) -> dict[str, Any]:
         k, found = self.lists["eigenvalues"], {}
@@ -191,11 +190,3 @@ def operator_of(subspace: Subspace) -> CurvatureOperator | None:
     """Returns the operator whose loss and gradient are recorded, if the subspace has one."""
     operator = getattr(subspace, "operator", None)
     return operator if isinstance(operator, CurvatureOperator) else None
-
-
-def _tol(subspace: Any) -> float:
-    return float(getattr(subspace, "tol", 1e-3))
-
-
-def _seed(subspace: Any) -> int:
-    return int(getattr(subspace, "seed", 0))

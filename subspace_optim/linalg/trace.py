@@ -1,0 +1,157 @@
+"""The trace of a symmetric matrix in a few products, and what an estimate is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspace_optim._validation import NonFiniteError, check_integer
+from subspace_optim.linalg.products import not_finite, own_precision
+
+_ROWS = 16
+"""Rows that are multiplied at a time: what bounds the memory beside a sketch."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that was estimated from random vectors.
+
+    Attributes:
+        value: the estimate, unbiased.
+        standard_error: its standard deviation, as estimated from how much the random vectors
+            scatter; 0 where none were needed. Rounding of the products is not in it.
+        products: products with the matrix that it took.
+    """
+
+    value: float
+    standard_error: float
+    products: int
+
+
+def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the mean of samples, one a row, and its standard error."""
+    return samples.mean(dim=0), samples.std(dim=0) / math.sqrt(len(samples))
+
+
+@own_precision
+def hutch_plus_plus(
+    matmat: Callable[[Tensor], Tensor],
+    size: int,
+    products: int = 60,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Estimate:
+    r"""Returns an estimate of the trace of the symmetric matrix behind ``matmat``.
+
+    .. math::
+        \operatorname{tr} H = \operatorname{tr} Q^\top H Q + \operatorname{tr} \bar H, \qquad
+        \bar H = (I - QQ^\top) H (I - QQ^\top), \quad Q = \operatorname{orth}(H S)
+
+    A third of the products sketches the range of ``H`` with random signs ``S``, a third takes the
+    trace there as it is, and a third estimates what is left over by Hutchinson's ``zᵀH̄z`` with
+    random signs ``z``. Only that part is random, once ``Q`` is there, and unbiased: the standard
+    error is the standard deviation of its samples over the root of their number. Where a few
+    eigenvalues are large, ``Q`` takes them, and the error falls like 1/products (for positive
+    semidefinite matrices) instead of 1/√products.
+
+    With as many products as rows, or more, the trace is summed up from the diagonal: exact, by P
+    products, with a standard error of 0.
+
+    Memory: about as many vectors as ``products``, a third of them for ``Q``. The host is visited
+    once.
+
+    Args:
+        matmat: the rows ``(j, P)`` to their products ``(j, P)``, for j up to 16.
+        size: P.
+        products: how many to take at most; at least 4, for two samples beside a sketch.
+        seed: of the random signs.
+        dtype: of the vectors.
+        device: of the vectors.
+
+    Returns:
+        The trace.
+
+    Raises:
+        NonFiniteError: a product was NaN or infinite.
+
+    Reference:
+        Meyer, Musco, Musco & Woodruff 2021, *Hutch++: optimal stochastic trace estimation*,
+        algorithm 1. What of ``products`` is no multiple of three goes to the last part.
+    """
+    check_integer("size", size, minimum=1)
+    remedy = "Two samples tell a standard error, and a sketch of one vector takes two products."
+    check_integer("products", products, minimum=4, remedy=remedy)
+    products = min(products, size)
+    device = torch.device(device)
+    if products == size:
+        estimate = _summed(matmat, size, dtype, device)
+    else:
+        estimate = _sketched(matmat, size, products, seed, dtype, device)
+    value, error = torch.stack(estimate).tolist()
+    if not (math.isfinite(value) and math.isfinite(error)):
+        raise NonFiniteError(not_finite(products))
+    return Estimate(value, error, products)
+
+
+def identity_rows(
+    size: int, dtype: torch.dtype, device: torch.device | str, rows: int = _ROWS
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields the rows of the identity in blocks, each with the index of its first row."""
+    for start in range(0, size, rows):
+        block = torch.zeros(min(rows, size - start), size, dtype=dtype, device=device)
+        block.diagonal(start).fill_(1)
+        yield start, block
+
+
+def _summed(
+    matmat: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns the trace by as many products as there are rows, and an error of 0."""
+    blocks = identity_rows(size, dtype, device)
+    trace = torch.cat([matmat(rows).diagonal(start) for start, rows in blocks]).sum(
+        dtype=torch.float64
+    )
+    return trace, torch.zeros_like(trace)
+
+
+def _sketched(
+    matmat: Callable[[Tensor], Tensor],
+    size: int,
+    products: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Returns trace and standard error by fewer products than there are rows."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def signs(rows: int) -> Tensor:
+        bits = torch.randint(2, (rows, size), generator=generator, device=device, dtype=torch.int8)
+        return bits.to(dtype).mul_(2).sub_(1)
+
+    def forms(rows: Tensor) -> Tensor:
+        return (rows * matmat(rows)).sum(dim=1, dtype=torch.float64)
+
+    sketch = products // 3
+    range_ = torch.cat([matmat(signs(j)) for j in _blocks(sketch)])
+    largest = range_.abs().max()  # so that no square overflows, or vanishes
+    range_.div_(torch.where(largest > 0, largest, 1.0))
+    Q = torch.linalg.qr(range_.T).Q.T.contiguous()
+    del range_
+    inside = torch.cat([forms(rows) for rows in Q.split(_ROWS)]).sum()
+    samples = []
+    for j in _blocks(products - 2 * sketch):
+        z = signs(j)
+        samples.append(forms(z.addmm_(z @ Q.T, Q, alpha=-1)))
+    outside, error = mean_and_error(torch.cat(samples))
+    return inside + outside, error
+
+
+def _blocks(count: int) -> list[int]:
+    return [min(_ROWS, count - start) for start in range(0, count, _ROWS)]
