@@ -97,12 +97,15 @@ def hessian_vector_product(
 
 
 class MeanLossHessian(MeanLossOperator):
-    """What the Hessians share: a loss of (model, batch) will do, of whatever form both are."""
+    """A Hessian of the mean loss, also of models that are not called as ``model(x)``.
+
+    Whoever subclasses it adds its own arguments to ``_set_up``, which both constructors call.
+    """
 
     def _set_up(
         self, model: nn.Module, batch_loss: BatchLossFunction, data: Any, **options: Any
     ) -> None:
-        """Does what the constructor does, for either form of loss; ``options`` are its own."""
+        """Sets the operator up; ``options`` are the keyword arguments of the class."""
         super().__init__(model, batch_loss, data, **options)
 
     @classmethod
@@ -143,8 +146,9 @@ class HessianOperator(MeanLossHessian):
 
     At its first use, and again where the structure of the model has changed, it proves itself on
     a few examples: that the loss is one function, that the gradient is the one of
-    ``loss.backward()``, that products are its derivative and symmetric, and that two batches
-    together are the mean of both. ``check()`` does so at any time, with a report.
+    ``loss.backward()``, that products are its derivative and symmetric, and that two batches,
+    the first and the last, are together the mean of both. ``check()`` does so at any time, with a
+    report.
 
     The graph of each batch's gradient is kept and reused for every product at the same
     parameters, as long as all of them fit ``memory_budget``; the batches beyond it stream, their

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -143,12 +143,11 @@ class MeanLossOperator(CurvatureOperator):
                         for derivatives in kept.values():
                             self._multiply(derivatives, vectors, products)
                 if point.streamed:
-                    with closing(self._losses(point, skip=kept)) as losses:
-                        for _, batch_loss, _ in losses:
-                            with point.at(batch_loss.seed):
-                                derivatives = self._linearize(batch_loss, point)
-                                self._multiply(derivatives, vectors, products)
-                                del derivatives  # before the next graph is built
+                    for _, batch_loss, _ in self._losses(point, skip=kept):
+                        with point.at(batch_loss.seed):
+                            derivatives = self._linearize(batch_loss, point)
+                            self._multiply(derivatives, vectors, products)
+                            del derivatives  # before the next graph is built
             self.stats.products += len(vectors)
             return products.div_(point.weight)
 
@@ -301,12 +300,8 @@ class MeanLossOperator(CurvatureOperator):
 
     def _losses(
         self, point: Point, skip: Collection[int] = ()
-    ) -> Generator[tuple[int, BatchLoss, int]]:
-        """Yields the index of each batch of a pass, its loss, and its bytes.
-
-        Whoever may leave the loop by an error closes the generator, which then puts back the
-        random state.
-        """
+    ) -> Iterator[tuple[int, BatchLoss, int]]:
+        """Yields the index of each batch of a pass, its loss, and its bytes."""
         self.stats.passes += 1
         progress = Progress("pass over the data")
         for index, batch, nbytes in self._batches.read(self.device, upcast=point.upcast):
@@ -340,24 +335,23 @@ class MeanLossOperator(CurvatureOperator):
         proves_mean = self._proof.is_due("mean")
         pieces: list[Any] = []
         with self.ranks.summed((2,), torch.float64, self.device) as sums:
-            with closing(self._losses(point)) as losses:
-                for index, batch_loss, nbytes in losses:
-                    watching = nullcontext() if count else self._proof.watching(point)
-                    count += 1
-                    if proves_mean:
-                        pieces = see(batch_loss.batch, pieces)
-                    metering = AllocationMeter() if keep else nullcontext()
-                    with metering as meter, point.at(batch_loss.seed), watching:
-                        found = differentiate(batch_loss, point)
-                    weight = found.weight
-                    sums.add_(torch.stack([weighted(found.loss.double(), weight), weight]))
-                    if size:
-                        self.parameters.add_(gradient, found.gradient, weight)
-                        found.gradient = ()  # it has been added up, and is held no longer
-                    if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
-                        used += held
-                        kept[index] = found
-                    del found, batch_loss  # before the graph of the next one is built
+            for index, batch_loss, nbytes in self._losses(point):
+                watching = nullcontext() if count else self._proof.watching(point)
+                count += 1
+                if proves_mean:
+                    pieces = see(batch_loss.batch, pieces)
+                metering = AllocationMeter() if keep else nullcontext()
+                with metering as meter, point.at(batch_loss.seed), watching:
+                    found = differentiate(batch_loss, point)
+                weight = found.weight
+                sums.add_(torch.stack([weighted(found.loss.double(), weight), weight]))
+                if size:
+                    self.parameters.add_(gradient, found.gradient, weight)
+                    found.gradient = ()  # it has been added up, and is held no longer
+                if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
+                    used += held
+                    kept[index] = found
+                del found, batch_loss  # before the graph of the next one is built
             if pieces:
                 self._proof.mean(point, pieces)
         total, N = sums.tolist()

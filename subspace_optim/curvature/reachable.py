@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 from subspace_optim.curvature.contexts import Generator, global_generators
 
 _MOST = 50_000
-"""Objects that are looked at, at most. State in objects further away is not put back; that the
-loss is then no function of the parameters is what ``proof`` tells."""
+"""Objects that are looked at, at most. State further away is not put back; where the loss reads it,
+the proof finds that the loss is not one function."""
 _LONG = 1_000
 """Elements of a container that are looked at, at most: a longer one holds data."""
 _LONGER = 100_000
@@ -87,9 +87,10 @@ class Reachable:
         return once(b for m in self.modules for b in m._buffers.values())  # noqa: SLF001
 
     def tensors(self) -> list[Tensor]:
-        """Returns all of both on which the loss depends.
+        """Returns the parameters and buffers that the loss depends on.
 
-        Running statistics of layers that normalise by those of the batch are written, not read.
+        Running statistics are not among them in layers that normalise by the batch, which write
+        them and do not read them.
         """
         written = {
             id(b)
@@ -104,10 +105,10 @@ class Reachable:
         return tuple(module.training for module in self.modules)
 
     def numbers(self, moved_names: set[Any]) -> int:
-        """Returns a number that tells of those among the attributes of modules and objects.
+        """Returns a hash of the numbers among the attributes of modules and objects.
 
         Args:
-            moved_names: of counters and the like, which evaluations themselves change.
+            moved_names: attributes to leave out: counters and the like, which evaluations change.
         """
         found = [
             value
@@ -119,13 +120,13 @@ class Reachable:
         return hash(tuple(found))
 
     def plain_tensors(self) -> list[Tensor]:
-        """Returns those of the tensors that are neither parameters nor buffers that are small."""
+        """Returns the small tensors that are neither parameters nor buffers."""
         return [t for t in self._loose if t.layout == torch.strided and t.nbytes <= _SMALL]
 
     # --- the walk -------------------------------------------------------------------------------
 
     def _walk(self, roots: list[Any]) -> None:
-        seen: dict[int, Any] = {}  # holds what it has seen, so that no address is used again
+        seen: dict[int, Any] = {}  # holds the objects, or new ones could have their addresses
         pending = roots[::-1]
         while pending and len(seen) < _MOST:
             thing = pending.pop()
@@ -177,7 +178,7 @@ class Reachable:
                 yield from self._enter_class(type(thing))
 
     def _enter_class(self, kind: type) -> Iterator[Any]:
-        """Notes the attributes of the user's own classes, and yields them and all methods."""
+        """Notes the attributes of the user's own classes, and yields them and their methods."""
         for base in kind.__mro__:
             if base is not object and not _is_installed(_file_of(base)):
                 held = {n: v for n, v in vars(base).items() if not n.startswith("__")}

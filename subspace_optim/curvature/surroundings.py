@@ -66,7 +66,8 @@ class Surroundings(Reachable):
             dtype: of floating numbers inside (default: low precision becomes float32).
         """
         with ALONE, interrupts_wait(), ExitStack() as stack:
-            # What needs no memory and no operation comes back first: an error changes nothing.
+            # Put back in reverse: tensors first, by assignments that cannot fail, and last what
+            # needs memory or an operation.
             for restore in (states_kept(self._generators), self._python_state()):
                 stack.callback(restore)
             # A loss may call backward() itself. Gradients come back after dtypes have.
@@ -112,7 +113,7 @@ class Surroundings(Reachable):
     def buffers_of_this_level(self) -> Iterator[None]:
         """Puts clones in the places of the buffers.
 
-        A transform of ``torch.func`` lets a function write to tensors that it has made itself.
+        Inside of a transform of ``torch.func`` only tensors made there may be written to.
         """
         places = [
             (m._buffers, name, b)  # noqa: SLF001

@@ -159,6 +159,22 @@ def test_a_pass_that_fails_leaves_the_random_state_as_found():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_loss_that_fails_leaves_the_random_state_as_found_while_its_error_is_held(verify):
+    """The traceback of an error holds whatever was reading the data."""
+
+    def fail(output: Tensor, target: Tensor) -> Tensor:
+        raise KeyError("the loss failed")
+
+    loader = DataLoader(Items(lambda x: x + 0 * torch.rand(3)), batch_size=2)
+    operator = HessianOperator(PROBLEM.model, fail, loader, verify=verify)
+    before = torch.get_rng_state()
+    with pytest.raises(KeyError, match="the loss failed") as held:
+        operator.loss()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert held.value
+
+
 def test_low_precision_inputs_of_a_float32_model_are_left_to_the_model():
     """They become float32 only where the parameters do."""
     seen = Seen()
