@@ -1,0 +1,320 @@
+r"""``Krylov``: the Krylov space of a symmetric matrix, row by row, and its restarts.
+
+With orthonormal rows ``Q`` and ``T = Q H Qᵀ``, an eigenpair ``(θ, y)`` of the small ``T`` gives the
+Ritz pair ``(θ, Qᵀy)`` of ``H``, and all that ``H Qᵀy − θ Qᵀy`` can hold lies outside the span of
+``Q``. When the rows fill the memory that they are allowed, the best Ritz vectors replace them and
+the next direction is kept (Wu & Simon 2000).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from subspace_optim._progress import Progress
+from subspace_optim._validation import NonFiniteError
+from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.products import not_finite
+from subspace_optim.linalg.rows import column_blocks, orthonormalise_
+from subspace_optim.linalg.start_vectors import SmallProblem, StartVectors
+
+START = 2
+"""Random vectors that a solve starts from."""
+_SMALL = 256
+"""Up to this size, and up to 4k + 12, all rows are kept: they take little memory, and end in exact
+pairs."""
+_ROUNDED = 0.9
+"""A remainder with a part as long as this in the rows that it remains outside of is rounding."""
+_LARGE = 1 << 12
+"""From this size on, random vectors are nearly orthogonal to a few rows, and cost time to draw."""
+
+
+class KrylovRows:
+    """Orthonormal rows, held in two blocks so that the first becomes the result without a copy."""
+
+    def __init__(self, k: int, rows: int, size: int, dtype: torch.dtype, device: torch.device):
+        self.head = torch.empty(k, size, dtype=dtype, device=device)
+        self.tail = torch.empty(rows - k, size, dtype=dtype, device=device)
+
+    def __getitem__(self, j: int) -> Tensor:
+        k = len(self.head)
+        return self.head[j] if j < k else self.tail[j - k]
+
+    def coefficients(self, v: Tensor, n: int) -> Tensor:
+        """Returns ``⟨q_i, v⟩`` for the first ``n`` rows."""
+        k = len(self.head)
+        return torch.cat([self.head[:n] @ v, self.tail[: max(n - k, 0)] @ v])
+
+    def subtract_(self, v: Tensor, coefficients: Tensor) -> None:
+        """Subtracts ``Σ_i c_i q_i`` from ``v``, in place."""
+        k, n = len(self.head), len(coefficients)
+        v.addmv_(self.head[:n].T, coefficients[:k], alpha=-1)
+        if n > k:
+            v.addmv_(self.tail[: n - k].T, coefficients[k:], alpha=-1)
+
+    def rotate_(self, rotation: NDArray[np.float64]) -> None:
+        """Replaces the first ``n`` rows by ``p`` combinations of them; ``rotation`` is ``(p, n)``.
+
+        In place, some columns at a time: a restart allocates no vector.
+        """
+        k, (p, n) = len(self.head), rotation.shape
+        weights = torch.from_numpy(rotation.copy()).to(self.head)
+        for columns in column_blocks(self.head.shape[1]):
+            rows = torch.cat([self.head[:n, columns], self.tail[: max(n - k, 0), columns]])
+            rotated = weights @ rows
+            self.head[:p, columns] = rotated[:k]
+            self.tail[: max(p - k, 0), columns] = rotated[k:]
+
+
+class Krylov:
+    """The rows of one eigensolve, the products with them, and the Ritz pairs.
+
+    Rows are *multiplied* (their product was taken) or *pending*. Every product is expanded in all
+    rows, and what remains outside becomes a new pending row, so that with the rows ``Q`` split
+    into ``M`` and ``D``
+
+        H Q_M = Q_M T_MM + Q_D T_DM:
+
+    the residual of a Ritz pair ``(θ, y)`` of ``T_MM`` is ``‖T_DM y‖``. One pending row is the
+    classic Lanczos recurrence; several are a band (Ruhe 1979).
+    """
+
+    def __init__(
+        self,
+        matmat: Callable[[Tensor], Tensor],
+        size: int,
+        k: int,
+        *,
+        max_products: int,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.matmat, self.size, self.k = matmat, size, k
+        self.max_products = max(max_products, k)  # without k products there are no k pairs
+        self.max_rows = size if size <= max(_SMALL, 4 * k + 12) else 2 * k + 6
+        self.rows = KrylovRows(k, self.max_rows, size, dtype, device)
+        self.projected = torch.zeros(self.max_rows, self.max_rows, dtype=dtype, device=device)
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.epsilon = torch.finfo(dtype).eps
+        self.longest = torch.zeros((), dtype=torch.float64, device=device)
+        self.count = 0
+        self.multiplied: list[int] = []
+        self.pending: list[int] = []
+        # Directions that a restart had no room for: their part in the product of each Ritz row.
+        self.lost: NDArray[np.float64] = np.zeros((0, 0))
+        self.products = 0
+        self.restarts = 0
+        self.progress = Progress(f"top {k} eigenpairs")
+        self.asymmetry = 0.0
+        for _ in range(min(START, size)):
+            self.add_random_row()
+        self.spare = self._random()
+        self.starts = StartVectors(size, self.epsilon)
+        self.first = list(self.pending)  # the rows that a solve or restart began with
+
+    @property
+    def complete(self) -> bool:
+        """All of the space was multiplied: the Ritz pairs are the eigenpairs."""
+        return len(self.multiplied) == self.size
+
+    def _random(self) -> Tensor:
+        v = torch.randn(
+            self.size,
+            generator=self.generator,
+            dtype=self.projected.dtype,
+            device=self.projected.device,
+        )
+        return v.div_(torch.linalg.vector_norm(v))
+
+    def _add_row(self, row: Tensor) -> None:
+        self.rows[self.count].copy_(row)
+        self.pending.append(self.count)
+        self.count += 1
+
+    def add_random_row(self) -> None:
+        """Adds a random direction outside the rows to the pending ones."""
+        v = self._random()
+        for _ in range(2):
+            self.rows.subtract_(v, self.rows.coefficients(v, self.count))
+            v.div_(torch.linalg.vector_norm(v))
+        self._add_row(v)
+
+    def multiply(self, block: list[int]) -> None:
+        """Takes the products with some pending rows, and adds what remains of each as a new one.
+
+        No value leaves the device. A remainder that is no more than rounding is replaced by a
+        random direction: an invariant subspace is then complete, and the search goes on outside.
+        """
+        products = self.matmat(torch.stack([self.rows[j] for j in block])).contiguous()
+        for j, product in zip(block, products, strict=True):
+            self._expand(j, product)
+        self.progress.tick(lambda: f"{self.products} products")
+
+    def _expand(self, j: int, w: Tensor) -> None:
+        """Expands the product ``w`` with row ``j`` in all rows; what remains is a new row."""
+        n = self.count
+        self.products += 1
+        self.pending.remove(j)
+        self.multiplied.append(j)
+        h = self.rows.coefficients(w, n)
+        self.rows.subtract_(w, h)
+        self.projected[:n, j] = h
+        if n == self.size:
+            return
+        # In float64: squares of float32 overflow from 1e19 on, and vanish below 1e-22.
+        norm = torch.linalg.vector_norm(w, dtype=torch.float64)
+        # Beside the largest product so far: that of a row in the kernel is rounding altogether.
+        length = torch.linalg.vector_norm(h, dtype=torch.float64)
+        self.longest = torch.maximum(self.longest, length)
+        direction = w.div_(torch.where(norm > 0, norm, 1.0))
+        again = self.rows.coefficients(direction, n)
+        # ... or lies in the rows once more: what rounding has left there.
+        broke_down = norm <= 4 * self.epsilon * self.longest
+        broke_down |= torch.linalg.vector_norm(again) > _ROUNDED
+        # Another one at each product: the same again would be in the rows already.
+        other = self.spare.roll(self.products) if self.size >= _LARGE else self._random()
+        direction = torch.where(broke_down, other, direction)
+        again = torch.where(broke_down, self.rows.coefficients(other, n), again)
+        norm = torch.where(broke_down, 0.0, norm)
+        # Twice is enough (Giraud et al. 2005), but for random vectors of few dimensions.
+        for repeated in (False,) if self.size >= _LARGE else (False, True):
+            if repeated:
+                again = self.rows.coefficients(direction, n)
+            self.rows.subtract_(direction, again)
+            self.projected[:n, j] += norm * again
+            length = torch.linalg.vector_norm(direction)
+            direction.div_(length)
+            norm = norm * length
+        self._add_row(direction)
+        self.projected[n, j] = norm
+
+    def extend(self, steps: int) -> None:
+        """Takes ``steps`` products, the oldest pending row first, and solves the small problem."""
+        self.make_room(steps)
+        steps = self.possible(steps)
+        while steps > 0:
+            block = self.pending[: min(START, steps)]
+            self.multiply(block)
+            steps -= len(block)
+        self.rayleigh_ritz()
+
+    def possible(self, steps: int) -> int:
+        """Returns how many of ``steps`` products the space and the limit allow."""
+        left = self.max_products - self.products
+        return max(0, min(steps, left, self.size - len(self.multiplied)))
+
+    @property
+    def exhausted(self) -> bool:
+        """No product is left."""
+        return self.products >= self.max_products
+
+    def rayleigh_ritz(self) -> None:
+        """Solves the small eigenproblem, descending, in float64. The only host synchronisation.
+
+        Raises:
+            NonFiniteError: a product was not finite.
+        """
+        projected = self.projected.to("cpu", torch.float64).numpy()
+        if not np.isfinite(projected).all():
+            raise NonFiniteError(not_finite(self.products))
+        if self.restarts == 0:  # zᵀHz of random unit vectors has the mean tr H / P
+            self.mean = float(np.diagonal(projected)[:START].mean())
+        # Every product was expanded in all rows of its time, and a later row is in it as its
+        # remainder, or not at all: both triangles are known. The upper one is the measured one.
+        square = projected[np.ix_(self.multiplied, self.multiplied)]
+        if length := np.linalg.norm(projected[:, self.multiplied]):
+            self.asymmetry = max(self.asymmetry, float(np.linalg.norm(square - square.T) / length))
+        upper = np.triu(square)
+        values, ritz = np.linalg.eigh(upper + np.triu(upper, 1).T)
+        self.values, self.ritz = values[::-1].copy(), ritz[:, ::-1].copy()
+        self.coupling = projected[np.ix_(self.pending, self.multiplied)] @ self.ritz
+        unknown = len(self.multiplied) - self.lost.shape[1]
+        self.lost = np.pad(self.lost, ((0, 0), (0, unknown)))
+        self.restarts += 1
+
+    @property
+    def scale(self) -> float:
+        """``max|λ|``, as the Ritz values know it."""
+        return float(max(abs(self.values[0]), abs(self.values[-1])))
+
+    def residuals_of(self, n: int) -> NDArray[np.float64]:
+        """``‖Hv − θv‖`` of the top n Ritz pairs; an upper bound where a direction was lost."""
+        held: NDArray[np.float64] = np.linalg.norm(self.coupling[:, :n], axis=0)
+        gone: NDArray[np.float64] = np.abs(self.lost @ self.ritz[:, :n]).sum(axis=0)
+        return held + gone
+
+    def small_problem(self) -> SmallProblem:
+        """Returns what is known of the matrix in the rows."""
+        m, rows = len(self.multiplied), self.multiplied + self.pending
+        known = np.zeros((len(rows), m + len(self.pending)))
+        known[:m, :m], known[m:, m:] = self.ritz, np.eye(len(self.pending))
+        first = known[[rows.index(j) for j in self.first]]
+        return SmallProblem(self.values, first, self.coupling)
+
+    def make_room(self, steps: int) -> None:
+        """Restarts if there is no room for ``steps`` more rows: the best Ritz vectors stay."""
+        if self.count + steps <= self.max_rows or self.max_rows == self.size:
+            return
+        # Pending rows that an invariant subspace left behind carry nothing; of the others the
+        # strongest stay, as many as leave room for the k Ritz vectors, and always the newest,
+        # with which a search goes on.
+        strength = np.abs(self.coupling).max(axis=1)
+        strength[-1] = np.inf
+        useful = int((strength > self.epsilon * self.scale).sum())
+        stay = max(1, min(useful, self.max_rows - steps - self.k))
+        keep = min(self.max_rows - steps - stay, (self.k + self.max_rows) // 2)
+        keep = max(self.k, min(keep, len(self.multiplied)))
+        kept = self._kept(keep)
+        ranked = np.argsort(-strength, kind="stable")
+        staying, leaving = np.sort(ranked[:stay]), ranked[stay:]
+        self.starts.restarts.append((self.small_problem(), staying))
+        rotation = np.zeros((keep + stay, self.count))
+        rotation[:keep, self.multiplied] = self.ritz[:, kept].T
+        rotation[keep + np.arange(stay), np.array(self.pending)[staying]] = 1.0
+        self.rows.rotate_(rotation)
+        arrow = np.zeros((self.max_rows, self.max_rows))
+        arrow[range(keep), range(keep)] = self.values[kept]
+        arrow[keep : keep + stay, :keep] = self.coupling[np.ix_(staying, kept)]
+        self.projected.copy_(torch.from_numpy(arrow))
+        lost = np.concatenate([self.lost @ self.ritz, self.coupling[leaving]])[:, kept]
+        self.lost = lost[np.abs(lost).max(axis=1) > self.epsilon * self.scale]
+        self.multiplied = list(range(keep))
+        self.pending = list(range(keep, keep + stay))
+        self.first = list(self.pending)
+        self.count = keep + stay
+
+    @property
+    def beyond(self) -> NDArray[np.bool_]:
+        """Which Ritz values are a negative end that is larger than all that is wanted."""
+        beyond: NDArray[np.bool_] = self.values < -np.abs(self.values[: self.k]).max()
+        return beyond
+
+    def _kept(self, count: int) -> NDArray[np.intp]:
+        """Which Ritz vectors stay: the top, and of a negative end that is larger half as many.
+
+        Without these each restart would have to find that end again before it sees the top.
+        """
+        ends = min(int(self.beyond.sum()), (count - self.k + 1) // 2)
+        order = np.arange(len(self.values))
+        return np.concatenate([order[: count - ends], order[len(order) - ends :]])
+
+    def pairs(self) -> tuple[EigenBasis, EigenBasis]:
+        """Returns the top k Ritz pairs, and the next one as the guard. The rows are used up."""
+        k, n = self.k, min(self.k + 1, len(self.multiplied))
+        residuals = self.residuals_of(n)
+        rotation = np.zeros((n, self.count))
+        rotation[:, self.multiplied] = self.ritz[:, :n].T
+        self.rows.rotate_(rotation)
+        vectors, guard = self.rows.head, self.rows.tail[: n - k].clone()
+        del self.rows
+        orthonormalise_(vectors)
+        values, reached = (torch.from_numpy(a[:n]).to(vectors) for a in (self.values, residuals))
+        return (
+            EigenBasis(values[:k], vectors, reached[:k]),
+            EigenBasis(values[k:], guard, reached[k:]),
+        )
