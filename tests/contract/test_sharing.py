@@ -76,7 +76,7 @@ def test_to_maximize_is_to_minimize_the_negative(case: Case) -> None:
             plain.model, lambda p=plain, s=sign: s * p.loss(), plain.hessian, plain.operator
         )
         fixed = GivenSubspace(setting.operator.parameters, basis)
-        assert isinstance(fixed, so.subspace.Subspace)
+        assert isinstance(fixed, so.subspaces.Subspace)
         run = Run(case, setting, subspace=fixed, maximize=sign == 1)
         before = float(plain.loss().detach())
         for _ in range(3):
