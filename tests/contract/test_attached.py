@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 import subspace_optim as so
 from tests.contract.loops import by_gradients, closure_of, make, sgd
@@ -174,7 +174,7 @@ def test_a_step_inside_autocast_is_the_step_outside_bit_for_bit(name: str) -> No
     assert rows[0] == rows[1]
 
 
-class Autocast(TorchDispatchMode):
+class Autocast(TorchFunctionMode):
     """Notes the operations that are computed inside of autocast."""
 
     def __init__(self) -> None:
@@ -182,11 +182,13 @@ class Autocast(TorchDispatchMode):
         self.inside: list[str] = []
         self.outside = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.is_autocast_enabled("cpu"):
-            self.inside.append(str(func))
-        else:
-            self.outside += 1
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name != "__get__" and args and isinstance(args[0], Tensor | list):
+            if torch.is_autocast_enabled("cpu"):
+                self.inside.append(name)
+            else:
+                self.outside += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -221,3 +223,29 @@ def test_no_operation_of_a_step_is_computed_inside_of_autocast(name: str) -> Non
                 optimizer.step()
         assert seen.inside == []
         assert seen.outside > 5
+
+
+@pytest.mark.parametrize("name", ["BulkSGD", "SAM"])
+def test_autocast_keeps_no_copy_of_the_parameters_before_a_step(name: str) -> None:
+    """It casts a parameter once, for as long as the outermost context lasts."""
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
+    losses: list[list[float]] = []
+    for whole in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        extra = {} if name == "SAM" else {"subspace": so.FixedSubspace(model, torch.eye(12)[:2])}
+        optimizer = getattr(so, name)(model.parameters(), lr=0.5, **extra)
+        losses.append([])
+
+        def closure(model: Any = model, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.mse_loss(model(x).float(), x)
+            loss.backward()
+            return loss
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=whole):
+            for _ in range(3):
+                losses[-1].append(optimizer.step(closure).item())
+    assert losses[0] == losses[1]
+    assert losses[0][0] > losses[0][1] > losses[0][2]
