@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import subspace_optim as so
 from tests.contract.loops import by_gradients, closure_of, make, sgd
 from tests.contract.others import Bare, Takes
-from tests.optim.naive import Quartic, flat, projector
+from tests.optim.naive import Quartic, exact, flat, projector
 
 
 def test_a_projection_takes_the_place_of_the_one_before() -> None:
@@ -164,10 +165,87 @@ def test_a_step_inside_autocast_is_the_step_outside_bit_for_bit(name: str) -> No
             loss.backward()
             return loss
 
-        for _ in range(3):
-            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):  # its cache outlives the steps
+            for _ in range(3):
                 optimizer.step(closure)
         ends.append([p.detach().clone() for p in params])
         rows.append(str(monitor.history))
     assert all(map(torch.equal, *ends))
     assert rows[0] == rows[1]
+
+
+class Autocast(TorchFunctionMode):
+    """Notes the operations that are computed inside of autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[str] = []
+        self.outside = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name != "__get__" and args and isinstance(args[0], Tensor | list):
+            if torch.is_autocast_enabled("cpu"):
+                self.inside.append(name)
+            else:
+                self.outside += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Outside(torch.optim.SGD):
+    """It leaves autocast itself, so that what is left is what a projection does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        with torch.autocast("cpu", enabled=False):
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad, alpha=0.05)
+
+
+@pytest.mark.parametrize("name", ["BulkSGD", "LowRankNewton", "SAM", "BulkSAM", "project_updates"])
+def test_no_operation_of_a_step_is_computed_inside_of_autocast(name: str) -> None:
+    """Which of them autocast would round depends on the device: on CPU it is few."""
+    model = Quartic()
+    optimizer: Any
+    if name == "project_updates":
+        optimizer = Outside(model.parameters(), lr=0.05)
+        so.project_updates(optimizer, exact(model, 2), "bulk")
+    else:
+        extra = {} if name == "SAM" else {"subspace": exact(model, 2)}
+        optimizer = getattr(so, name)(model.parameters(), lr=0.05, momentum=0.5, **extra)
+    for _ in range(2):
+        closure_of(model)()
+        with torch.autocast("cpu", torch.bfloat16), Autocast() as seen:
+            if "SAM" in name:
+                optimizer.first_step()
+                optimizer.second_step()
+            else:
+                optimizer.step()
+        assert seen.inside == []
+        assert seen.outside > 5
+
+
+@pytest.mark.parametrize("name", ["BulkSGD", "SAM"])
+def test_autocast_keeps_no_copy_of_the_parameters_before_a_step(name: str) -> None:
+    """It casts a parameter once, for as long as the outermost context lasts."""
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
+    losses: list[list[float]] = []
+    for whole in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        extra = {} if name == "SAM" else {"subspace": so.FixedSubspace(model, torch.eye(12)[:2])}
+        optimizer = getattr(so, name)(model.parameters(), lr=0.5, **extra)
+        losses.append([])
+
+        def closure(model: Any = model, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.mse_loss(model(x).float(), x)
+            loss.backward()
+            return loss
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=whole):
+            for _ in range(3):
+                losses[-1].append(optimizer.step(closure).item())
+    assert losses[0] == losses[1]
+    assert losses[0][0] > losses[0][1] > losses[0][2]
