@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
@@ -194,7 +193,6 @@ class Monitor:
             return operator.ranks.rank == 0
         return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
-    @torch.no_grad()
     def _begin(self) -> None:
         self._forget()
         recorded = self._is_recorded()
@@ -211,7 +209,6 @@ class Monitor:
         every, step = self.every, self._steps
         return bool(every(step)) if callable(every) else step % every == 0
 
-    @torch.no_grad()
     def _end(self) -> None:
         row, before = self._unmeasured, self._before
         self._forget()

@@ -461,3 +461,15 @@ def test_a_state_that_is_no_monitor_s_is_named(missing: str) -> None:
     with pytest.raises(so.ArgumentError, match=f"the loaded state is 'without .*{missing}"):
         monitor.load_state_dict(state)
     assert str(monitor.history) == before
+
+
+def test_what_a_user_hands_over_is_called_with_gradients_on() -> None:
+    """A log may evaluate, and a schedule too."""
+    enabled = []
+
+    def note(_: Any) -> bool:
+        enabled.append(torch.is_grad_enabled())
+        return True
+
+    watched(2, every=note, log=note)
+    assert enabled == [True] * 4

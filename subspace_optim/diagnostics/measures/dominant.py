@@ -122,6 +122,7 @@ class Dominant:
     def start(self, theta: Tensor) -> None:
         self._start = theta.to(self._start, copy=True)
 
+    @torch.no_grad()
     def before(self) -> Before:
         """Measures what a row needs before the step."""
         subspace, operator = self.subspace, self.operator
@@ -167,6 +168,7 @@ class Dominant:
             found = {"next_eigenvalues": following, "gap": eigenvalues[-1] - following[0]}
         return found | {"eigenvalues": eigenvalues, "sharpness": eigenvalues[0]}
 
+    @torch.no_grad()
     def after(self, before: Before) -> dict[str, Any]:
         """Returns what is known of the row after the step."""
         space, basis, gradient = self.subspace.parameters, before.basis, before.gradient
