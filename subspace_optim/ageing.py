@@ -257,8 +257,8 @@ class AgeingBasis:
         loss = operator.loss()
         if asymmetry <= rounding_at(loss, operator.dtype):
             warnings.warn(
-                f"At a loss of {loss:.2g} the products are rounded so much that they are asymmetric "
-                f"by {asymmetry:.2g}: the eigenpairs are no more accurate than that. "
+                f"At a loss of {loss:.2g} rounding makes the products asymmetric by "
+                f"{asymmetry:.2g}: the eigenpairs are no more accurate than that. "
                 "model.double() has accurate ones.",
                 ConvergenceWarning,
                 stacklevel=2,

@@ -31,6 +31,7 @@ class Followed:
     Attributes:
         optimizer: the outermost.
         members: all of them, the outermost first.
+        wrapped: whether it was given inside of a wrapper that is taken to pass its steps on.
         calls: of their ``step`` that are under way.
         hooks: of them that have begun, as the hooks tell. A subclass that calls
             ``super().step()`` fires them twice.
@@ -38,6 +39,7 @@ class Followed:
 
     optimizer: Optimizer
     members: list[Optimizer]
+    wrapped: bool = False
     calls: int = 0
     hooks: int = 0
 
@@ -50,7 +52,8 @@ def optimizers_of(argument: Any, space: ParameterSpace) -> list[Followed]:
             parameters is in ``space``.
     """
     several = isinstance(argument, Iterable) and not hasattr(argument, "step")
-    chains = [_chain(each) for each in (argument if several else [argument])]
+    given = list(argument) if several else [argument]
+    chains = [_chain(each) for each in given]
     if not chains:
         raise ArgumentError("optimizer", "an empty sequence", "at least one optimizer")
     members = [id(each) for chain in chains for each in chain]
@@ -61,7 +64,15 @@ def optimizers_of(argument: Any, space: ParameterSpace) -> list[Followed]:
         if not any(id(p) in known for p in parameters_of(chain[0])):
             remedy = "Build operator and subspace from the model that the optimizer trains."
             raise ArgumentError("optimizer", "of another model", "one of the subspace's", remedy)
-    return [Followed(chain[0], chain) for chain in chains]
+    return [
+        Followed(chain[0], chain, wrapped=chain[0] is not each and not _in_two_calls(chain[0]))
+        for each, chain in zip(given, chains, strict=True)
+    ]
+
+
+def _in_two_calls(optimizer: Any) -> bool:
+    """Whether it moves the parameters before its step, and puts them back."""
+    return hasattr(optimizer, "first_step")
 
 
 def innermost(optimizer: Any) -> Any:
@@ -176,6 +187,8 @@ class JointSteps:
         held = {id(p) for each in self.optimizers for p in parameters_of(each)}
         self._watched = [p for p in space.tensors if id(p) in held]
         self._start: int | None = int(digest(self._watched))  # until a step is seen
+        self._wrapped = any(each.wrapped for each in optimizers)
+        self._left: int | None = None  # the versions of the parameters after the latest step
         self._removed = False
         self._of = {id(member): each for each in optimizers for member in each.members}
         members = [member for each in optimizers for member in each.members]
@@ -209,6 +222,23 @@ class JointSteps:
             )
             warnings.warn(message, UnseenStepsWarning, stacklevel=3)
 
+    def _check_wrapper(self) -> None:
+        """Warns once if a wrapper moves the parameters itself, between steps that it passes on."""
+        if self._left is None or self._left == self._version():
+            return
+        self._wrapped, self._left = False, None
+        kinds = ", ".join(type(each).__name__ for each in self.optimizers)
+        message = (
+            f"The parameters move between the steps of {kinds}, which was given inside of a "
+            f"wrapper: what moves them there is not seen by {type(self.owner).__name__}. If a "
+            "checkpoint was loaded, all is well; a wrapper that moves them itself, as Lookahead "
+            "does, has to be a torch.optim.Optimizer with a state of its own."
+        )
+        warnings.warn(message, UnseenStepsWarning, stacklevel=3)
+
+    def _version(self) -> int:
+        return sum(p._version for p in self._watched)  # noqa: SLF001 (all writes but by .data)
+
     def forget(self) -> None:
         """Takes the parameters as they are now for those of the attachment."""
         if self._start is not None:
@@ -231,6 +261,8 @@ class JointSteps:
             self._waiting = set()
             with outside_autocast(self._device):
                 self._undo()
+        if self._wrapped:
+            self._left = self._version()
 
     def _pre(self, optimizer: Optimizer, *_: object) -> None:
         followed = self._of[id(optimizer)]
@@ -252,6 +284,7 @@ class JointSteps:
                 return
             self.finish()
         self._round = moving
+        self._check_wrapper()
         self._call(self._begin)
         self._waiting = set(moving)
 

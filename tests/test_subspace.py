@@ -61,6 +61,51 @@ def assert_fits(model: Quartic, basis: EigenBasis, relative: float = 1e-9) -> No
 # The basis.
 
 
+class Skewed(DenseOperator):
+    """The Hessian and an antisymmetric part, ``share`` of its length."""
+
+    share = 0.05
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        n = self.size
+        skew = torch.ones(n, n, dtype=vectors.dtype).triu(1)
+        skew = skew - skew.T
+        products = super().matmat(vectors)
+        return products + self.share * products.norm() / (vectors @ skew).norm() * vectors @ skew
+
+
+def test_products_that_are_not_symmetric_have_no_basis() -> None:
+    subspace = so.DominantSubspace(Skewed(Quartic(seed=0)), K, refresh=1)
+    with pytest.raises(so.InconsistentDerivativeError, match=r"not symmetric.*differ by 0\.0"):
+        subspace.update()
+    assert subspace.stats.refreshes == 0
+
+
+def fitted(scale: float, dtype: torch.dtype) -> so.HessianOperator:
+    """A network that fits its data the better the larger its last weights are."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 20), nn.Tanh(), nn.Linear(20, 3)).to(dtype)
+    x = torch.randn(40, 5, dtype=torch.float64).to(dtype)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+        near = net(x).topk(2).values
+        x = x[near[:, 0] - near[:, 1] > 0.2]
+        y = net(x).argmax(1)
+        for p in net[2].parameters():
+            p.mul_(scale)
+    return so.HessianOperator(net, nn.functional.cross_entropy, (x, y))
+
+
+def test_a_loss_that_rounding_leaves_nothing_of_is_told() -> None:
+    """In float64 it is -log(1 - 5e-10) and has a curvature; in float32 a difference of ones."""
+    exact = fitted(100.0, torch.float64)
+    assert 1e-12 < exact.loss() < 1e-8
+    basis = so.DominantSubspace(exact, K, refresh=1).update()
+    assert bool((basis.eigenvalues > 0).all())
+    with pytest.warns(so.ConvergenceWarning, match=r"rounding makes .* model\.double"):
+        so.DominantSubspace(fitted(100.0, torch.float32), K, refresh=1).update()
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_basis_is_that_of_dense_eigh_along_a_trajectory(model: str, loss: str) -> None:

@@ -487,6 +487,38 @@ def test_parameters_that_move_without_a_step_are_told_of_once(ask: Any) -> None:
         handle.remove()
 
 
+class Bare:
+    """Lookahead again, by hand: nothing tells it from a wrapper that passes steps on."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.count = optimizer, 0
+        self.slow = [p.detach().clone() for p in so.step_hooks.parameters_of(optimizer)]
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        self.count += 1
+        if self.count % 2 == 0:
+            for slow, p in zip(self.slow, so.step_hooks.parameters_of(self.optimizer), strict=True):
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+def test_a_wrapper_that_moves_the_parameters_itself_is_told_of_once() -> None:
+    model, subspace = make()
+    optimizer = Bare(sgd(model))
+    handle = so.project_updates(optimizer, subspace, "bulk")
+    for _ in range(2):
+        by_gradients(model, optimizer)
+    with pytest.warns(so.UnseenStepsWarning, match="between the steps of SGD.*not seen by Proj"):
+        by_gradients(model, optimizer)
+    for _ in range(3):
+        by_gradients(model, optimizer)  # warnings are errors
+    handle.remove()
+
+
 def test_a_step_that_was_compiled_or_taken_before_is_seen() -> None:
     """``step`` was looked up before anything was attached: the hooks are torch's own."""
     model, subspace = make()
