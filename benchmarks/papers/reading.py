@@ -33,6 +33,7 @@ FOLDER: Final = Path(__file__).parent
 Data = dict[str, Any]
 Function = Callable[..., Any]
 _GRID: Final = ("order", "columns", "key", "width", "height")
+_EXHIBIT: Final = {"title", "runs", "seeds", "names", "panels", "draw", "table", "note", *_GRID}
 
 
 def read(key: str, folder: Path | None = None) -> Paper:
@@ -86,10 +87,12 @@ def _filled(value: Any, names: Mapping[str, Any]) -> Any:
         return {key: _filled(each, names) for key, each in value.items()}
     if isinstance(value, list):
         return [_filled(each, names) for each in value]
-    if not isinstance(value, str) or value == "none":
-        return None if value == "none" else value
-    if value.removeprefix("$") in names:
-        return names[value.removeprefix("$")] if value.startswith("$") else value
+    if not isinstance(value, str):
+        return value
+    if value == "none":
+        return None
+    if value.startswith("$") and value[1:] in names:
+        return names[value[1:]]  # a number stays one
     text = Template(value).safe_substitute(names)  # dollars of mathematics stay
     return " ".join(text.split()) if "\n" in text else text
 
@@ -98,18 +101,18 @@ def _prose(text: str) -> Data:
     """What a page is to say: head, outcome, causes and differences, a paragraph or item each."""
     opening, causes, differences = text.split("\n## ")
     head, address, *outcome = (" ".join(part.split()) for part in opening.strip().split("\n\n"))
-    items = (
-        [" ".join(item.split()) for item in part.split("\n- ")[1:]]
-        for part in (causes, differences)
-    )
-    named = (item.removeprefix("`").partition("`: ") for item in next(items))
+    named = (item.removeprefix("`").partition("`: ") for item in _items(causes))
     return {
         "citation": head.removeprefix("# "),
         "address": address.strip("<>"),
         "outcome": tuple(outcome),
         "causes": {name: cause for name, _, cause in named},
-        "differences": tuple(next(items)),
+        "differences": _items(differences),
     }
+
+
+def _items(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(item.split()) for item in text.split("\n- ")[1:])
 
 
 def _size(parts: Any, sizes: Mapping[str, Any]) -> Data:
@@ -158,9 +161,15 @@ class _Names:
         return Claim(name, **data)
 
     def exhibit(self, name: str, data: Data) -> Exhibit:
-        """Returns a figure or table; ``like`` another one, it has all of it that is not told."""
+        """Returns a figure or table; ``like`` another one, it has all of it that is not told.
+
+        Raises:
+            ValueError: something is told that no exhibit has.
+        """
         self.exhibits[name] = data = self._like(data, self.exhibits)
         data = _filled(data, data.get("names", {}))
+        if unknown := data.keys() - _EXHIBIT:
+            raise ValueError(f"an exhibit has no {', '.join(unknown)}: it has {sorted(_EXHIBIT)}")
         runs, seeds = self.runs(data["runs"]), data.get("seeds", "all")
         titles = {run: self.titles[run] for run in runs}
         shows: dict[str, Function | None] = {

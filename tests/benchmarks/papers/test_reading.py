@@ -212,6 +212,7 @@ def test_tables_have_a_row_for_each_run_or_quantity(paper):
         ("exhibits.toml", '"toy"\ntable', '"toi"\ntable', r"exhibits.toml: \[table-1\]: 'toi'"),
         ("exhibits.toml", 'like = "high"', 'like = "low"', r"\[figure-1\]: 'low'"),
         ("exhibits.toml", 'show = "each', 'shwo = "each', r"\[figure-1\]: .*'shwo'"),
+        ("exhibits.toml", "columns = 2", "colums = 2", r"\[figure-1\]: .*has no colums"),
         ("runs.toml", '["usual",', '["unusual",', r"runs.toml: \[toy\]: 'unusual'"),
         ("runs.toml", "quadratic.toy_quadratic", "toi", r"runs.toml: \[toy\]: .*'toi'"),
         ("page.md", "`ends-low`", "`ends`", "causes of claims that there are not: {'ends'}"),
