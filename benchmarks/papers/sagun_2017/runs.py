@@ -70,8 +70,7 @@ def left_edge(spectrum: Tensor) -> list[float]:
     The point at ratio q is the eigenvalue that the share q of all eigenvalues is below.
     """
     ratios = torch.linspace(0, 0.5, RATIOS, dtype=spectrum.dtype)
-    curve: list[float] = torch.quantile(spectrum, ratios).tolist()
-    return curve
+    return list(map(float, torch.quantile(spectrum, ratios)))
 
 
 def edges(largest: Tensor, smallest: Tensor) -> dict[str, Any]:
@@ -140,8 +139,7 @@ def counted(spectrum: Tensor, clusters: int) -> dict[str, Any]:
 def principal(x: Tensor, clusters: int) -> list[float]:
     """Returns the largest eigenvalues of the covariance of the inputs, descending."""
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T.double())).flip(0)
-    largest: list[float] = eigenvalues[: clusters + SHOWN].tolist()
-    return largest
+    return list(map(float, eigenvalues[: clusters + SHOWN]))
 
 
 # --- section 3.2: growth -------------------------------------------------------------------------
