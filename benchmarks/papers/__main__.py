@@ -11,13 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -30,142 +25,22 @@ from benchmarks.files import BusyError, ForeignFileError, alone, replacing
 from benchmarks.gallery import save
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.pages import CLAIMS, RAW, claims, judged, publish
-from benchmarks.papers.reproduction import SCALES, Exhibit, Paper, Run, Scale
-from benchmarks.papers.results import Results
+from benchmarks.papers.processes import ROOT, Queue, Task
+from benchmarks.papers.raw_files import RawFiles
+from benchmarks.papers.reproduction import SCALES, Exhibit, Paper, Scale
 from benchmarks.papers.verdicts import Verdict, written
 from benchmarks.progress import doing, shown
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 PAGES: Final = ROOT / "docs" / "papers"
 _START: Final = 3.4
 """Seconds that a run's process takes before it runs: the imports, on the machine of the pages."""
-_PATIENCE: Final = 20.0
-"""Seconds that a process may take to end its step and keep what it has."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A run and a seed that is not on disk."""
-
-    paper: Paper
-    run: Run
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.paper.key} {self.run.name} seed {self.seed}"
-
-
-@dataclass
-class Queue:
-    """Runs tasks in processes of their own, several at a time.
-
-    Attributes:
-        options: of the command.
-        console: says what has ended.
-        failed: tasks that ended with an error.
-    """
-
-    options: argparse.Namespace
-    console: Console
-    failed: list[Task] = field(default_factory=list)
-
-    def __call__(self, tasks: Sequence[Task]) -> None:
-        """Runs all tasks; an interrupt ends those that run, which then can be taken up again."""
-        waiting = list(tasks)
-        running: dict[subprocess.Popen[bytes], tuple[Task, float, ExitStack]] = {}
-        try:
-            with doing("runs", len(tasks), unit="done") as whole:
-                while waiting or running:
-                    while waiting and len(running) < self.options.jobs:
-                        task = waiting.pop(0)
-                        told = ExitStack()
-                        running[self._start(task)] = (task, time.monotonic(), told)
-                        told.enter_context(doing(str(task), figures=partial(self._latest, task)))
-                    time.sleep(0.2)
-                    for process in [p for p in running if p.poll() is not None]:
-                        task, start, told = running.pop(process)
-                        told.close()
-                        whole.at(len(tasks) - len(waiting) - len(running))
-                        self._say(task, process.returncode, start, f"{whole.step} of {len(tasks)}")
-        finally:
-            for _, _, told in running.values():
-                told.close()
-            _end(running)
-
-    def _start(self, task: Task) -> subprocess.Popen[bytes]:
-        with self._log(task).open("wb") as log:
-            return subprocess.Popen(  # noqa: S603 (our own command)
-                self._command(task), cwd=ROOT, env=_environment(), stdout=log, stderr=log
-            )
-
-    def _command(self, task: Task) -> list[str]:
-        options = self.options
-        command = [sys.executable, "-m", "benchmarks.papers.worker"]
-        command += [task.paper.key, task.run.name, str(task.seed), "--scale", options.scale]
-        command += ["--results", str(options.results.resolve()), "--device", options.device]
-        if options.device == "cpu":
-            command += ["--threads", str(max(1, (os.cpu_count() or 1) // options.jobs))]
-        if options.data_root:
-            command += ["--data-root", options.data_root]
-        return command
-
-    def _log(self, task: Task) -> Path:
-        results = Results(self.options.results)
-        path = results.path(task.paper.key, task.run.name, self.options.scale, task.seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.with_suffix(".log")
-
-    def _latest(self, task: Task) -> str:
-        """What the task's process has told last, without its time and its name."""
-        try:
-            lines = self._log(task).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:  # it has just ended
-            return ""
-        told = [line.partition("| ")[2] for line in lines if line.startswith("[")]
-        return told[-1] if told else ""
-
-    def _say(self, task: Task, code: int, start: float, progress: str) -> None:
-        minutes = (time.monotonic() - start) / 60
-        log = self._log(task)
-        text = log.read_text(encoding="utf-8", errors="replace")
-        if code == 0:
-            warned = f"; it warned: {log}" if "Warning" in text else ""
-            if not warned:
-                log.unlink()
-            self.console.print(
-                f"{task}: {minutes:.1f} min ({progress}){warned}", highlight=False, markup=False
-            )
-            return
-        self.failed.append(task)
-        lines = text.strip().splitlines()
-        last = lines[-1] if lines else f"exit status {code}"
-        self.console.print(
-            f"{task} failed: {last} ({log})", style="red", highlight=False, markup=False
-        )
-
-
-def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Ends processes: after their present step, then at once, then by force."""
-    left = list(processes)
-    for end in (subprocess.Popen.terminate, subprocess.Popen.terminate, subprocess.Popen.kill):
-        for process in left:
-            end(process)
-        deadline = time.monotonic() + _PATIENCE
-        while left and time.monotonic() < deadline:
-            time.sleep(0.05)
-            left = [process for process in left if process.poll() is None]
-
-
-def _environment() -> dict[str, str]:
-    """Threads are set by the worker; what is inherited would be for one process alone."""
-    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
 # --- what there is, and what it takes ----------------------------------------------------------
 
 
 def tasks_of(
-    options: argparse.Namespace, wanted: dict[str, list[Exhibit]], results: Results
+    options: argparse.Namespace, wanted: dict[str, list[Exhibit]], results: RawFiles
 ) -> list[Task]:
     """Returns what is not on disk, all of one seed before the next."""
     tasks: list[Task] = []
@@ -181,7 +56,7 @@ def tasks_of(
     return sorted(tasks, key=lambda task: task.seed)
 
 
-def seconds_of(task: Task, scale: Scale, folders: Sequence[Results]) -> float | None:
+def seconds_of(task: Task, scale: Scale, folders: Sequence[RawFiles]) -> float | None:
     """Returns what the run took for other seeds or where the pages were made; ``None``: unknown."""
     for results in folders:
         records = results.of(task.paper, task.run.name, scale).values()
@@ -191,7 +66,7 @@ def seconds_of(task: Task, scale: Scale, folders: Sequence[Results]) -> float | 
 
 
 def _estimate(
-    tasks: Sequence[Task], options: argparse.Namespace, folders: Sequence[Results]
+    tasks: Sequence[Task], options: argparse.Namespace, folders: Sequence[RawFiles]
 ) -> str:
     known = [seconds_of(task, options.scale, folders) for task in tasks]
     minutes = sum(each + _START for each in known if each is not None) / 60 / options.jobs
@@ -234,7 +109,7 @@ def _list_paper(paper: Paper, console: Console) -> None:
 
 
 def _show(
-    wanted: dict[str, list[Exhibit]], results: Results, scale: Scale, console: Console
+    wanted: dict[str, list[Exhibit]], results: RawFiles, scale: Scale, console: Console
 ) -> None:
     """Shows what is wanted with the claims about its runs, and writes the verdicts on all."""
     verdicts = judged(results, PAPERS)
@@ -250,7 +125,7 @@ def _show(
 
 
 def _show_exhibit(
-    paper: Paper, exhibit: Exhibit, results: Results, scale: Scale, console: Console
+    paper: Paper, exhibit: Exhibit, results: RawFiles, scale: Scale, console: Console
 ) -> None:
     raws = results.raws(paper, exhibit.runs, scale)
     if not any(raws.values()):
@@ -350,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:
     """Lists, or measures and shows; returns the exit status."""
-    results = Results(options.results)
+    results = RawFiles(options.results)
     if options.paper is None:
         if options.publish:
             for path in publish(results, PAPERS, PAGES):
@@ -382,7 +257,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: 
 def _measure(
     options: argparse.Namespace,
     wanted: dict[str, list[Exhibit]],
-    results: Results,
+    results: RawFiles,
     console: Console,
 ) -> int:
     """Measures what is not on disk, and shows what is wanted; returns the exit status."""
@@ -390,7 +265,7 @@ def _measure(
     queue = Queue(options, console)
     interrupted = False
     if tasks:
-        console.print(_estimate(tasks, options, (results, Results(PAGES / RAW))), highlight=False)
+        console.print(_estimate(tasks, options, (results, RawFiles(PAGES / RAW))), highlight=False)
         try:
             queue(tasks)
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""How the pictures and tables of a reproduction look, whatever the paper.
+"""How the pictures of a reproduction look, whatever the paper.
 
 A picture is a grid of panels: ``grid`` makes them, ``in_turn`` and ``line`` draw the seeds, and
 ``finished`` gives all panels the look of the house once their labels are set.
@@ -6,8 +6,7 @@ A picture is a grid of panels: ``grid`` makes them, ``in_turn`` and ``line`` dra
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from matplotlib import colormaps
@@ -29,9 +28,6 @@ from subspace_optim.diagnostics.plots.style import (
 LOOK: Final = THEMES["light"]
 _STRONG: Final = {"lw": 1.5, "alpha": 1.0}
 _THIN: Final = {"lw": 0.6, "alpha": 0.5}
-
-
-# --- pictures ----------------------------------------------------------------------------------
 
 
 def grid(
@@ -66,6 +62,11 @@ def first_of(of_seeds: Mapping[int, Raw]) -> Raw | None:
     return of_seeds[min(of_seeds)] if of_seeds else None
 
 
+def first_seed(of_seeds: Mapping[int, Raw]) -> Mapping[int, Raw]:
+    """Returns the first seed alone."""
+    return {seed: raw for seed, raw in of_seeds.items() if seed == min(of_seeds)}
+
+
 def line(axes: Axes, x: Any, y: Any, first: bool, label: str = "", **look: Any) -> Line2D:
     """Draws the line of one seed: the first is strong and in the key, the others are thin.
 
@@ -81,14 +82,15 @@ def line(axes: Axes, x: Any, y: Any, first: bool, label: str = "", **look: Any) 
     return axes.plot(x, y, **style | look)[0]
 
 
-def mark(axes: Axes, x: float) -> None:
-    """Draws a dashed line from the bottom to the top."""
-    axes.axvline(x, color=LOOK.faint, lw=0.8, ls="--")
+def mark(axes: Axes, x: float, **look: Any) -> None:
+    """Draws a line from the bottom to the top, dashed if nothing else is told."""
+    usual: dict[str, Any] = {"color": LOOK.faint, "lw": 0.8, "ls": "--"}
+    axes.axvline(x, **usual | look)
 
 
-def shade(number: int, count: int) -> Any:
-    """Returns the colour of one of several that have an order."""
-    return colormaps["viridis"](0.9 * number / max(count - 1, 1))
+def shade(place: float) -> Any:
+    """Returns the colour of one of several that have an order; ``place`` is from 0 to 1."""
+    return colormaps["viridis"](0.9 * place)
 
 
 def finished(panels: Sequence[Axes], columns: int = 3) -> Figure:
@@ -113,18 +115,3 @@ def finished(panels: Sequence[Axes], columns: int = 3) -> Figure:
                 label_powers(axis, *axis.get_view_interval())
         say(axes, LOOK, "not measured")
     return panels[0].figure.figure
-
-
-# --- tables ------------------------------------------------------------------------------------
-
-
-def over_seeds(values: Iterable[float], digits: int = 3) -> str:
-    """Returns the mean of the seeds, with the smallest and the largest where they differ."""
-    found = [float(value) for value in values]
-    if not found:
-        return "–"
-    average = sum(found) / len(found)  # NaN, and no complaint, for infinities of both signs
-    if math.isnan(average):
-        return "nan"
-    mean, low, high = (f"{value:.{digits}g}" for value in (average, min(found), max(found)))
-    return mean if low == high else f"{mean} ({low} to {high})"

@@ -37,15 +37,12 @@ def simple_convnet(
     channels: int = 3,
     width: int = 32,
     dense: int = 512,
-    dropout: bool = False,
-    batch_norm: bool = False,
-    extra_dense: bool = False,
+    more: bool = False,
 ) -> nn.Sequential:
     """Returns the CIFAR-10 example of Keras that `gur_ari_2018` trains.
 
     Two convolutions of ``width`` and pooling, two of ``2 width`` and pooling, a dense layer, and
-    the head; ReLU, 3x3, the second convolution of each pair without padding. Dropout (0.25, 0.25,
-    0.5), batch norm after each convolution and a second dense layer where they are asked for.
+    the head; ReLU, 3x3, the second convolution of each pair without padding.
 
     Args:
         side: height and width of an image, at least 10.
@@ -53,20 +50,19 @@ def simple_convnet(
         channels: of an image.
         width: of the first two convolutions.
         dense: units of the dense layer.
-        dropout: see above.
-        batch_norm: see above.
-        extra_dense: see above.
+        more: with dropout (0.25, 0.25, 0.5), batch norm after each convolution, and a second dense
+            layer.
     """
 
     def convolution(inputs: int, outputs: int, padding: int) -> list[nn.Module]:
-        norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
+        norm = [nn.BatchNorm2d(outputs)] if more else []
         return [nn.Conv2d(inputs, outputs, 3, padding=padding), *norm, nn.ReLU()]
 
     def drop(rate: float) -> list[nn.Module]:
-        return [nn.Dropout(rate)] if dropout else []
+        return [nn.Dropout(rate)] if more else []
 
     after = ((side - 2) // 2 - 2) // 2
-    extra = [nn.Linear(dense, dense), nn.ReLU(), *drop(0.5)] if extra_dense else []
+    extra = [nn.Linear(dense, dense), nn.ReLU(), *drop(0.5)] if more else []
     return nn.Sequential(
         *convolution(channels, width, 1),
         *convolution(width, width, 0),

@@ -10,7 +10,6 @@ before anything was measured, and else for those that nobody had seen when they 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +62,7 @@ class Run:
         measure: ``measure(job, **size)`` returns the raw figures of one seed.
         small: its size on two CPU cores: the arguments of ``measure``.
         paper: the paper's own size.
+        title: in pictures and tables, where it is not the name.
         version: of what is measured; raw files of another version are measured anew.
         seeds: how many, from 0 on: more where the first ones do not decide.
     """
@@ -72,6 +72,7 @@ class Run:
     measure: Callable[..., Raw]
     small: Mapping[str, Any]
     paper: Mapping[str, Any]
+    title: str = ""
     version: int = 1
     seeds: int = 3
 
@@ -214,14 +215,3 @@ def _named(parts: Iterable[_Part], name: str) -> _Part:
         if part.name == name:
             return part
     raise KeyError(name)
-
-
-def mean(values: Iterable[float]) -> float:
-    """Returns the mean; NaN of no values."""
-    found = list(values)
-    return statistics.fmean(found) if found else math.nan
-
-
-def paragraphs(text: str) -> tuple[str, ...]:
-    """Returns the paragraphs of a text, each as one line."""
-    return tuple(" ".join(part.split()) for part in text.strip().split("\n\n"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,42 @@ from subspace_optim.curvature.contexts import seeded
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is trained.
+
+    Attributes:
+        model: see there.
+        loss_fn: a mean over examples.
+        x: all inputs.
+        y: all targets.
+    """
+
+    model: nn.Module
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor
+    y: Tensor
+
+    def sgd(self, lr: float, momentum: float = 0.0) -> Optimizer:
+        """Returns SGD; gradient descent, where all examples are a batch."""
+        return torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
+
+    def hessian(self, chunk: int | None = None) -> so.HessianOperator:
+        """Returns the Hessian over all examples, so many at a time."""
+        size = chunk or len(self.x)
+        batches = list(zip(self.x.split(size), self.y.split(size), strict=True))
+        return so.HessianOperator(self.model, self.loss_fn, batches if chunk else (self.x, self.y))
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Returns the loss over all examples."""
+        return self.loss_fn(self.model(self.x), self.y).item()
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns a copy of the model's state."""
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+
 class Stateful(Protocol):
     """What a training needs beside model and optimizers, such as a subspace."""
 
@@ -31,9 +68,7 @@ class Stateful(Protocol):
 def train(
     job: Job,
     name: str,
-    model: nn.Module,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    data: tuple[Tensor, Tensor],
+    problem: Problem,
     optimizers: Optimizer | Sequence[Optimizer],
     *,
     steps: int,
@@ -56,9 +91,7 @@ def train(
             same ``name`` that was interrupted goes on from there, if model, optimizers and
             ``also`` are made as before.
         name: of this training, unique in its run.
-        model: is trained.
-        loss_fn: a mean over examples.
-        data: ``(x, y)``, all examples.
+        problem: its model is trained.
         optimizers: one, or several that step after one backward pass.
         steps: how many.
         batch_size: ``None``: all examples at each step.
@@ -75,9 +108,9 @@ def train(
         The rows.
     """
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    x, y = data
+    x, y = problem.x, problem.y
     checkpoint = Checkpoint(None if job.scratch is None else job.scratch / f"{name}.pt")
-    states: list[Stateful] = [model, *optimizers, *also]
+    states: list[Stateful] = [problem.model, *optimizers, *also]
     rows: list[Row] = []
     step, over = first, False
     kept = checkpoint.read(x.device)
@@ -113,7 +146,7 @@ def train(
                 batch = slice(None) if batch_size is None else _batch(x, batch_size, step, job.seed)
                 seed = job.seed + step
                 try:
-                    loss = _step(model, loss_fn, x[batch], y[batch], optimizers, seed, before)
+                    loss = _step(problem, x[batch], y[batch], optimizers, seed, before)
                 except so.NonFiniteError:  # of an optimizer's subspace
                     loss = math.nan
                 if losses is not None:
@@ -132,8 +165,7 @@ def _batch(x: Tensor, size: int, step: int, seed: int) -> Any:
 
 
 def _step(
-    model: nn.Module,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    problem: Problem,
     x: Tensor,
     y: Tensor,
     optimizers: Sequence[Optimizer],
@@ -148,7 +180,7 @@ def _step(
         with torch.enable_grad(), seeded(x.device, seed):
             for each in optimizers:
                 each.zero_grad()
-            loss = loss_fn(model(x), y)
+            loss = problem.loss_fn(problem.model(x), y)
             loss.backward()
         losses.append(loss.item())
         return losses[-1]

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from benchmarks.papers.raw_files import RawFiles
 from benchmarks.papers.reproduction import Claim, Paper, Scale
-from benchmarks.papers.results import Results
 
 Word = Literal["reproduced", "not reproduced", "undecided", "not measured"]
 WORDS: Final[tuple[Word, ...]] = ("reproduced", "not reproduced", "undecided")
@@ -55,7 +55,7 @@ class Verdict:
         return "undecided" if any(map(math.isnan, figures)) else "reproduced"
 
 
-def verdict(results: Results, paper: Paper, claim: Claim, scale: Scale) -> Verdict:
+def verdict(results: RawFiles, paper: Paper, claim: Claim, scale: Scale) -> Verdict:
     """Returns the verdict on a claim from the raw files that there are.
 
     A share of nothing and the mean of no rows are NaN.

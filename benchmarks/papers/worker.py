@@ -16,8 +16,8 @@ from rich.console import Console
 from benchmarks.files import BusyError, ForeignFileError, alone
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.checkpoint import end_when_kept
+from benchmarks.papers.raw_files import RawFiles, measure
 from benchmarks.papers.reproduction import SCALES, Job
-from benchmarks.papers.results import Results, measure
 from benchmarks.progress import shown
 
 EVERY: Final = 5.0
@@ -46,7 +46,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     paper = PAPERS[options.paper]
-    results = Results(options.results)
+    results = RawFiles(options.results)
     run = paper.run(options.run)
     # What was begun at another size is of no use.
     size = zlib.crc32(repr((run.version, run.size(options.scale))).encode())

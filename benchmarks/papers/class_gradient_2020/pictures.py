@@ -1,4 +1,4 @@
-"""The paper's figures and tables, from the raw figures."""
+"""What no data can say of the pictures and tables of `class_gradient_2020`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.papers.class_gradient_2020.claims import (
+from benchmarks.papers.class_gradient_2020.analysis import (
     Curve,
-    assigned,
     curvature_ratio,
     diverged,
     final_accuracy,
     final_loss,
-    late_rank,
     losses,
     mean_cosine_between,
 )
-from benchmarks.papers.class_gradient_2020.runs import UNDAMPED
-from benchmarks.papers.drawing import LOOK, finished, grid, in_turn, line, mark, over_seeds
-from benchmarks.papers.reproduction import Exhibit, Raw, RawOfSeeds, Rows
+from benchmarks.papers.drawing import LOOK, finished, first_of, grid, in_turn, line
+from benchmarks.papers.reproduction import Raw, RawOfSeeds, Rows
+from benchmarks.papers.tables import over_seeds
 from subspace_optim.diagnostics import plots
 
 _STYLES: Final = {
@@ -63,11 +61,6 @@ def curves(raws: RawOfSeeds, runs: Iterable[str]) -> dict[str, dict[str, dict[in
                 for name, curve in of_method.items():
                     found.setdefault(name, {}).setdefault(method, {})[seed] = curve
     return found
-
-
-def measured(raws: RawOfSeeds) -> dict[int, Raw]:
-    """Returns the runs of class gradients that did not diverge, by their seeds."""
-    return {seed: raw for seed, raw in raws["class-gradients"].items() if not raw["diverged"]}
 
 
 # --- figures 1 and 2 -----------------------------------------------------------------------------
@@ -143,36 +136,11 @@ def _keyed(panels: list[Axes]) -> Figure:
     return figure
 
 
-# --- figures 3 and 4 -----------------------------------------------------------------------------
-
-
-def draw_eigenvalues(raws: RawOfSeeds) -> Figure:
-    """Draws the largest eigenvalues after training, and where C cuts them."""
-    (panel,) = grid(["dashed: after the C-th"], width=5.6, height=3.4)
-    for raw, first in in_turn(measured(raws)):
-        values = raw["eigenvalues"]
-        number = range(1, len(values) + 1)
-        line(panel, number, values, first, color=LOOK.dominant, marker="o", ms=3)
-        mark(panel, raw["classes"] + 0.5)
-    panel.set(xlabel="number", ylabel=r"eigenvalue $\lambda_i$")
-    return finished([panel])
-
-
-def draw_intersection(raws: RawOfSeeds) -> Figure:
-    """Draws ranks along the training by tolerance, and the cosines of the last minibatch."""
-    ranks, cosines = grid(["", ""], width=4.6, height=4.2)
-    colours = (LOOK.ink, LOOK.dominant, LOOK.bulk, LOOK.third)
-    for raw, first in in_turn(measured(raws)):
-        rows = zip(raw["tolerances"], raw["ranks"], colours, ("-", "--", ":", "-."), strict=False)
-        for tolerance, of_tolerance, colour, dashes in rows:
-            label = f"sine above {tolerance:.2g}"
-            line(ranks, raw["step"], of_tolerance, first, label, color=colour, ls=dashes)
-        if first:
-            ranks.set_ylim(raw["classes"] - 0.5, 2 * raw["classes"] + 0.5)
-            plots.cosine_matrix(raw["cosines"], raw["assignment"], axes=cosines)
-    ranks.set(xlabel="step", ylabel="rank of class gradients and eigenvectors")
-    # A matrix has the look of the house already.
-    return finished([ranks] if cosines.has_data() else [ranks, cosines], columns=2)
+def cosines(axes: Axes, of_seeds: Mapping[int, Raw]) -> None:
+    """Draws the cosines of the class gradients of the first seed's last minibatch."""
+    raw = first_of(of_seeds)
+    if raw is not None:
+        plots.cosine_matrix(raw["cosines"], raw["assignment"], axes=axes)
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -240,54 +208,9 @@ def table_batches(raws: RawOfSeeds) -> Rows:
     return rows
 
 
-def table_intersection(raws: RawOfSeeds) -> Rows:
-    """Returns the similarity of class gradients and top eigenvectors, the paper's and ours."""
-    found = list(measured(raws).values())
-    return [
-        ["quantity", "paper", "ours"],
-        ["training loss", "–", over_seeds(raw["loss"] for raw in found)],
-        ["training accuracy", "–", over_seeds(raw["accuracy"] for raw in found)],
-        ["validation accuracy", "–", over_seeds(raw["valid_accuracy"] for raw in found)],
-        ["assigned cosine of minibatches", "0.36", over_seeds(map(assigned, found))],
-        ["that of the last one", "–", over_seeds(raw["assigned"][-1] for raw in found)],
-        [
-            "assigned cosine of all examples",
-            "–",
-            over_seeds(raw["of_all"]["assigned"] for raw in found),
-        ],
-        [
-            "the same of random directions (of any two in the paper)",
-            "order 0.001",
-            over_seeds(raw["chance"][0] for raw in found),
-        ],
-        ["rank, by the rule for single precision", "10 to 12", over_seeds(map(late_rank, found))],
-        *_late_ranks(found),
-        ["overlap of the spans", "–", over_seeds(raw["of_all"]["overlap"] for raw in found)],
-        [
-            "cosine of their smallest angle",
-            "–",
-            over_seeds(max(raw["of_all"]["angles"]) for raw in found),
-        ],
-        [
-            "cosine of their largest angle",
-            "–",
-            over_seeds(min(raw["of_all"]["angles"]) for raw in found),
-        ],
-    ]
-
-
-def _late_ranks(found: list[Raw]) -> Iterator[list[str]]:
-    """Yields the median ranks of the second half by the other tolerances."""
-    for number, tolerance in enumerate(found[0]["tolerances"] if found else ()):
-        if number:
-            late = [raw["ranks"][number][len(raw["step"]) // 2 :] for raw in found]
-            text = over_seeds(np.median(ranks) for ranks in late)
-            yield [f"rank, of sines above {tolerance:g}", "–", text]
-
-
 def table_assumptions(raws: RawOfSeeds) -> Rows:
     """Returns what the method assumes, and what was measured."""
-    found = list(measured(raws).values())
+    found = list(raws["class-gradients"].values())
     return [
         ["assumption", "as assumed", "measured"],
         ["mean |cosine| of two class gradients", "0", over_seeds(map(mean_cosine_between, found))],
@@ -302,102 +225,3 @@ def _ratios(found: list[Raw]) -> Iterator[list[str]]:
     for step in found[0]["ratios"] if found else ():
         medians = [np.median(raw["ratios"][step]) for raw in found if step in raw["ratios"]]
         yield [f"the same at step {step}", "1", over_seeds(medians)]
-
-
-def table_cost(raws: RawOfSeeds) -> Rows:
-    """Returns memory in gradients and backward passes, by network."""
-    rows = [["network", "P", "SGD", "as printed", "orthogonal", "paper", "passes", "paper"]]
-    for run, network in (("cost-cnn", "small CNN"), ("cost-resnet9", "ResNet9")):
-        found = list(raws[run].values())
-        memory = [over_seeds(raw["memory"][method] for raw in found) for method in UNDAMPED]
-        size = f"{found[0]['size']:,}" if found else "–"
-        passes = over_seeds(raw["passes"] for raw in found)
-        rows.append([network, size, *memory, "11 (C + 1)", passes, "10 (C)"])
-    return rows
-
-
-EXHIBITS: Final = (
-    Exhibit(
-        "figure-1",
-        "Validation loss of SGD and of the quasi-Newton method",
-        _RATES,
-        draw=draw_rates,
-        note="In the paper, by its text, the final performance is similar, and the quasi-Newton "
-        "method is more volatile, slower to improve, and on average less accurate at the end. A "
-        "cross ends what diverged. The damped method is ours, one of three settings tried on one "
-        "seed, and is to show what the idea does where it is calmer. At these sizes it diverges "
-        "too, here at η = 0.1, and on MNIST but for one seed with batches of 64.",
-    ),
-    Exhibit(
-        "table-1",
-        "Accuracy (%) after training",
-        _ALL_RATES,
-        table=table_1,
-        note="In the paper the table has the quasi-Newton method ahead at every rate, and the "
-        "text has it behind on average. What diverged counts as chance. Gains are on SGD of the "
-        "same seed; it and the method as printed have one seed more than the others.",
-    ),
-    Exhibit(
-        "table-2",
-        "Validation loss after training",
-        _ALL_RATES,
-        table=table_2,
-        note="In the paper the quasi-Newton method is ahead here too. What diverged has an "
-        "infinite loss.",
-    ),
-    Exhibit(
-        "section-3",
-        "Learning rates above 0.1",
-        ("above-0.1",),
-        table=table_above,
-        note="In the paper both methods diverge there, by its text; it has no figure of it.",
-    ),
-    Exhibit(
-        "figure-2",
-        "Batch sizes up to the full batch",
-        _BATCHES,
-        draw=draw_batches,
-        table=table_batches,
-        note="In the paper, by its text, the quasi-Newton method may learn faster at first; SGD "
-        "then overtakes it and stays ahead, also with the full batch. Small batches cross within "
-        "the first epoch, and are not shown there. A cross ends what diverged.",
-    ),
-    Exhibit(
-        "figure-3",
-        "The 30 largest eigenvalues of a small CNN after training",
-        ("class-gradients",),
-        draw=draw_eigenvalues,
-        note="In the paper, by its text, C seems a reasonable cut for those who know it, and would "
-        "be difficult to guess from the spectrum.",
-    ),
-    Exhibit(
-        "figure-4",
-        "Class gradients of minibatches beside the last eigenvectors",
-        ("class-gradients",),
-        draw=draw_intersection,
-        table=table_intersection,
-        note="In the paper, by its text, the rank declines quickly from 2C to C, but for several "
-        "batches where it is one or two more; the tolerance is not told. The cosine after "
-        "assignment is about 0.36. The smallest tolerance here is the rule of numpy for a matrix "
-        "of that shape in single precision. Two random directions have a cosine of √(2/πP), "
-        "0.003; the assigned cosine of random directions is the best of many pairs.",
-    ),
-    Exhibit(
-        "assumptions",
-        "What eqs. 7, 11 and 12 assume",
-        ("class-gradients",),
-        table=table_assumptions,
-        note="In the paper there is no table of this. The median over all steps decides the "
-        "claim, and single steps differ. At the start, λ_k is a C-th of the curvature: eq. 9 "
-        "leaves the gradients of logit k at the examples of other classes to the noise, and eq. "
-        "12 does not count them.",
-    ),
-    Exhibit(
-        "appendix-b",
-        "Memory in gradients, and backward passes of an observation",
-        ("cost-cnn", "cost-resnet9"),
-        table=table_cost,
-        note="In the paper there are C + 1 gradients and C passes. Where examples do not depend "
-        "on one another, each goes backward once, for its own class.",
-    ),
-)

@@ -1,9 +1,9 @@
-"""What is measured: trainings at several rates and batch sizes, class gradients, and cost."""
+"""What is measured for `class_gradient_2020` along trainings, by the sizes of `runs.toml`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal, cast
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import subspace_optim as so
+from benchmarks.data import Dataset
 from benchmarks.experiment import minibatch
 from benchmarks.losses import accuracy, cross_entropy
 from benchmarks.papers.networks import made, resnet9
 from benchmarks.papers.problems import as_images, pooled, real
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Row, train
+from benchmarks.papers.training import Problem, Row, train
 from subspace_optim.curvature.contexts import in_mode
 
 Method = Literal["sgd", "printed", "orthogonal", "slowed", "added", "damped"]
@@ -32,58 +33,41 @@ with batches of 64, and on CIFAR-10 at η = 0.1.
 MOMENTUM: Final = 0.9
 DECAY: Final = 0.9
 """Both of appendix D."""
-UNDAMPED: Final[tuple[Method, ...]] = ("sgd", "printed", "orthogonal")
 SINES: Final = (0.1, 0.5, 0.9)
 """Of angles above which a direction adds to the rank, beside the rule of linear algebra."""
 OUTLIERS: Final[tuple[Literal["gap", "ratio", "elbow"], ...]] = ("gap", "ratio", "elbow")
 """Ways to count the eigenvalues that stand out."""
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images for training and for validation, ``(N, channels, side, side)``, and their classes."""
-
-    x: Tensor
-    y: Tensor
-    x_valid: Tensor
-    y_valid: Tensor
-    classes: int
-
-    @property
-    def channels(self) -> int:
-        """1 for grey images, 3 for coloured ones."""
-        return self.x.shape[1]
-
-    @property
-    def side(self) -> int:
-        """Height and width."""
-        return self.x.shape[-1]
-
-
-def images(job: Job, data: str, examples: int, validation: int, pool: int = 1) -> Images:
+def images(job: Job, data: str, examples: int, validation: int, pool: int = 1) -> Dataset:
     """Returns training images, drawn by the seed, and others of the same source for validation.
 
     Args:
         job: the seed.
         data: name of a data set.
         examples: for training.
-        validation: images that are not trained on.
+        validation: images that are not trained on, in the place of the test set.
         pool: factor by which height and width are divided.
     """
     whole = as_images(pooled(real(data, job, examples + validation), pool))
-    x = whole.x_train
-    order = torch.randperm(len(x), generator=job.generator()).to(x.device)
+    order = torch.randperm(len(whole.x_train), generator=job.generator()).to(job.device)
     valid, rest = order[:validation], order[validation:]
-    y = whole.y_train
-    return Images(x[rest], y[rest], x[valid], y[valid], whole.num_classes)
+    x, y = whole.x_train, whole.y_train
+    return replace(whole, x_train=x[rest], y_train=y[rest], x_test=x[valid], y_test=y[valid])
 
 
-def small_cnn(side: int, outputs: int, *, channels: int = 3) -> nn.Sequential:
+def validation_of(data: Dataset) -> tuple[Tensor, Tensor]:
+    """Returns the images for validation, and their classes."""
+    return cast("tuple[Tensor, Tensor]", (data.x_test, data.y_test))
+
+
+def small_cnn(data: Dataset) -> nn.Sequential:
     """Returns the small CNN: 62,006 parameters for CIFAR-10, of which the paper counts 60k.
 
     Two 5x5 convolutions of 6 and 16, each with ReLU and 2x2 pooling, and linear layers of 120 and
     84 (LeCun et al. 1998, with ReLU and max pooling).
     """
+    _, channels, side, _ = data.x_train.shape
     after = ((side - 4) // 2 - 4) // 2
     return nn.Sequential(
         nn.Conv2d(channels, 6, 5),
@@ -97,7 +81,7 @@ def small_cnn(side: int, outputs: int, *, channels: int = 3) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(120, 84),
         nn.ReLU(),
-        nn.Linear(84, outputs),
+        nn.Linear(84, data.num_classes),
     )
 
 
@@ -121,46 +105,63 @@ def optimizer_of(
     return optimizer, subspace
 
 
-def curve(
+def curves(
     job: Job,
-    name: str,
     make: Callable[[], nn.Module],
-    data: Images,
-    method: Method,
-    *,
-    lr: float,
-    batch_size: int,
-    steps: int,
-    every: int,
-) -> Raw:
-    """Trains a network and watches it on the validation images.
+    data: Dataset,
+    methods: Sequence[Method],
+    trainings: Mapping[str, Mapping[str, Any]],
+) -> dict[Method, dict[str, Raw]]:
+    """Trains a network by each method in each way, and watches it on the validation images.
+
+    Args:
+        job: the seed.
+        make: the network, as it is before it is drawn anew.
+        data: see there.
+        methods: see there.
+        trainings: by name, ``lr``, ``batch_size``, ``steps``, and ``every`` how many to watch.
 
     Returns:
         ``step``, validation ``loss`` and ``accuracy`` at each of these steps, and whether the
         training ``diverged``, so that the series end where a loss is no number.
     """
+    return {
+        method: {
+            name: _curve(job, f"{method}-{name}", make, data, method, **training)
+            for name, training in trainings.items()
+        }
+        for method in methods
+    }
+
+
+def _curve(
+    job: Job,
+    name: str,
+    make: Callable[[], nn.Module],
+    data: Dataset,
+    method: Method,
+    *,
+    lr: float,
+    **training: Any,
+) -> Raw:
     model = made(job, make)
-    optimizer, subspace = optimizer_of(method, model, data.classes, lr)
+    optimizer, subspace = optimizer_of(method, model, data.num_classes, lr)
 
     def record(_step: int) -> Row:
+        x, y = validation_of(data)
         with torch.no_grad(), in_mode(model, "eval"):
-            output = model(data.x_valid)
-        loss = cross_entropy(output, data.y_valid).item()
-        return {"loss": loss, "accuracy": accuracy(output, data.y_valid)}
+            output = model(x)
+        return {"loss": cross_entropy(output, y).item(), "accuracy": accuracy(output, y)}
 
     rows = train(
         job,
         name,
-        model,
-        cross_entropy,
-        (data.x, data.y),
+        Problem(model, cross_entropy, data.x_train, data.y_train),
         optimizer,
-        steps=steps,
-        batch_size=batch_size,
         record=record,
-        every=every,
         before=None if subspace is None else subspace.observe,
         also=() if subspace is None else (subspace,),
+        **training,
     )
     diverged = bool(rows[-1].get("diverged", False))
     rows = rows[:-1] if diverged else rows
@@ -168,108 +169,52 @@ def curve(
     return series | {"diverged": diverged}
 
 
-def measure_rates(
+def at_rates(
     job: Job,
     *,
-    data: str,
-    examples: int,
-    validation: int,
-    pool: int,
     width: int,
     batch_size: int,
     rates: Sequence[float],
     epochs: int,
     methods: Sequence[Method],
+    **part: Any,
 ) -> Raw:
     """Trains a ResNet9 by each method at each rate, from one start and over the same minibatches.
-
-    Args:
-        job: the seed.
-        data: name of a data set of images.
-        examples: for training.
-        validation: images.
-        pool: factor by which height and width are divided.
-        width: of the ResNet9.
-        batch_size: examples a step.
-        rates: learning rates η.
-        epochs: of each training.
-        methods: by which it is trained.
 
     Returns:
         Steps an epoch, and a curve for each method and rate, with a row for each epoch.
     """
-    found = images(job, data, examples, validation, pool)
-    make = partial(resnet9, found.classes, channels=found.channels, width=width)
-    epoch = len(found.x) // batch_size
-    curves = {
-        method: {
-            f"{lr:g}": curve(
-                job,
-                f"{method}-{lr:g}",
-                make,
-                found,
-                method,
-                lr=lr,
-                batch_size=batch_size,
-                steps=epochs * epoch,
-                every=epoch,
-            )
-            for lr in rates
-        }
-        for method in methods
-    }
-    return {"epoch": epoch, "classes": found.classes, "curves": curves}
+    found = images(job, **part)
+    make = partial(resnet9, found.num_classes, channels=found.x_train.shape[1], width=width)
+    epoch = len(found.x_train) // batch_size
+    usual = {"batch_size": batch_size, "steps": epochs * epoch, "every": epoch}
+    trainings = {f"{lr:g}": usual | {"lr": lr} for lr in rates}
+    found_curves = curves(job, make, found, methods, trainings)
+    return {"epoch": epoch, "classes": found.num_classes, "curves": found_curves}
 
 
-def measure_batches(
+def at_batch_sizes(
     job: Job,
     *,
-    data: str,
-    examples: int,
-    validation: int,
     batch_sizes: Sequence[int],
     lr: float,
     steps: int,
     records: int,
     methods: Sequence[Method],
+    **part: Any,
 ) -> Raw:
     """Trains a small CNN by each method with each batch size, for equally many steps.
-
-    Args:
-        job: the seed.
-        data: name of a data set of images.
-        examples: for training.
-        validation: images.
-        batch_sizes: one that is larger than ``examples`` is the full batch.
-        lr: η.
-        steps: of each training.
-        records: rows of a curve, at equal distances.
-        methods: by which it is trained.
 
     Returns:
         The number of examples, and a curve for each method and batch size.
     """
-    found = images(job, data, examples, validation)
-    make = partial(small_cnn, found.side, found.classes, channels=found.channels)
-    sizes = [min(size, len(found.x)) for size in batch_sizes]
-    curves = {
-        method: {
-            str(size): curve(
-                job,
-                f"{method}-{size}",
-                make,
-                found,
-                method,
-                lr=lr,
-                batch_size=size,
-                steps=steps,
-                every=max(1, steps // records),
-            )
-            for size in sizes
-        }
-        for method in methods
-    }
-    return {"examples": len(found.x), "classes": found.classes, "curves": curves}
+    found = images(job, **part)
+    make = partial(small_cnn, found)
+    sizes = [min(size, len(found.x_train)) for size in batch_sizes]
+    usual = {"lr": lr, "steps": steps, "every": max(1, steps // records)}
+    trainings = {str(size): usual | {"batch_size": size} for size in sizes}
+    found_curves = curves(job, make, found, methods, trainings)
+    return {"examples": len(found.x_train), "classes": found.num_classes, "curves": found_curves}
 
 
 class Snapshots:
@@ -294,12 +239,9 @@ def class_gradients(model: nn.Module, classes: int, x: Tensor, y: Tensor) -> so.
     return cast("so.LowRankCurvature", subspace.update())  # it is not orthogonal
 
 
-def measure_class_gradients(
+def beside_eigenvectors(
     job: Job,
     *,
-    data: str,
-    examples: int,
-    validation: int,
     batch_size: int,
     lr: float,
     epochs: int,
@@ -308,22 +250,9 @@ def measure_class_gradients(
     eigenvalues: int,
     tol: float,
     probes: int,
+    **part: Any,
 ) -> Raw:
     """Trains a small CNN by SGD, and holds its class gradients against its last eigenvectors.
-
-    Args:
-        job: the seed.
-        data: name of a data set of images.
-        examples: for training, and of the Hessian.
-        validation: images.
-        batch_size: examples a step, and of the class gradients.
-        lr: η.
-        epochs: of the training.
-        snapshots: minibatches whose class gradients are kept, at equal distances.
-        curvatures: at one snapshot in so many the λ_k are held against the Hessian.
-        eigenvalues: how many of the largest are computed at the end.
-        tol: of their solve.
-        probes: random vectors for the norms of the Hessian's two terms.
 
     Returns:
         Along the training, of the class gradients of one minibatch: their ``step``; ``ranks`` with
@@ -335,16 +264,18 @@ def measure_class_gradients(
         deviation; ``second_term``, its Frobenius norm relative to the Hessian's; and how far it was
         trained: ``loss`` and ``accuracy`` on the examples, ``valid_accuracy``.
     """
-    found = images(job, data, examples, validation)
-    model = made(job, partial(small_cnn, found.side, found.classes, channels=found.channels))
-    hessian = so.HessianOperator(model, cross_entropy, (found.x, found.y))
-    steps = epochs * (len(found.x) // batch_size)
+    found = images(job, **part)
+    model = made(job, partial(small_cnn, found))
+    problem = Problem(model, cross_entropy, found.x_train, found.y_train)
+    hessian = problem.hessian()
+    steps = epochs * (len(found.x_train) // batch_size)
     every = max(1, steps // snapshots)
     kept = Snapshots()
 
     def record(step: int) -> Row:
-        batch = minibatch(len(found.x), batch_size, step, job.seed).to(found.x.device)
-        curvature = class_gradients(model, found.classes, found.x[batch], found.y[batch])
+        batch = minibatch(len(found.x_train), batch_size, step, job.seed).to(job.device)
+        x, y = found.x_train[batch], found.y_train[batch]
+        curvature = class_gradients(model, found.num_classes, x, y)
         kept.vectors.append(curvature.vectors)
         if (len(kept.vectors) - 1) % curvatures:
             return {}
@@ -356,30 +287,27 @@ def measure_class_gradients(
     rows = train(
         job,
         "sgd",
-        model,
-        cross_entropy,
-        (found.x, found.y),
-        torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM),
+        problem,
+        problem.sgd(lr, MOMENTUM),
         steps=steps,
         batch_size=batch_size,
         record=record,
         every=every,
         also=(kept,),
     )
-    diverged = bool(rows[-1].get("diverged", False))
-    if diverged:
+    if rows[-1].get("diverged", False):
         return {"diverged": True}
     solved = so.DominantSubspace(hessian, eigenvalues, refresh=1, tol=tol, seed=job.seed).update()
-    basis = solved.first(found.classes)
+    basis = solved.first(found.num_classes)
     of_minibatches = [so.diagnostics.class_gradient_cosines(v, basis) for v in kept.vectors]
-    of_all = class_gradients(model, found.classes, found.x, found.y).vectors
+    of_all = class_gradients(model, found.num_classes, found.x_train, found.y_train).vectors
     last = of_minibatches[-1]
     # The rule of numpy and torch for the rank of a P×2C matrix, for numbers of single precision.
     tolerances = [basis.size * torch.finfo(torch.float32).eps, *SINES]
     return {
         "diverged": False,
         "size": basis.size,
-        "classes": found.classes,
+        "classes": found.num_classes,
         "step": [row["step"] for row in rows],
         "tolerances": tolerances,
         "ranks": [
@@ -401,11 +329,11 @@ def measure_class_gradients(
             "angles": so.diagnostics.principal_angles(span(of_all), basis).cos().tolist(),
             "between": (of_all @ of_all.T).tolist(),
         },
-        "chance": list(so.diagnostics.chance_cosine(found.classes, basis.k, basis.size)),
-        "second_term": second_term(job, hessian, (found.x, found.y), probes),
+        "chance": list(so.diagnostics.chance_cosine(found.num_classes, basis.k, basis.size)),
+        "second_term": second_term(job, hessian, (found.x_train, found.y_train), probes),
         "loss": hessian.loss(),
-        "accuracy": _accuracy(model, found.x, found.y),
-        "valid_accuracy": _accuracy(model, found.x_valid, found.y_valid),
+        "accuracy": _accuracy(model, found.x_train, found.y_train),
+        "valid_accuracy": _accuracy(model, *validation_of(found)),
     }
 
 
@@ -433,84 +361,3 @@ def second_term(
     rest = so.ResidualOperator(hessian, gauss_newton).matmat(vectors)
     hessian.release()
     return float(rest.norm() / whole.norm())
-
-
-def measure_cost(
-    job: Job, *, network: Literal["cnn", "resnet9"], width: int, batch_size: int, momentum: float
-) -> Raw:
-    """Counts what a step keeps and what an observation takes, on random images of 32x32.
-
-    Args:
-        job: the seed.
-        network: the small CNN, or a ResNet9, which has batch norm.
-        width: of the ResNet9.
-        batch_size: examples.
-        momentum: μ; 0 leaves gradients as all that is kept.
-
-    Returns:
-        Parameters, classes, ``memory`` of each method in units of P after two steps, and the
-        backward ``passes`` of an example in one observation.
-    """
-    classes, generator = 10, job.generator()
-    x = torch.randn(batch_size, 3, 32, 32, generator=generator).to(job.device)
-    y = (torch.arange(batch_size) % classes).to(job.device)
-    makes = {
-        "cnn": partial(small_cnn, 32, classes),
-        "resnet9": partial(resnet9, classes, width=width),
-    }
-    memory, passes = {}, 0.0
-    for method in UNDAMPED:
-        model = made(job, makes[network])
-        optimizer, subspace = optimizer_of(method, model, classes, 0.01, momentum)
-        for _ in range(2):
-            optimizer.zero_grad()
-            cross_entropy(model(x), y).backward()
-            if subspace is not None:
-                passes = backward_passes(model, partial(subspace.observe, x, y)) / batch_size
-            optimizer.step()
-        memory[method] = held(model, optimizer, subspace)
-    size = sum(p.numel() for p in model.parameters())
-    return {"size": size, "classes": classes, "memory": memory, "passes": passes}
-
-
-def held(
-    model: nn.Module, optimizer: Optimizer, subspace: so.ClassGradientSubspace | None
-) -> float:
-    """Returns the memory of gradients, optimizer and subspace, in gradients of the model."""
-    parameters = list(model.parameters())
-    tensors = [p.grad for p in parameters]
-    for state in optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    if subspace is not None:
-        basis = subspace.update()
-        tensors += [basis.vectors, basis.eigenvalues]
-        averages = vars(subspace._averages)  # noqa: SLF001 (a state dict would hold copies)
-        tensors += averages.values()
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(sizes.values()) / sum(p.nbytes for p in parameters)
-
-
-def backward_passes(model: nn.Module, action: Callable[[], None]) -> int:
-    """Returns how many examples the model's output was differentiated for while ``action`` ran."""
-    counted = _Count()  # out of reach of an evaluation, which puts back what it can reach
-
-    def count(gradient: Tensor) -> None:
-        counted.total += len(gradient)
-
-    def watch(_model: nn.Module, _inputs: Any, output: Tensor) -> None:
-        output.register_hook(count)
-
-    handle = model.register_forward_hook(watch)
-    try:
-        action()
-    finally:
-        handle.remove()
-    return counted.total
-
-
-class _Count:
-    __slots__ = ("total",)
-
-    def __init__(self) -> None:
-        self.total = 0

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import subspace_optim as so
 from benchmarks.data import Dataset
-from benchmarks.losses import accuracy
+from benchmarks.losses import accuracy, cross_entropy
 from benchmarks.papers import problems
 from benchmarks.papers.networks import fully_connected, made, resnet, simple_convnet
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.training import Row
+from benchmarks.papers.training import Problem, Row
 from subspace_optim.curvature.contexts import in_mode
 from subspace_optim.diagnostics import hessian_gradient_overlap
 
@@ -49,9 +49,7 @@ def build(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
             channels=channels,
             width=width,
             dense=16 * width,
-            dropout=more,
-            batch_norm=more,
-            extra_dense=more,
+            more=more,
         ),
         "resnet": lambda: resnet(
             classes, (width, 2 * width, 4 * width, 8 * width), 2, channels=channels
@@ -60,7 +58,7 @@ def build(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
     return made(job, makers["convnet" if more else model])
 
 
-def images(job: Job, data: str, examples: int, test: int, factor: int = 1) -> Dataset:
+def images(job: Job, data: str, examples: int, test: int = 0, factor: int = 1) -> Dataset:
     """Returns a part of a data set, each image ``(channels, side, side)``, pooled by a factor."""
     return problems.pooled(problems.as_images(problems.real(data, job, examples, test)), factor)
 
@@ -80,12 +78,17 @@ def half_square(output: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (output - target).square().sum(dim=-1).mean()
 
 
-def hessian_of(model: nn.Module, loss_fn: Loss, x: Tensor, y: Tensor) -> so.HessianOperator:
-    """Returns the Hessian over all examples; those of images in chunks, for the memory."""
-    if x.dim() < 4 or x.shape[1] == 1:
-        return so.HessianOperator(model, loss_fn, (x, y))
-    chunks = list(zip(x.split(_CHUNK), y.split(_CHUNK), strict=True))
-    return so.HessianOperator(model, loss_fn, chunks)
+def whole_hessian(problem: Problem) -> so.HessianOperator:
+    """Returns the Hessian over all examples; coloured images in chunks, for the memory."""
+    coloured = problem.x.dim() == 4 and problem.x.shape[1] > 1
+    return problem.hessian(_CHUNK if coloured else None)
+
+
+def of_test(model: nn.Module, data: Dataset) -> so.HessianOperator | None:
+    """Returns the Hessian of the cross-entropy over the test set, if there is one."""
+    if data.x_test is None or data.y_test is None:
+        return None
+    return whole_hessian(Problem(model, cross_entropy, data.x_test, data.y_test))
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""What is measured for `gur_ari_2018` along trainings of networks."""
+"""What is measured for `gur_ari_2018` along trainings of networks, by the sizes of `runs.toml`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import subspace_optim as so
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import problems
+from benchmarks.papers.gur_ari_2018.cases import CASES
 from benchmarks.papers.gur_ari_2018.measures import (
     Loss,
     accuracy_of,
@@ -22,15 +23,16 @@ from benchmarks.papers.gur_ari_2018.measures import (
     decrease,
     first_classes,
     half_square,
-    hessian_of,
     images,
     mean_overlap,
+    of_test,
     overlap_of,
     top_of,
+    whole_hessian,
 )
 from benchmarks.papers.networks import fully_connected, made
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Row, train
+from benchmarks.papers.training import Problem, Row, train
 from subspace_optim.diagnostics import (
     eigenvector_fractions,
     exact_spectrum,
@@ -39,6 +41,8 @@ from subspace_optim.diagnostics import (
     subspace_overlap,
 )
 
+_LR: Final = 0.1  # and ...
+_BATCH: Final = 64  # ... of the paper's trainings, but for some of Table 1
 _DRAWS: Final = 8  # random vectors for a mean overlap
 _SMALL_STEP: Final = 0.1  # of the learning rate, where the loss is nearly linear
 _COARSE: Final = 1e-2  # enough for f_top and the largest eigenvalue
@@ -50,78 +54,46 @@ _COARSE: Final = 1e-2  # enough for f_top and the largest eigenvalue
 def evolution(
     job: Job,
     *,
-    data: str,
     model: str,
     width: int,
     classes: int,
-    examples: int,
-    test: int,
-    factor: int,
     dimensions: Sequence[int],
     bases_at: Sequence[int],
     steps: int,
     every: int,
     tol: float,
     anatomy_at: Sequence[int] = (),
-    lr: float = 0.1,
-    batch_size: int = 64,
+    **part_of: Any,
 ) -> Raw:
     """Trains by SGD, and follows gradient, top eigenvalue and top subspaces.
-
-    Args:
-        job: the seed.
-        data: name of a data set.
-        model: as of ``build``.
-        width: as of ``build``.
-        classes: the first so many of the data set; k.
-        examples: for training, of all classes; the Hessian is that of all that are kept.
-        test: for testing.
-        factor: of pooling.
-        dimensions: of the top subspaces whose evolution is followed, up to 2k.
-        bases_at: steps at which 2k eigenpairs are solved for.
-        steps: of training.
-        every: so many steps the cheap figures are taken.
-        tol: of the eigenpairs.
-        anatomy_at: steps of ``bases_at`` at which the first eigenvector is kept.
-        lr: η.
-        batch_size: of SGD.
 
     Returns:
         The series, figures of each basis, and overlaps of all bases with all others.
     """
-    part = first_classes(images(job, data, examples, test, factor), classes)
+    part = first_classes(images(job, **part_of), classes)
     network = build(job, model, part, width)
-    hessian = hessian_of(network, cross_entropy, part.x_train, part.y_train)
-    tested = None
-    if part.x_test is not None and part.y_test is not None:
-        tested = hessian_of(network, cross_entropy, part.x_test, part.y_test)
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
-    k = part.num_classes
+    problem = Problem(network, cross_entropy, part.x_train, part.y_train)
+    hessian, tested, k = whole_hessian(problem), of_test(network, part), part.num_classes
 
     def record(step: int) -> Row:
         row: Row = {}
         if step % every == 0:
-            row["at"] = step
-            row["loss"] = hessian.loss()
+            row |= {"at": step} | _cheap(hessian, tested)
             row["accuracy"] = accuracy_of(network, part.x_train, part.y_train)
-            row["overlap"] = overlap_of(hessian)
-            row["overlap_test"] = math.nan if tested is None else overlap_of(tested)
             row["largest"] = top_of(hessian, 1, _COARSE).largest
         if step in bases_at:
             basis = top_of(hessian, 2 * k, tol)
             row |= {"saved": step, "vectors": basis.vectors.cpu()}
-            row |= _of_basis(hessian, basis, k, lr, torch.Generator().manual_seed(step))
+            row |= _of_basis(hessian, basis, k, torch.Generator().manual_seed(step))
         return row
 
     rows = train(
         job,
         "sgd",
-        network,
-        cross_entropy,
-        (part.x_train, part.y_train),
-        optimizer,
+        problem,
+        problem.sgd(_LR),
         steps=steps,
-        batch_size=batch_size,
+        batch_size=_BATCH,
         record=record,
         every=lambda step: step % every == 0 or step in bases_at,
     )
@@ -139,8 +111,14 @@ def evolution(
     return raw
 
 
+def _cheap(hessian: so.HessianOperator, tested: so.HessianOperator | None) -> Row:
+    """What a gradient and a product on each set tell."""
+    row: Row = {"loss": hessian.loss(), "overlap": overlap_of(hessian)}
+    return row | {"overlap_test": math.nan if tested is None else overlap_of(tested)}
+
+
 def _of_basis(
-    hessian: so.HessianOperator, basis: so.EigenBasis, k: int, lr: float, random: torch.Generator
+    hessian: so.HessianOperator, basis: so.EigenBasis, k: int, random: torch.Generator
 ) -> Row:
     """What a basis of 2k pairs says about the gradient, and about random vectors."""
     gradient, top = hessian.gradient(), basis.first(k)
@@ -150,7 +128,7 @@ def _of_basis(
         "eigenvalues": basis.eigenvalues.tolist(),
         "fractions": eigenvector_fractions(gradient, basis).tolist(),
         "f_top": float(gradient_fraction(gradient, top)),
-        "decrease": decrease(hessian, top, _SMALL_STEP * lr),
+        "decrease": decrease(hessian, top, _SMALL_STEP * _LR),
         "overlap_there": overlap_of(hessian),
         "random_in_top": mean_overlap(hessian, inside),
         "random": mean_overlap(hessian, anywhere),
@@ -219,57 +197,6 @@ def _short(value: float) -> float:
 # --- Table 1 and Figure 12 ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Case:
-    """A row of Table 1.
-
-    Attributes:
-        dataset: as the table has it.
-        network: as the table has it.
-        comment: as the table has it.
-        paper: its mean overlap.
-        model: as of ``build``.
-        random_labels: whether the labels of the training data are permuted.
-        lr: η.
-        batch_size: of the minibatches.
-        adam: in the place of SGD.
-    """
-
-    dataset: str
-    network: str
-    comment: str
-    paper: float
-    model: str = "fc"
-    random_labels: bool = False
-    lr: float = 0.1
-    batch_size: int = 64
-    adam: bool = False
-
-
-CASES: Final = {
-    "softmax": Case("MNIST", "Softmax", "", 0.96, model="softmax"),
-    "fc-softplus": Case("MNIST", "FC", "Softplus activation", 0.96, model="fc-softplus"),
-    "fc-slow": Case("MNIST", "FC", "η = 0.01", 0.96, lr=0.01),
-    "fc-batch-256": Case("MNIST", "FC", "Batch size 256", 0.97, batch_size=256),
-    "fc-random": Case("MNIST", "FC", "Random labels", 0.86, random_labels=True),
-    "convnet-random": Case(
-        "CIFAR10", "ConvNet", "Random labels", 0.86, model="convnet", random_labels=True
-    ),
-    "convnet-dropout": Case(
-        "CIFAR10",
-        "ConvNet",
-        "Dropout, batch-norm, extra dense layer",
-        0.93,
-        model="convnet-dropout",
-    ),
-    "convnet-adam": Case(
-        "CIFAR10", "ConvNet", "Optimized using Adam", 0.89, model="convnet", adam=True, lr=1e-3
-    ),
-    "regression": Case("Regression", "FC", "Batch size 100", 0.99, batch_size=100),
-}
-"""The rows of Table 1, by the names of their runs."""
-
-
 def table_row(
     job: Job,
     *,
@@ -286,19 +213,6 @@ def table_row(
 ) -> Raw:
     """Measures a row of Table 1, and f_top along the way (Figure 12).
 
-    Args:
-        job: the seed.
-        case: a key of ``CASES``.
-        data: name of a data set; ``sine`` for the regression.
-        width: as of ``build``.
-        examples: for training.
-        test: for testing.
-        factor: of pooling.
-        steps: of training.
-        last: the mean is over so many last steps.
-        every: so many steps the overlap is measured.
-        f_top_at: steps at which f_top is.
-
     Returns:
         The overlaps on both sets, their means, and f_top.
     """
@@ -308,26 +222,22 @@ def table_row(
         unseen = problems.sine(test, noise=0.1, job=replace(job, seed=job.seed + 1_000_000))
         network: nn.Module = made(job, lambda: fully_connected((1, width, width, 1)))
         loss_fn: Loss = half_square
-        tested = hessian_of(network, loss_fn, *unseen)
+        tested: so.HessianOperator | None = so.HessianOperator(network, loss_fn, unseen)
     else:
         part = images(job, data, examples, test, factor)
         if row_of.random_labels:
             part = problems.randomly_labelled(part, job)
         x, y = part.x_train, part.y_train
         network = build(job, row_of.model, part, width)
-        loss_fn, tested = cross_entropy, None
-        if part.x_test is not None and part.y_test is not None:
-            tested = hessian_of(network, loss_fn, part.x_test, part.y_test)
-    hessian = hessian_of(network, loss_fn, x, y)
+        loss_fn, tested = cross_entropy, of_test(network, part)
+    problem = Problem(network, loss_fn, x, y)
+    hessian = whole_hessian(problem)
     kind = torch.optim.Adam if row_of.adam else torch.optim.SGD
 
     def record(step: int) -> Row:
         row: Row = {}
         if step % every == 0:
-            row["at"] = step
-            row["loss"] = hessian.loss()
-            row["overlap"] = overlap_of(hessian)
-            row["overlap_test"] = math.nan if tested is None else overlap_of(tested)
+            row |= {"at": step} | _cheap(hessian, tested)
         if step in f_top_at:
             top = top_of(hessian, part.num_classes, _COARSE)
             row["saved"] = step
@@ -337,9 +247,7 @@ def table_row(
     rows = train(
         job,
         case,
-        network,
-        loss_fn,
-        (x, y),
+        problem,
         kind(network.parameters(), lr=row_of.lr),
         steps=steps,
         batch_size=row_of.batch_size,
@@ -364,32 +272,16 @@ def spectrum(
     job: Job,
     *,
     labels: str,
-    data: str,
-    factor: int,
     width: int,
-    examples: int,
     epochs: int,
-    lr: float = 0.1,
-    batch_size: int = 64,
+    **part_of: Any,
 ) -> Raw:
     """Trains a small network and decomposes its whole Hessian.
-
-    Args:
-        job: the seed.
-        labels: ``digits``, ``parity`` (even or odd), ``random`` (permuted), or ``five`` (the
-            digits 0 to 4 alone).
-        data: name of a data set.
-        factor: of pooling.
-        width: of both hidden layers.
-        examples: for training.
-        epochs: of training.
-        lr: η.
-        batch_size: of SGD.
 
     Returns:
         The largest eigenvalues, the smallest, and how many there are in each bin of a histogram.
     """
-    part = images(job, data, examples, 0, factor)
+    part = images(job, **part_of)
     if labels == "parity":
         part = problems.relabelled(part, torch.arange(part.num_classes) % 2)
     elif labels == "random":
@@ -398,12 +290,10 @@ def spectrum(
         part = first_classes(part, 5)
     x, y = part.x_train, part.y_train
     network = build(job, "fc", part, width)
-    steps = epochs * (len(x) // batch_size)
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
-    train(
-        job, labels, network, cross_entropy, (x, y), optimizer, steps=steps, batch_size=batch_size
-    )
-    hessian = hessian_of(network, cross_entropy, x, y)
+    steps = epochs * (len(x) // _BATCH)
+    problem = Problem(network, cross_entropy, x, y)
+    train(job, labels, problem, problem.sgd(_LR), steps=steps, batch_size=_BATCH)
+    hessian = whole_hessian(problem)
     eigenvalues = exact_spectrum(hessian)
     counts, edges = np.histogram(eigenvalues.numpy(), bins=100)
     return {
@@ -432,24 +322,8 @@ def right_edge(
     pairs: int,
     realisations: int,
     tol: float = 1e-4,
-    lr: float = 0.1,
-    batch_size: int = 64,
 ) -> Raw:
     """Takes the largest eigenvalues of many trainings, each with data and start of its own.
-
-    Args:
-        job: the seed.
-        classes: of a Gaussian mixture.
-        dimension: of the inputs.
-        covariance: scale of the covariance of a class, where the centres have 1.
-        examples: of each training.
-        width: of both hidden layers.
-        steps: of each training.
-        pairs: eigenvalues.
-        realisations: trainings.
-        tol: of the eigenpairs.
-        lr: η.
-        batch_size: of SGD.
 
     Returns:
         The eigenvalues of each training, descending.
@@ -459,12 +333,10 @@ def right_edge(
         own = replace(job, seed=job.seed * realisations + number)
         x, y = problems.blobs(classes, examples, dimension, covariance=covariance, job=own)
         network = made(own, lambda: fully_connected((dimension, width, width, classes)))
-        optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+        problem = Problem(network, cross_entropy, x, y)
         name = f"realisation-{number}"
-        train(
-            own, name, network, cross_entropy, (x, y), optimizer, steps=steps, batch_size=batch_size
-        )
-        hessian = so.HessianOperator(network, cross_entropy, (x, y))
+        train(own, name, problem, problem.sgd(_LR), steps=steps, batch_size=_BATCH)
+        hessian = problem.hessian()
         values = top_of(hessian, pairs, tol).eigenvalues
         spectra.append([float(f"{value:.4g}") for value in values.tolist()])
         losses.append(hessian.loss())
@@ -477,56 +349,37 @@ def right_edge(
 def newton(
     job: Job,
     *,
-    data: str,
-    factor: int,
     width: int,
-    examples: int,
     warmup: int,
     steps: int,
     tol: float = 1e-3,
-    lr: float = 0.1,
-    batch_size: int = 64,
+    **part_of: Any,
 ) -> Raw:
     """Goes on from one state of SGD: by eq. 11, by gradient descent, and by SGD.
-
-    Args:
-        job: the seed.
-        data: name of a data set.
-        factor: of pooling.
-        width: of both hidden layers.
-        examples: for training.
-        warmup: steps of SGD before.
-        steps: of each.
-        tol: of the eigenpairs.
-        lr: η of gradient descent and SGD; Newton's is 1.
-        batch_size: of SGD.
 
     Returns:
         The loss over all examples before each step and after the last, and λ_k for Newton.
     """
-    part = images(job, data, examples, 0, factor)
-    whole = (part.x_train, part.y_train)
+    part = images(job, **part_of)
     network = build(job, "fc", part, width)
-    hessian = hessian_of(network, cross_entropy, *whole)
-    sgd = torch.optim.SGD(network.parameters(), lr=lr)
-    train(job, "warmup", network, cross_entropy, whole, sgd, steps=warmup, batch_size=batch_size)
-    start = {name: value.clone() for name, value in network.state_dict().items()}
+    problem = Problem(network, cross_entropy, part.x_train, part.y_train)
+    hessian = whole_hessian(problem)
+    train(job, "warmup", problem, problem.sgd(_LR), steps=warmup, batch_size=_BATCH)
+    start = problem.state()
     raw: Raw = {"k": part.num_classes, "loss": {}}
     for name in ("newton", "gd", "sgd"):
         network.load_state_dict(start)
-        subspace = so.DominantSubspace(hessian, part.num_classes, refresh=1, tol=tol)
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+        optimizer = problem.sgd(_LR)
         if name == "newton":
+            subspace = so.DominantSubspace(hessian, part.num_classes, refresh=1, tol=tol)
             optimizer = so.LowRankNewton(network.parameters(), subspace=subspace)
         rows = train(
             job,
             name,
-            network,
-            cross_entropy,
-            whole,
+            problem,
             optimizer,
             steps=steps,
-            batch_size=batch_size if name == "sgd" else None,
+            batch_size=_BATCH if name == "sgd" else None,
             record=lambda _: {"loss": hessian.loss()},
             first=warmup,
         )

@@ -16,7 +16,7 @@ from benchmarks.losses import cross_entropy
 from benchmarks.papers.gur_ari_2018.measures import column, top_of
 from benchmarks.papers.networks import made
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Row, train
+from benchmarks.papers.training import Problem, Row, train
 from subspace_optim.diagnostics import (
     eigenvector_fractions,
     exact_spectrum,
@@ -34,12 +34,6 @@ def two_samples(job: Job, *, dimension: int, lr: float, steps: int) -> Raw:
     u = log(ηt + c) at late times (eqs. 7 and 15-16); the gradient is (μ_2 − μ_1)/(2ηt), a quarter
     of what eqs. 8 and 17 print; the Hessian has the eigenvalue 1/(ηt) twice (eqs. 9, 18, 19).
 
-    Args:
-        job: the seed.
-        dimension: d.
-        lr: η.
-        steps: of gradient descent.
-
     Returns:
         At steps of equal ratios: relative errors of all of these.
     """
@@ -49,7 +43,8 @@ def two_samples(job: Job, *, dimension: int, lr: float, steps: int) -> Raw:
     labels = torch.arange(2, device=job.device)
     model = made(job, lambda: nn.Linear(dimension, 2, bias=False).double())
     weight = next(model.parameters())
-    hessian = so.HessianOperator(model, cross_entropy, (means, labels))
+    problem = Problem(model, cross_entropy, means, labels)
+    hessian = problem.hessian()
     spans = torch.stack([torch.cat([m, -m]) for m in means]) / math.sqrt(2)
     start = weight.detach().clone()
     constants = _leads(start, means) + _leads(start, means).exp()
@@ -83,13 +78,11 @@ def two_samples(job: Job, *, dimension: int, lr: float, steps: int) -> Raw:
     rows = train(
         job,
         "flow",
-        model,
-        cross_entropy,
-        (means, labels),
-        torch.optim.SGD(model.parameters(), lr=lr),
+        problem,
+        problem.sgd(lr),
         steps=steps,
         record=record,
-        every=lambda step: step in at,
+        every=set(at).__contains__,
     )
     return {name: column(rows, name) for name in rows[0]}
 
@@ -120,16 +113,6 @@ def mixture(
     records: int,
 ) -> Raw:
     """Trains softmax regression on Gaussian mixtures by gradient descent.
-
-    Args:
-        job: the seed.
-        classes: how many, in turn; their means are random unit vectors.
-        noises: standard deviations of a class, in turn; without noise a class is one sample.
-        dimension: of the inputs.
-        per_class: samples of a class.
-        lr: η.
-        steps: of each training.
-        records: of each training, at steps of equal ratios.
 
     Returns:
         For each of them, with biases and without: f_top, the fractions c_i² of the top k, and
@@ -180,7 +163,8 @@ def _mixture(
     x = means[y] + noise * torch.randn(len(y), dimension, generator=random, dtype=torch.float64)
     x, y = x.to(job.device), y.to(job.device)
     model = made(job, lambda: nn.Linear(dimension, k, bias=bias).double())
-    hessian = so.HessianOperator(model, cross_entropy, (x, y))
+    problem = Problem(model, cross_entropy, x, y)
+    hessian = problem.hessian()
     at = {0} | {round(steps ** (i / (records - 2))) for i in range(records - 1)}
 
     def record(_: int) -> Row:
@@ -193,15 +177,7 @@ def _mixture(
         }
 
     case: Raw = {"k": k, "noise": noise, "bias": bias}
-    rows = train(
-        job,
-        f"k{k}-noise{noise:g}-bias{bias:d}",
-        model,
-        cross_entropy,
-        (x, y),
-        torch.optim.SGD(model.parameters(), lr=lr),
-        steps=steps,
-        record=record,
-        every=lambda step: step in at,
-    )
+    name = f"k{k}-noise{noise:g}-bias{bias:d}"
+    optimizer = problem.sgd(lr)
+    rows = train(job, name, problem, optimizer, steps=steps, record=record, every=at.__contains__)
     return case | {name: column(rows, name) for name in rows[0]}

@@ -19,11 +19,6 @@ def white(job: Job, *, parameters: int, ratios: Sequence[float]) -> Raw:
 
     ``f = θᵀx`` and half the squared error: ``G = XᵀX / N``, a sample covariance matrix.
 
-    Args:
-        job: the seed.
-        parameters: P.
-        ratios: γ = P/N, for each row.
-
     Returns:
         A row for each ratio.
     """
@@ -51,13 +46,6 @@ def spiked(
     """Compares the largest eigenvalue with the theory, where one variance of the data is large.
 
     That variance is ``1 + s √γ``: the threshold is at s = 1.
-
-    Args:
-        job: the seed.
-        parameters: P.
-        ratios: γ = P/N.
-        spikes: s, for each ratio.
-        draws: of the data of each row.
 
     Returns:
         A row for each ratio and spike.

@@ -1,4 +1,4 @@
-"""What is measured for `sagun_2017`.
+"""What is measured for `sagun_2017`, by the sizes of `runs.toml`.
 
 Spectra of up to 6,000 eigenvalues are exact, as in the paper. All losses are cross-entropies.
 """
@@ -20,7 +20,7 @@ from benchmarks.losses import accuracy, cross_entropy
 from benchmarks.papers.networks import fully_connected, made
 from benchmarks.papers.problems import as_images, blobs, pooled, real
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Row, train
+from benchmarks.papers.training import Problem, Row, train
 
 SHOWN: Final = 30
 """Eigenvalues at each edge, beyond those that are looked for, that a raw figure keeps."""
@@ -36,14 +36,7 @@ _ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {"tanh": nn.Tanh, "relu": nn.R
 
 
 def convnet(side: int, channels: int, widths: Sequence[int], dense: Sequence[int]) -> nn.Module:
-    """Returns convolutions of 5x5, each with ReLU and pooling, dense layers, and ten scores.
-
-    Args:
-        side: height and width of an image.
-        channels: of an image.
-        widths: of the convolutions.
-        dense: units of the hidden dense layers.
-    """
+    """Returns convolutions of 5x5, each with ReLU and pooling, dense layers, and ten scores."""
     layers: list[nn.Module] = []
     for width in widths:
         layers += [nn.Conv2d(channels, width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
@@ -51,43 +44,17 @@ def convnet(side: int, channels: int, widths: Sequence[int], dense: Sequence[int
     return nn.Sequential(*layers, fully_connected((channels * side * side, *dense, 10)))
 
 
-def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Returns the mean cross-entropy."""
-    with torch.no_grad():
-        return cross_entropy(model(data[0]), data[1]).item()
-
-
 def train_until(
-    job: Job,
-    name: str,
-    model: nn.Module,
-    data: tuple[Tensor, Tensor],
-    *,
-    lr: float,
-    target: float,
-    most: int,
-    chunk: int = 100,
+    job: Job, name: str, problem: Problem, *, lr: float, target: float, most: int, chunk: int = 100
 ) -> int:
-    """Trains by gradient descent until the loss is ``target``.
-
-    Args:
-        job: as of ``train``.
-        name: of this training, unique in its run.
-        model: is trained.
-        data: ``(x, y)``, all examples.
-        lr: the learning rate.
-        target: the loss at which it ends.
-        most: steps at which it ends anyway.
-        chunk: steps between two looks at the loss.
+    """Trains by gradient descent until the loss is ``target``, looked at after each ``chunk``.
 
     Returns:
-        The number of steps.
+        The number of steps, ``most`` or a few more at the most.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     step = 0
-    while step < most and loss_of(model, data) > target:
-        part = f"{name}-{step}"
-        train(job, part, model, cross_entropy, data, optimizer, steps=chunk, first=step)
+    while step < most and problem.loss() > target:
+        train(job, f"{name}-{step}", problem, problem.sgd(lr), steps=chunk, first=step)
         step += chunk
     return step
 
@@ -101,22 +68,13 @@ def left_edge(spectrum: Tensor) -> list[float]:
     """Returns the spectrum from its smallest eigenvalue to its median, at equal ratios.
 
     The point at ratio q is the eigenvalue that the share q of all eigenvalues is below.
-
-    Args:
-        spectrum: all eigenvalues.
     """
     ratios = torch.linspace(0, 0.5, RATIOS, dtype=spectrum.dtype)
-    curve: list[float] = torch.quantile(spectrum, ratios).tolist()
-    return curve
+    return list(map(float, torch.quantile(spectrum, ratios)))
 
 
 def edges(largest: Tensor, smallest: Tensor) -> dict[str, Any]:
-    """Returns both edges of a spectrum, from the outside, and how many eigenvalues are large.
-
-    Args:
-        largest: eigenvalues, descending.
-        smallest: eigenvalues, descending too.
-    """
+    """Returns both edges of a spectrum, from the outside, and how many eigenvalues are large."""
     return {
         "right": largest.tolist(),
         "left": smallest.flip(0).tolist(),
@@ -142,51 +100,26 @@ def clusters(
 ) -> Raw:
     """Trains on Gaussian clusters, and counts the outliers of the Hessian (Figures 2, 3, Table 1).
 
-    Args:
-        job: the seed.
-        activation: ``"tanh"`` or ``"relu"``.
-        batch_size: ``None``: gradient descent.
-        covariances: scales of the clusters' covariance.
-        clusters: how many, for each row.
-        examples: of all clusters together.
-        inputs: dimension of the clusters.
-        hidden: units of the two hidden layers.
-        steps: of training.
-        lr: the learning rate.
-
     Returns:
         A row for each covariance and number of clusters.
     """
     rows = []
     for covariance, count in itertools.product(covariances, clusters):
-        data = blobs(count, examples, inputs, covariance=covariance, job=job)
+        x, y = blobs(count, examples, inputs, covariance=covariance, job=job)
         sizes = (inputs, hidden, hidden, count)
         model = made(job, partial(fully_connected, sizes, _ACTIVATIONS[activation]))
-        train(
-            job,
-            f"{covariance:g}-{count}",
-            model,
-            cross_entropy,
-            data,
-            torch.optim.SGD(model.parameters(), lr=lr),
-            steps=steps,
-            batch_size=batch_size,
-        )
-        hessian = so.HessianOperator(model, cross_entropy, data)
-        row = {"covariance": covariance, "clusters": count, "loss": loss_of(model, data)}
-        row |= counted(so.diagnostics.exact_spectrum(hessian), count)
-        rows.append(row | {"principal": principal(data[0], count)})
+        problem = Problem(model, cross_entropy, x, y)
+        name = f"{covariance:g}-{count}"
+        train(job, name, problem, problem.sgd(lr), steps=steps, batch_size=batch_size)
+        row = {"covariance": covariance, "clusters": count, "loss": problem.loss()}
+        row |= counted(so.diagnostics.exact_spectrum(problem.hessian()), count)
+        rows.append(row | {"principal": principal(x, count)})
     algorithm = "GD" if batch_size is None else "SGD"
     return {"algorithm": algorithm, "activation": activation, "rows": rows}
 
 
 def counted(spectrum: Tensor, clusters: int) -> dict[str, Any]:
-    """Returns a row of Table 1, and the top of the scree plot.
-
-    Args:
-        spectrum: all eigenvalues, descending.
-        clusters: of the data.
-    """
+    """Returns a row of Table 1, and the top of the scree plot."""
     top = spectrum[: clusters + SHOWN]
     elbow = so.diagnostics.count_outliers(top, "elbow")
     return {
@@ -204,15 +137,9 @@ def counted(spectrum: Tensor, clusters: int) -> dict[str, Any]:
 
 
 def principal(x: Tensor, clusters: int) -> list[float]:
-    """Returns the largest eigenvalues of the covariance of the inputs, descending.
-
-    Args:
-        x: inputs.
-        clusters: of the data.
-    """
+    """Returns the largest eigenvalues of the covariance of the inputs, descending."""
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T.double())).flip(0)
-    largest: list[float] = eigenvalues[: clusters + SHOWN].tolist()
-    return largest
+    return list(map(float, eigenvalues[: clusters + SHOWN]))
 
 
 # --- section 3.2: growth -------------------------------------------------------------------------
@@ -235,34 +162,22 @@ def growth(
     The right edge and the smallest eigenvalue of every network, and the whole spectrum of those
     that are small enough, also at the start.
 
-    Args:
-        job: the seed.
-        data: name of the data set.
-        pool: factor by which its images are made smaller.
-        examples: for training.
-        widths: of the two hidden layers, for each network.
-        exact: parameters up to which the whole spectrum is taken.
-        lr: the learning rate.
-        target: the loss at which a training ends.
-        most: steps at which it ends anyway.
-
     Returns:
         A row for each network, its left edge by ratio empty if it is not exact; the spectra of the
         largest that is exact, at both ends.
     """
     part = pooled(real(data, job, examples), pool)
-    xy = (part.x_train, part.y_train)
     inputs = part.x_train.shape[1]
     networks: list[Row] = []
     whole: Raw = {}
     for width in widths:
-        sizes = (inputs, width, width, part.num_classes)
-        model = made(job, partial(fully_connected, sizes))
-        hessian = so.HessianOperator(model, cross_entropy, xy)
+        model = made(job, partial(fully_connected, (inputs, width, width, part.num_classes)))
+        problem = Problem(model, cross_entropy, part.x_train, part.y_train)
+        hessian = problem.hessian()
         row: Row = {"width": width, "size": hessian.size}
         start = so.diagnostics.exact_spectrum(hessian) if hessian.size <= exact else None
-        row["steps"] = train_until(job, f"{width}", model, xy, lr=lr, target=target, most=most)
-        row["loss"] = loss_of(model, xy)
+        row["steps"] = train_until(job, f"{width}", problem, lr=lr, target=target, most=most)
+        row["loss"] = problem.loss()
         if start is not None:
             end = so.diagnostics.exact_spectrum(hessian)
             row |= edges(end[:SHOWN], end[-SHOWN:]) | {"ratios": left_edge(end)}
@@ -276,11 +191,7 @@ def growth(
 
 
 def thinned(spectrum: Tensor) -> dict[str, Any]:
-    """Returns a spectrum for a plot: both edges, and each twentieth eigenvalue between them.
-
-    Args:
-        spectrum: all eigenvalues, descending.
-    """
+    """Returns a spectrum for a plot: both edges, and each twentieth eigenvalue between them."""
     last = len(spectrum) - 1
     chosen = sorted(
         {*range(min(50, last)), *range(0, last, 20), *range(max(0, last - 50), last + 1)}
@@ -309,38 +220,17 @@ def batches(
 ) -> Raw:
     """Trains a convnet on large and on small batches from one start (Figures 7, 8).
 
-    Args:
-        job: the seed.
-        data: name of the data set.
-        pool: factor by which its images are made smaller.
-        examples: for training; the Hessian is of all of them.
-        widths: of the convolutions.
-        large: examples of a large batch.
-        small: examples of a small batch.
-        steps: of both trainings.
-        lr: of both trainings.
-
     Returns:
         A row for each batch size, the large first.
     """
     part = as_images(pooled(real(data, job, examples), pool))
-    xy = (part.x_train, part.y_train)
     networks: list[Row] = []
     for size in (large, small):
         model = made(job, partial(convnet, part.x_train.shape[-1], 1, widths, ()))
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-        train(
-            job,
-            f"{size}",
-            model,
-            cross_entropy,
-            xy,
-            optimizer,
-            steps=steps,
-            batch_size=size,
-        )
-        hessian = so.HessianOperator(model, cross_entropy, xy)
-        row = {"batch_size": size, "size": hessian.size, "loss": loss_of(model, xy)}
+        problem = Problem(model, cross_entropy, part.x_train, part.y_train)
+        train(job, f"{size}", problem, problem.sgd(lr), steps=steps, batch_size=size)
+        hessian = problem.hessian()
+        row = {"batch_size": size, "size": hessian.size, "loss": problem.loss()}
         spectrum = so.diagnostics.exact_spectrum(hessian)
         networks.append(row | edges(spectrum[:SHOWN], spectrum[-SHOWN:]))
     return {"networks": networks}
@@ -366,20 +256,6 @@ def phases(
 ) -> Raw:
     """Trains on large and then on small batches, and looks along the line (Figures 9, 10).
 
-    Args:
-        job: the seed.
-        data: name of the data set.
-        pool: factor by which its images are made smaller.
-        examples: for training.
-        test: examples for testing.
-        widths: of the convolutions.
-        dense: units of the hidden dense layers.
-        large: batch size of the first part.
-        small: batch size of the second.
-        steps: of each part.
-        every: steps between two rows.
-        lr: of both parts.
-
     Returns:
         ``training``: losses and accuracies by step; ``switch``: the step where the batches change;
         ``line``: the same by α, with 0 the end of the first part and 1 that of the second.
@@ -387,16 +263,15 @@ def phases(
     part = as_images(pooled(real(data, job, examples, test), pool))
     channels, side = part.x_train.shape[1], part.x_train.shape[-1]
     model = made(job, partial(convnet, side, channels, widths, dense))
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    problem = Problem(model, cross_entropy, part.x_train, part.y_train)
+    optimizer = problem.sgd(lr)
     rows: list[Row] = []
     ends: list[Tensor] = []
     for number, size in enumerate((large, small)):
         rows += train(
             job,
             f"part-{number + 1}",
-            model,
-            cross_entropy,
-            (part.x_train, part.y_train),
+            problem,
             optimizer,
             steps=steps,
             batch_size=size,
@@ -414,12 +289,7 @@ def phases(
 
 @torch.no_grad()
 def performance(model: nn.Module, data: Dataset) -> Row:
-    """Returns loss and accuracy on training and test data.
-
-    Args:
-        model: as it is.
-        data: with test data, or without.
-    """
+    """Returns loss and accuracy on training and test data."""
     row: Row = {}
     for name, x, y in (
         ("train", data.x_train, data.y_train),
@@ -448,28 +318,18 @@ def parts(
 ) -> Raw:
     """Splits the Hessian along gradient descent: its Gauss-Newton matrix, and the rest.
 
-    Args:
-        job: the seed.
-        data: name of the data set; ``None``: ten Gaussian clusters.
-        pool: factor by which its images are made smaller.
-        examples: for training.
-        hidden: units of the two hidden layers.
-        at: steps, from the start to the end of training, where it is split.
-        lr: the learning rate.
-        tol: of the eigenpairs, relative to the largest eigenvalue.
-
     Returns:
         A row for each step.
     """
     if data is None:
-        xy = blobs(10, examples, 100, covariance=1.0, job=job)
+        x, y = blobs(10, examples, 100, covariance=1.0, job=job)
     else:
         part = pooled(real(data, job, examples), pool)
-        xy = (part.x_train, part.y_train)
-    sizes = (xy[0].shape[1], hidden, hidden, 10)
-    model = made(job, partial(fully_connected, sizes))
-    hessian = so.HessianOperator(model, cross_entropy, xy)
-    gauss_newton = so.GaussNewtonOperator(model, cross_entropy, xy)
+        x, y = part.x_train, part.y_train
+    model = made(job, partial(fully_connected, (x.shape[1], hidden, hidden, 10)))
+    problem = Problem(model, cross_entropy, x, y)
+    hessian = problem.hessian()
+    gauss_newton = so.GaussNewtonOperator(model, cross_entropy, (x, y))
     residual = so.ResidualOperator(hessian, gauss_newton)
 
     def record(_: int) -> Row:
@@ -481,17 +341,10 @@ def parts(
             "residual": [largest.largest, float(smallest.eigenvalues[-1])],
         }
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    when = set(at)
+    optimizer = problem.sgd(lr)
     rows = train(
-        job,
-        "parts",
-        model,
-        cross_entropy,
-        xy,
-        optimizer,
-        steps=max(at),
-        record=record,
-        every=lambda step: step in at,
+        job, "parts", problem, optimizer, steps=max(at), record=record, every=when.__contains__
     )
     return {"size": hessian.size, "rows": rows}
 
@@ -519,30 +372,21 @@ def trivial(
 
     All of it in float64, where a zero is told from a small number.
 
-    Args:
-        job: the seed.
-        data: name of the data set.
-        pool: factor by which its images are made smaller.
-        examples: how many, for each row.
-        hidden: units of the two hidden layers.
-        steps: of gradient descent.
-        lr: the learning rate.
-
     Returns:
         A row for each number of examples, before and after training.
     """
     rows = []
     for count in examples:
         part = pooled(real(data, job, count), pool)
-        xy = (part.x_train.double(), part.y_train)
-        sizes = (xy[0].shape[1], hidden, hidden, part.num_classes)
+        x, y = part.x_train.double(), part.y_train
+        sizes = (x.shape[1], hidden, hidden, part.num_classes)
         model = made(job, partial(fully_connected, sizes)).double()
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        problem = Problem(model, cross_entropy, x, y)
         for trained in (False, True):
             if trained:
-                train(job, f"{count}", model, cross_entropy, xy, optimizer, steps=steps)
-            hessian = so.HessianOperator(model, cross_entropy, xy)
-            gauss_newton = so.GaussNewtonOperator(model, cross_entropy, xy)
+                train(job, f"{count}", problem, problem.sgd(lr), steps=steps)
+            hessian = problem.hessian()
+            gauss_newton = so.GaussNewtonOperator(model, cross_entropy, (x, y))
             row = {
                 "examples": count,
                 "trained": trained,

@@ -1,4 +1,4 @@
-"""What is measured: training with SGD, GD, SAM and Adam, and what goes on in each subspace."""
+"""What is measured for `song_2024` along trainings, by the sizes of `runs.toml`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,7 +19,7 @@ from benchmarks.models import CNN, Transformer, mlp
 from benchmarks.papers import networks, problems
 from benchmarks.papers.checkpoint import Checkpoint
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Row, train
+from benchmarks.papers.training import Problem, Row, train
 from benchmarks.progress import doing
 
 Columns = dict[str, list[Any]]
@@ -51,6 +50,11 @@ def network(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
         "resnet8": lambda: networks.resnet(outputs, (width, 2 * width, 4 * width), 1),
     }
     return networks.made(job, makers[model])
+
+
+def problem_of(job: Job, model: str, data: Dataset, width: int) -> Problem:
+    """Returns one of them to be trained by the squared error."""
+    return Problem(network(job, model, data, width), mse, data.x_train, data.y_train)
 
 
 def columns(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Columns:
@@ -88,18 +92,6 @@ def critical_experiment(
 
     Single losses jump, by more than what some steps achieve: in a branch the loss over all data is
     taken at every step.
-
-    Args:
-        job: the seed.
-        model: of ``network``.
-        loss: of ``benchmarks.losses``.
-        width: of the model.
-        examples: of the data.
-        pool: factor by which images are made smaller.
-        optimizers: after the switch.
-        look: measure every so many steps before the switch.
-        refresh: of the projecting optimizers' basis; 1 is the paper's protocol.
-        **settings: more of ``benchmarks.experiment.Settings``.
 
     Returns:
         The switch; columns of each phase; of each branch the losses, from the switch on, and its
@@ -159,15 +151,10 @@ def critical_experiment(
 class _Probe:
     """Measures a training at θ_t: loss, χ_k, and the top 2k eigenvalues, by one solve."""
 
-    def __init__(
-        self, net: nn.Module, loss_fn: Any, data: Dataset, job: Job, *, tol: float = 1e-2
-    ) -> None:
-        self.k = data.num_classes
-        self.hessian = so.HessianOperator(net, loss_fn, (data.x_train, data.y_train))
+    def __init__(self, problem: Problem, k: int, seed: int) -> None:
+        self.k, self.hessian = k, problem.hessian()
         # The k pairs beyond the dominant ones make those converge well below this tolerance.
-        self.subspace = so.DominantSubspace(
-            self.hessian, 2 * self.k, refresh=1, tol=tol, seed=job.seed
-        )
+        self.subspace = so.DominantSubspace(self.hessian, 2 * k, refresh=1, tol=1e-2, seed=seed)
 
     def __call__(self, _: int) -> Row:
         both = self.subspace.refresh()
@@ -187,39 +174,25 @@ _OF_A_PROBE: Final = ("step", "loss", "chi_gradient", "eigenvalues", "next_eigen
 def switching(
     job: Job, *, lr: float, width: int, examples: int, sgd_first: int, gd_first: int, after: int
 ) -> Raw:
-    """SGD and then GD; and GD and then SGD, at one rate, from one initialisation.
-
-    Args:
-        job: the seed.
-        lr: of both.
-        width: of the MLP.
-        examples: of MNIST.
-        sgd_first: steps of SGD before GD.
-        gd_first: steps of GD before SGD.
-        after: steps after either switch.
-    """
+    """SGD and then GD; and GD and then SGD, at one rate, from one initialisation."""
     data = dataset(job, "mlp", examples, 1)
     raw: Raw = {}
     for name, sizes, first in (
         ("SGD to GD", (50, None), sgd_first),
         ("GD to SGD", (None, 50), gd_first),
     ):
-        net = network(job, "mlp", data, width)
-        probe = _Probe(net, mse, data, job)
-        optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+        problem = problem_of(job, "mlp", data, width)
+        probe, optimizer = _Probe(problem, data.num_classes, job.seed), problem.sgd(lr)
         rows: list[Row] = []
-        for number, (size, start, steps, every) in enumerate(
-            ((sizes[0], 0, first, first // 10), (sizes[1], first, after, max(1, after // 25)))
-        ):
+        parts = ((0, first, first // 10), (first, after, max(1, after // 25)))
+        for number, (start, steps, every) in enumerate(parts):
             rows += train(
                 job,
                 f"{name}-{number}",
-                net,
-                mse,
-                (data.x_train, data.y_train),
+                problem,
                 optimizer,
                 steps=steps,
-                batch_size=size,
+                batch_size=sizes[number],
                 record=probe,
                 every=every,
                 first=start,
@@ -239,56 +212,24 @@ def small_rate(
     steps: int,
     every: int,
 ) -> Raw:
-    """GD and SGD side by side from one initialisation: χ_k along GD, and how far they part.
-
-    Args:
-        job: the seed.
-        model: of ``network``.
-        lr: of both.
-        width: of the model.
-        examples: of the data.
-        pool: factor by which images are made smaller.
-        steps: of both.
-        every: measure at one step in so many.
-    """
+    """GD and SGD side by side from one initialisation: χ_k along GD, and how far they part."""
     data = dataset(job, model, examples, pool)
-    both = (data.x_train, data.y_train)
-    net, noisy = (network(job, model, data, width) for _ in range(2))
-    probe = _Probe(net, mse, data, job)
-    start, other = _theta(net), _theta(noisy)
-    sgd = torch.optim.SGD(noisy.parameters(), lr=lr)
+    plain, noisy = (problem_of(job, model, data, width) for _ in range(2))
+    probe, sgd = _Probe(plain, data.num_classes, job.seed), noisy.sgd(lr)
+    start, other = _theta(plain.model), _theta(noisy.model)
+    # Without checkpoints: the second training lives inside the records of the first.
+    job = Job(job.seed, job.device)
     done = 0
 
     def record(step: int) -> Row:
         nonlocal done, other
-        train(
-            Job(job.seed, job.device),
-            "",
-            noisy,
-            mse,
-            both,
-            sgd,
-            steps=step - done,
-            batch_size=50,
-            first=done,
-        )
-        done, other = step, _theta(noisy)
-        theta = _theta(net)
+        train(job, "", noisy, sgd, steps=step - done, batch_size=50, first=done)
+        done, other = step, _theta(noisy.model)
+        theta = _theta(plain.model)
         distances = {"GD": theta - start, "SGD": other - start, "GD to SGD": theta - other}
         return probe(step) | {name: float(d.norm()) for name, d in distances.items()}
 
-    # Without checkpoints: the second training lives inside the records of the first.
-    rows = train(
-        Job(job.seed, job.device),
-        "",
-        net,
-        mse,
-        both,
-        torch.optim.SGD(net.parameters(), lr=lr),
-        steps=steps,
-        record=record,
-        every=every,
-    )
+    rows = train(job, "", plain, plain.sgd(lr), steps=steps, record=record, every=every)
     return columns(rows, (*_OF_A_PROBE, "GD", "SGD", "GD to SGD"))
 
 
@@ -296,62 +237,13 @@ def _theta(net: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
 
 
-# --- the toy quadratic: Figures 6-7 ------------------------------------------------------------
-
-
-def toy_quadratic(job: Job, *, lr: float, steps: int, keep: int) -> Raw:
-    """GD on L = ½(1000 x² + y²), SGD on L ± 100 x y; and SGD's updates in x or in y alone.
-
-    (Appendix A.2.) χ_1 is the share of the gradient along the first axis, the top eigenvector.
-    Dom and Bulk go on from SGD's point at half of the steps, with SGD's own noise. ``decrease`` is
-    of the loss after that point, from the mean over the first quarter of the steps to the last.
-
-    Args:
-        job: the seed.
-        lr: η.
-        steps: of GD and SGD.
-        keep: so many of the first points of each path are in the raw figures, and so many more.
-    """
-    curvature = np.array([1000.0, 1.0])
-    signs = np.random.default_rng(job.seed).choice([-1.0, 1.0], size=steps)
-    half = steps // 2
-
-    def path(start: Any, first: int, noise: float, mask: Any) -> Any:
-        points = [np.array(start)]
-        for sign in signs[first:]:
-            theta = points[-1]
-            gradient = curvature * theta + noise * sign * 100.0 * theta[::-1]
-            points.append(theta - lr * mask * gradient)
-        return np.array(points)
-
-    paths = {"GD": path([1.0, 1.0], 0, 0.0, 1.0), "SGD": path([1.0, 1.0], 0, 1.0, 1.0)}
-    for name, mask in (("Dom-SGD", [1.0, 0.0]), ("Bulk-SGD", [0.0, 1.0])):
-        paths[name] = path(paths["SGD"][half], half, 1.0, np.array(mask))
-    raw: Raw = {"switch_step": half}
-    for name, points in paths.items():
-        first = steps + 1 - len(points)
-        gradients = curvature * points
-        chi = np.abs(gradients[:, 0]) / np.linalg.norm(gradients, axis=1)
-        loss = 0.5 * (curvature * points**2).sum(axis=1)
-        late = slice(len(points) // 2, None)
-        # The noise lasts for 1/(1000 η) steps: a quarter of the branch averages over it.
-        after, quarter = loss[half - first :], (steps - half) // 4
-        # All of the first steps, in which x falls, and then a few.
-        evenly = np.linspace(0, len(points) - 1, keep).astype(int)
-        thin = np.union1d(np.arange(min(keep, len(points))), evenly)
-        raw[name] = {
-            "step": (thin + first).tolist(),
-            "x": points[thin, 0].tolist(),
-            "y": points[thin, 1].tolist(),
-            "chi": chi[thin].tolist(),
-            "loss": loss[thin].tolist(),
-            "mean_chi_of_the_second_half": float(chi[late].mean()),
-            "decrease": float(after[:quarter].mean() - after[-quarter:].mean()),
-        }
-    return raw
-
-
 # --- edge of stability and SAM: Figures 9-10 ---------------------------------------------------
+
+
+_OF_A_MONITOR: Final = (
+    *("step", "loss", "chi_gradient", "chi_update", "gradient_norm"),
+    *("eigenvalues", "next_eigenvalues", "threshold", "sam_edge"),
+)
 
 
 def at_the_edge(
@@ -369,50 +261,26 @@ def at_the_edge(
 ) -> Raw:
     """Full-batch GD, or SAM, to its edge of stability; from there it, and its projections.
 
-    Args:
-        job: the seed.
-        rho: radius of SAM's perturbation; 0: GD.
-        lr: the constant rate.
-        width: of the MLP.
-        examples: of MNIST.
-        switch: step to switch at.
-        every: measure at one step in so many before the switch.
-        after: steps after the switch.
-        measure: the same after the switch.
-        refresh: of the projecting optimizers' basis; 1 is the paper's protocol.
-
     Returns:
         Columns of each phase, those of ``Monitor``, and the losses of all its steps: at the edge
         they go up and down, so that single ones say little.
     """
     data = dataset(job, "mlp", examples, 1)
-    both = (data.x_train, data.y_train)
     k = data.num_classes
-    net = network(job, "mlp", data, width)
-    hessian = so.HessianOperator(net, mse, both)
+    problem = problem_of(job, "mlp", data, width)
+    net, hessian = problem.model, problem.hessian()
     names = ("SAM", "Dom-SAM", "Bulk-SAM") if rho else ("GD", "Dom-GD", "Bulk-GD")
 
     def make(name: str, subspace: so.DominantSubspace) -> Optimizer:
         params = net.parameters()
         if name in ("before", names[0]):
-            return so.SAM(params, lr, rho) if rho else torch.optim.SGD(params, lr=lr)
+            return so.SAM(params, lr, rho) if rho else problem.sgd(lr)
         if rho:
             sam = so.DomSAM if name == names[1] else so.BulkSAM
             return sam(params, lr, rho, subspace=subspace)
         sgd = so.DomSGD if name == names[1] else so.BulkSGD
         return sgd(params, lr, subspace=subspace)
 
-    wanted = (
-        "step",
-        "loss",
-        "chi_gradient",
-        "chi_update",
-        "gradient_norm",
-        "eigenvalues",
-        "next_eigenvalues",
-        "threshold",
-        "sam_edge",
-    )
     raw: Raw = {"switch_step": switch, "losses": {}}
     at_switch: dict[str, Tensor] = {}
     for name in ("before", *names):
@@ -427,9 +295,7 @@ def at_the_edge(
         train(
             job,
             name,
-            net,
-            mse,
-            both,
+            problem,
             optimizer,
             steps=switch if warm else after,
             first=0 if warm else switch,
@@ -437,13 +303,12 @@ def at_the_edge(
             losses=losses,
         )
         monitor.detach()
-        raw[name] = {
-            column: values for column, values in monitor.history.items() if column in wanted
-        }
+        history = monitor.history.items()
+        raw[name] = {column: values for column, values in history if column in _OF_A_MONITOR}
         raw[name]["step"] = [step + (0 if warm else switch) for step in monitor.history["step"]]
         raw["losses"][name] = losses
         if warm:
-            at_switch = {key: value.clone() for key, value in net.state_dict().items()}
+            at_switch = problem.state()
     return raw
 
 
@@ -472,44 +337,26 @@ def effective_rates(
     lets in of the bulk's part of the gradient outweighs the dominant part. χ_k falls to 1e-5 along
     GD, so that each basis is new, in float64, and as exact as that needs.
 
-    Args:
-        job: the seed.
-        model: of ``network``.
-        lr: of GD.
-        adam_lr: of Adam.
-        width: of the model.
-        examples: of the data.
-        pool: factor by which images are made smaller.
-        chunk: examples at a time in Hessian products; ``None``: all.
-        steps: of each optimizer.
-        every: measure at one step in so many.
-
     Returns:
         For each optimizer the rates, loss and χ_k at the measured steps, means and deviations.
     """
     data = dataset(job, model, examples, pool)
     x = data.x_train.double() if data.x_train.is_floating_point() else data.x_train
-    both = (x, data.y_train)
-    size = chunk or len(x)
-    batches = list(zip(x.split(size), data.y_train.split(size), strict=True))
     raw: Raw = {"lr": lr}
     for name in OPTIMIZERS:
         net = network(job, model, data, width).double()
+        problem = Problem(net, mse, x, data.y_train)
         beta = 0.9 if "+m" in name else 0.0
-        params = net.parameters()
-        optimizer: Optimizer = (
-            torch.optim.SGD(params, lr=lr, momentum=beta)
-            if name.startswith("GD")
-            else torch.optim.Adam(params, lr=adam_lr, betas=(beta, 0.999))
-        )
-        hessian = so.HessianOperator(net, mse, batches)
+        optimizer = problem.sgd(lr, beta)
+        if name.startswith("Adam"):
+            optimizer = torch.optim.Adam(net.parameters(), lr=adam_lr, betas=(beta, 0.999))
         subspace = so.DominantSubspace(
-            hessian, data.num_classes, refresh=1, tol=1e-7, seed=job.seed
+            problem.hessian(chunk), data.num_classes, refresh=1, tol=1e-7, seed=job.seed
         )
         monitor = so.Monitor(optimizer, subspace, every=every)
         losses: list[float] = []
         also = (subspace, monitor)
-        train(job, name, net, mse, both, optimizer, steps=steps, also=also, losses=losses)
+        train(job, name, problem, optimizer, steps=steps, also=also, losses=losses)
         monitor.detach()
         history = monitor.history
         raw[name] = {c: history[c] for c in ("step", "loss", "dom_lr", "bulk_lr", "chi_gradient")}

@@ -12,7 +12,7 @@ from benchmarks.losses import cross_entropy
 from benchmarks.papers import checkpoint
 from benchmarks.papers.checkpoint import Checkpoint, end_when_kept
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.training import train
+from benchmarks.papers.training import Problem, train
 
 CPU = torch.device("cpu")
 
@@ -34,9 +34,8 @@ def trained(scratch, record):
             p.copy_(torch.randn(p.shape, generator=generator))
     x, y = torch.randn(12, 4, generator=generator), torch.arange(12) % 3
     sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    rows = train(
-        Job(scratch=scratch), "plain", net, cross_entropy, (x, y), sgd, steps=6, record=record
-    )
+    problem = Problem(net, cross_entropy, x, y)
+    rows = train(Job(scratch=scratch), "plain", problem, sgd, steps=6, record=record)
     return rows, [p.tolist() for p in net.parameters()]
 
 

@@ -1,48 +1,22 @@
 """The reproduction of `class_gradient_2020`: its cheapest claim, and that the rest works."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import subspace_optim as so
+from benchmarks.data import Dataset
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import drawing
-from benchmarks.papers.class_gradient_2020 import PAPER, claims, pictures, runs
+from benchmarks.papers.catalogue import PAPERS
+from benchmarks.papers.class_gradient_2020 import analysis, cost, pictures, runs
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.results import Results, measure
+from tests.benchmarks.papers.tiny import size
 
-_IMAGES = {"data": "mnist-5k", "examples": 40, "validation": 20}
-_RATES = _IMAGES | {"width": 2, "batch_size": 20, "rates": (0.1,), "epochs": 2}
-_SIZES = _IMAGES | {"batch_sizes": (20, 99), "steps": 6, "records": 3}
-_CLASSES = _IMAGES | {"batch_size": 20, "epochs": 2, "snapshots": 2, "curvatures": 2}
-TINY = {
-    "resnet9": _RATES,
-    "resnet9-orthogonal": _RATES,
-    "resnet9-damped": _RATES,
-    "resnet9-readings": _RATES,
-    "above-0.1": _RATES,
-    "batch-sizes": _SIZES,
-    "batch-sizes-orthogonal": _SIZES,
-    "batch-sizes-damped": _SIZES,
-    "class-gradients": _CLASSES | {"eigenvalues": 12, "tol": 0.1, "probes": 2},
-    "cost-cnn": {"batch_size": 10},
-    "cost-resnet9": {"width": 2, "batch_size": 10},
-}
-
-
-@pytest.fixture(scope="module")
-def raws(tmp_path_factory):
-    """All runs at a tiny size, as they come back from their files."""
-    results = Results(tmp_path_factory.mktemp("raw"))
-    found = {}
-    for each in PAPER.runs:
-        run = replace(each, small=each.size("small") | TINY[each.name])
-        results.write(measure(PAPER, run, "small", Job()))
-        found[run.name] = {0: results.read(PAPER.key, run, "small", 0).raw}
-    return found
+PAPER = PAPERS["class_gradient_2020"]
+CLASSES = size("class_gradient_2020", "class-gradients")
 
 
 def claim(name):
@@ -73,33 +47,11 @@ def test_the_method_keeps_as_many_gradients_as_the_paper_says():
 # --- at a tiny size ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_every_claim_is_a_number_of_every_run_it_is_about(raws):
-    for each in PAPER.claims:
-        for run in each.runs:
-            assert isinstance(each.measure(raws[run][0]), float), each.name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [0, 1, 2])
-def test_every_exhibit_shows_what_there_is(raws, seeds, tmp_path):
-    some = {run: dict.fromkeys(range(seeds), of_run[0]) for run, of_run in raws.items()}
-    for exhibit in PAPER.exhibits:
-        parts = {run: some[run] for run in exhibit.runs}
-        if exhibit.draw is not None:
-            exhibit.draw(parts).savefig(tmp_path / f"{exhibit.name}.png")
-        if exhibit.table is not None:
-            table = exhibit.table(parts)
-            assert {len(row) for row in table} == {len(table[0])}
-            assert all(isinstance(cell, str) for row in table for cell in row)
-
-
-@pytest.mark.slow
-def test_all_methods_start_from_the_same_network(raws):
+def test_all_methods_start_from_the_same_network(tiny):
     losses = {
         curve["loss"][0]
         for run in ("resnet9", "resnet9-orthogonal", "resnet9-damped", "resnet9-readings")
-        for of_method in raws[run][0]["curves"].values()
+        for of_method in tiny("class_gradient_2020", run)["curves"].values()
         for curve in of_method.values()
     }
     assert len(losses) == 1
@@ -115,13 +67,12 @@ def test_all_methods_start_from_the_same_network(raws):
     ],
 )
 def test_a_loss_far_above_its_start_has_diverged(losses, lost):
-    assert claims.diverged(curve(losses)) is lost
-    assert claims.diverged(curve([1.0, 0.5], diverged=True))
+    assert analysis.diverged(curve(losses)) is lost
+    assert analysis.diverged(curve([1.0, 0.5], diverged=True))
 
 
 def test_a_run_of_class_gradients_that_diverged_has_no_figures_and_breaks_nothing():
-    size = PAPER.run("class-gradients").size("small") | TINY["class-gradients"]
-    raw = runs.measure_class_gradients(Job(), **size | {"lr": 1e9})
+    raw = runs.beside_eigenvectors(Job(), **CLASSES | {"lr": 1e9})
     assert raw == {"diverged": True}
     for each in PAPER.claims:
         if "class-gradients" in each.runs:
@@ -132,20 +83,18 @@ def test_a_run_of_class_gradients_that_diverged_has_no_figures_and_breaks_nothin
                 show({"class-gradients": {0: raw}})
 
 
-@pytest.mark.slow
-def test_class_gradients_tell_how_far_the_network_was_trained(raws):
-    size = PAPER.run("class-gradients").size("small") | TINY["class-gradients"]
-    trained = runs.measure_class_gradients(Job(), **size | {"lr": 0.05, "epochs": 60})
-    raw = raws["class-gradients"][0]
+def test_class_gradients_tell_how_far_the_network_was_trained(tiny):
+    trained = runs.beside_eigenvectors(
+        Job(), **CLASSES | {"lr": 0.05, "epochs": 40, "curvatures": 9}
+    )
+    raw = tiny("class_gradient_2020", "class-gradients")
     assert raw["loss"] > 2 > trained["loss"]
     assert trained["accuracy"] > raw["accuracy"]
     assert trained["accuracy"] > trained["valid_accuracy"] > 0
 
 
-@pytest.mark.slow
 def test_class_gradients_along_a_training_survive_an_interruption(tmp_path, monkeypatch):
-    size = PAPER.run("class-gradients").size("small") | TINY["class-gradients"]
-    whole = runs.measure_class_gradients(Job(), **size)
+    whole = runs.beside_eigenvectors(Job(), **CLASSES)
     calls, step = 0, torch.optim.SGD.step
 
     def fails_once(self, closure=None):
@@ -159,8 +108,8 @@ def test_class_gradients_along_a_training_survive_an_interruption(tmp_path, monk
     monkeypatch.setattr("benchmarks.papers.checkpoint.SAVE_EVERY", -1.0)
     monkeypatch.setattr(torch.optim.SGD, "step", fails_once)
     with pytest.raises(KeyboardInterrupt):
-        runs.measure_class_gradients(job, **size)
-    assert runs.measure_class_gradients(job, **size) == whole
+        runs.beside_eigenvectors(job, **CLASSES)
+    assert runs.beside_eigenvectors(job, **CLASSES) == whole
 
 
 # --- claims decide right -------------------------------------------------------------------------
@@ -289,19 +238,20 @@ def test_pictures_show_what_diverged_up_to_a_cross():
 
 
 def test_the_small_cnn_has_the_parameters_that_the_paper_counts():
-    model = runs.small_cnn(32, 10)
+    data = Dataset("zeros", torch.zeros(2, 3, 32, 32), torch.zeros(2), None, None, 10, "")
+    model = runs.small_cnn(data)
     assert sum(p.numel() for p in model.parameters()) == 62_006
-    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert model(data.x_train).shape == (2, 10)
 
 
 def test_validation_images_are_others_than_those_for_training():
     found = runs.images(Job(), "mnist-5k", 30, 20, pool=2)
-    assert found.x.shape == (30, 1, 14, 14)
-    assert found.x_valid.shape == (20, 1, 14, 14)
-    assert len(torch.cat([found.x, found.x_valid]).flatten(1).unique(dim=0)) == 50
-    assert (found.channels, found.side, found.classes) == (1, 14, 10)
+    x, y = runs.validation_of(found)
+    assert (found.x_train.shape, x.shape) == ((30, 1, 14, 14), (20, 1, 14, 14))
+    assert (found.y_train.shape, y.shape, found.num_classes) == ((30,), (20,), 10)
+    assert len(torch.cat([found.x_train, x]).flatten(1).unique(dim=0)) == 50
     other = runs.images(Job(seed=1), "mnist-5k", 30, 20, pool=2)
-    assert not torch.equal(found.x, other.x)
+    assert not torch.equal(found.x_train, other.x_train)
 
 
 def test_methods_differ_in_what_they_are_named_after():
@@ -361,9 +311,9 @@ def test_memory_is_counted_once_for_each_storage():
     model = nn.Linear(3, 2)
     optimizer, _ = runs.optimizer_of("sgd", model, 2, 0.1)
     cross_entropy(model(torch.randn(4, 3)), torch.tensor([0, 1, 0, 1])).backward()
-    assert runs.held(model, optimizer, None) == 1.0  # gradients
+    assert cost.held(model, optimizer, None) == 1.0  # gradients
     optimizer.step()
-    assert runs.held(model, optimizer, None) == 2.0  # ... and momentum
+    assert cost.held(model, optimizer, None) == 2.0  # ... and momentum
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -372,10 +322,10 @@ def test_examples_pass_backward_once_or_once_for_each_class(norm):
     model, y = nn.Sequential(*layers), torch.tensor([0, 1, 0, 1, 1])
     subspace = so.ClassGradientSubspace(model, 2)
     x = torch.randn(5, 3)
-    passes = runs.backward_passes(model, lambda: subspace.observe(x, y))
+    passes = cost.backward_passes(model, lambda: subspace.observe(x, y))
     assert passes == (10 if norm else 5)
-    assert runs.backward_passes(model, lambda: model(x)) == 0
+    assert cost.backward_passes(model, lambda: model(x)) == 0
 
 
 def test_losses_that_are_no_numbers_count_as_infinite():
-    assert claims.losses(curve([1.0, math.nan])).tolist() == [1.0, math.inf]
+    assert analysis.losses(curve([1.0, math.nan])).tolist() == [1.0, math.inf]

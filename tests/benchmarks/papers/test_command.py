@@ -17,8 +17,8 @@ from benchmarks.files import alone
 from benchmarks.papers import __main__ as command
 from benchmarks.papers import worker
 from benchmarks.papers.catalogue import PAPERS
+from benchmarks.papers.raw_files import RawFiles, measure
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.results import Results, measure
 from tests.benchmarks.papers import made_up
 
 ROOT = Path(__file__).parents[3]
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(tmp_path, 
 def test_only_what_is_not_on_disk_is_run_all_of_a_seed_first(tmp_path):
     options = command._parser().parse_args(["song_2024", "all", "--seeds", "2"])
     paper = PAPERS["song_2024"]
-    results = Results(tmp_path)
+    results = RawFiles(tmp_path)
 
     def tasks(*names):
         wanted = {"song_2024": [paper.exhibit(name) for name in names]}
@@ -85,7 +85,7 @@ def test_only_what_is_not_on_disk_is_run_all_of_a_seed_first(tmp_path):
 def test_by_default_there_are_the_seeds_that_claims_take(tmp_path):
     options = command._parser().parse_args(["sagun_2017", "figure-9", "figure-1"])
     wanted = {"sagun_2017": [PAPERS["sagun_2017"].exhibit(name) for name in options.exhibits]}
-    tasks = [str(task) for task in command.tasks_of(options, wanted, Results(tmp_path))]
+    tasks = [str(task) for task in command.tasks_of(options, wanted, RawFiles(tmp_path))]
     growth, phases = (
         [f"sagun_2017 {run} seed {s}" for s in range(4)] for run in ("growth", "phases")
     )
@@ -107,7 +107,7 @@ def test_a_second_command_is_refused_before_it_starts(tmp_path, capsys, monkeypa
     ["", "[]", '{"paper": "song_2024"}', '{"paper": "song_2024", "run', "\udcff", "null"],
 )
 def test_a_foreign_raw_file_is_told_in_one_message_and_not_written_over(text, tmp_path, capsys):
-    path = Results(tmp_path).path("song_2024", "toy", "small", 1)
+    path = RawFiles(tmp_path).path("song_2024", "toy", "small", 1)
     path.parent.mkdir(parents=True)
     content = text.encode(errors="surrogateescape")
     path.write_bytes(content)
@@ -161,13 +161,13 @@ def test_a_figure_is_measured_drawn_judged_and_not_measured_again(tmp_path, capf
 
 @pytest.mark.slow
 def test_an_interrupt_ends_the_runs_and_what_was_measured_stays(tmp_path):
-    code = [sys.executable, "-m", "benchmarks.papers", "song_2024", "figure-4", "figure-7"]
+    code = [sys.executable, "-m", "benchmarks.papers", "sagun_2017", "figure-9", "appendix-b"]
     code += ["--results", str(tmp_path), "--seeds", "1", "--jobs", "1"]
     process = subprocess.Popen(
         code, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    # The toy comes second: the first run is on its way for minutes.
-    run = tmp_path / "small" / "song_2024" / "switching"
+    # The first run is on its way for minutes, at steps of a few milliseconds.
+    run = tmp_path / "small" / "sagun_2017" / "phases"
     log = run / "seed-0.log"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
@@ -200,7 +200,7 @@ def test_what_a_trial_changed_is_decided_by_other_seeds(
     seeds, verdict, figures, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(PAPERS, made_up.PAPER.key, made_up.PAPER)
-    results = Results(tmp_path)
+    results = RawFiles(tmp_path)
     for seed in range(seeds):
         results.write(measure(made_up.PAPER, made_up.PAPER.run("steep"), "small", Job(seed)))
     wanted = {"made_up": [made_up.PAPER.exhibit("figure-1")]}

@@ -12,9 +12,9 @@ from benchmarks.papers.drawing import (
     in_turn,
     line,
     mark,
-    over_seeds,
     shade,
 )
+from benchmarks.papers.tables import over_seeds
 
 SEEDS = {3: {"y": [3, 4]}, 1: {"y": [1, 2]}, 2: {"y": [2, 3]}}
 
@@ -98,9 +98,8 @@ def test_an_empty_panel_says_so(scale):
     assert not drawn.texts
 
 
-def test_shades_differ_and_one_alone_has_one_too():
-    assert len({shade(number, 5) for number in range(5)}) == 5
-    assert shade(0, 1) == shade(0, 5)
+def test_shades_differ():
+    assert len({shade(number / 4) for number in range(5)}) == 5
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,7 @@ def test_simple_convnet_is_keras_example():
     kinds = {type(layer) for layer in plain}
     assert nn.Dropout not in kinds
     assert nn.BatchNorm2d not in kinds
-    more = networks.simple_convnet(
-        16, 10, width=4, dense=8, dropout=True, batch_norm=True, extra_dense=True
-    )
+    more = networks.simple_convnet(16, 10, width=4, dense=8, more=True)
     # Two numbers for each of 4 + 4 + 8 + 8 channels, and a dense layer of 8.
     assert size(more) == size(plain) + 2 * 24 + 9 * 8
     assert sum(isinstance(layer, nn.Dropout) for layer in more) == 4

@@ -6,14 +6,14 @@ import shutil
 import pytest
 
 from benchmarks.papers.pages import PICTURES, RAW, publish, render
+from benchmarks.papers.raw_files import RawFiles, measure
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.results import Results, measure
 from tests.benchmarks.papers.made_up import PAPER
 
 
 @pytest.fixture
 def folder(tmp_path):
-    results = Results(tmp_path / "results")
+    results = RawFiles(tmp_path / "results")
     for run in PAPER.runs:
         for seed in range(3):
             results.write(measure(PAPER, run, "small", Job(seed)))
@@ -60,7 +60,7 @@ def test_claims_have_their_raw_files_and_hashes(folder):
     }
     assert claims[3]["figures"]["flat"]["0"] == "nan"
     assert [claim["decided_by"] for claim in claims] == [[0, 1, 2], [0, 1, 2], [1, 2], [0, 1, 2]]
-    results = Results(folder / RAW)
+    results = RawFiles(folder / RAW)
     for name, digest in claims[0]["raw"].items():
         scale, paper, run, file = name.split("/")
         seed = int(file.removeprefix("seed-").removesuffix(".json"))
@@ -69,7 +69,7 @@ def test_claims_have_their_raw_files_and_hashes(folder):
 
 
 def test_pages_follow_the_raw_files(folder):
-    results, papers = Results(folder / RAW), {"made_up": PAPER}
+    results, papers = RawFiles(folder / RAW), {"made_up": PAPER}
     before = render(results, papers)
     assert before == {name: (folder / name).read_text() for name in before}
     path = results.path("made_up", "steep", "small", 0)
@@ -85,7 +85,7 @@ def test_publishing_again_drops_what_is_no_run_any_more(folder, tmp_path):
     shutil.copyfile(folder / RAW / "small" / "made_up" / "flat" / "seed-0.json", stale)
     undrawn = folder / PICTURES / "made_up-figure-0.png"
     undrawn.touch()
-    publish(Results(tmp_path / "nothing"), {"made_up": PAPER}, folder)
+    publish(RawFiles(tmp_path / "nothing"), {"made_up": PAPER}, folder)
     assert not stale.exists()
     assert not undrawn.exists()
     assert (folder / PICTURES / "made_up-figure-1.png").exists()
@@ -93,7 +93,7 @@ def test_publishing_again_drops_what_is_no_run_any_more(folder, tmp_path):
 
 
 def test_a_paper_at_its_own_size_is_told_apart(folder):
-    results, papers = Results(folder / RAW), {"made_up": PAPER}
+    results, papers = RawFiles(folder / RAW), {"made_up": PAPER}
     results.write(measure(PAPER, PAPER.run("steep"), "paper", Job(0)))
     publish(results, papers, folder)
     page = (folder / "made_up.md").read_text()

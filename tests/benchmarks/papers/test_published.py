@@ -1,14 +1,19 @@
 """The pages of the docs are those that their raw files give."""
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
 from benchmarks.papers.catalogue import PAPERS
-from benchmarks.papers.pages import PICTURES, RAW, render
-from benchmarks.papers.results import Results
+from benchmarks.papers.pages import PICTURES, RAW, picture, render
+from benchmarks.papers.raw_files import RawFiles
 
 DOCS = Path(__file__).parents[3] / "docs" / "papers"
-PUBLISHED = Results(DOCS / RAW)
+PUBLISHED = RawFiles(DOCS / RAW)
 
 
 def test_the_docs_are_what_their_raw_files_give():
@@ -60,3 +65,18 @@ def test_there_are_enough_claims_and_seeds():
     for claim in small:
         assert all(len(seeds) >= 3 for seeds in claim["figures"].values()), claim["claim"]
         assert claim["decided_by"], claim["claim"]
+
+
+DRAWN = [(key, e.name) for key, paper in PAPERS.items() for e in paper.exhibits if e.draw]
+
+
+@pytest.mark.parametrize(("key", "name"), DRAWN[::5])
+def test_a_picture_of_the_docs_shows_its_raw_files(key, name):
+    """All but a few pixels are near those on disk, whose colours are reduced to 256."""
+    exhibit = PAPERS[key].exhibit(name)
+    drawn, path = io.BytesIO(), DOCS / picture(PAPERS[key], exhibit, "small")
+    exhibit.draw(PUBLISHED.raws(PAPERS[key], exhibit.runs, "small")).savefig(drawn, format="png")
+    with Image.open(drawn) as ours, Image.open(path) as published:
+        assert ours.size == published.size
+        first, second = (np.asarray(each.convert("RGB"), dtype=int) for each in (ours, published))
+    assert (np.abs(first - second).max(axis=2) > 64).mean() < 2e-4

@@ -1,19 +1,19 @@
 """`song_2024`: its cheapest claims at their real size, every run and picture at a tiny one."""
 
-import json
 import math
 import pathlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.data import Dataset
 from benchmarks.papers import checkpoint, problems
+from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.song_2024 import PAPER, claims, runs
+from benchmarks.papers.song_2024 import analysis, runs
+from tests.benchmarks.papers.tiny import clouds, size
 
+PAPER = PAPERS["song_2024"]
 CLAIMS = {claim.name: claim for claim in PAPER.claims}
 
 # --- the claims that cost nothing, as they are published ---------------------------------------
@@ -53,64 +53,23 @@ def test_sgd_on_the_toy_quadratic_has_its_stationary_noise():
     assert len(set(bulk["x"])) == 1
 
 
-# --- every run and picture, tiny ---------------------------------------------------------------
+# --- at a tiny size ----------------------------------------------------------------------------
 
 
-def made_up(name, _job, examples, test=None):
-    """Three classes that lie apart, in the shape of the data set of that name."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(examples) % 3
-    if name == "sst2-1k":
-        x = torch.randint(2, 9, (examples, 5), generator=generator)
-        return Dataset(name, x, y % 2, None, None, 2, "words", vocabulary=9)
-    shape = (36,) if name == "mnist-5k" else (3, 32, 32)
-    x = torch.randn(examples, *shape, generator=generator) + y.view(-1, *[1] * len(shape))
-    return Dataset(name, x, y, None, None, 3, "clouds")
+@pytest.fixture
+def run_of_clouds(monkeypatch):
+    """A function that measures a run at its tiny size on made-up data."""
+    monkeypatch.setattr(problems, "real", clouds)
 
+    def measure(name, job, **other):
+        return PAPER.run(name).measure(job, **size("song_2024", name) | other)
 
-TINY = {
-    "examples": 24,
-    "last_switch": 4,
-    "steps": 4,
-    "look": 2,
-    "measure": 2,
-    "spectrum": 2,
-    "sgd_first": 10,
-    "gd_first": 10,
-    "after": 10,
-    "every": 2,
-    "switch": 8,
-    "pool": 1,
-    "chunk": 12,
-    "width": 4,
-}
-
-
-def tiny(run):
-    """The run with as little of everything as works."""
-    less = {} if run.name == "toy" else {n: v for n, v in TINY.items() if n in run.small}
-    return replace(run, small=dict(run.small) | less)
-
-
-@pytest.fixture(scope="module")
-def raws():
-    """One seed of every run; those that differ in the model alone are all that of the MLP."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(problems, "real", made_up)
-    made = {}
-    for run in map(tiny, PAPER.runs):
-        size = run.small | {"model": "mlp"} if "model" in run.small else run.small
-        key = (run.measure, str(sorted((n, v) for n, v in size.items() if n != "tol")))
-        if key not in made:
-            made[key] = run.measure(Job(0), **size)
-        made[run.name] = made[key]
-    patch.undo()
-    return {run.name: {0: json.loads(json.dumps(made[run.name]))} for run in PAPER.runs}
+    return measure
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "transformer", "vgg11", "resnet8"])
 def test_the_models_take_their_data(monkeypatch, model):
-    monkeypatch.setattr(problems, "real", made_up)
+    monkeypatch.setattr(problems, "real", clouds)
     data = runs.dataset(Job(), model, 6, 1)
     net = runs.network(Job(), model, data, 2)
     assert net(data.x_train).shape == (6, data.num_classes)
@@ -118,71 +77,41 @@ def test_the_models_take_their_data(monkeypatch, model):
         assert runs.dataset(Job(), model, 6, 2).x_train.shape == (6, 3, 16, 16)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore::subspace_optim.NoGapWarning"
-)  # tiny nets have none, now and then
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
 @pytest.mark.filterwarnings("ignore::subspace_optim.ConvergenceWarning")
-class TestTiny:
-    def test_every_exhibit_shows_it(self, raws):
-        for exhibit in PAPER.exhibits:
-            if exhibit.draw is not None:
-                figure = exhibit.draw(raws)
-                assert all(axes.has_data() for axes in figure.axes), exhibit.name
-                figure.draw_without_rendering()  # warns of a key that leaves a panel no room
-            if exhibit.table is not None:
-                head, *rows = exhibit.table(raws)
-                runs_shown = [f"`{run}`" for run in exhibit.runs]
-                methods = list(runs.OPTIMIZERS)
-                assert [row[0] for row in rows] in (runs_shown, methods)
-                assert all(len(row) == len(head) for row in rows)
+def test_what_holds_exactly_holds_at_any_size(tiny):
+    edge, near, sgd, rates, switching = (
+        tiny("song_2024", name)
+        for name in ("edge", "gd-mlp", "sgd-mlp-mse", "rates-mlp", "switching")
+    )
+    assert CLAIMS["rates-of-gd"].holds(CLAIMS["rates-of-gd"].measure(rates))
+    assert edge["before"]["threshold"][0] == pytest.approx(2 / 0.1)
+    # The branches begin where the part before ended.
+    assert edge["losses"]["GD"][0] == edge["losses"]["Dom-GD"][0] == edge["losses"]["Bulk-GD"][0]
+    lengths = {name: len(losses) for name, losses in edge["losses"].items()}
+    assert lengths == {"before": 8, "GD": 3, "Dom-GD": 3, "Bulk-GD": 3}
+    assert edge["GD"]["step"][0] == edge["switch_step"] == 8
+    assert near["GD to SGD"][0] == near["GD"][0] == 0
+    assert near["GD to SGD"][-1] <= near["GD"][-1] + near["SGD"][-1]
+    assert len(near["eigenvalues"][0]) == len(near["next_eigenvalues"][0]) == 3
+    assert sgd["phases"]["warmup"]["step"] == [0, 2]
+    assert sgd["phases"]["BulkSGD"]["step"] == [4, 6]
+    for name, losses in sgd["losses"].items():  # one at each step, and at the end
+        assert len(losses) == 4 + 1
+        assert losses[:4:2] == pytest.approx(sgd["phases"][name]["loss"], rel=1e-5)
+        assert losses[0] == sgd["losses"]["SGD"][0]
+    assert "BulkSGD" not in tiny("song_2024", "sgd-mlp-ce")["phases"]
+    assert switching["SGD to GD"]["step"] == [*range(11), *range(10, 14)]
 
-    def test_an_exhibit_shows_what_there_is(self, raws):
-        some = {name: seeds for name, seeds in raws.items() if "mlp" in name}
-        for exhibit in PAPER.exhibits:
-            for show in (exhibit.draw, exhibit.table):
-                if show is not None:
-                    show({run: some.get(run, {}) for run in exhibit.runs})
 
-    def test_every_claim_has_its_figure(self, raws):
-        for claim in PAPER.claims:
-            for run in claim.runs:
-                assert isinstance(claim.measure(raws[run][0]), float), claim.name
-
-    def test_what_holds_exactly_holds_at_any_size(self, raws):
-        assert CLAIMS["rates-of-gd"].holds(claims.plain_rate(raws["rates-mlp"][0]))
-        edge = raws["edge"][0]
-        assert edge["before"]["threshold"][0] == pytest.approx(2 / 0.1)
-        # The branches begin where the part before ended, and Dom and Bulk add up to the gradient.
-        starts = {name: losses[0] for name, losses in edge["losses"].items()}
-        assert starts["GD"] == starts["Dom-GD"] == starts["Bulk-GD"]
-        lengths = {name: len(losses) for name, losses in edge["losses"].items()}
-        assert lengths == {"before": 8, "GD": 10, "Dom-GD": 10, "Bulk-GD": 10}
-        assert edge["GD"]["step"][0] == edge["switch_step"] == 8
-        near = raws["gd-mlp"][0]
-        assert near["GD to SGD"][0] == near["GD"][0] == 0
-        assert near["GD to SGD"][-1] <= near["GD"][-1] + near["SGD"][-1]
-        assert len(near["eigenvalues"][0]) == len(near["next_eigenvalues"][0]) == 3
-        sgd = raws["sgd-mlp-mse"][0]
-        assert sgd["phases"]["warmup"]["step"] == [0, 2]
-        assert sgd["phases"]["BulkSGD"]["step"] == [4, 6]
-        for name, losses in sgd["losses"].items():  # one at each step, and at the end
-            assert len(losses) == 4 + 1
-            assert losses[:4:2] == pytest.approx(sgd["phases"][name]["loss"])
-            assert losses[0] == sgd["losses"]["SGD"][0]
-        assert "BulkSGD" not in raws["sgd-mlp-ce"][0]["phases"]
-        switched = raws["switching"][0]["SGD to GD"]
-        assert switched["step"] == [*range(11), *range(10, 21)]
-
-    def test_other_seeds_and_sizes_give_other_figures(self, monkeypatch):
-        monkeypatch.setattr(problems, "real", made_up)
-        run = tiny(PAPER.run("sgd-mlp-mse"))
-        raws = [
-            run.measure(Job(seed), **run.small | {"width": width})
-            for seed in (0, 1)
-            for width in (4, 5)
-        ]
-        assert len({raw["losses"]["SGD"][0] for raw in raws}) == 4
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
+def test_other_seeds_and_sizes_give_other_figures(run_of_clouds):
+    raws = [
+        run_of_clouds("sgd-mlp-mse", Job(seed), width=width, last_switch=1, steps=1)
+        for seed in (0, 1)
+        for width in (4, 5)
+    ]
+    assert len({raw["losses"]["SGD"][0] for raw in raws}) == 4
 
 
 class KilledError(Exception):
@@ -190,12 +119,10 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("end", [KilledError, KeyboardInterrupt])
-def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch, end):
-    monkeypatch.setattr(problems, "real", made_up)
+def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch, run_of_clouds, end):
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(checkpoint, "_SHARE", math.inf)
-    run = tiny(PAPER.run("sgd-mlp-mse"))
-    whole = run.measure(Job(0), **run.small)
+    whole = run_of_clouds("sgd-mlp-ce", Job(0))
     saved = []
 
     def save_and_die(state, path):
@@ -209,10 +136,10 @@ def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch, 
     monkeypatch.setattr(checkpoint.torch, "save", save_and_die)
     job = Job(0, scratch=tmp_path)
     with pytest.raises(end):
-        run.measure(job, **run.small)
-    assert run.measure(job, **run.small) == whole
-    # 4 steps before the switch and 4 in each of three branches, none of them twice.
-    assert len(saved) == 4 + 3 * 4 + 4  # and the end of each phase
+        run_of_clouds("sgd-mlp-ce", job)
+    assert run_of_clouds("sgd-mlp-ce", job) == whole
+    # 4 steps before the switch and 4 in each of two branches, none of them twice.
+    assert len(saved) == 4 + 2 * 4 + 3  # and the end of each phase
 
 
 # --- how claims decide -------------------------------------------------------------------------
@@ -237,11 +164,11 @@ def critical(dom=0.98, bulk=0.52, chi=0.9, sgd=0.5):
 
 def test_the_critical_experiment_is_decided_by_the_decrease_of_the_loss():
     raw = critical()
-    assert claims.rank_gap(raw) == pytest.approx(3.0 / 0.75)
-    assert claims.alignment_of_sgd(raw) == pytest.approx(0.94)
-    assert claims.achieved("DomSGD")(raw) == pytest.approx(0.04)
-    assert claims.achieved("BulkSGD")(raw) == pytest.approx(0.96)
-    assert claims.moved("DomSGD")(raw) == 0.25
+    assert analysis.rank_gap(raw) == pytest.approx(3.0 / 0.75)
+    assert analysis.alignment_of_sgd(raw) == pytest.approx(0.94)
+    assert CLAIMS["dom-fails"].measure(raw) == pytest.approx(0.04)
+    assert CLAIMS["bulk-works"].measure(raw) == pytest.approx(0.96)
+    assert CLAIMS["dom-stays-near"].measure(raw) == 0.25
     assert CLAIMS["dom-fails"].holds(CLAIMS["dom-fails"].measure(raw))
     assert not CLAIMS["dom-fails"].holds(CLAIMS["dom-fails"].measure(critical(dom=0.9)))
     assert not CLAIMS["bulk-works"].holds(CLAIMS["bulk-works"].measure(critical(bulk=0.6)))
@@ -249,16 +176,16 @@ def test_the_critical_experiment_is_decided_by_the_decrease_of_the_loss():
 
 def test_without_the_premise_or_training_no_projection_fails_or_works():
     for raw in (critical(chi=0.5), critical(sgd=0.9999)):
-        assert math.isnan(claims.achieved("DomSGD")(raw))
-        assert math.isnan(claims.achieved("BulkSGD")(raw))
-    assert math.isnan(claims.moved("DomSGD")(critical(chi=0.5)))
+        assert math.isnan(CLAIMS["dom-fails"].measure(raw))
+        assert math.isnan(CLAIMS["bulk-works"].measure(raw))
+    assert math.isnan(CLAIMS["dom-stays-near"].measure(critical(chi=0.5)))
 
 
 def test_a_branch_that_diverges_achieves_nothing():
     raw = critical(bulk=math.nan)  # as a raw file gives back what is not finite
-    assert claims.achieved("BulkSGD")(raw) == -math.inf
+    assert CLAIMS["bulk-works"].measure(raw) == -math.inf
     assert not CLAIMS["bulk-works"].holds(-math.inf)
-    assert math.isnan(claims.achieved("BulkSGD")(critical(sgd=math.nan)))
+    assert math.isnan(CLAIMS["bulk-works"].measure(critical(sgd=math.nan)))
 
 
 def test_switches_are_judged_by_what_comes_after_them():
@@ -271,7 +198,7 @@ def test_switches_are_judged_by_what_comes_after_them():
     raw = {"SGD to GD": part, "GD to SGD": part}
     assert CLAIMS["noise-off"].measure(raw) == pytest.approx(0.15)
     assert CLAIMS["noise-on"].measure(raw) == pytest.approx(0.15)
-    assert claims.jump_of_sharpness(raw) == pytest.approx(0.05)
+    assert analysis.jump_of_sharpness(raw) == pytest.approx(0.05)
 
 
 def test_edges_are_judged_by_late_rows():
@@ -283,8 +210,8 @@ def test_edges_are_judged_by_late_rows():
         "gradient_norm": [0.4, 0.3, 0.2, 0.1],
     }
     raw = {"before": before}
-    assert claims.sharpness_at_edge("threshold")(raw) == pytest.approx(0.95)
-    assert claims.edge_with_gradient(raw) == pytest.approx(1.0)
+    assert CLAIMS["edge-of-stability"].measure(raw) == pytest.approx(0.95)
+    assert analysis.edge_with_gradient(raw) == pytest.approx(1.0)
 
 
 def test_at_the_edge_a_branch_that_stands_still_achieves_nothing():
@@ -292,10 +219,10 @@ def test_at_the_edge_a_branch_that_stands_still_achieves_nothing():
     part = {"GD": [v - 0.1 * i for i, v in enumerate(up_and_down)], "Dom-GD": [0.8] * 10}
     part["Bulk-GD"] = [0.8 - 0.08 * i for i in range(10)]
     raw = {"losses": part}
-    assert claims.achieved_at_edge("Dom-GD", "GD")(raw) == pytest.approx(0.0)
-    assert claims.achieved_at_edge("Bulk-GD", "GD")(raw) == pytest.approx(0.8)
+    assert CLAIMS["edge-dom-fails"].measure(raw) == pytest.approx(0.0)
+    assert CLAIMS["edge-bulk-works"].measure(raw) == pytest.approx(0.8)
     still = {"losses": {name: [1.0] * 10 for name in part}}
-    assert math.isnan(claims.achieved_at_edge("Dom-GD", "GD")(still))
+    assert math.isnan(CLAIMS["edge-dom-fails"].measure(still))
 
 
 def rates(means, losses):
@@ -307,17 +234,17 @@ def rates(means, losses):
 
 def test_rates_are_judged_by_their_order():
     raw = rates((0.01, 0.08, 0.4, 2.0), (0.4, 0.3, 0.2, 0.1))
-    assert claims.order_of_bulk_lr(raw) == pytest.approx(5.0)
-    assert claims.plain_rate(raw) == pytest.approx(0.0)
-    assert claims.momentum_amplifies(raw) == pytest.approx(5.0)
-    assert claims.adam_amplifies(raw) == pytest.approx(25.0)
-    assert claims.bulk_over_dom(raw) == pytest.approx(8.0)
-    assert claims.rate_and_speed(raw) == 1.0
+    assert analysis.order_of_bulk_lr(raw) == pytest.approx(5.0)
+    assert analysis.plain_rate(raw) == pytest.approx(0.0)
+    assert analysis.momentum_amplifies(raw) == pytest.approx(5.0)
+    assert analysis.adam_amplifies(raw) == pytest.approx(25.0)
+    assert analysis.bulk_over_dom(raw) == pytest.approx(8.0)
+    assert analysis.rate_and_speed(raw) == 1.0
     swapped = rates((0.01, 0.08, 0.07, 2.0), (0.4, 0.3, 0.2, 0.1))
-    assert claims.order_of_bulk_lr(swapped) < 1
-    assert CLAIMS["rate-and-speed"].holds(claims.rate_and_speed(swapped))  # 4/5
+    assert analysis.order_of_bulk_lr(swapped) < 1
+    assert CLAIMS["rate-and-speed"].holds(analysis.rate_and_speed(swapped))  # 4/5
     assert not CLAIMS["rate-and-speed"].holds(
-        claims.rate_and_speed(rates((0.01, 0.08, 0.4, 2.0), (0.1, 0.3, 0.2, 0.4)))
+        analysis.rate_and_speed(rates((0.01, 0.08, 0.4, 2.0), (0.1, 0.3, 0.2, 0.4)))
     )
 
 

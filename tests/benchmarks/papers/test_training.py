@@ -10,7 +10,7 @@ import subspace_optim as so
 from benchmarks.experiment import minibatch
 from benchmarks.losses import cross_entropy
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.training import train
+from benchmarks.papers.training import Problem, train
 
 
 def data(examples=12):
@@ -22,6 +22,10 @@ def network(dropout=0.0):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 3))
+
+
+def problem(net, loss_fn=cross_entropy):
+    return Problem(net, loss_fn, *data())
 
 
 def theta(net):
@@ -46,7 +50,7 @@ def by_hand(steps, batch_size, first=0, seed=3):
 def test_steps_are_those_of_the_optimizer_on_the_seeds_minibatches(batch_size, first):
     net = network()
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    train(Job(3), "a", net, cross_entropy, data(), sgd, steps=7, batch_size=batch_size, first=first)
+    train(Job(3), "a", problem(net), sgd, steps=7, batch_size=batch_size, first=first)
     torch.testing.assert_close(theta(net), by_hand(7, batch_size, first))
 
 
@@ -59,9 +63,7 @@ def test_rows_are_taken_before_the_step_and_at_the_end():
         return {"norm": float(seen[-1].norm())} if step != 4 else None
 
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    rows = train(
-        Job(3), "a", net, cross_entropy, data(), sgd, steps=5, record=record, every=2, first=2
-    )
+    rows = train(Job(3), "a", problem(net), sgd, steps=5, record=record, every=2, first=2)
     assert [row["step"] for row in rows] == [2, 6, 7]
     torch.testing.assert_close(seen[-1], by_hand(5, None, 2))
     assert rows[0]["norm"] == pytest.approx(float(theta(network()).norm()))
@@ -69,9 +71,7 @@ def test_rows_are_taken_before_the_step_and_at_the_end():
     def chosen(step):
         return step in (3, 4)
 
-    rows = train(
-        Job(3), "a", net, cross_entropy, data(), sgd, steps=5, record=lambda _: {}, every=chosen
-    )
+    rows = train(Job(3), "a", problem(net), sgd, steps=5, record=lambda _: {}, every=chosen)
     assert [row["step"] for row in rows] == [3, 4, 5]
 
 
@@ -79,7 +79,7 @@ def test_several_optimizers_step_after_one_backward_pass():
     net, passes = network(), []
     first, second = [torch.optim.SGD(net[i].parameters(), lr=0.1) for i in (0, 3)]
     net.register_forward_hook(lambda *_: passes.append(1))
-    train(Job(3), "a", net, cross_entropy, data(), [first, second], steps=3)
+    train(Job(3), "a", problem(net), [first, second], steps=3)
     assert len(passes) == 3
     torch.testing.assert_close(theta(net), by_hand(3, None))
 
@@ -91,7 +91,7 @@ def test_each_minibatch_is_shown_before_the_step():
         shown.append((theta(net), x, y))
 
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    train(Job(3), "a", net, cross_entropy, data(), sgd, steps=2, batch_size=5, before=before)
+    train(Job(3), "a", problem(net), sgd, steps=2, batch_size=5, before=before)
     for step, (at, x, y) in enumerate(shown):
         torch.testing.assert_close(at, by_hand(step, 5))
         batch = minibatch(12, 5, step, 3)
@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_ends_the_training():
         return 1e6 * cross_entropy(output, target)
 
     sgd = torch.optim.SGD(net.parameters(), lr=1e38)
-    rows = train(Job(3), "a", net, steep, data(), sgd, steps=50, record=lambda _: {}, every=100)
+    rows = train(Job(3), "a", problem(net, steep), sgd, steps=50, record=lambda _: {}, every=100)
     assert rows[0] == {"step": 0}
     assert rows[-1]["diverged"] is True
     assert len(rows) == 2
@@ -137,9 +137,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path, monkeypatc
         rows = train(
             Job(3, scratch=scratch),
             "bulk",
-            net,
-            cross_entropy,
-            (x, y),
+            Problem(net, cross_entropy, x, y),
             bulk,
             steps=8,
             batch_size=5,

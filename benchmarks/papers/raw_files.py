@@ -63,7 +63,7 @@ class Record:
             raise ValueError("it does not tell its seconds")  # noqa: TRY004
 
 
-class Results:
+class RawFiles:
     """The raw files of a folder, ``<scale>/<paper>/<run>/seed-<n>.json``.
 
     Args:

@@ -1,14 +1,19 @@
-"""What `sagun_2017` states, and the inequalities that decide it."""
+"""What the raw figures of `sagun_2017` say: numbers for claims and tables, curves for pictures."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import combinations
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from benchmarks.papers.reproduction import Claim, Raw
+from benchmarks.papers.reductions import Curve
+from benchmarks.papers.reproduction import Raw
+
+_RATIO: Final = 0.2
+"""The left edge is shown up to this share of all eigenvalues."""
 
 
 class Printed(NamedTuple):
@@ -58,6 +63,16 @@ def printed(raw: Raw, row: dict[str, Any]) -> Printed | None:
     return TABLE.get(key)
 
 
+def near(raw: Raw) -> list[dict[str, Any]]:
+    """Returns the rows of covariance 1."""
+    return [row for row in raw["rows"] if row["covariance"] == 1]
+
+
+def after_clusters(raw: Raw, number: int) -> float:
+    """Where a line after as many eigenvalues as clusters is, in one of the rows."""
+    return float(raw["rows"][number]["clusters"] + 0.5)
+
+
 # --- appendix A ----------------------------------------------------------------------------------
 
 
@@ -94,7 +109,7 @@ def counts_agreeing(raw: Raw) -> float:
 
 def exact_matches(raw: Raw) -> float:
     """Share of the rows of covariance 1 whose elbow is at the number of clusters."""
-    hits = [row["elbow"] == row["clusters"] for row in raw["rows"] if row["covariance"] == 1]
+    hits = [row["elbow"] == row["clusters"] for row in near(raw)]
     return sum(hits) / len(hits) if hits else math.nan
 
 
@@ -157,10 +172,50 @@ def near_zero(raw: Raw) -> float:
     return float(min(raw["whole"][when]["near_zero"] for when in ("start", "end")))
 
 
+def whole(raw: Raw, when: str) -> Iterator[Curve]:
+    """The whole spectrum in order, at the start or at the end, of the largest that has one."""
+    if raw["whole"]:
+        yield Curve(raw["whole"][when]["index"], raw["whole"][when]["eigenvalues"])
+
+
 def large_over_small(raw: Raw) -> float:
     """Geometric mean of the ten largest eigenvalues: of large batches over of small ones."""
     large, small = (np.array(network["right"][:10]) for network in raw["networks"])
     return float(np.exp(np.log(large / small).mean()))
+
+
+def right_edges(raw: Raw) -> Iterator[Curve]:
+    """The largest eigenvalues of each network."""
+    for network, label, place in _in_order(raw):
+        yield Curve(range(1, len(network["right"]) + 1), network["right"], label, place)
+
+
+def left_edges(raw: Raw, unit: str) -> Iterator[Curve]:
+    """The left edge of each network, by number or by ratio; a dot where one eigenvalue is known."""
+    for network, label, place in _in_order(raw):
+        if network["ratios"]:
+            curve = np.array(network["ratios"])
+            shares = np.linspace(0, 0.5, len(curve))
+            inside = shares <= _RATIO
+            x = shares[inside] * (network["size"] if unit == "number" else 1)
+            yield Curve(x, curve[inside], label, place)
+        elif unit == "number":
+            look = {"marker": "o", "ls": ""}
+            yield Curve(0, network["left"][0], label, place, look)
+
+
+def _in_order(raw: Raw) -> Iterator[tuple[dict[str, Any], str, float]]:
+    """Each network with its size as a label, and its place among them."""
+    for number, network in enumerate(raw["networks"]):
+        label = f"P = {network['size']:,}"
+        yield network, label, number / max(len(raw["networks"]) - 1, 1)
+
+
+def edge_of_batch(raw: Raw, side: str, number: int) -> Iterator[Curve]:
+    """An edge after large batches (0), or after small ones (1)."""
+    network = raw["networks"][number]
+    label = f"batches of {network['batch_size']}"
+    yield Curve(range(1, len(network[side]) + 1), network[side], label)
 
 
 # --- section 4 -----------------------------------------------------------------------------------
@@ -198,12 +253,24 @@ def barrier(raw: Raw) -> float:
     return float(np.max(losses / np.linspace(losses[0], losses[-1], len(losses))))
 
 
+def course(raw: Raw, name: str) -> Iterator[Curve]:
+    """A column of the training up to where it ended, or diverged."""
+    before, after = halves(raw)
+    rows = before + after
+    yield Curve([row["step"] for row in rows], [row[name] for row in rows])
+
+
 # --- section 2 and appendix B --------------------------------------------------------------------
 
 
 def residual_share(row: dict[str, Any]) -> float:
     """The spectral norm of the second part of the Hessian, over that of the first."""
     return float(max(map(abs, row["residual"])) / row["gauss_newton"][0])
+
+
+def residual_norms(raw: Raw) -> list[float]:
+    """The spectral norms of the second part along the training."""
+    return [max(map(abs, row["residual"])) for row in raw["rows"]]
 
 
 def residual_at_end(raw: Raw) -> float:
@@ -226,229 +293,6 @@ def zeros_beyond_theory(raw: Raw) -> float:
     return float(min(row["zeros"] - row["bound"] for row in raw["rows"]))
 
 
-def law_missed(raw: Raw) -> float:
-    """The largest distance of a spectrum from its law."""
-    return float(max(row["distance"] for row in raw["rows"]))
-
-
 def spike_missed(raw: Raw) -> float:
     """The largest relative error of the largest eigenvalue that is expected."""
     return float(max(abs(np.mean(row["largest"]) / row["expected"] - 1) for row in raw["rows"]))
-
-
-CLAIMS: Final = (
-    Claim(
-        name="one-outlier-a-cluster",
-        says="With ReLU the elbow of the scree plot is within one of the number of clusters, in as "
-        "many rows as in Table 1 (5 of 5 with gradient descent, 8 of 10 with SGD).",
-        source="appendix A, Table 1, column heur",
-        quantity="rows within one of the clusters, less the paper's such rows",
-        runs=("gd-relu", "sgd-relu"),
-        measure=rows_matched,
-        at_least=0,
-    ),
-    Claim(
-        name="exactly-one-a-class",
-        says="After SGD with ReLU on clusters of covariance 1, exactly as many eigenvalues as "
-        "classes are above the gap, for 2, 5, 10, 20 and 50.",
-        source="section 3.1, Figure 3 (its own Table 1 has 2, 7, 15, 21 and 49)",
-        quantity="share of the rows whose elbow is at the number of clusters",
-        runs=("sgd-relu",),
-        measure=exact_matches,
-        at_least=1,
-    ),
-    Claim(
-        name="table-agrees",
-        says="The counts of Table 1 come out again: by the largest gap, the largest ratio, and "
-        "the elbow.",
-        source="appendix A, Table 1",
-        quantity="share of our counts within one of those printed",
-        runs=("gd-tanh", "gd-relu", "sgd-relu"),
-        measure=counts_agreeing,
-        at_least=0.8,
-    ),
-    Claim(
-        name="no-gap-with-tanh",
-        says="With tanh and gradient descent neither the largest gap nor the largest ratio finds "
-        "more than two clusters.",
-        source="appendix A, Table 1, rows GD tanh",
-        quantity="share of the rows of more than two clusters where one of them is within one",
-        runs=("gd-tanh",),
-        measure=matches_beyond_two,
-        at_most=0,
-    ),
-    Claim(
-        name="deviation-is-mean",
-        says="The eigenvalues' standard deviation is their mean, as Table 1 prints it.",
-        source="appendix A, Table 1, column mean&std",
-        quantity="largest standard deviation over mean",
-        runs=("gd-tanh", "gd-relu", "sgd-relu"),
-        measure=spread_over_mean,
-        at_most=1.01,
-        identity=True,
-    ),
-    Claim(
-        name="data-moves-outliers",
-        says="Data that are less separable, at a fixed network, move the outliers of the spectrum "
-        "and leave its bulk.",
-        source="abstract and section 3.1",
-        quantity="|Δ log bulk| / |Δ log outliers| from covariance 1 to 10, median over clusters",
-        runs=("sgd-relu",),
-        measure=bulk_over_outliers,
-        at_most=0.5,
-    ),
-    Claim(
-        name="few-eigenvalues-matter",
-        says="Almost all eigenvalues are near zero, at a random point and after training.",
-        source="section 1.2, Figure 1",
-        quantity="share of eigenvalues within a hundredth of the largest from zero, at both points",
-        runs=("growth",),
-        measure=near_zero,
-        at_least=0.95,
-    ),
-    Claim(
-        name="negative-but-tiny",
-        says="There are negative eigenvalues after training, orders of magnitude smaller than the "
-        "largest.",
-        source="sections 3.2 and 3.3, Figures 4 to 8",
-        quantity="largest -λ_min / λ_max of the networks",
-        runs=("growth", "batches"),
-        measure=most_negative,
-        at_least=1e-6,
-        at_most=0.01,
-    ),
-    Claim(
-        name="right-edge-keeps-shape",
-        says="The shape of the right edge of the spectrum stays as the network grows.",
-        source="section 3.2, Figure 4",
-        quantity="largest mean distance of λ_i / λ_1, i to 20, from the widest network's",
-        runs=("growth",),
-        measure=right_edges_apart,
-        at_most=0.1,
-    ),
-    Claim(
-        name="outliers-belong-to-data",
-        says="The number of large eigenvalues depends on neither the size of the network nor that "
-        "of the batches.",
-        source="sections 3.2 and 3.3, Figures 4 and 8",
-        quantity="largest less smallest number of large eigenvalues of the networks",
-        runs=("growth", "batches"),
-        measure=outliers_apart,
-        at_most=1,
-    ),
-    Claim(
-        name="left-edge-scales",
-        says="By ratio of all eigenvalues the left edges of networks of all sizes have one shape.",
-        source="section 3.2, Figure 6",
-        quantity="largest distance of two left edges, each of norm 1",
-        runs=("growth",),
-        measure=left_edges_apart,
-        at_most=0.2,
-    ),
-    Claim(
-        name="large-batch-is-sharper",
-        says="Large batches end where the large eigenvalues are larger than where small batches "
-        "of the same rate end, after as many steps.",
-        source="section 3.3, Figure 8",
-        quantity="ten largest eigenvalues, large over small batches, geometric mean",
-        runs=("batches",),
-        measure=large_over_small,
-        at_least=1.1,
-    ),
-    Claim(
-        name="switch-jumps",
-        says="The training loss jumps where small batches take over from large ones.",
-        source="section 4.1, Figure 9",
-        quantity="highest loss in ten rows after the switch, over the loss there",
-        runs=("phases",),
-        measure=jump,
-        at_least=1.25,
-    ),
-    Claim(
-        name="small-batch-generalises",
-        says="The small batches end at a slightly better test accuracy (about 1 % in the paper).",
-        source="section 4.1, Figures 9 and 10",
-        quantity="test accuracy of the last ten rows, small less large batches",
-        runs=("phases",),
-        measure=accuracy_gained,
-        at_least=0,
-    ),
-    Claim(
-        name="one-basin",
-        says="There is no barrier on the straight line between the ends of both parts.",
-        source="section 4.1, Figure 10",
-        quantity="highest loss on the line, over one that changes evenly from end to end",
-        runs=("phases",),
-        measure=barrier,
-        at_most=1.05,
-        changed="It was the highest loss over that of the higher end, which was 1 at all seeds: "
-        "one end is at two to four times the loss of the other, and what rises on the way to it "
-        "was no barrier.",
-        seen=(0, 1, 2),
-    ),
-    Claim(
-        name="second-part-is-small",
-        says="At the end of training the Hessian is its Gauss-Newton part: the other can be "
-        "ignored.",
-        source="sections 1.2 and 2.1, eq. 3",
-        quantity="spectral norm of the second part over that of the first",
-        runs=("parts-mnist", "parts-clusters"),
-        measure=residual_at_end,
-        at_most=0.1,
-    ),
-    Claim(
-        name="second-part-shrinks",
-        says="Beside the Gauss-Newton part, the other shrinks in the course of training.",
-        source="section 1.2",
-        quantity="share of spectral norms at the end over that at the start",
-        runs=("parts-mnist", "parts-clusters"),
-        measure=residual_shrinks,
-        at_most=0.5,
-    ),
-    Claim(
-        name="trivial-eigenvalues",
-        says="The Hessian of a trained network has as many trivial eigenvalues as its "
-        "Gauss-Newton part must have: P - NC.",
-        source="section 2.1",
-        quantity="eigenvalues below a thousandth of the largest, over P - NC, the smallest",
-        runs=("trivial",),
-        measure=zeros_of_trained,
-        at_least=1,
-    ),
-    Claim(
-        name="trivial-eigenvalues-of-first-part",
-        says="The Gauss-Newton part has at least P - NC eigenvalues that are zero, before and "
-        "after training: a theorem, which the measurement has to meet.",
-        source="section 2.1",
-        quantity="eigenvalues below 1e-12 of the largest, less P - NC, the smallest",
-        runs=("trivial",),
-        measure=zeros_beyond_theory,
-        at_least=0,
-        identity=True,
-        changed="It was added. At a first trial zeros of the Hessian were too few at one seed, and "
-        "this tells whether those of its Gauss-Newton part are all there.",
-        seen=(0, 1),
-    ),
-    Claim(
-        name="bulk-is-marchenko-pastur",
-        says="The Gauss-Newton matrix of a linear model on white data has the spectrum of "
-        "Marchenko and Pastur, with an atom at zero for more parameters than examples.",
-        source="appendix B",
-        quantity="largest distance of cumulative distributions",
-        runs=("white",),
-        measure=law_missed,
-        at_most=0.05,
-        identity=True,
-    ),
-    Claim(
-        name="spike-leaves-bulk",
-        says="One large variance of the data leaves the bulk above the threshold of Baik, Ben "
-        "Arous and Péché, and where their theory has it; below the threshold it does not.",
-        source="appendix B",
-        quantity="largest relative error of the expected largest eigenvalue, mean of five draws",
-        runs=("spiked",),
-        measure=spike_missed,
-        at_most=0.05,
-        identity=True,
-    ),
-)

@@ -11,15 +11,15 @@ from importlib.metadata import version
 import pytest
 
 from benchmarks.files import ForeignFileError
-from benchmarks.papers.reproduction import Claim, Job, Paper, paragraphs
-from benchmarks.papers.results import Results, measure
+from benchmarks.papers.raw_files import RawFiles, measure
+from benchmarks.papers.reproduction import Claim, Job, Paper
 from benchmarks.papers.verdicts import verdict
 from tests.benchmarks.papers.made_up import PAPER, first
 
 
 @pytest.fixture
 def results(tmp_path):
-    made = Results(tmp_path)
+    made = RawFiles(tmp_path)
     for run in PAPER.runs:
         for seed in range(3):
             made.write(measure(PAPER, run, "small", Job(seed)))
@@ -46,7 +46,7 @@ def test_a_raw_file_holds_what_was_measured(results):
 
 def test_numbers_are_rounded_to_six_digits(tmp_path):
     run = replace(PAPER.runs[0], measure=lambda _job, **_: {"x": [1 / 3, 2e-20 / 3, (1, 2)]})
-    results = Results(tmp_path)
+    results = RawFiles(tmp_path)
     results.write(measure(PAPER, run, "small", Job()))
     assert results.read("made_up", run, "small", 0).raw["x"] == [0.333333, 6.66667e-21, [1, 2]]
 
@@ -150,4 +150,3 @@ def test_a_paper_is_consistent():
         replace(PAPER, runs=(PAPER.runs[0], PAPER.runs[0]))
     with pytest.raises(ValueError, match=r"table-1 needs runs that there are not: \{'flat'\}"):
         Paper("a", "b", "c", PAPER.runs[:1], PAPER.exhibits, (), (), ())
-    assert paragraphs("\na b\nc\n\nd\n") == ("a b c", "d")
