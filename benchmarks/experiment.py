@@ -165,8 +165,7 @@ class RandomDirections(EveryNSteps):
         vectors, images = order @ frame, order @ products
         residuals = torch.linalg.vector_norm(images - values.flip(0)[:, None] * vectors, dim=1)
         none = EigenBasis(*(tensor[:0] for tensor in (values, vectors, residuals)))
-        self.pairs = TopPairs(EigenBasis(values.flip(0), vectors, residuals), none, 0.0, 0.0)
-        self.stats.refreshes += 1
+        self.settle(TopPairs(EigenBasis(values.flip(0), vectors, residuals), none, 0.0, 0.0))
 
 
 def minibatch(examples: int, size: int, step: int, seed: int) -> Tensor:

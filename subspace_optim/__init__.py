@@ -40,9 +40,12 @@ from subspace_optim.optim import (
     project_updates,
 )
 from subspace_optim.subspaces import (
+    ByAngle,
     ClassGradientSubspace,
     DominantSubspace,
+    EveryNSteps,
     FixedSubspace,
+    RefreshRule,
     Subspace,
 )
 
@@ -54,6 +57,7 @@ __all__ = [
     "AttachedTwiceWarning",
     "BulkSAM",
     "BulkSGD",
+    "ByAngle",
     "ClassGradientQuasiNewton",
     "ClassGradientSubspace",
     "ConvergenceWarning",
@@ -64,6 +68,7 @@ __all__ = [
     "DominantSubspace",
     "EigenBasis",
     "EngineWarning",
+    "EveryNSteps",
     "FiniteDifferenceHessian",
     "FixedSubspace",
     "GaussNewtonOperator",
@@ -78,6 +83,7 @@ __all__ = [
     "NotOneFunctionError",
     "ParameterSpace",
     "RanksWarning",
+    "RefreshRule",
     "ResidualOperator",
     "SecondDerivativeError",
     "StaleBasisWarning",

@@ -26,7 +26,8 @@ NAMES = {
     "diagnostics",
 }
 ROOMS = ["subspace_optim"] + [
-    f"subspace_optim.{room}" for room in ("curvature", "diagnostics", "linalg", "optim", "subspace")
+    f"subspace_optim.{room}"
+    for room in ("curvature", "diagnostics", "linalg", "optim", "subspaces")
 ]
 
 

@@ -58,9 +58,16 @@ class SavedState:
         """Returns a state that is an entry of this one."""
         return SavedState(self._state[name], names, self._remedy, f"{self._path}{name}.")
 
-    def is_empty(self, name: str) -> bool:
-        """Whether an entry is a dict without entries."""
-        return bool(self._state[name] == {})
+    def text(self, name: str) -> str:
+        """Returns an entry that is a string.
+
+        Raises:
+            ArgumentError: it is none.
+        """
+        value = self._state[name]
+        if not isinstance(value, str):
+            raise ArgumentError(self._label(name), value, "a string")
+        return value
 
     def flag(self, name: str) -> bool:
         """Returns an entry that is True or False.
@@ -84,6 +91,14 @@ class SavedState:
         if value is None:
             return None
         return check_integer(self._label(name), value, minimum=-_ENDS, maximum=_ENDS - 1)
+
+    def digests(self, name: str, length: int) -> list[int]:
+        """Returns an entry that is a list of so many 64-bit integers."""
+        items, label = _items(self._label(name), self._state[name], length), self._label(name)
+        return [
+            check_integer(f"{label}[{i}]", item, minimum=-_ENDS, maximum=_ENDS - 1)
+            for i, item in enumerate(items)
+        ]
 
     def number(self, name: str, **limits: Any) -> float:
         """Returns an entry that is a number; ``limits`` as those of ``_number``."""

@@ -8,7 +8,6 @@ a function of the basis and of the direction.
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, Self
 
@@ -34,17 +33,17 @@ class CheckedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose options are checked wherever they are given."""
 
     @staticmethod
-    @abstractmethod
     def _check_options(group: Group) -> None:
         """Checks the options of one parameter group.
 
         Raises:
             ArgumentError: one is out of range, or not supported, with the reason.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def _descend(self) -> None:
         """Moves the parameters, by the gradients that are there, or raises and changes nothing."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -147,14 +146,14 @@ class SubspaceOptimizer(CheckedOptimizer):
         self.subspace = subspace
         super().__init__(params, defaults)
 
-    @abstractmethod
     def _update(self, basis: Any, gather: Gather) -> None:
-        """Makes of the direction ``(P,)``, in its memory, what is added to the parameters.
+        """Turns the direction ``(P,)`` into the update, in its memory: calls ``gather`` once.
 
         Args:
             basis: at the present parameters.
             gather: returns the direction, each group's times the factor that a function gives it.
         """
+        raise NotImplementedError
 
     def _descend(self) -> None:
         subspace = self._subspace()

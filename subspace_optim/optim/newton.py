@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from itertools import groupby
 from typing import Any
 
@@ -43,9 +42,9 @@ class SubspaceNewton(SubspaceOptimizer):
 
     _projects = False  # class gradients are not orthogonal
 
-    @abstractmethod
     def _rates(self, group: dict[str, Any]) -> tuple[float, float, float]:
         """Returns r, η and δ of a group."""
+        raise NotImplementedError
 
     def _update(self, basis: Curvature, gather: Gather) -> None:
         update = gather(lambda _: 1.0)

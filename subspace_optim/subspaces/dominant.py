@@ -43,8 +43,8 @@ class DominantSubspace:
     parameters, and is checked by probes of two products. A stale basis is refined by one step of
     subspace iteration, k + 1 products, and solved for anew where that is not enough; its
     eigenvalues are those of the last refresh. If ``λ_k`` and ``λ_{k+1}`` cannot be told apart there
-    is one warning, and each parameter state gets a solve to ``tol``. The rules, and one of your
-    own: ``subspaces/refresh.py``.
+    is one warning, and each parameter state gets a solve to ``tol``. The rules are in
+    ``subspaces/refresh.py``; one of your own is a ``RefreshRule``.
 
     Args:
         operator: what curvature means: ``HessianOperator``, or any ``CurvatureOperator``.
@@ -63,6 +63,7 @@ class DominantSubspace:
         k: as given.
         tol: as given.
         seed: as given.
+        rule: what decides when the basis is renewed, and holds it.
         steps: the training steps that are known of; who follows an optimizer tells it of more.
 
     Raises:
@@ -90,10 +91,10 @@ class DominantSubspace:
             check_number("tol", tol, exclusive=True)
             self.seed = check_integer("seed", seed, minimum=0)
             self.tol = float(tol)
-            rule.attach(operator, self.k, tol=self.tol, seed=self.seed)
         self.operator = operator
-        self._rule = rule
+        self.rule = rule
         self._ranks.check_alike("Pass the same on each.", **self._options())
+        rule.attach(operator, self.k, tol=self.tol, seed=self.seed)
         self.steps = StepCount(operator)
         self._refreshed_at = 0
         self._attempted: int | None = None  # the state at which a refresh was last tried
@@ -109,7 +110,7 @@ class DominantSubspace:
     @property
     def basis(self) -> EigenBasis | None:
         """The basis of the last refresh; ``None`` before the first."""
-        return None if self._rule.pairs is None else self._rule.pairs.basis
+        return self.rule.basis
 
     @property
     def gap(self) -> float | None:
@@ -117,12 +118,12 @@ class DominantSubspace:
 
         ``None`` before the first refresh, and for k = P.
         """
-        return None if self._rule.pairs is None else self._rule.pairs.gap
+        return None if self.rule.pairs is None else self.rule.pairs.gap
 
     @property
     def stats(self) -> SubspaceStats:
         """What the basis has cost so far, and how good it is."""
-        return self._rule.stats
+        return self.rule.stats
 
     @property
     def clock(self) -> int:
@@ -146,7 +147,7 @@ class DominantSubspace:
         return self._provide(forced=True)
 
     def _provide(self, *, forced: bool) -> EigenBasis:
-        rule, seen = self._rule, _NOTHING_SEEN
+        rule, seen = self.rule, _NOTHING_SEEN
 
         def is_due() -> bool | None:
             nonlocal seen
@@ -159,7 +160,12 @@ class DominantSubspace:
                 return False
             return rule.is_due(self._situation(seen))
 
-        due = self._ranks.any(is_due)
+        estimate = self.stats.estimate
+        try:
+            due = self._ranks.any(is_due)
+        except BaseException:  # perhaps another rank's: that one has none
+            self.stats.estimate = estimate
+            raise
         state = hash(seen.state)
         self.steps.look(state)
         if due:
@@ -183,18 +189,18 @@ class DominantSubspace:
 
         What has failed is raised if there is no basis, or it is the third failure in a row.
         """
-        operator, stats, trial = self.operator, self.stats, self._rule.trial()
+        operator, stats, trial = self.operator, self.stats, self.rule.trial()
         start, before = time.perf_counter(), asdict(operator.stats)
         failure: RuntimeError | MemoryError | None = None
         try:
             with self._ranks.all_or_none():
                 self._check_ranks(trial, plan)
                 with operator.frozen():
-                    getattr(trial, plan)()
+                    trial.carry_out(plan)
         except (RuntimeError, MemoryError) as error:  # non-finite, out of memory, no derivative
             failure = error
         else:
-            if trial.stats.refreshes > stats.refreshes:
+            if trial.basis is not self.basis:
                 self._refreshed_at = self.clock
             self._take(trial)
             self._failures, self._attempted, self._then = 0, hash(state), state
@@ -204,7 +210,7 @@ class DominantSubspace:
             stats.products += operator.stats.products - before["products"]
             stats.gradients += operator.stats.gradients - before["gradients"]
         if failure is None:
-            self._rule.warn()
+            self.rule.warn()
             return
         stats.failures += 1
         self._failures += 1
@@ -222,13 +228,13 @@ class DominantSubspace:
         warnings.warn(message, StaleBasisWarning, stacklevel=4)
 
     def _take(self, trial: RefreshRule) -> None:
-        """Puts the trial in the place of the rule, in one assignment; ``stats`` live on."""
-        stats, self._rule = self.stats, trial
-        vars(stats).update(vars(trial.stats))
-        trial.stats = stats
+        """Takes over all that a trial has found; ``rule`` and ``stats`` stay the same objects."""
+        stats, found = self.stats, vars(trial)
+        vars(self.rule).update(found | {"stats": stats})
+        vars(stats).update(vars(found["stats"]))
 
     def _options(self) -> dict[str, Any]:
-        return {"k": self.k, **self._rule.options(), "tol": self.tol, "seed": self.seed}
+        return {"k": self.k, **self.rule.options(), "tol": self.tol, "seed": self.seed}
 
     def _check_ranks(self, rule: RefreshRule, plan: str) -> None:
         """Sees to it that all ranks do the same work."""
@@ -245,15 +251,14 @@ class DominantSubspace:
         tensors are copies, and of the same shapes whether there is a basis or not, so that
         ``torch.distributed.checkpoint`` can read into the state of a subspace that has none.
         """
-        entries = self._rule.state_dict() | self._counters() | {"stats": asdict(self.stats)}
+        entries = self.rule.state_dict() | self._counters() | {"stats": asdict(self.stats)}
         return {"version": VERSION} | entries | {"checksum": _checksum(entries)}
 
-    def _counters(self) -> dict[str, int | None]:
+    def _counters(self) -> dict[str, Any]:
         return self.steps.state_dict() | {
             "refreshed_at": self._refreshed_at,
             "attempted": self._attempted,
-            "elsewhere": self._then.elsewhere,
-            "modes": self._then.modes,
+            "then": list(self._then),
             "failures_in_a_row": self._failures,
         }
 
@@ -268,23 +273,23 @@ class DominantSubspace:
                 loaded in any order.
         """
         pairs = {"solved", "guarded", "lowest", "mean", *shapes(self.operator, self.k)}
-        names = {"version", "stats", "checksum", "staleness", *pairs, *self._counters()}
+        names = {"version", "stats", "checksum", "rule", *pairs, *self._counters()}
         remedy = "Pass what `subspace.state_dict()` returned, not the optimizer's or the model's."
         state = SavedState(state_dict, names, remedy)
-        rule = self._rule.loaded(state)
+        rule = self.rule.loaded(state)
         clock = state.count("clock")
         remedy = f"The loaded clock is {clock}."
         refreshed_at = state.count("refreshed_at", maximum=clock, remedy=remedy)
         state_clock = state.count("state_clock", maximum=clock, remedy=remedy)
         failures = state.count("failures_in_a_row", maximum=rule.stats.failures)
         seen, attempted = state.digest("state"), state.digest("attempted")
-        elsewhere, modes = state.digest("elsewhere"), state.digest("modes")
+        then = State(*state.digests("then", 3))
         state.check_sum(_checksum({name: state_dict[name] for name in names}))
 
         self._take(rule)
         self.steps.load(clock, seen, state_clock)
         self._refreshed_at, self._failures, self._attempted = refreshed_at, failures, attempted
-        self._then = State(0, elsewhere or 0, modes or 0)
+        self._then = then
         self._settled = None
 
 

@@ -1,8 +1,8 @@
 """When a basis is renewed, and how: the two rules of ``DominantSubspace``, each with its state.
 
 ``EveryNSteps`` counts training steps. ``ByAngle`` follows the angle between the basis and the true
-subspace, by ``staleness``. All that decides whether a basis is renewed stands in this file; what a
-rule is, and one of one's own, in ``rule``.
+subspace; how it is estimated is in ``staleness``, and what a rule is, also one of your own, in
+``rule``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ from subspace_optim.subspaces.staleness import Drift, Staleness
 class EveryNSteps(RefreshRule):
     """A new basis after every n training steps: ``refresh=n``.
 
-    Parameters that are not finite are a reason too: they stay the same, step after step, so that
-    the failure of a solve there tells of a training that has diverged.
+    Parameters that are not finite make it due at once, so that the error of the solve tells of a
+    training that has diverged.
 
     Args:
         n: the training steps that a basis serves for.
@@ -47,7 +47,7 @@ class EveryNSteps(RefreshRule):
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        remedy = "Or 'auto', which keeps a basis for as long as it serves."
+        remedy = "Or 'auto', which keeps a basis for as long as it serves, or a RefreshRule."
         self.n = check_integer("refresh", n, minimum=1, remedy=remedy)
 
     def options(self) -> dict[str, Any]:
@@ -73,7 +73,8 @@ class ByAngle(RefreshRule):
     """A basis is kept while its angle to the true subspace is small: ``refresh="auto"``.
 
     The sine of the largest angle is estimated from the drift of the parameters. Once the estimate
-    is above the limit of the last probe, or the drift is far beyond it, the basis is
+    is above ``max_angle / 2`` after a refresh, and ``max_angle`` after a probe, or the drift has
+    doubled since the probe, the basis is
 
     1. *probed*: two products tell how stale it is, and whether a direction of the bulk has come to
        the top;
@@ -127,7 +128,7 @@ class ByAngle(RefreshRule):
 
     def plan(self, seen: Situation, *, forced: bool) -> str:
         """Returns the name of the method that fits what has changed."""
-        if not self.fits() or seen.now.modes != seen.then.modes:
+        if seen.now.modes != seen.then.modes:
             return "solve"
         if forced:
             return "refresh"
@@ -217,7 +218,7 @@ class ByAngle(RefreshRule):
             self.stats.bound = self.stats.estimate = 1.0
             return
         self._staleness = self._staleness.before_refinement(self._drift(), result.before)
-        self._settle(replace(pairs, basis=result.basis, guard=result.guard))
+        self.settle(replace(pairs, basis=result.basis, guard=result.guard))
         if self.gapless:
             return
         after, bound = result.after, result.after
@@ -235,16 +236,15 @@ class ByAngle(RefreshRule):
             self.operator, self.k, tol=self.tol, max_angle=self.max_angle / 2, seed=self.seed
         )
         self.stats.cold += 1
-        self._settle(pairs)
+        self.settle(pairs)
         if not self.gapless:
             left = total_staleness(pairs.basis, pairs.guard)
             self._certify(left, bound=left)
 
-    def _settle(self, pairs: TopPairs) -> None:
-        """Takes new pairs, of the present parameters."""
+    def settle(self, pairs: TopPairs) -> None:
+        """Takes new pairs, of the present parameters: a refresh."""
+        super().settle(pairs)
         space = self.operator.parameters
-        self.pairs = pairs
-        self.stats.refreshes += 1
         self._staleness = replace(self._staleness, anchor=space.flatten(space.tensors))
         if pairs.gap is None:
             return
@@ -298,35 +298,30 @@ class ByAngle(RefreshRule):
         own = {"gapless": self.gapless, "probe_at": list(self._probe_at)}
         return own | self._staleness.numbers()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns copies of the eigenpairs and of the parameters that they are of, and numbers."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the parameters of the last refresh."""
         operator, anchor = self.operator, self._staleness.anchor
         if anchor is None:
             anchor = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
-        known = {"anchor": anchor.clone()} | self.numbers()
-        return super().state_dict() | {"staleness": known}
+        return {"anchor": anchor.clone()}
 
-    def loaded(self, state: SavedState) -> Self:
-        """Returns a copy that holds what was saved; ``ArgumentError`` if that cannot be.
-
-        The staleness is not known of a basis that another rule has saved: it is left out, and the
-        next update is a solve.
-        """
-        loaded = super().loaded(state)
-        if state.is_empty("staleness"):
-            loaded.pairs = None
-            return loaded
-        operator, saved = self.operator, state.inside("staleness", {"anchor", *self.numbers()})
+    def take(self, saved: SavedState) -> None:
+        """Takes what ``numbers`` and ``tensors`` gave."""
+        operator = self.operator
         anchor = saved.tensor("anchor", (operator.size,), operator.dtype, operator.device)
         estimate, distance = saved.numbers("probe_at", 2, minimum=0, infinite=True)
-        loaded._staleness = self._staleness.loaded(saved, anchor)  # noqa: SLF001 (of this class)
-        loaded._probe_at = min(estimate, self.max_angle), distance  # noqa: SLF001
-        loaded.gapless = saved.flag("gapless")
-        return loaded
+        self._staleness = self._staleness.loaded(saved, anchor)
+        self._probe_at = min(estimate, self.max_angle), distance
+        self.gapless = saved.flag("gapless")
+
+    def adopt(self) -> None:
+        """Leaves the basis of another rule out: how stale it is is not known, so a solve is due."""
+        super().adopt()
+        self.pairs = None
 
 
 @torch.no_grad()
 def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all elements are."""
+    """Returns whether every element is finite."""
     largest = nn.utils.get_total_norm(tensors, torch.inf)
     return bool(torch.isfinite(largest))

@@ -7,9 +7,12 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
+from torch import Tensor
+
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.checkpoints import SavedState, checksum
 from subspace_optim.curvature.operator import CurvatureOperator, State
+from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.subspaces import eigenpairs
 from subspace_optim.subspaces.eigenpairs import TopPairs
 
@@ -63,13 +66,14 @@ class RefreshRule(ABC):
 
     This is the seam of ``DominantSubspace``, which knows who asks, what to do about failures, and
     that all ranks do the same. At an update it asks ``is_due``, and if so ``plan``, which names
-    the method that renews the basis. That method is called on a ``trial``, a copy that takes the
-    place of the original once all has succeeded. So attributes are replaced there, and what they
-    hold is not written into. Of ``stats`` the rule counts refreshes, cold solves and probes, and
-    tells bound and estimate; the rest is the subspace's.
+    the method that renews the basis. That method is called on a ``trial``, a copy whose attributes
+    the rule takes over once all has succeeded: so they are replaced there, and what they hold is
+    not written into. Of ``stats`` the rule counts refreshes, cold solves and probes, and tells
+    bound and estimate; the rest is the subspace's.
 
-    A rule of one's own defines ``is_due``, and overrides ``solve`` for other vectors than the top
-    eigenvectors.
+    A rule of your own defines ``is_due``. One that wants other vectors than the top eigenvectors
+    overrides ``solve``, which ends with ``settle``. One that holds more than pairs defines
+    ``numbers`` and ``take``, so that it goes on from a saved state.
 
     Attributes:
         operator: whose eigenpairs they are.
@@ -93,10 +97,13 @@ class RefreshRule(ABC):
         """Takes what it is to find: called once, by the subspace that it is given to.
 
         Raises:
-            ArgumentError: it belongs to another subspace already.
+            ArgumentError: it belongs to another subspace already, or was not set up.
         """
         if hasattr(self, "operator"):
             raise ArgumentError("refresh", "the rule of another subspace", "one of its own")
+        if not hasattr(self, "pairs"):
+            remedy = "Call super().__init__() in its constructor."
+            raise ArgumentError("refresh", "a rule that was not set up", "one that was", remedy)
         self.operator, self.k, self.tol, self.seed = operator, k, tol, seed
 
     def options(self) -> dict[str, Any]:
@@ -129,10 +136,30 @@ class RefreshRule(ABC):
 
     # --- how ------------------------------------------------------------------------------------
 
+    @property
+    def basis(self) -> EigenBasis | None:
+        """The basis of the last refresh; ``None`` before the first."""
+        return None if self.pairs is None else self.pairs.basis
+
+    def carry_out(self, plan: str) -> None:
+        """Calls the method that ``plan`` has named.
+
+        Raises:
+            ArgumentError: it has found no pairs.
+        """
+        getattr(self, plan)()
+        if self.pairs is None:
+            found = f"what {plan}() of {type(self).__name__} has found"
+            raise ArgumentError(found, "nothing", "pairs, which settle() takes")
+
     def solve(self) -> None:
         """Finds the top k eigenpairs at the present parameters, by a cold solve."""
-        self.pairs = eigenpairs.solve(self.operator, self.k, tol=self.tol, seed=self.seed)
         self.stats.cold += 1
+        self.settle(eigenpairs.solve(self.operator, self.k, tol=self.tol, seed=self.seed))
+
+    def settle(self, pairs: TopPairs) -> None:
+        """Takes new pairs, of the present parameters: a refresh."""
+        self.pairs = pairs
         self.stats.refreshes += 1
 
     def trial(self) -> Self:
@@ -153,23 +180,43 @@ class RefreshRule(ABC):
         return checksum(self.numbers() | {"eigenvalues": values, "stats": asdict(stats)})
 
     def numbers(self) -> dict[str, Any]:
-        """Returns what the rule knows beside the eigenpairs, as plain numbers."""
+        """Returns what the rule knows beside the pairs, as plain numbers, for a state."""
         return {}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns what else it holds, as copies, of the same shapes whatever is known."""
+        return {}
+
+    def take(self, saved: SavedState) -> None:  # noqa: B027 (a rule that holds no more)
+        """Takes what ``numbers`` and ``tensors`` gave; ``ArgumentError`` for what cannot be.
+
+        Args:
+            saved: by a rule of the same class, beside the pairs that are there already.
+        """
+
+    def adopt(self) -> None:
+        """Is told, in the place of ``take``, that the pairs that are there are another rule's."""
+        self.stats.bound = self.stats.estimate = None
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns copies of the eigenpairs, and what the rule knows of their staleness."""
-        pairs = eigenpairs.saved(self.pairs, self.operator, self.k)
-        return pairs | {"staleness": self.numbers()}
+        """Returns copies of the eigenpairs, and what the rule knows of them."""
+        own = {"kind": type(self).__name__} | self.numbers() | self.tensors()
+        return eigenpairs.saved(self.pairs, self.operator, self.k) | {"rule": own}
 
     def loaded(self, state: SavedState) -> Self:
         """Returns a copy that holds what was saved; ``ArgumentError`` if that cannot be."""
         loaded = self.trial()
-        loaded.stats = loaded_stats(state)
+        loaded.stats = _loaded_stats(state)
         loaded.pairs = eigenpairs.loaded(state, self.operator, self.k)
+        kind = type(self).__name__
+        if state.inside("rule", {"kind"}).text("kind") == kind:
+            loaded.take(state.inside("rule", {"kind", *self.numbers(), *self.tensors()}))
+        else:
+            loaded.adopt()
         return loaded
 
 
-def loaded_stats(state: SavedState) -> SubspaceStats:
+def _loaded_stats(state: SavedState) -> SubspaceStats:
     """Returns the counts that were saved.
 
     Raises:

@@ -16,7 +16,7 @@ MAKERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "fully_connected": (lambda: networks.fully_connected((20, 16, 10)), (20,)),
     "convnet": (lambda: networks.simple_convnet(16, 10, width=4, dense=8), (3, 16, 16)),
     "convnet, dropout and batch norm": (
-        lambda: networks.simple_convnet(16, 10, width=4, dense=8, dropout=True, batch_norm=True),
+        lambda: networks.simple_convnet(16, 10, width=4, dense=8, more=True),
         (3, 16, 16),
     ),
     "vgg11": (lambda: networks.vgg11(10, width=2), (3, 32, 32)),

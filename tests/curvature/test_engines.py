@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 import subspace_optim as so
 from subspace_optim import ArgumentError, EngineWarning, SecondDerivativeError
 from subspace_optim.curvature import (
-    ClassGradientSubspace,
     CurvatureOperator,
     FiniteDifferenceHessian,
     HessianOperator,
@@ -404,7 +403,7 @@ def test_reentrant_checkpoints_are_refused_where_derivatives_would_be_missing(wh
     actions: dict[str, Callable[[], Any]] = {
         "matvec": lambda: operator.matvec(torch.ones(operator.size)),
         "gradient": operator.gradient,
-        "class gradients": lambda: ClassGradientSubspace(model, 2).observe(x, y),
+        "class gradients": lambda: so.ClassGradientSubspace(model, 2).observe(x, y),
     }
     with pytest.raises(SecondDerivativeError, match="use_reentrant=False"):
         actions[what]()

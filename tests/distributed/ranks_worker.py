@@ -228,7 +228,7 @@ def different() -> list[Any]:
         outcome(lambda: ranks.sum_(torch.ones(only(1, 3, 4)))),
         outcome(only(1, lambda: ranks.agree([1], cpu), lambda: ranks.sum_(torch.ones(2)))),
     ]
-    subspace = so.DominantSubspace(Shared(Quartic()), K, refresh=1)
+    subspace = so.DominantSubspace(Shared(Quartic()), K, refresh="auto")
     subspace.update()
     move(subspace.parameters.model)
     found.append(outcome(only(1, subspace.refresh, subspace.update)))

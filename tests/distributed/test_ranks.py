@@ -63,7 +63,7 @@ def test_memory_that_runs_out_anywhere_on_one_rank_is_a_failure_of_both(ranks, w
         failures += after["stats"]["failures"]
         assert next_time == their_next == {"kinds": [], "text": "", "warnings": []}
         assert_alike(then, their_then)
-        assert then["known"]["basis"]
+        assert then["solved"]
         assert then["failures_in_a_row"] == 0
     assert failures > len(cases) / 2
 
@@ -151,7 +151,7 @@ def test_ranks_that_do_different_things_hear_of_it_and_none_waits(ranks):
         in (sums["text"])
     )
     assert "rank 1: a comparison" in calls["text"]
-    assert "what is due on the ranks of process_group is ['_solve', '_refresh']" in works["text"]
+    assert "what is due on the ranks of process_group is ['renew', 'refresh']" in works["text"]
     assert "the basis on the ranks of process_group is [" in histories["text"]
     assert "load one state on all ranks" in histories["text"]
     assert [sums, calls, works, histories] == second[:4]

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from subspace_optim import _progress
 from subspace_optim._validation import ArgumentError, ConvergenceWarning, NonFiniteError
-from subspace_optim.linalg import EigenBasis, EigenSolution, lanczos, top_eigenpairs
+from subspace_optim.linalg import EigenBasis, EigenSolution, krylov, top_eigenpairs
 from tests.dense import DTYPES, spectra, symmetric
 
 RESTARTING = 300
@@ -116,7 +116,7 @@ def test_restarts_lose_no_eigenpair(spectrum, data, dtype):
     k = data.draw(st.integers(1, min(6, len(spectrum))))
     matrix = Matrix(symmetric(spectrum, data.draw(st.integers(0, 99))).to(dtype))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanczos, "_SMALL", 0)
+        patch.setattr(krylov, "_SMALL", 0)
         solution = solve(matrix, k, TIGHT[dtype], dtype, max_products=4000)
     check(solution, matrix, k, TIGHT[dtype])
 

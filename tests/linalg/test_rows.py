@@ -29,7 +29,7 @@ NORMALISED = {
     "norm": lambda v: v / v.norm(),
     "sum_of_squares": lambda v: v / (v * v).sum().sqrt(),
     "dot": lambda v: v / torch.dot(v[0], v[0]).sqrt(),
-    "functional": torch.nn.functional.normalize,
+    "functional": lambda v: torch.nn.functional.normalize(v, eps=0.0),
     "in_place": lambda v: v.clone().div_(torch.linalg.vector_norm(v)),
 }
 

@@ -276,8 +276,8 @@ def test_what_is_no_state_of_a_subspace_is_named_and_changes_nothing():
         with pytest.raises(so.ArgumentError, match=r"without .*vectors.*subspace\.state_dict\(\)"):
             subspace.load_state_dict(other)
     state = subspace.state_dict()
-    state["staleness"]["rates"] = None
-    message = "the loaded staleness.rates is 'NoneType', but must be a dict"
+    state["rule"]["rates"] = None
+    message = "the loaded rule.rates is 'NoneType', but must be a dict"
     with pytest.raises(so.ArgumentError, match=message):
         subspace.load_state_dict(state)
     assert subspace.basis is basis
