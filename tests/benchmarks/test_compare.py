@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import time
+from dataclasses import replace
 
 import matplotlib.image
 import pytest
@@ -13,13 +14,33 @@ import torch
 
 from benchmarks import compare
 from benchmarks.compare import main
+from benchmarks.data import load
 from benchmarks.files import alone
 from benchmarks.optimizers import DEFAULT
-from tests.benchmarks.processes import ended, started
+from tests.processes import ended, started
 
 QUICK = ["--data", "digits", "--steps", "6", "--switch-at", "4", "--warmup-measure", "2"]
 QUICK += ["--measure", "3", "--refresh", "3", "--spectrum", "0", "--tol", "0.1", "--k", "3"]
 FOLDER = "digits-mlp-mse-seed0"
+
+
+def few(name, *, root):
+    """The data set, every fifth of its images."""
+    data = load(name, root=root)
+    return replace(data, x_train=data.x_train[::5], y_train=data.y_train[::5])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "load", few)
+        yield
+
+
+def command(options):
+    """The command in a process of its own, on the same images."""
+    compare.load = few
+    return main(options)
 
 
 def files(folder):
@@ -115,7 +136,7 @@ def test_a_second_run_takes_a_folder_of_its_own_and_k_is_the_number_of_classes(t
 def test_two_that_start_at_once_write_into_folders_of_their_own(tmp_path):
     results, logs = tmp_path / "results", [tmp_path / "first", tmp_path / "second"]
     options = [*QUICK, "--optimizers", "SGD", "--results", str(results)]
-    both = [started(main, options, log) for log in logs]
+    both = [started(command, options, log) for log in logs]
     assert [ended(process) for process in both] == [0, 0]
     outputs = [log.read_text() for log in logs]
     assert sorted(folder.name for folder in results.iterdir()) == [FOLDER, f"{FOLDER}-2"]
@@ -154,7 +175,7 @@ def test_nothing_measured_is_lost_to_a_signal(tmp_path, uninterrupted, how):
     expected, expected_rows = uninterrupted
 
     folder = tmp_path / "digits-mlp-mse-seed0"
-    process = started(main, options, tmp_path / "log")
+    process = started(command, options, tmp_path / "log")
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         path = folder / "history.csv"
@@ -290,7 +311,7 @@ def often(options):
     """The command, with a line in its log every 20 ms."""
     shown = compare.shown
     compare.shown = lambda what, console: shown(what, console, 0.02)
-    return main(options)
+    return command(options)
 
 
 def test_a_log_file_gets_lines_while_it_runs(tmp_path):

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
 from tests.dense import projector
 from tests.distributed import class_gradients_worker as worker
+from tests.processes import together
 
 pytestmark = pytest.mark.distributed
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank has found; the processes run once for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker.run, args=(2, str(folder)), nprocs=2)
+    together(worker.run, (2, str(folder)), 2)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 

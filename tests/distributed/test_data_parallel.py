@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
 from tests.dense import make_problem, projector
 from tests.distributed import worker
+from tests.processes import together
 
 pytestmark = pytest.mark.distributed
 
@@ -22,7 +22,7 @@ Results = list[dict[str, Any]]
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank has found; the processes run once for all tests."""
     size, folder = request.param, tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker.run, args=(size, str(folder)), nprocs=size)
+    together(worker.run, (size, str(folder)), size)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
 from tests.distributed import ranks_worker as worker
 from tests.optim.naive import DenseOperator, Quartic, assert_near, flat, projector
+from tests.processes import together
 
 pytestmark = pytest.mark.distributed
 
@@ -24,7 +24,7 @@ Results = list[dict[str, Any]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank has found; the processes run once for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker.run, args=(str(folder),), nprocs=2)
+    together(worker.run, (str(folder),), 2)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 

@@ -1,4 +1,7 @@
-"""Commands in processes of their own, without the seconds that torch takes to import in each."""
+"""Processes of their own, without the seconds that torch takes to import in each.
+
+They are forked from a server that has imported it, and has done nothing else.
+"""
 
 import multiprocessing
 import os
@@ -7,9 +10,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch._dynamo", "benchmarks.compare"])  # forked, where it is idle
+_FORKS.set_forkserver_preload(["torch._dynamo", "subspace_optim"])
+
+
+def together(work: Callable[..., None], args: tuple[Any, ...], count: int) -> None:
+    """Runs ``work(rank, *args)`` for each rank, and raises what one of them has raised."""
+    torch.multiprocessing.start_processes(work, args, count, start_method="forkserver")
 
 
 def started(
