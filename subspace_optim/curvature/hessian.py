@@ -30,9 +30,9 @@ Engine = Literal["auto", "func", "double_backward"]
 def func(batch_loss: BatchLoss, point: Point) -> Derivatives:
     """Differentiates the loss as a function of the parameters, by ``torch.func.grad``.
 
-    Its reason: leaves stand in the places of the parameters, so that hooks, flags and gradients
-    of the user's own have no part in it, and a gradient that the loss takes itself is one level
-    of the transform among others.
+    Preferred because leaves stand in the places of the parameters: hooks, flags and gradients of
+    the user's own have no part in it, and a gradient that the loss takes itself is one level of
+    the transform among others.
     """
 
     def loss_at(leaves: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -49,8 +49,8 @@ def func(batch_loss: BatchLoss, point: Point) -> Derivatives:
 def double_backward(batch_loss: BatchLoss, point: Point) -> Derivatives:
     """Differentiates the loss by a backward pass at the parameters that keeps its graph.
 
-    Its reason: like ``loss.backward()`` it finds parameters wherever the loss reaches them, past
-    the modules too, and runs what ``torch.func`` cannot transform.
+    Needed because, like ``loss.backward()``, it finds parameters wherever the loss reaches them,
+    past the modules too, and runs what ``torch.func`` cannot transform.
     """
     with explained():
         loss, weight = batch_loss()
@@ -172,13 +172,14 @@ class HessianOperator(MeanLossHessian):
         mode: ``"train"`` or ``"eval"`` (default: the mode that the model is in).
         memory_budget: bytes for kept graphs (default: a quarter of the memory that is free).
         seed: of the dropout masks.
-        engine: ``"func"``, the ``vjp`` of ``torch.func.grad``, at leaves that stand in the places
-            of the parameters for the time of an evaluation; ``"double_backward"``, two passes of
-            ``torch.autograd`` at the parameters themselves, for losses that reach them past the
-            modules (lists, closures, caches) and for what ``torch.func`` cannot transform
-            (checkpointed parts, functions without ``setup_context``, gradients inside of the
-            loss); or ``"auto"``, the first of these that proves right. ``stats.engine`` tells
-            which it is. Both give the same products at the same cost.
+        engine: ``"func"``, a backward pass through the gradient of ``torch.func.grad``, at leaves
+            that stand in the places of the parameters for the time of an evaluation;
+            ``"double_backward"``, two passes of ``torch.autograd`` at the parameters themselves,
+            for losses that reach them past the modules (lists, closures, caches) and for what
+            ``torch.func`` cannot transform (checkpointed parts, functions without
+            ``setup_context``, gradients inside of the loss); or ``"auto"``, the first of these that
+            proves right. ``stats.engine`` tells which it is. Both give the same products at the
+            same cost.
         process_group: sums over its ranks, each with its own part of the data (default: none).
         verify: whether it proves itself.
 

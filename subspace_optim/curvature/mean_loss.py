@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from threading import get_ident
 from typing import Any, ClassVar, Self
 
 import torch
@@ -112,7 +113,7 @@ class MeanLossOperator(CurvatureOperator):
         self._proof = Proof(parts, demanded=verify)
         self._dependencies = Dependencies(self.parameters, batch_loss, self._batches, self._proof)
         self._point: Point | None = None
-        self._frozen = False
+        self._frozen_by: int | None = None  # the thread that has promised
 
     @property
     def ranks(self) -> Ranks:
@@ -216,15 +217,15 @@ class MeanLossOperator(CurvatureOperator):
     @contextmanager
     def _fixed(self, *, products: bool = False) -> Iterator[Point]:
         """Enters the present parameter state; inside of another entry, the same one."""
-        if self._frozen and self._point is not None:
+        if self._frozen_by == get_ident() and self._point is not None:
             yield self._proven(self._point, products=products)
             return
         with self._entered():
-            self._frozen = True
+            outer, self._frozen_by = self._frozen_by, get_ident()
             try:
                 yield self._proven(self._move_to_current(), products=products)
             finally:
-                self._frozen = False
+                self._frozen_by = outer
 
     def _move_to_current(self) -> Point:
         """Returns the present parameter state; what is known of another one is dropped."""
@@ -384,7 +385,7 @@ class MeanLossOperator(CurvatureOperator):
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs cannot be copied, and a copy has parameters of its own.
-        return self.__dict__ | {"_point": None, "_frozen": False}
+        return self.__dict__ | {"_point": None, "_frozen_by": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         operator = type(self).__new__(type(self))

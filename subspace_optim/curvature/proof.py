@@ -13,8 +13,8 @@ At its first use, on some examples of the first batch:
 What a loss detaches, or computes under ``no_grad``, is constant to its derivatives, and is held
 constant in the differences too.
 
-A proof takes eight gradients of a few examples. It is made once, and again where the structure of
-the model has changed.
+A proof takes eight gradients of a few examples, and one more where products are compared in another
+dtype than the model's. It is made once, and again where the structure of the model has changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the optimizers share: a step that happens or does not, SGD's direction, one vector of it.
+"""What the optimizers share: an all-or-nothing step, SGD's direction, the update as one vector.
 
 ``step()`` calls ``_descend()``, which computes all that is new in other memory and then puts it in
 place. Optimizers in a subspace write one method, ``_update()``: what is added to the parameters, as
