@@ -104,6 +104,14 @@ def test_with_an_operator_it_tells_of_the_gradient() -> None:
     assert missing(monitor) == {*BY_EIGENPAIRS, *NEVER_HERE, "eigenvalues"}
 
 
+def test_an_operator_of_another_model_is_refused() -> None:
+    model = Quartic()
+    subspace, optimizer = fixed(model), torch.optim.SGD(model.parameters(), lr=0.01)
+    subspace.operator = DenseOperator(Quartic())  # type: ignore[attr-defined]
+    with pytest.raises(so.ArgumentError, match="the subspace's operator is 'of other parameters'"):
+        so.Monitor(optimizer, subspace)
+
+
 def test_with_k_beside_it_the_eigenvalues_of_its_basis() -> None:
     model = Quartic()
     subspace: Any = Own(model)

@@ -189,6 +189,17 @@ class Dominant:
 
 
 def operator_of(subspace: Subspace) -> CurvatureOperator | None:
-    """Returns the operator whose loss and gradient are recorded, if the subspace has one."""
+    """Returns the operator whose loss and gradient are recorded, if the subspace has one.
+
+    Raises:
+        ArgumentError: it is of other parameters.
+    """
     operator = getattr(subspace, "operator", None)
-    return operator if isinstance(operator, CurvatureOperator) else None
+    if not isinstance(operator, CurvatureOperator):
+        return None
+    both = (operator.parameters.tensors, subspace.parameters.tensors)
+    ours, theirs = ([id(p) for p in tensors] for tensors in both)
+    if ours != theirs:
+        remedy = "Build both from one model, with the same params."
+        raise ArgumentError("the subspace's operator", "of other parameters", "of its own", remedy)
+    return operator
