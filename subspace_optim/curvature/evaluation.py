@@ -73,12 +73,13 @@ class Point:
                 leaf.requires_grad_()
 
     @contextmanager
-    def at(self, seed: int, *, hooks: bool = False) -> Iterator[None]:
+    def at(self, seed: int, *, hooks: bool = False, forward: bool = True) -> Iterator[None]:
         """Enters the state: the leaves stand in the model, and all that changes is put back.
 
         Args:
             seed: of all that draws at random.
             hooks: calls the hooks that the user has registered for gradients.
+            forward: whether the model is called inside, or at most runs again in backward passes.
         """
         written = {id(t) for t in self.written}
         pairs = zip(self.own, self.leaves, strict=True)
@@ -86,7 +87,7 @@ class Point:
         with ExitStack() as stack:
             enter = stack.enter_context
             enter(self.surroundings.as_found(seed, moved=moved, dtype=self.dtype))
-            enter(written_out())
+            enter(written_out(forward=forward))
             if self.in_place:
                 enter(_as_leaves(self.own, hooks=hooks))
             else:

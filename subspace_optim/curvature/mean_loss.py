@@ -140,7 +140,7 @@ class MeanLossOperator(CurvatureOperator):
             vectors = vectors.to(self.device, self.dtype).contiguous()
             with self.ranks.summed(vectors.shape, self.dtype, self.device) as products:
                 if kept:  # at the point, since checkpointed parts run the model again
-                    with point.at(self._seed):
+                    with point.at(self._seed, forward=False):
                         for derivatives in kept.values():
                             self._multiply(derivatives, vectors, products)
                 if point.streamed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -125,19 +125,23 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 @contextmanager
-def written_out() -> Iterator[None]:
+def written_out(*, forward: bool) -> Iterator[None]:
     """Replaces functions of torch with a wrong second derivative by compositions of others.
 
     By two means, since each misses calls that the other sees. The names in torch's modules are
     rebound: that reaches checkpointed parts, which run again in a backward pass, where function
     modes are off. The function mode reaches calls by names that were imported before.
+
+    Args:
+        forward: whether the model is called inside. If not, a mode would see nothing but our own
+            calls, of which each takes some microseconds then.
     """
     places = [(F, "hardsigmoid"), (F, "hardswish"), (torch, "_weight_norm")]
     before = [getattr(module, name) for module, name in places]
     try:
         for (module, name), function in zip(places, before, strict=True):
             setattr(module, name, _PARTS.get(function, function))
-        with _WrittenOut():
+        with _WrittenOut() if forward else nullcontext():
             yield
     finally:
         for (module, name), function in zip(places, before, strict=True):
