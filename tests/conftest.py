@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "drawn",  # --hypothesis-profile drawn --hypothesis-seed N: other examples than those of always
     deadline=None,
-    max_examples=20,
+    max_examples=25,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
     "subspace_optim",
     settings.get_profile("drawn"),
+    max_examples=15,
     derandomize=True,  # the same examples in every run: a red test is red for everyone
 )
 settings.load_profile("subspace_optim")

@@ -221,10 +221,10 @@ CLUSTER = _followed_by(*[5 - 1e-3 * i for i in range(30)], bulk=_uniform(1, -1))
     raises=(ConvergenceWarning, AssertionError),
     reason="directions lost in restarts add up for ever; or pairs are off by more than one tol",
 )
-@pytest.mark.parametrize(("k", "tol"), [(1, 1e-6), (6, 1e-3), (6, 1e-6)])
+@pytest.mark.parametrize(("k", "tol"), [(1, 1e-6), (6, 1e-3)])
 def test_a_cluster_of_more_eigenvalues_than_there_are_rows_converges(k, tol):
     matrix = Matrix(CLUSTER(400))
-    check(solve(matrix, k, tol, torch.float64, max_products=2000), matrix, k, tol)
+    check(solve(matrix, k, tol, torch.float64, max_products=1200), matrix, k, tol)
 
 
 @pytest.mark.filterwarnings("ignore::subspace_optim._validation.ConvergenceWarning")
