@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from subspace_optim.curvature.operator import CurvatureOperator
-from subspace_optim.curvature.parameters import digest
+from subspace_optim.curvature.parameters import digest, times_written
 
 
 class StepCount:
@@ -107,7 +107,7 @@ class StepTeller:
             self._count.begin()
         elif not looks:
             self._count.look()
-        self._versions = self._written()
+        self._versions = times_written(self._parameters())
         # SAM puts back what it has moved where a gradient is not finite. A digest tells.
         returns = any(hasattr(each, "first_step") for each in self._optimizers)
         self._before = self._digest() if returns and not looks else None
@@ -125,16 +125,13 @@ class StepTeller:
         if moved is None:
             # Fused optimizers, and those that write to `p.data`, leave no trace in the versions.
             has_gradient = any(p.grad is not None for p in self._parameters())
-            moved = has_gradient or self._written() != self._versions
+            moved = has_gradient or times_written(self._parameters()) != self._versions
         if moved:
             self._count.moved()
         self._looks = self._count.looks
 
     def _digest(self) -> int:
         return int(digest(self._parameters()))
-
-    def _written(self) -> int:
-        return sum(p._version for p in self._parameters())  # noqa: SLF001 (counts what is written)
 
     def _parameters(self) -> list[Tensor]:
         groups = [group for each in self._optimizers for group in each.param_groups]

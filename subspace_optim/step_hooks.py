@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import ASGD, Optimizer, Rprop
 
 from subspace_optim._validation import ArgumentError, UnseenStepsWarning
-from subspace_optim.curvature.parameters import ParameterSpace, digest
+from subspace_optim.curvature.parameters import ParameterSpace, digest, times_written
 
 # Which optimizer steps.
 
@@ -213,31 +213,30 @@ class JointSteps:
         """Warns once if the parameters have moved and no step was seen."""
         if self._start is not None and int(digest(self._watched)) != self._start:
             self._start = None
-            kinds = ", ".join(type(each).__name__ for each in self.optimizers)
             message = (
                 f"The parameters have moved since {type(self.owner).__name__} was attached, but no "
-                f"step of {kinds} was seen. If a checkpoint was loaded, all is well; if the model "
-                "was trained, another optimizer did it, a copy of this one, or a compiled step: "
-                "attach it to the optimizer whose step() is called."
+                f"step of {self._kinds} was seen. If a checkpoint was loaded, all is well; if the "
+                "model was trained, another optimizer did it, a copy of this one, or a compiled "
+                "step: attach it to the optimizer whose step() is called."
             )
             warnings.warn(message, UnseenStepsWarning, stacklevel=3)
 
     def _check_wrapper(self) -> None:
         """Warns once if a wrapper moves the parameters itself, between steps that it passes on."""
-        if self._left is None or self._left == self._version():
+        if self._left is None or self._left == times_written(self._watched):
             return
         self._wrapped, self._left = False, None
-        kinds = ", ".join(type(each).__name__ for each in self.optimizers)
         message = (
-            f"The parameters move between the steps of {kinds}, which was given inside of a "
+            f"The parameters move between the steps of {self._kinds}, which was given inside of a "
             f"wrapper: what moves them there is not seen by {type(self.owner).__name__}. If a "
             "checkpoint was loaded, all is well; a wrapper that moves them itself, as Lookahead "
             "does, has to be a torch.optim.Optimizer with a state of its own."
         )
         warnings.warn(message, UnseenStepsWarning, stacklevel=3)
 
-    def _version(self) -> int:
-        return sum(p._version for p in self._watched)  # noqa: SLF001 (all writes but by .data)
+    @property
+    def _kinds(self) -> str:
+        return ", ".join(type(each).__name__ for each in self.optimizers)
 
     def forget(self) -> None:
         """Takes the parameters as they are now for those of the attachment."""
@@ -262,7 +261,7 @@ class JointSteps:
             with outside_autocast(self._device):
                 self._undo()
         if self._wrapped:
-            self._left = self._version()
+            self._left = times_written(self._watched)
 
     def _pre(self, optimizer: Optimizer, *_: object) -> None:
         followed = self._of[id(optimizer)]

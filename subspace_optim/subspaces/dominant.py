@@ -19,7 +19,7 @@ from subspace_optim.curvature.operator import CurvatureOperator, State
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.step_count import StepCount
-from subspace_optim.subspaces.eigenpairs import shapes
+from subspace_optim.subspaces.eigenpairs import names_in_state
 from subspace_optim.subspaces.refresh import ByAngle, EveryNSteps, is_finite
 from subspace_optim.subspaces.rule import RefreshRule, Situation, SubspaceStats
 
@@ -216,9 +216,8 @@ class DominantSubspace:
         self._failures += 1
         if self.basis is None or self._failures >= _FAILURES_IN_A_ROW:
             raise failure
-        if is_finite(
-            self.parameters.tensors
-        ):  # once a state; where training has diverged, at each update
+        # Once at a state; where training has diverged, at each update.
+        if is_finite(self.parameters.tensors):
             self._attempted = hash(state)
         message = (
             f"The refresh at step {self.clock} failed ({failure}). The basis of step "
@@ -272,7 +271,7 @@ class DominantSubspace:
             state_dict: what ``state_dict()`` returned. Model, optimizer and subspace may be
                 loaded in any order.
         """
-        pairs = {"solved", "guarded", "lowest", "mean", *shapes(self.operator, self.k)}
+        pairs = names_in_state(self.operator, self.k)
         names = {"version", "stats", "checksum", "rule", *pairs, *self._counters()}
         remedy = "Pass what `subspace.state_dict()` returned, not the optimizer's or the model's."
         state = SavedState(state_dict, names, remedy)

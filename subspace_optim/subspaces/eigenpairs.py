@@ -107,7 +107,12 @@ def _check_symmetry(operator: CurvatureOperator, asymmetry: float) -> None:
 # In a state dict.
 
 
-def shapes(operator: CurvatureOperator, k: int) -> dict[str, tuple[int, ...]]:
+def names_in_state(operator: CurvatureOperator, k: int) -> set[str]:
+    """Returns the names of the entries that ``saved`` makes."""
+    return {*_shapes(operator, k), "solved", "guarded", "lowest", "mean"}
+
+
+def _shapes(operator: CurvatureOperator, k: int) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the tensors that stand for k pairs and the guard, by their names."""
     P, guard = operator.size, min(1, operator.size - k)
     own = {"eigenvalues": (k,), "vectors": (k, P), "residuals": (k,)}
@@ -123,7 +128,7 @@ def saved(pairs: TopPairs | None, operator: CurvatureOperator, k: int) -> dict[s
         "guarded": pairs is not None and pairs.guard.k > 0,
         "lowest": 0.0 if pairs is None else pairs.lowest,
         "mean": 0.0 if pairs is None else pairs.mean,
-        **{name: torch.zeros(shape, **options) for name, shape in shapes(operator, k).items()},
+        **{name: torch.zeros(shape, **options) for name, shape in _shapes(operator, k).items()},
     }
     for prefix, each in () if pairs is None else (("", pairs.basis), ("guard_", pairs.guard)):
         for name in ("eigenvalues", "vectors", "residuals") if each.k else ():
@@ -151,7 +156,7 @@ def _loaded_pairs(
     values, vectors, residuals = (
         state.tensor(
             f"{prefix}{name}",
-            shapes(operator, k)[f"{prefix}{name}"],
+            _shapes(operator, k)[f"{prefix}{name}"],
             operator.dtype,
             operator.device,
             minimum=0 if name == "residuals" else None,
