@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.curvature.parameters import digest, times_written
+from subspace_optim.step_hooks import in_two_calls, parameters_of
 
 
 class StepCount:
@@ -107,9 +107,9 @@ class StepTeller:
             self._count.begin()
         elif not looks:
             self._count.look()
-        self._versions = times_written(self._parameters())
+        self._versions = times_written(parameters_of(*self._optimizers))
         # SAM puts back what it has moved where a gradient is not finite. A digest tells.
-        returns = any(hasattr(each, "first_step") for each in self._optimizers)
+        returns = any(map(in_two_calls, self._optimizers))
         self._before = self._digest() if returns and not looks else None
 
     def end(self, moved: bool | None = None) -> None:
@@ -124,15 +124,12 @@ class StepTeller:
             moved = self._digest() != self._before
         if moved is None:
             # Fused optimizers, and those that write to `p.data`, leave no trace in the versions.
-            has_gradient = any(p.grad is not None for p in self._parameters())
-            moved = has_gradient or times_written(self._parameters()) != self._versions
+            parameters = parameters_of(*self._optimizers)
+            has_gradient = any(p.grad is not None for p in parameters)
+            moved = has_gradient or times_written(parameters) != self._versions
         if moved:
             self._count.moved()
         self._looks = self._count.looks
 
     def _digest(self) -> int:
-        return int(digest(self._parameters()))
-
-    def _parameters(self) -> list[Tensor]:
-        groups = [group for each in self._optimizers for group in each.param_groups]
-        return [p for group in groups for p in group["params"]]
+        return int(digest(parameters_of(*self._optimizers)))

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch.optim import ASGD, Optimizer, Rprop
 
 from subspace_optim._validation import ArgumentError, UnseenStepsWarning
 from subspace_optim.curvature.parameters import ParameterSpace, digest, times_written
+
+Owner = TypeVar("Owner")
 
 # Which optimizer steps.
 
@@ -65,12 +67,12 @@ def optimizers_of(argument: Any, space: ParameterSpace) -> list[Followed]:
             remedy = "Build operator and subspace from the model that the optimizer trains."
             raise ArgumentError("optimizer", "of another model", "one of the subspace's", remedy)
     return [
-        Followed(chain[0], chain, wrapped=chain[0] is not each and not _in_two_calls(chain[0]))
+        Followed(chain[0], chain, wrapped=chain[0] is not each and not in_two_calls(chain[0]))
         for each, chain in zip(given, chains, strict=True)
     ]
 
 
-def _in_two_calls(optimizer: Any) -> bool:
+def in_two_calls(optimizer: Any) -> bool:
     """Whether it moves the parameters before its step, and puts them back."""
     return hasattr(optimizer, "first_step")
 
@@ -80,9 +82,9 @@ def innermost(optimizer: Any) -> Any:
     return _chain(optimizer)[0]
 
 
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """Returns the parameters of all groups."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def parameters_of(*optimizers: Optimizer) -> list[Tensor]:
+    """Returns the parameters of all groups of all optimizers."""
+    return [p for each in optimizers for group in each.param_groups for p in group["params"]]
 
 
 _INSIDE = ("optimizer", "base_optimizer", "inner_optimizer", "optim", "base")
@@ -124,10 +126,11 @@ def _chain(given: Any) -> list[Optimizer]:
     return below
 
 
-def attached(optimizers: Iterable[Followed]) -> list[JointSteps]:
-    """Returns what follows the steps of any of them already."""
+def owners_of(optimizers: Iterable[Followed], kind: type[Owner]) -> list[Owner]:
+    """Returns those of one class for whom the steps of any optimizer are followed already."""
     members = [each for followed in optimizers for each in followed.members]
-    return list(dict.fromkeys(steps for each in members for steps in _followers(each)))
+    owners = dict.fromkeys(steps.owner for each in members for steps in _followers(each))
+    return [owner for owner in owners if isinstance(owner, kind)]
 
 
 def _followers(optimizer: Optimizer) -> list[JointSteps]:
@@ -184,7 +187,7 @@ class JointSteps:
         self._device = space.device
         self._round: set[int] = set()  # those that step in this round ...
         self._waiting: set[int] = set()  # ... and those of them that have still to
-        held = {id(p) for each in self.optimizers for p in parameters_of(each)}
+        held = set(map(id, parameters_of(*self.optimizers)))
         self._watched = [p for p in space.tensors if id(p) in held]
         self._start: int | None = int(digest(self._watched))  # until a step is seen
         self._wrapped = any(each.wrapped for each in optimizers)
@@ -271,7 +274,7 @@ class JointSteps:
         if followed.hooks > 1 or self._removed:
             return
         self._start = None
-        moving = {id(each) for each in self.optimizers if _moves(each)}
+        moving = {id(each) for each in self.optimizers if moves(each)}
         own = id(followed.optimizer)
         if own not in moving:
             return
@@ -353,7 +356,7 @@ def _guard(optimizer: Optimizer) -> None:
     optimizer.step = MethodType(guarded, optimizer)  # type: ignore[method-assign]
 
 
-def _moves(optimizer: Optimizer) -> bool:
+def moves(optimizer: Optimizer) -> bool:
     """Whether a step can change anything."""
     found: Any = getattr(optimizer, "found_inf", None)  # set by the scaler, for fused optimizers
     if isinstance(found, Tensor) and bool(found):

@@ -39,9 +39,9 @@ ALLOWED: dict[str, set[str]] = {
     ".linalg.low_rank": {"._validation", *_ARITHMETIC, ".linalg.eigenbasis"},
     ".linalg": {"._validation", "._progress", *_ARITHMETIC, *_VALUES, ".linalg"},
     ".curvature": {"._validation", "._progress", ".curvature"},
-    ".step_count": {".curvature"},
-    ".subspaces": _SUBSPACES,
     ".step_hooks": {"._validation", ".curvature"},
+    ".step_count": {".curvature", ".step_hooks"},
+    ".subspaces": _SUBSPACES,
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.
     ".optim._checks": {"._validation", ".curvature"},
     ".optim._base": _OPTIM,

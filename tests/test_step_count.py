@@ -146,6 +146,14 @@ def projected(optimizer: torch.optim.Optimizer, subspace: Any) -> torch.optim.Op
     return optimizer
 
 
+def run_of(kind: str, watched: str) -> tuple[Quartic, so.DominantSubspace, Any]:
+    model, subspace = make()
+    optimizer = KINDS[kind](model, subspace)
+    for every in WATCHED[watched]:
+        so.Monitor(optimizer, subspace, every=every)
+    return model, subspace, optimizer
+
+
 def closure_of(model: Quartic, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     def closure() -> Any:
         optimizer.zero_grad()
@@ -159,10 +167,7 @@ def closure_of(model: Quartic, optimizer: torch.optim.Optimizer) -> Callable[[],
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("watched", WATCHED)
 def test_each_step_counts_once_whoever_follows_it(watched: str, kind: str) -> None:
-    model, subspace = make()
-    optimizer = KINDS[kind](model, subspace)
-    for every in WATCHED[watched]:
-        so.Monitor(optimizer, subspace, every=every)
+    model, subspace, optimizer = run_of(kind, watched)
     for _ in range(7):
         optimizer.step(closure_of(model, optimizer))
     assert number(subspace) == 8  # θ_0 is the first
@@ -239,10 +244,7 @@ def test_steps_that_nobody_follows_are_one_to_who_comes_later() -> None:
 @pytest.mark.parametrize("watched", WATCHED)
 @pytest.mark.parametrize("kind", ["SGD", "SAM", "DomSGD"])
 def test_a_step_that_raises_is_none(kind: str, watched: str) -> None:
-    model, subspace = make()
-    optimizer = KINDS[kind](model, subspace)
-    for every in WATCHED[watched]:
-        so.Monitor(optimizer, subspace, every=every)
+    model, subspace, optimizer = run_of(kind, watched)
 
     def fails() -> float:
         closure_of(model, optimizer)()
@@ -260,10 +262,7 @@ def test_a_step_that_raises_is_none(kind: str, watched: str) -> None:
 @pytest.mark.parametrize("watched", WATCHED)
 @pytest.mark.parametrize("kind", ["SGD", "fused"])
 def test_a_step_that_the_scaler_skips_is_none(kind: str, watched: str) -> None:
-    model, subspace = make()
-    optimizer = KINDS[kind](model, subspace)
-    for every in WATCHED[watched]:
-        so.Monitor(optimizer, subspace, every=every)
+    model, subspace, optimizer = run_of(kind, watched)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for t in range(6):
         optimizer.zero_grad()
@@ -277,10 +276,7 @@ def test_a_step_that_the_scaler_skips_is_none(kind: str, watched: str) -> None:
 @pytest.mark.parametrize("kind", ["SAM", "BulkSAM"])
 def test_a_step_that_sam_takes_back_is_none(kind: str, watched: str) -> None:
     """Between θ_t and θ_t it has moved."""
-    model, subspace = make()
-    optimizer = KINDS[kind](model, subspace)
-    for every in WATCHED[watched]:
-        so.Monitor(optimizer, subspace, every=every)
+    model, subspace, optimizer = run_of(kind, watched)
     for t in range(6):
         passes = []
 
@@ -297,10 +293,7 @@ def test_a_step_that_sam_takes_back_is_none(kind: str, watched: str) -> None:
 
 @pytest.mark.parametrize("watched", WATCHED)
 def test_a_step_without_gradients_or_rates_is_none(watched: str) -> None:
-    model, subspace = make()
-    optimizer = sgd(model)
-    for every in WATCHED[watched]:
-        so.Monitor(optimizer, subspace, every=every)
+    model, subspace, optimizer = run_of("SGD", watched)
     for t in range(8):
         model().backward()
         if t in (1, 2):

@@ -22,7 +22,7 @@ from subspace_optim.diagnostics.logs import logs
 from subspace_optim.diagnostics.measures.dominant import COLUMNS, Before, Dominant
 from subspace_optim.diagnostics.table import Table
 from subspace_optim.step_count import StepCount, StepTeller
-from subspace_optim.step_hooks import JointSteps, attached, optimizers_of
+from subspace_optim.step_hooks import JointSteps, optimizers_of, owners_of
 from subspace_optim.subspaces import Subspace, check_subspace
 
 if TYPE_CHECKING:
@@ -139,8 +139,7 @@ class Monitor:
         self._unmeasured: dict[str, Any] | None = None  # the row, if that is not to be had
         self._failing = False
         self._logs = logs(log, self._table.names, append=append, files=self._writes_files())
-        owners = [steps.owner for steps in attached(optimizers)]
-        twins = [each for each in owners if isinstance(each, Monitor) and each.kind == self.kind]
+        twins = [each for each in owners_of(optimizers, Monitor) if each.kind == self.kind]
         for twin in twins:
             twin.detach()
         # Last: a projection that was attached later must have been applied.

@@ -20,7 +20,7 @@ from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
 from subspace_optim.optim._checks import check_buffer, check_dense, check_membership, check_same
-from subspace_optim.step_hooks import outside_autocast, parameters_of
+from subspace_optim.step_hooks import moves, outside_autocast, parameters_of
 from subspace_optim.subspaces import Subspace, basis_of, check_subspace, projector_of
 
 Group = dict[str, Any]
@@ -126,10 +126,6 @@ class CheckedOptimizer(torch.optim.Optimizer):
         device: torch.device = self.param_groups[0]["params"][0].device
         return device
 
-    def _moves(self) -> bool:
-        """Whether a rate is above 0: steps that prepare a checkpoint have none."""
-        return any(float(group["lr"]) != 0 for group in self.param_groups)
-
 
 class SubspaceOptimizer(CheckedOptimizer):
     """An optimizer whose update is a function of all groups' direction and of a basis.
@@ -162,7 +158,7 @@ class SubspaceOptimizer(CheckedOptimizer):
         if all(p.grad is None for p in tensors):
             return
         basis: EigenBasis | LowRankCurvature | None = None
-        if self._moves():  # where every rate is 0, nothing moves: no reason to pay for a basis
+        if moves(self):  # where every rate is 0, nothing moves: no reason to pay for a basis
             basis = projector_of(subspace) if self._projects else basis_of(subspace)
         vector = self._vector(space, space if basis is None else basis)
         buffers: dict[Tensor, Tensor] = {}

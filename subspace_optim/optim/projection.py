@@ -17,8 +17,8 @@ from subspace_optim.optim._checks import check_same
 from subspace_optim.step_hooks import (
     Followed,
     JointSteps,
-    attached,
     optimizers_of,
+    owners_of,
     parameters_of,
     write,
 )
@@ -50,7 +50,7 @@ class Projection:
     @torch.no_grad()
     def _begin(self) -> None:
         optimizers, space = self._steps.optimizers, self.subspace.parameters
-        tensors = check_same([p for each in optimizers for p in parameters_of(each)], space)
+        tensors = check_same(parameters_of(*optimizers), space)
         if self._before is not None:  # the step before raised, and was called past our guard
             self._forget_pairs()
         basis, known = projector_of(self.subspace), [_Known(each) for each in optimizers]
@@ -167,9 +167,8 @@ def project_updates(
     check_subspace(subspace, projects=True)
     space = subspace.parameters
     optimizers = optimizers_of(optimizer, space)
-    check_same([p for each in optimizers for p in parameters_of(each.optimizer)], space)
-    owners = [steps.owner for steps in attached(optimizers)]
-    before = [owner for owner in owners if isinstance(owner, Projection)]
+    check_same(parameters_of(*(each.optimizer for each in optimizers)), space)
+    before = owners_of(optimizers, Projection)
     for each in before:
         each.remove()
     projection = Projection(optimizers, subspace, onto)

@@ -24,7 +24,7 @@ from subspace_optim.optim._base import (
     sgd_directions,
 )
 from subspace_optim.optim._checks import check_sgd_options
-from subspace_optim.step_hooks import innermost, outside_autocast, parameters_of, write
+from subspace_optim.step_hooks import innermost, moves, outside_autocast, parameters_of, write
 from subspace_optim.subspaces import Subspace
 
 
@@ -80,7 +80,7 @@ class _TwoSteps(CheckedOptimizer):
         """
         loss = None
         # Without any rate, as checkpoints are prepared, only buffers are made.
-        if not self._ready and (closure is not None or self._moves()):
+        if not self._ready and (closure is not None or moves(self)):
             if closure is None:
                 raise RuntimeError(
                     f"{type(self).__name__} needs the gradient at two points: call step(closure), "
