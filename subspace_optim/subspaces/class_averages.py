@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError, NonFiniteError
-from subspace_optim.curvature.checkpoints import checksum
 from subspace_optim.linalg.low_rank import LowRankCurvature
+from subspace_optim.subspaces.checkpoints import checksum
 
 _SAFE = 1e-12
 """Norms of which the squares are far from the ends of float32."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError, check_integer, check_number
-from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.curvature.contexts import full_precision, random_state_kept
 from subspace_optim.curvature.logit_gradients import LogitGradients
 from subspace_optim.curvature.objective import unwrapped
@@ -19,6 +18,7 @@ from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.surroundings import ALONE
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
+from subspace_optim.subspaces.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.subspaces.class_averages import (
     ClassAverages,
     averaged,

@@ -14,11 +14,11 @@ from subspace_optim._validation import (
     check_integer,
     check_number,
 )
-from subspace_optim.curvature.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.curvature.operator import CurvatureOperator, State
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.step_count import StepCount
+from subspace_optim.subspaces.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.subspaces.eigenpairs import names_in_state
 from subspace_optim.subspaces.refresh import ByAngle, EveryNSteps, is_finite
 from subspace_optim.subspaces.rule import RefreshRule, Situation, SubspaceStats

@@ -13,11 +13,11 @@ from subspace_optim._validation import (
     ConvergenceWarning,
     InconsistentDerivativeError,
 )
-from subspace_optim.curvature.checkpoints import SavedState
 from subspace_optim.curvature.operator import CurvatureOperator, rounding_at
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.lanczos import top_eigenpairs
 from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
+from subspace_optim.subspaces.checkpoints import SavedState
 
 _ASYMMETRIC = 1e-2
 """The asymmetry of products that rounding does not explain: at most 1e-5 in sound matrices."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError, NoGapWarning, check_integer, check_number
-from subspace_optim.curvature.checkpoints import SavedState
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.linalg.refinement import (
     Probe,
@@ -27,6 +26,7 @@ from subspace_optim.linalg.refinement import (
     vectors_needed,
 )
 from subspace_optim.subspaces import eigenpairs
+from subspace_optim.subspaces.checkpoints import SavedState
 from subspace_optim.subspaces.eigenpairs import TopPairs
 from subspace_optim.subspaces.rule import RefreshRule, Situation
 from subspace_optim.subspaces.staleness import Drift, Staleness

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.curvature.checkpoints import SavedState, checksum
 from subspace_optim.curvature.operator import CurvatureOperator, State
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.subspaces import eigenpairs
+from subspace_optim.subspaces.checkpoints import SavedState, checksum
 from subspace_optim.subspaces.eigenpairs import TopPairs
 
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subspace_optim.curvature.checkpoints import SavedState
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.refinement import SCATTER, Probe, Refinement
+from subspace_optim.subspaces.checkpoints import SavedState
 
 _MEMORY = 8
 """Observations that the rates are fitted to: the latest, since rates change."""
