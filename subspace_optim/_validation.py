@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -105,32 +106,51 @@ def check_number(
     value: Any,
     *,
     minimum: float | None = 0.0,
+    maximum: float = math.inf,
     exclusive: bool = False,
+    infinite: bool = False,
     tensor: bool = False,
     remedy: str = "",
-) -> None:
-    """Checks that ``value`` is a finite number of at least ``minimum``.
+) -> float:
+    """Returns ``value`` as a float within ``[minimum, maximum]``; NaN is never allowed.
 
     Args:
         argument: its name, for the message.
         value: a number; a tensor of one element too where ``tensor`` is set.
         minimum: the smallest value that is allowed (``None``: any).
+        maximum: the largest value that is allowed.
         exclusive: the minimum itself is not allowed.
+        infinite: infinities are allowed.
         tensor: allows a tensor of one element, as torch's optimizers do for ``lr``.
         remedy: the way out, added to the message.
 
     Raises:
         ArgumentError: it is none of these.
     """
-    allowed = "a finite number"
+    allowed = "a number" if infinite else "a finite number"
     if minimum is not None:
         allowed += f" {'above' if exclusive else 'of at least'} {minimum:g}"
+    if maximum < math.inf:
+        allowed += f" and at most {maximum:g}"
     number = math.nan
-    if isinstance(value, torch.Tensor):
-        if tensor and value.numel() == 1 and not value.is_complex():
-            number = float(value)
-    elif isinstance(value, int | float | np.number) and not isinstance(value, bool):
-        number = float(value)
+    with suppress(OverflowError):  # an integer of hundreds of digits
+        if isinstance(value, torch.Tensor):
+            if tensor and value.numel() == 1 and not value.is_complex():
+                number = float(value)
+        elif isinstance(value, int | float | np.integer | np.floating):
+            number = math.nan if isinstance(value, bool) else float(value)
     low = minimum is not None and (number < minimum or (exclusive and number == minimum))
-    if low or not math.isfinite(number):
+    if low or not number <= maximum or (math.isinf(number) and not infinite):
         raise ArgumentError(argument, value, allowed, remedy)
+    return number
+
+
+def check_flag(argument: str, value: Any, *, optional: bool = False) -> None:
+    """Checks that ``value`` is True or False, or ``None`` where it is ``optional``.
+
+    Raises:
+        ArgumentError: it is none of these.
+    """
+    if not isinstance(value, bool) and not (optional and value is None):
+        allowed = "True, False or None" if optional else "True or False"
+        raise ArgumentError(argument, value, allowed)

@@ -20,6 +20,7 @@ from subspace_optim._validation import (
     DataChangedError,
     NonFiniteError,
     StaleBasisWarning,
+    check_flag,
     check_integer,
     check_number,
 )
@@ -88,12 +89,14 @@ def test_without_a_maximum_an_integer_may_be_large() -> None:
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1, 1e-300, 1e300, np.float64(0.5)])
-def test_finite_numbers_from_the_minimum_pass(value: Any) -> None:
-    check_number("lr", value)
+def test_finite_numbers_from_the_minimum_are_returned_as_float(value: Any) -> None:
+    number = check_number("lr", value)
+    assert type(number) is float
+    assert number == value
 
 
 BAD = [-1, -1e-300, math.nan, math.inf, -math.inf, True, False, "1", None, [1.0], 1j]
-BAD += [Decimal(1), Fraction(1, 2), torch.tensor(1.0)]
+BAD += [Decimal(1), Fraction(1, 2), torch.tensor(1.0), 10**400, np.complex64(1)]
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -110,6 +113,34 @@ def test_an_exclusive_minimum_is_not_allowed_itself() -> None:
     check_number("rate", 2.5, minimum=2.5)
     with pytest.raises(ArgumentError, match=r"finite number of at least 2\.5\.$"):
         check_number("rate", 2.4, minimum=2.5)
+
+
+def test_a_maximum_is_the_largest_that_is_allowed() -> None:
+    assert check_number("cosine", 1, maximum=1) == 1.0
+    for value in (1 + 1e-15, math.inf, math.nan):
+        with pytest.raises(ArgumentError, match=r"a finite number of at least 0 and at most 1\.$"):
+            check_number("cosine", value, maximum=1)
+
+
+def test_infinities_pass_where_they_may_and_nan_never() -> None:
+    for value in (-math.inf, 0, math.inf):
+        assert check_number("start", value, minimum=None, infinite=True) == value
+    with pytest.raises(ArgumentError, match=r"^start is nan, but must be a number\.$"):
+        check_number("start", math.nan, minimum=None, infinite=True)
+    with pytest.raises(ArgumentError, match=r"^start is -inf, but must be a number of at least 0"):
+        check_number("start", -math.inf, infinite=True)
+
+
+def test_flags_are_true_or_false_and_nothing_that_counts_as_one() -> None:
+    for value in (True, False):
+        check_flag("nesterov", value)
+        check_flag("foreach", value, optional=True)
+    check_flag("foreach", None, optional=True)
+    for value in (None, 0, 1, "True", np.True_):
+        with pytest.raises(ArgumentError, match=r"must be True or False\.$"):
+            check_flag("nesterov", value)
+    with pytest.raises(ArgumentError, match=r"^foreach is 1, but must be True, False or None\.$"):
+        check_flag("foreach", 1, optional=True)
 
 
 def test_without_a_minimum_any_finite_number_passes() -> None:

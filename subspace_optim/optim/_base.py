@@ -25,6 +25,7 @@ from subspace_optim.subspaces import Subspace, basis_of, check_subspace, project
 
 Group = dict[str, Any]
 Part = Literal["dominant", "bulk"]
+Gather = Callable[[Callable[[Group], float | Tensor]], Tensor]
 Moves = list[tuple[list[Tensor], list[Tensor], float]]
 """Parameters, what is added to them, and the factor of that."""
 
@@ -135,7 +136,7 @@ class SubspaceOptimizer(CheckedOptimizer):
 
     subspace: Subspace | None  # an optimizer that was pickled or copied alone has none
     _projects: ClassVar[bool] = True  # whether the basis has to be orthonormal
-    _memory: _Vector | None = None  # of the update
+    _memory: Tensor | None = None  # of the update
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], subspace: Subspace) -> None:
         check_subspace(subspace, projects=self._projects)
@@ -161,18 +162,19 @@ class SubspaceOptimizer(CheckedOptimizer):
         if moves(self):  # where every rate is 0, nothing moves: no reason to pay for a basis
             basis = projector_of(subspace) if self._projects else basis_of(subspace)
         vector = self._vector(space, space if basis is None else basis)
+        views = space.unflatten(vector)
         buffers: dict[Tensor, Tensor] = {}
 
         def gather(factor: Callable[[Group], float | Tensor]) -> Tensor:
-            self._gather(dict(zip(tensors, vector.views, strict=True)), factor, buffers)
-            return vector.whole
+            self._gather(dict(zip(tensors, views, strict=True)), factor, buffers)
+            return vector
 
         if basis is None:
             gather(lambda _: 0.0)  # a step that prepares a checkpoint makes the buffers
             self._commit(buffers, [])
         else:
             self._update(basis, gather)
-            self._commit(buffers, [(tensors, vector.views, 1.0)])
+            self._commit(buffers, [(tensors, views, 1.0)])
 
     def _gather(
         self,
@@ -197,11 +199,11 @@ class SubspaceOptimizer(CheckedOptimizer):
                 else:
                     view.copy_(direction).mul_(scale)
 
-    def _vector(self, space: ParameterSpace, like: Any) -> _Vector:
+    def _vector(self, space: ParameterSpace, like: Any) -> Tensor:
         """Returns the memory of the last step: fresh pages cost as much as all the arithmetic."""
-        memory = self._memory
-        if memory is None or not memory.fits(space, like):
-            memory = self._memory = _Vector(space, like)
+        memory, wanted = self._memory, (space.size, like.dtype, like.device)
+        if memory is None or (memory.numel(), memory.dtype, memory.device) != wanted:
+            memory = self._memory = torch.empty(space.size, dtype=like.dtype, device=like.device)
         return memory
 
     def _trained(self, space: ParameterSpace) -> list[Tensor]:
@@ -243,22 +245,6 @@ class SubspaceOptimizer(CheckedOptimizer):
         optimizer.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         optimizer.subspace = memo.get(id(self.subspace))
         return optimizer
-
-
-Gather = Callable[[Callable[[Group], float | Tensor]], Tensor]
-
-
-class _Vector:
-    """Memory for one number a coordinate: as a whole, and in the shapes of the parameters."""
-
-    def __init__(self, space: ParameterSpace, like: Any) -> None:
-        self._space = space
-        self.whole = torch.empty(space.size, dtype=like.dtype, device=like.device)
-        self.views = space.unflatten(self.whole)
-
-    def fits(self, space: ParameterSpace, like: Any) -> bool:
-        whole = self.whole
-        return space is self._space and (whole.dtype, whole.device) == (like.dtype, like.device)
 
 
 def restrict_(update: Tensor, basis: EigenBasis, part: Part) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace_optim._validation import ArgumentError, check_number
+from subspace_optim._validation import ArgumentError, check_flag, check_number
 from subspace_optim.curvature.parameters import ParameterSpace
 
 
@@ -23,11 +23,9 @@ def check_sgd_options(group: dict[str, Any]) -> None:
     check_number("dampening", group["dampening"], minimum=None)
     check_number("weight_decay", group["weight_decay"])
     for name in ("nesterov", "maximize", "differentiable"):
-        if not isinstance(group[name], bool):
-            raise ArgumentError(name, group[name], "True or False")
+        check_flag(name, group[name])
     for name in ("foreach", "fused"):
-        if not (group[name] is None or isinstance(group[name], bool)):
-            raise ArgumentError(name, group[name], "True, False or None")
+        check_flag(name, group[name], optional=True)
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         remedy = "Set momentum above 0 and dampening to 0."
         raise ArgumentError("nesterov", True, "False without momentum or with dampening", remedy)
@@ -64,15 +62,15 @@ def check_buffer(parameter: Any, entries: Any) -> None:
     buffer = entries.get("momentum_buffer")
     if buffer is None or not isinstance(parameter, Tensor):
         return
-    label, shape = "momentum_buffer of the loaded state", tuple(parameter.shape)
-    if not isinstance(buffer, Tensor):
-        raise ArgumentError(label, type(buffer).__name__, "a tensor", remedy)
-    if buffer.layout != torch.strided:
-        raise ArgumentError(label, buffer.layout, "dense", remedy)
-    if tuple(buffer.shape) != shape:
-        raise ArgumentError(label, f"of shape {tuple(buffer.shape)}", f"of shape {shape}", remedy)
-    if not bool(buffer.isfinite().all()):
-        raise ArgumentError(label, "not finite", "finite", remedy)
+    found = type(buffer).__name__
+    if isinstance(buffer, Tensor):
+        found = f"of shape {tuple(buffer.shape)}, {buffer.layout}"
+        if buffer.shape == parameter.shape and buffer.layout == torch.strided:
+            if bool(buffer.isfinite().all()):
+                return
+            found = "not finite"
+    allowed = f"a dense tensor of finite numbers, of shape {tuple(parameter.shape)}"
+    raise ArgumentError("momentum_buffer of the loaded state", found, allowed, remedy)
 
 
 def check_membership(params: Iterable[Tensor], space: ParameterSpace) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from subspace_optim._validation import check_number
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
-from subspace_optim.optim._base import Gather, SubspaceOptimizer
+from subspace_optim.optim._base import Gather, SubspaceOptimizer, options
 from subspace_optim.subspaces import Subspace
 
 Curvature = EigenBasis | LowRankCurvature
@@ -98,8 +98,7 @@ class LowRankNewton(SubspaceNewton):
         *,
         subspace: Subspace,
     ) -> None:
-        defaults = {"lr": lr, "damping": damping, "bulk_ratio": bulk_ratio, "momentum": momentum}
-        super().__init__(params, defaults, subspace)
+        super().__init__(params, options(locals()), subspace)
 
     @staticmethod
     def _check_options(group: dict[str, Any]) -> None:
@@ -150,8 +149,7 @@ class ClassGradientQuasiNewton(SubspaceNewton):
         damping: float = 0.0,
         subspace: Subspace,
     ) -> None:
-        defaults = {"lr": lr, "newton_lr": newton_lr, "damping": damping, "momentum": momentum}
-        super().__init__(params, defaults, subspace)
+        super().__init__(params, options(locals()), subspace)
 
     @staticmethod
     def _check_options(group: dict[str, Any]) -> None:

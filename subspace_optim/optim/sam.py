@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from subspace_optim._validation import ArgumentError, check_number
+from subspace_optim._validation import ArgumentError, check_flag, check_number
+from subspace_optim.curvature.parameters import times_written
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.optim._base import (
     CheckedOptimizer,
@@ -39,8 +40,7 @@ class _TwoSteps(CheckedOptimizer):
     def _check_options(group: dict[str, Any]) -> None:
         check_sgd_options(group)
         check_number("rho", group["rho"])
-        if not isinstance(group["adaptive"], bool):
-            raise ArgumentError("adaptive", group["adaptive"], "True or False")
+        check_flag("adaptive", group["adaptive"])
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Takes one step, with two evaluations of the closure.
@@ -224,7 +224,7 @@ def _nothing_added(params: list[Tensor]) -> Iterator[None]:
         ArgumentError: the closure makes such a pass.
     """
     known = {p: p.grad for p in params if p.requires_grad and p.grad is not None}
-    versions = [gradient._version for gradient in known.values()]  # noqa: SLF001 (counts writes)
+    written = times_written(known.values())
     if not known:
         yield
         return
@@ -241,7 +241,7 @@ def _nothing_added(params: list[Tensor]) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     untouched = all(p.grad is gradient for p, gradient in known.items())
-    untouched &= versions == [gradient._version for gradient in known.values()]  # noqa: SLF001
+    untouched &= written == times_written(known.values())
     if untouched or (added and added[0]):
         raise ArgumentError(
             "closure",

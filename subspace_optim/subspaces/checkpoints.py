@@ -8,16 +8,14 @@ reads into the state of the object that is to be loaded, needs that.
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from subspace_optim._validation import ArgumentError, check_integer
+from subspace_optim._validation import ArgumentError, check_flag, check_integer, check_number
 from subspace_optim.curvature.parameters import digest
 
 VERSION = 1
@@ -70,15 +68,9 @@ class SavedState:
         return value
 
     def flag(self, name: str) -> bool:
-        """Returns an entry that is True or False.
-
-        Raises:
-            ArgumentError: it is neither.
-        """
-        value = self._state[name]
-        if not isinstance(value, bool):
-            raise ArgumentError(self._label(name), value, "True or False")
-        return value
+        """Returns an entry that is True or False."""
+        check_flag(self._label(name), self._state[name])
+        return bool(self._state[name])
 
     def count(self, name: str, *, maximum: int | None = None, remedy: str = "") -> int:
         """Returns an entry that is an integer of at least 0."""
@@ -88,21 +80,16 @@ class SavedState:
     def digest(self, name: str) -> int | None:
         """Returns an entry that is a 64-bit integer, or ``None``."""
         value = self._state[name]
-        if value is None:
-            return None
-        return check_integer(self._label(name), value, minimum=-_ENDS, maximum=_ENDS - 1)
+        return None if value is None else _digest(self._label(name), value)
 
     def digests(self, name: str, length: int) -> list[int]:
         """Returns an entry that is a list of so many 64-bit integers."""
-        items, label = _items(self._label(name), self._state[name], length), self._label(name)
-        return [
-            check_integer(f"{label}[{i}]", item, minimum=-_ENDS, maximum=_ENDS - 1)
-            for i, item in enumerate(items)
-        ]
+        items = _items(self._label(name), self._state[name], length)
+        return [_digest(label, item) for label, item in items]
 
     def number(self, name: str, **limits: Any) -> float:
-        """Returns an entry that is a number; ``limits`` as those of ``_number``."""
-        return _number(self._label(name), self._state[name], **limits)
+        """Returns an entry that is a number; ``limits`` are those of ``check_number``."""
+        return _number(self._label(name), self._state[name], limits)
 
     def optional(self, name: str, **limits: Any) -> float | None:
         """Returns an entry that is a number, or ``None``."""
@@ -110,14 +97,15 @@ class SavedState:
 
     def numbers(self, name: str, length: int | None = None, **limits: Any) -> list[float]:
         """Returns an entry that is a list of numbers, of a given length."""
-        return _numbers(self._label(name), self._state[name], length, limits)
+        items = _items(self._label(name), self._state[name], length)
+        return [_number(label, item, limits) for label, item in items]
 
     def rows(self, name: str, length: int, **limits: Any) -> list[list[float]]:
         """Returns an entry that is a list of lists of so many numbers."""
-        label = self._label(name)
+        rows = _items(self._label(name), self._state[name], None)
         return [
-            _numbers(f"{label}[{i}]", row, length, limits)
-            for i, row in enumerate(_items(label, self._state[name], None))
+            [_number(label, item, limits) for label, item in _items(of_row, row, length)]
+            for of_row, row in rows
         ]
 
     def tensor(
@@ -211,46 +199,21 @@ def _bytes_of(value: Any) -> Iterator[bytes]:
         yield f"{type(value).__name__} {value!r}".encode()
 
 
-def _items(label: str, value: Any, length: int | None) -> list[Any]:
-    """Returns a list as one, of a given length.
+def _items(label: str, value: Any, length: int | None) -> list[tuple[str, Any]]:
+    """Returns the items of a list of a given length, each with its label.
 
     Raises:
-        ArgumentError: it is none.
+        ArgumentError: it is no such list.
     """
     if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
         allowed = "a list" if length is None else f"a list of {length} items"
         raise ArgumentError(label, value, allowed)
-    return list(value)
+    return [(f"{label}[{i}]", item) for i, item in enumerate(value)]
 
 
-def _numbers(label: str, value: Any, length: int | None, limits: dict[str, Any]) -> list[float]:
-    items = enumerate(_items(label, value, length))
-    return [_number(f"{label}[{i}]", item, **limits) for i, item in items]
+def _number(label: str, value: Any, limits: dict[str, Any]) -> float:
+    return check_number(label, value, **({"minimum": None} | limits))
 
 
-def _number(
-    label: str,
-    value: Any,
-    *,
-    minimum: float = -math.inf,
-    maximum: float = math.inf,
-    infinite: bool = False,
-) -> float:
-    """Returns ``value`` as a float within ``[minimum, maximum]``; NaN is never one.
-
-    Raises:
-        ArgumentError: it is none.
-    """
-    allowed = "a number" if infinite else "a finite number"
-    if minimum > -math.inf:
-        allowed += f" of at least {minimum:g}"
-    if maximum < math.inf:
-        allowed += f" and at most {maximum:g}"
-    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    try:
-        number = float(value) if real and not isinstance(value, np.complexfloating) else math.nan
-    except OverflowError:  # an integer of hundreds of digits
-        number = math.nan
-    if not minimum <= number <= maximum or (math.isinf(number) and not infinite):
-        raise ArgumentError(label, value, allowed)
-    return number
+def _digest(label: str, value: Any) -> int:
+    return check_integer(label, value, minimum=-_ENDS, maximum=_ENDS - 1)
