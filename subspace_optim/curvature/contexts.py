@@ -51,26 +51,23 @@ def seed_generator(generator: Generator, seed: int) -> None:
 
 def states_kept(generators: Iterable[Generator]) -> Callable[[], None]:
     """Returns a function that puts the present states of generators back."""
-    states = [(generator, _state(generator)) for generator in generators]
+    held = [(put, get()) for get, put in map(_access, generators)]
 
     def restore() -> None:
-        for generator, state in states:
-            if isinstance(generator, np.random.Generator):
-                generator.bit_generator.state = state
-            elif isinstance(generator, torch.Generator | np.random.RandomState):
-                generator.set_state(state)
-            else:
-                generator.setstate(state)
+        for put, state in held:
+            put(state)
 
     return restore
 
 
-def _state(generator: Generator) -> Any:
+def _access(generator: Generator) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """Returns what reads the state of a generator, and what writes it."""
     if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
+        bits = generator.bit_generator
+        return lambda: bits.state, lambda state: setattr(bits, "state", state)
     if isinstance(generator, torch.Generator | np.random.RandomState):
-        return generator.get_state()
-    return generator.getstate()
+        return generator.get_state, generator.set_state
+    return generator.getstate, generator.setstate
 
 
 @contextmanager
@@ -153,13 +150,10 @@ def full_precision(device: torch.device, *, fused: bool = False) -> Iterator[Non
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if not fused:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        try:
-            for setting, _ in settings:
-                setting.fp32_precision = "ieee"
-            yield
-        finally:
-            for (setting, _), value in zip(settings, saved, strict=True):
-                setting.fp32_precision = value
+        for (setting, _), value in zip(settings, saved, strict=True):
+            stack.callback(setattr, setting, "fp32_precision", value)
+            setting.fp32_precision = "ieee"
+        yield
 
 
 @contextmanager
@@ -188,11 +182,8 @@ def interrupts_wait() -> Iterator[None]:
         yield
         return
     came: list[Any] = []
-    handlers: dict[int, Any] = {}
-    for waiting in (signal.SIGINT, signal.SIGTERM):
-        handler = signal.getsignal(waiting)
-        if callable(handler):
-            handlers[int(waiting)] = handler
+    present: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in present.items() if callable(handler)}
 
     def wait(number: int, frame: Any) -> None:
         if came:

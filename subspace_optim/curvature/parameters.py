@@ -115,14 +115,14 @@ class ParameterSpace:
         return self.tensors[0].device
 
     @torch.no_grad()
-    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def flatten(self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
         """Returns one tensor a parameter as a new vector ``(P,)``; zeros stand for ``None``."""
-        flat = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        flat = torch.empty(self.size, dtype=dtype or self.dtype, device=self.device)
         for view, tensor in zip(self.unflatten(flat), tensors, strict=True):
             if tensor is None:
                 view.zero_()
             else:
-                view.copy_(tensor)
+                view.copy_(tensor.to_dense())
         return flat
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ dtype than the model's. It is made once, and again where the structure of the mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -86,13 +86,13 @@ class Proof:
             tuple((type(m), tuple(m._parameters), tuple(m._buffers)) for m in model.modules())  # noqa: SLF001
         )
 
-    def watching(self, point: Point) -> AbstractContextManager[Any]:
-        """Returns a context that learns what an evaluation writes to, if that is not known yet."""
-        stage = hash((self._structure(), point.surroundings.modes()))
-        return nullcontext() if self._proved.get("writes") == stage else self._learned(point, stage)
-
     @contextmanager
-    def _learned(self, point: Point, stage: int) -> Iterator[None]:
+    def watching(self, point: Point) -> Iterator[None]:
+        """Learns what an evaluation inside writes to, if that is not known yet."""
+        stage = hash((self._structure(), point.surroundings.modes()))
+        if self._proved.get("writes") == stage:
+            yield
+            return
         with point.learning_writes():
             yield
         self._proved["writes"] = stage

@@ -11,7 +11,7 @@ import random
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -66,11 +66,11 @@ class Reachable:
     def __init__(self, model: nn.Module, loss: Any, device: torch.device) -> None:
         self.modules: list[nn.Module] = []
         self._owners: list[dict[str, Any]] = []  # attributes of modules and objects
-        self._classes: list[tuple[type, dict[str, Any]]] = []
         self._namespaces: list[dict[Any, Any]] = []
         self._sequences: list[Any] = []
         self._cells: list[CellType] = []
-        self._globals: list[tuple[dict[str, Any], set[str]]] = []
+        # Attributes of classes and modules: where they are read, what writes one, and their names.
+        self._named: list[tuple[Mapping[str, Any], Callable[[str, Any], None], set[str]]] = []
         self._generators: list[Generator] = global_generators(device)
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._loose: list[Tensor] = []  # tensors that no module has registered
@@ -182,7 +182,8 @@ class Reachable:
         for base in kind.__mro__:
             if base is not object and not _is_installed(_file_of(base)):
                 held = {n: v for n, v in vars(base).items() if not n.startswith("__")}
-                self._classes.append((base, {n: v for n, v in held.items() if not callable(v)}))
+                names = {n for n, v in held.items() if not callable(v)}
+                self._named.append((vars(base), partial(setattr, base), names))
                 yield from held.values()
                 yield vars(base).get("__call__")
 
@@ -198,14 +199,15 @@ class Reachable:
         self._namespaces.append(function.__dict__)
         names, attributes = _names(function.__code__)
         space = function.__globals__
-        self._globals.append((space, names & space.keys()))
+        self._named.append((space, space.__setitem__, names & space.keys()))
         for name in names & space.keys():
             value = space[name]
             if isinstance(value, ModuleType):
                 if not _is_installed(getattr(value, "__file__", None) or "<frozen"):
-                    found = attributes & vars(value).keys()
-                    self._globals.append((vars(value), found))
-                    yield from (vars(value)[attribute] for attribute in found)
+                    held = vars(value)
+                    found = attributes & held.keys()
+                    self._named.append((held, held.__setitem__, found))
+                    yield from (held[attribute] for attribute in found)
             else:
                 yield value
 

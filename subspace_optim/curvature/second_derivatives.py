@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,11 +42,10 @@ def refuse_functions_of_one_pass(loss: Tensor) -> None:
     Raises:
         SecondDerivativeError: there is one.
     """
-    for node in _nodes(loss):
-        function: Any = getattr(node, "_forward_cls", None)
+    for function in _functions(loss):
         if function is CheckpointFunction:
             raise SecondDerivativeError(_REENTRANT)
-        backward = getattr(function, "backward", None)
+        backward = function.backward
         while backward is not None:
             if getattr(backward, "__code__", None) is _ONCE:
                 cause = f"the backward pass of {function.__name__} is once_differentiable"
@@ -56,7 +55,7 @@ def refuse_functions_of_one_pass(loss: Tensor) -> None:
 
 def has_functions(loss: Tensor) -> bool:
     """Whether the graph of the loss has autograd functions written in Python."""
-    return any(hasattr(node, "_forward_cls") for node in _nodes(loss))
+    return any(True for _ in _functions(loss))
 
 
 def refuse_reentrant_checkpoints(output: Tensor) -> None:
@@ -65,7 +64,7 @@ def refuse_reentrant_checkpoints(output: Tensor) -> None:
     Raises:
         SecondDerivativeError: there is one: the derivatives by its parameters would be missing.
     """
-    if any(getattr(node, "_forward_cls", None) is CheckpointFunction for node in _nodes(output)):
+    if any(function is CheckpointFunction for function in _functions(output)):
         raise SecondDerivativeError(_REENTRANT)
 
 
@@ -76,8 +75,8 @@ _REENTRANT = (
 _ONCE: Any = once_differentiable(lambda ctx: ctx).__code__  # that of the wrapper it returns
 
 
-def _nodes(tensor: Tensor) -> Iterator[Any]:
-    """Yields the nodes of the graph that made ``tensor``, each once."""
+def _functions(tensor: Tensor) -> Iterator[Any]:
+    """Yields the autograd functions written in Python that are in the graph of ``tensor``."""
     pending: list[Any] = [tensor.grad_fn]
     seen: set[Any] = {None}
     while pending:
@@ -85,7 +84,8 @@ def _nodes(tensor: Tensor) -> Iterator[Any]:
         if node not in seen:
             seen.add(node)
             pending += [following for following, _ in node.next_functions]
-            yield node
+            if hasattr(node, "_forward_cls"):
+                yield node._forward_cls  # noqa: SLF001 (no public name)
 
 
 def _no_second_derivative(cause: str) -> str:
@@ -137,15 +137,14 @@ def written_out(*, forward: bool) -> Iterator[None]:
             calls, of which each takes some microseconds then.
     """
     places = [(F, "hardsigmoid"), (F, "hardswish"), (torch, "_weight_norm")]
-    before = [getattr(module, name) for module, name in places]
-    try:
-        for (module, name), function in zip(places, before, strict=True):
+    with ExitStack() as stack:
+        for module, name in places:
+            function = getattr(module, name)
+            stack.callback(setattr, module, name, function)
             setattr(module, name, _PARTS.get(function, function))
-        with _WrittenOut() if forward else nullcontext():
-            yield
-    finally:
-        for (module, name), function in zip(places, before, strict=True):
-            setattr(module, name, function)
+        if forward:
+            stack.enter_context(_WrittenOut())
+        yield
 
 
 _PARTS: dict[Any, Callable[..., Tensor]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -71,9 +71,9 @@ class Surroundings(Reachable):
             for restore in (states_kept(self._generators), self._python_state()):
                 stack.callback(restore)
             # A loss may call backward() itself. Gradients come back after dtypes have.
-            stack.callback(_give_back, [(p, p.grad) for p in self.parameters()])
+            stack.callback(_assign, "grad", [(p, p.grad) for p in self.parameters()])
             held: list[tuple[Tensor, Tensor]] = []
-            stack.callback(_put_back, held)
+            stack.callback(_assign, "data", held)
             for p in self.parameters():
                 p.grad = None
             stack.enter_context(no_autocast_inside())
@@ -133,20 +133,15 @@ class Surroundings(Reachable):
     def _python_state(self) -> Callable[[], None]:
         """Returns a function that puts back namespaces, containers, cells, globals and arrays."""
         namespaces = [(n, dict(n)) for n in [*self._owners, *self._namespaces]]
-        classes = [(c, dict(held)) for c, held in self._classes]
         sequences = [(s, list(s)) for s in self._sequences]
         cells = [(c, contents_of(c)) for c in self._cells]
-        variables = [(g, {n: g.get(n, MISSING) for n in names}) for g, names in self._globals]
+        named = [(s, put, {n: s.get(n, MISSING) for n in names}) for s, put, names in self._named]
         arrays = [(a, a.copy()) for a in self._arrays]
 
         def restore() -> None:
             for namespace, held in namespaces:
                 if not _same(namespace, held):
                     self.moved_names |= _put_entries_back(namespace, held)
-            for kind, attributes in classes:
-                for name, value in attributes.items():
-                    if vars(kind).get(name, MISSING) is not value:
-                        setattr(kind, name, value)
             for sequence, items in sequences:
                 if len(sequence) != len(items) or any(map(operator.is_not, sequence, items)):
                     sequence.clear()
@@ -155,10 +150,10 @@ class Surroundings(Reachable):
             for cell, contents in cells:
                 if contents is not MISSING and contents_of(cell) is not contents:
                     cell.cell_contents = contents
-            for space, values in variables:
+            for space, put, values in named:
                 for name, value in values.items():
                     if value is not MISSING and space.get(name, MISSING) is not value:
-                        space[name] = value
+                        put(name, value)
             for array, numbers in arrays:
                 if array.flags.writeable:
                     array[...] = numbers
@@ -191,14 +186,9 @@ def _put_entries_back(now: dict[Any, Any], before: dict[Any, Any]) -> set[Any]:
     return {*added, *changed}
 
 
-def _put_back(held: list[tuple[Tensor, Tensor]]) -> None:
-    for tensor, data in held:
-        tensor.data = data
-
-
-def _give_back(held: list[tuple[Tensor, Tensor | None]]) -> None:
-    for parameter, gradient in held:
-        parameter.grad = gradient
+def _assign(name: str, held: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    for tensor, value in held:
+        setattr(tensor, name, value)
 
 
 def dtype_inside(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

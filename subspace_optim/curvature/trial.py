@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from subspace_optim._validation import (
 from subspace_optim.curvature.evaluation import PerParameter, Point, loss_alone, loss_and_gradient
 from subspace_optim.curvature.objective import BatchLoss
 from subspace_optim.curvature.operator import rounding_at
-from subspace_optim.curvature.parameters import LOW_PRECISION, ParameterSpace, length
+from subspace_optim.curvature.parameters import LOW_PRECISION, length
 from subspace_optim.curvature.report import Parts, Report
 from subspace_optim.curvature.second_derivatives import has_functions
 from subspace_optim.curvature.stopped_gradients import ReplayError, StoppedGradients
@@ -61,7 +62,7 @@ class Trial:
 
     def flat(self, pieces: PerParameter) -> Tensor:
         """Returns a gradient, or a product, as one vector in float64."""
-        return _flat(pieces, self.parts.space)
+        return self.parts.space.flatten(pieces, torch.float64)
 
     def one_function(self, watching: AbstractContextManager[Any]) -> bool:
         """Evaluates the loss twice.
@@ -116,7 +117,7 @@ class Trial:
         """
         point = self.point
         low = any(p.dtype in LOW_PRECISION for p in point.own)
-        user = Point(point.own, point.surroundings, in_place="always", written=point.written)
+        user = replace(point, in_place="always")
         self.report.gradients += 1
         with user.at(self.parts.seed, hooks=True), ExitStack() as stack:
             if low:
@@ -175,20 +176,12 @@ class Trial:
         """Measures with everything in float64; ``None`` where the model cannot be computed so."""
         if self.parts.space.dtype == torch.float64:
             return self._measured(self.point, self.batch_loss)
-        wide = Point(
-            self.point.own,
-            self.point.surroundings,
-            in_place=False,
-            dtype=torch.float64,
-            written=self.point.written,
-        )
-        batch_loss = self.of(
-            moved(
-                self.batch,
-                self.parts.space.device,
-                lambda own: torch.float64 if own.is_floating_point else own,
-            )
-        )
+
+        def widened(own: torch.dtype) -> torch.dtype:
+            return torch.float64 if own.is_floating_point else own
+
+        wide = replace(self.point, in_place=False, dtype=torch.float64)
+        batch_loss = self.of(moved(self.batch, self.parts.space.device, widened))
         self.report.gradients += 1
         try:
             with wide.at(self.parts.seed):
@@ -320,17 +313,6 @@ class _Found(NamedTuple):
 
 class TransformError(RuntimeError):
     """The loss has another value inside of a transform, as where it draws in another order."""
-
-
-def _flat(pieces: PerParameter, space: ParameterSpace) -> Tensor:
-    """Returns tensors of the parameters' shapes, zeros for ``None``, as a vector in float64."""
-    parts = [
-        torch.zeros(shape.numel(), dtype=torch.float64, device=space.device)
-        if piece is None
-        else piece.detach().to_dense().double().flatten()
-        for piece, shape in zip(pieces, space.shapes, strict=True)
-    ]
-    return torch.cat(parts)
 
 
 def _random_like(leaves: Any, generator: torch.Generator) -> list[Tensor]:

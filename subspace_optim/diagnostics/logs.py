@@ -79,20 +79,22 @@ def logs(targets: Any, columns: Sequence[str], *, append: bool, files: bool = Tr
         append: whether files may be there already; theirs must be the same columns.
         files: whether this process writes them; if not, they are left to the one that does.
 
-    Raises:
-        ArgumentError: a target is none of these, or its file cannot be written.
+    A target that is none of these, or a file that cannot be written, raises ``ArgumentError``.
     """
     if targets is None:
         return []
-    one = isinstance(targets, str | Path) or callable(targets) or hasattr(targets, "add_scalar")
-    if not one and not isinstance(targets, Iterable):
-        raise ArgumentError("log", type(targets).__name__, _ALLOWED)
-    chosen = [targets] if one else list(targets)
+    several = isinstance(targets, Iterable) and not _is_one(targets)
+    chosen = list(targets) if several else [targets]
     if not files:
         chosen = [target for target in chosen if not isinstance(target, str | Path)]
     for target in chosen:
         _check(target, append)
     return [_log(target, columns) for target in chosen]
+
+
+def _is_one(target: Any) -> bool:
+    """Whether it is of a kind that takes rows."""
+    return isinstance(target, str | Path) or callable(target) or hasattr(target, "add_scalar")
 
 
 _ALLOWED = "a path that ends in .csv or .jsonl, a SummaryWriter, a callable, or a list of these"
@@ -104,9 +106,9 @@ def _check(target: Any, append: bool) -> None:
     Raises:
         ArgumentError: it is no log, or a file that is there or cannot be.
     """
+    if not _is_one(target):
+        raise ArgumentError("log", type(target).__name__, _ALLOWED)
     if not isinstance(target, str | Path):
-        if not callable(target) and not hasattr(target, "add_scalar"):
-            raise ArgumentError("log", type(target).__name__, _ALLOWED)
         return
     path = Path(target)
     if path.suffix not in _FORMATS:

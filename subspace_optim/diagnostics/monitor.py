@@ -268,10 +268,9 @@ class Monitor:
             raise ArgumentError(
                 "the loaded state", f"of {start.numel()} parameters", f"of {len(own)}"
             )
-        self._table.check(state_dict["history"])
-        self._joint.forget()
         self._table.load(state_dict["history"])
-        self._measure.start = start
+        self._joint.forget()
+        self._measure.start = start.to(own, copy=True)
         self._steps = state_dict["steps"]
 
     def rows(self) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ the end.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ from subspace_optim._validation import (
 )
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.linalg.lanczos import EigenSolution, top_eigenpairs
+from subspace_optim.linalg.lanczos import top_eigenpairs
 from subspace_optim.linalg.spectral_density import SpectralDensity, lanczos_quadrature
 from subspace_optim.linalg.trace import Estimate, hutch_plus_plus, identity_rows
 
@@ -30,13 +30,34 @@ _SPARE = 16
 
 
 @contextmanager
-def _multiplying(operator: CurvatureOperator) -> Iterator[None]:
+def multiplying(operator: CurvatureOperator) -> Iterator[None]:
     """Takes products at one parameter state, and frees what was kept for them."""
     try:
         with operator.frozen():
             yield
     finally:
         operator.release()
+
+
+def solve(
+    operator: CurvatureOperator,
+    matmat: Callable[[Tensor], Tensor],
+    k: int,
+    *,
+    tol: float,
+    seed: int,
+) -> EigenBasis:
+    """Returns the top k eigenpairs of a matrix whose products are made of those of an operator."""
+    return top_eigenpairs(
+        matmat,
+        operator.size,
+        k,
+        tol=tol,
+        seed=seed,
+        dtype=operator.dtype,
+        device=operator.device,
+        accuracy=operator.accuracy,
+    ).basis
 
 
 def exact_spectrum(operator: CurvatureOperator, *, max_size: int = 8192) -> Tensor:
@@ -68,7 +89,7 @@ def exact_spectrum(operator: CurvatureOperator, *, max_size: int = 8192) -> Tens
             "if there is room, or use spectral_density, trace and spectrum_edges.",
         )
     matrix = torch.empty(size, size, dtype=torch.float64)
-    with _multiplying(operator):
+    with multiplying(operator):
         for start, rows in identity_rows(size, operator.dtype, operator.device):
             matrix[start : start + len(rows)] = operator.matmat(rows)
     if not matrix.isfinite().all():
@@ -104,7 +125,7 @@ def spectral_density(
         Ghorbani, Krishnan & Xiao 2019, *An investigation into neural net optimization via Hessian
         eigenvalue density*, for loss Hessians; the exact spectra are those of `sagun_2017`.
     """
-    with _multiplying(operator):
+    with multiplying(operator):
         return lanczos_quadrature(
             operator.matvec,
             operator.size,
@@ -130,7 +151,7 @@ def trace(operator: CurvatureOperator, *, products: int = 60, seed: int = 0) -> 
     Reference:
         Meyer, Musco, Musco & Woodruff 2021, *Hutch++: optimal stochastic trace estimation*.
     """
-    with _multiplying(operator):
+    with multiplying(operator):
         return hutch_plus_plus(
             operator.matmat,
             operator.size,
@@ -174,24 +195,13 @@ def spectrum_edges(
     Reference:
         `sagun_2017`, Figures 4-8: the right and the left edge.
     """
-
-    def solve(sign: int, pairs: int) -> EigenSolution:
-        return top_eigenpairs(
-            lambda rows: sign * operator.matmat(rows),
-            operator.size,
-            pairs,
-            tol=tol,
-            seed=seed,
-            dtype=operator.dtype,
-            device=operator.device,
-            accuracy=operator.accuracy,
-        )
-
-    with _multiplying(operator):
-        largest = solve(1, k).basis
+    with multiplying(operator):
+        largest = solve(operator, operator.matmat, k, tol=tol, seed=seed)
         with warnings.catch_warnings():  # of pairs that are not returned
             warnings.simplefilter("ignore", ConvergenceWarning)
-            mirrored = solve(-1, min(k + _SPARE, operator.size)).basis.first(k)
+            pairs = min(k + _SPARE, operator.size)
+            mirrored = solve(operator, lambda v: -operator.matmat(v), pairs, tol=tol, seed=seed)
+    mirrored = mirrored.first(k)
     smallest = EigenBasis(
         -mirrored.eigenvalues.flip(0), mirrored.vectors.flip(0), mirrored.residuals.flip(0)
     )

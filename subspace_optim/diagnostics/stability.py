@@ -18,7 +18,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from subspace_optim._validation import ArgumentError, check_number
 from subspace_optim.curvature.operator import CurvatureOperator
-from subspace_optim.linalg.lanczos import top_eigenpairs
+from subspace_optim.diagnostics.spectrum import multiplying, solve
 from subspace_optim.step_hooks import optimizers_of
 
 
@@ -195,21 +195,8 @@ def preconditioned_sharpness(
         scaled = rows * scale
         return operator.matmat(scaled).addcmul_(decay, scaled).mul_(scale)
 
-    try:
-        with operator.frozen():
-            solution = top_eigenpairs(
-                product,
-                operator.size,
-                1,
-                tol=tol,
-                seed=seed,
-                dtype=operator.dtype,
-                device=operator.device,
-                accuracy=operator.accuracy,
-            )
-    finally:
-        operator.release()
-    return float(solution.basis.eigenvalues[0])
+    with multiplying(operator):
+        return float(solve(operator, product, 1, tol=tol, seed=seed).eigenvalues[0])
 
 
 def thresholds(optimizers: Iterable[Optimizer], gradient_norm: float) -> dict[str, float]:

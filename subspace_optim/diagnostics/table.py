@@ -60,13 +60,7 @@ class Table:
         return [self.flat(dict(zip(self.history, row, strict=True))) for row in values]
 
     def load(self, history: Mapping[str, Sequence[Any]]) -> None:
-        """Takes the place of what is there. Lists of another length are an ``ArgumentError``."""
-        self.check(history)
-        for column in self.history:
-            self.history[column] = list(history[column])
-
-    def check(self, history: Mapping[str, Sequence[Any]]) -> None:
-        """Checks that ``load`` can take a history.
+        """Puts a history in the place of what is there.
 
         Raises:
             ArgumentError: its lists are of another length.
@@ -76,6 +70,8 @@ class Table:
                 allowed = f"{count} in each row"
                 remedy = "It is of another k or next_k."
                 raise ArgumentError("the loaded state", f"of other {column}", allowed, remedy)
+        for column in self.history:
+            self.history[column] = list(history[column])
 
     def to_frame(self) -> pd.DataFrame:
         """Returns it as a ``pandas.DataFrame``.

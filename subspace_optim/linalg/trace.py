@@ -100,11 +100,11 @@ def hutch_plus_plus(
 
 
 def identity_rows(
-    size: int, dtype: torch.dtype, device: torch.device | str, rows: int = _ROWS
+    size: int, dtype: torch.dtype, device: torch.device | str
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields the rows of the identity in blocks, each with the index of its first row."""
-    for start in range(0, size, rows):
-        block = torch.zeros(min(rows, size - start), size, dtype=dtype, device=device)
+    for start in range(0, size, _ROWS):
+        block = torch.zeros(min(_ROWS, size - start), size, dtype=dtype, device=device)
         block.diagonal(start).fill_(1)
         yield start, block
 

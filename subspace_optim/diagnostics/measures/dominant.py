@@ -70,6 +70,7 @@ class Dominant:
 
     Attributes:
         lists: of the columns with lists, how long these are.
+        start: the parameters from which distances count.
 
     Raises:
         ArgumentError: an option is out of range, or needs what subspace or optimizers do not have.
@@ -104,7 +105,7 @@ class Dominant:
             )
         self.lists = {"eigenvalues": k, "next_eigenvalues": next_k}
         space = subspace.parameters
-        self._start = space.flatten(space.tensors)
+        self.start = space.flatten(space.tensors)
         # A step that goes on after the one inside, as Lookahead's, has another threshold; SAM's
         # is told by its radius.
         self._with_thresholds = [
@@ -112,15 +113,6 @@ class Dominant:
             for each in optimizers
             if len(each.members) == 1 or "rho" in each.optimizer.param_groups[0]
         ]
-
-    @property
-    def start(self) -> Tensor:
-        """The parameters from which distances count."""
-        return self._start
-
-    @start.setter
-    def start(self, theta: Tensor) -> None:
-        self._start = theta.to(self._start, copy=True)
 
     @torch.no_grad()
     def before(self) -> Before:
@@ -176,7 +168,7 @@ class Dominant:
         measured = {
             "update_norm": distance(update, torch.zeros_like(update)),
             "chi_update": alignment(update, basis),
-            "distance": distance(before.theta, self._start),
+            "distance": distance(before.theta, self.start),
         }
         if gradient is not None:
             measured |= {

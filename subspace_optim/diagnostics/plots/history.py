@@ -23,7 +23,9 @@ from subspace_optim.diagnostics.plots.style import (
     number,
     paint,
     panels_of,
+    points,
     say,
+    stroke,
     theme_of,
 )
 
@@ -202,13 +204,11 @@ def _line(axes: Axes, steps: Array, values: Array, curve: _Curve, label: str) ->
     if not shown.any():
         return
     dashes, marker = LINES[curve.line]
-    style: dict[str, Any] = {"color": curve.color, "linewidth": curve.width}
-    axes.plot(steps, values, linestyle=dashes, marker="", label=label, **style)
+    stroke(axes, steps, values, curve.color, curve.width, dashes=dashes, label=label)
     around = np.pad(shown, 1)
     alone = shown & ~around[:-2] & ~around[2:]
     if alone.any():
-        style |= {"linestyle": "", "marker": marker, "markersize": 4, "label": "_"}
-        axes.plot(steps[alone], values[alone], **style)
+        points(axes, steps[alone], values[alone], curve.color, marker, 4)
 
 
 def _thresholds(look: Theme, table: _Table) -> list[_Curve]:
@@ -273,16 +273,8 @@ def _rates(axes: Axes, look: Theme, table: _Table) -> None:
         ):
             if outside.any():
                 steps = table.steps[outside]
-                axes.plot(
-                    steps,
-                    np.full(len(steps), edge),
-                    linestyle="",
-                    marker=marker,
-                    markersize=5,
-                    color=curve.color,
-                    clip_on=False,
-                    label="_",
-                )
+                at_edge = np.full(len(steps), edge)
+                points(axes, steps, at_edge, curve.color, marker, 5, clip_on=False)
                 beyond += len(steps)
     if beyond:
         axes.set_ylabel(f"{axes.get_ylabel()}\n({beyond} beyond the limits: triangles)")
@@ -343,8 +335,8 @@ def effective_rates(
         _scale_of_rates(panel, values)
         panel.grid(visible=False, axis="y")
         for row, (mean, low, high) in enumerate(rows):
-            panel.plot([low, high], [row, row], linestyle="-", marker="", linewidth=2, color=color)
-            panel.plot([mean], [row], linestyle="", marker=marker, markersize=6, color=color)
+            stroke(panel, [low, high], [row, row], color, 2)
+            points(panel, [mean], [row], color, marker, 6)
             panel.annotate(
                 "none" if np.isnan(mean) else number(float(f"{mean:.3g}")),
                 (1.02, row),

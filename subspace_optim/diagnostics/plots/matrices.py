@@ -25,7 +25,9 @@ from subspace_optim.diagnostics.plots.style import (
     label_powers,
     paint,
     panels_of,
+    points,
     say,
+    stroke,
     theme_of,
 )
 from subspace_optim.linalg.spectral_density import SpectralDensity
@@ -122,8 +124,8 @@ def cosine_matrix(
         if max(classes, k) <= _READABLE:
             _frame(panel, row, column, values[row, column])
         else:
-            edge: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 0.8}
-            panel.plot(column, row, linestyle="", marker="o", markersize=3.5, color="white", **edge)
+            edge = {"markeredgecolor": "black", "markeredgewidth": 0.8}
+            points(panel, column, row, "white", "o", 3.5, **edge)
     if pairs:
         mean = np.mean([values[pair] for pair in pairs])
         text = f"marked: the optimal assignment, mean {mean:.2f}"
@@ -168,15 +170,8 @@ def density(
     (panel,) = panels_of(axes, look, (7.0, 4.0))
     paint(panel, look, r"eigenvalue $\lambda$", "spectral density")
     panel.set_yscale("log")
-    panel.plot(
-        grid,
-        np.fmax(mean, floor / 10),
-        linestyle="-",
-        marker="",
-        linewidth=1.2,
-        color=look.ink,
-        label=f"mean of {len(spectrum.nodes)} probes",
-    )
+    label = f"mean of {len(spectrum.nodes)} probes"
+    stroke(panel, grid, np.fmax(mean, floor / 10), look.ink, 1.2, label=label)
     panel.fill_between(
         grid,
         np.fmax(mean - error, floor / 10),
@@ -187,16 +182,9 @@ def density(
         label="± standard error",
     )
     if len(outliers):
-        panel.plot(
-            outliers,
-            np.full(len(outliers), 0.03),
-            transform=panel.get_xaxis_transform(),
-            linestyle="",
-            marker="^",
-            markersize=6,
-            color=look.dominant,
-            label=f"{len(outliers)} outlier{'s' * (len(outliers) > 1)}",
-        )
+        label = f"{len(outliers)} outlier{'s' * (len(outliers) > 1)}"
+        heights, transform = np.full(len(outliers), 0.03), panel.get_xaxis_transform()
+        points(panel, outliers, heights, look.dominant, "^", 6, transform=transform, label=label)
     panel.set_ylim(floor, 3 * mean.max())
     label_powers(panel.yaxis, floor, 3 * mean.max())
     key(panel, look, columns=3)

@@ -52,9 +52,9 @@ class Theme:
     faint: str
     grid: str
     dominant: str
-    bulk: str
-    third: str
-    fourth: str
+    bulk: str = "#D55E00"
+    third: str = "#009E73"
+    fourth: str = "#CC79A7"
 
 
 THEMES: Final[dict[str, Theme]] = {
@@ -64,9 +64,6 @@ THEMES: Final[dict[str, Theme]] = {
         faint="#59636e",
         grid="#dde2e7",
         dominant="#0072B2",
-        bulk="#D55E00",
-        third="#009E73",
-        fourth="#CC79A7",
     ),
     "dark": Theme(
         background="#0d1117",
@@ -74,9 +71,6 @@ THEMES: Final[dict[str, Theme]] = {
         faint="#9da7b1",
         grid="#2a3038",
         dominant="#56B4E9",
-        bulk="#D55E00",
-        third="#009E73",
-        fourth="#CC79A7",
     ),
 }
 DOMINANT, BULK = THEMES["light"].dominant, THEMES["light"].bulk
@@ -174,6 +168,19 @@ def paint(axes: Axes, theme: Theme, xlabel: str, ylabel: str) -> None:
     axes.title.set_color(theme.ink)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_offset_text().set(color=theme.faint, fontsize=SMALL)
+
+
+def stroke(
+    axes: Axes, x: Any, y: Any, color: str, width: float, *, dashes: Any = "-", label: str = "_"
+) -> None:
+    """Draws a line without points, whatever the user's settings are."""
+    axes.plot(x, y, linestyle=dashes, marker="", color=color, linewidth=width, label=label)
+
+
+def points(axes: Axes, x: Any, y: Any, color: str, marker: str, size: float, **style: Any) -> None:
+    """Draws points without a line, whatever the user's settings are."""
+    style = {"label": "_"} | style
+    axes.plot(x, y, linestyle="", marker=marker, color=color, markersize=size, **style)
 
 
 def key(axes: Axes, theme: Theme, columns: int = 2) -> None:
