@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -27,15 +27,15 @@ Owner = TypeVar("Owner")
 class Followed:
     """An optimizer whose ``step`` is a whole step, and those inside of it.
 
-    The step of one inside is a part of the outer one's, and a whole step where it is called alone:
-    so does a SAM of others that is called twice, after it has put the parameters back.
+    The step of one inside is a part of the outer one's. Where it is called alone it is a whole
+    step: a SAM of another library steps the one inside so, after it has put the parameters back.
 
     Attributes:
         optimizer: the outermost.
         members: all of them, the outermost first.
         wrapped: whether it was given inside of a wrapper that is taken to pass its steps on.
-        calls: of their ``step`` that are under way.
-        hooks: of them that have begun, as the hooks tell. A subclass that calls
+        calls: how many calls of their ``step`` are under way.
+        hooks: how many steps the hooks have seen begin and not yet end. A subclass that calls
             ``super().step()`` fires them twice.
     """
 
@@ -143,15 +143,19 @@ def _followers(optimizer: Optimizer) -> list[JointSteps]:
 
 
 class JointSteps:
-    """Calls ``begin`` before the first of some optimizers steps, ``end`` after the last has.
+    """Calls ``begin`` before the first of several optimizers steps, and ``end`` after the last.
 
-    It works through torch's public step hooks. A step that moves nothing is none: one with all
-    rates zero prepares a checkpoint, and one with infinities is skipped by the gradient scaler
-    inside of a fused optimizer. A round does not wait for an optimizer whose gradients are not
-    finite, since the scaler skips it, and if one steps again before the others have, the round ends
-    there and another begins. The step of a subclass that calls ``super().step()`` is one step, and
-    so is that of an optimizer which steps another inside. A step that raises is undone. All three
-    are called outside of autocast.
+    It works through torch's public step hooks. One step of each optimizer is a *round*:
+
+    - A step that moves nothing does not count: with all rates zero it prepares a checkpoint, and
+      with infinities the gradient scaler skips it inside of a fused optimizer.
+    - A round does not wait for an optimizer whose gradients are not finite, since the scaler skips
+      it. If an optimizer steps again before the others have, the round ends and another begins.
+    - The step of a subclass that calls ``super().step()`` is one step, and so is that of an
+      optimizer which steps another inside.
+    - A step that raises is undone.
+
+    ``begin``, ``end`` and ``undo`` are called outside of autocast.
 
     Args:
         optimizers: which of them.
@@ -377,25 +381,8 @@ def _is_finite(optimizer: Optimizer) -> bool:
 _OWN_RATES = (ASGD, Rprop)  # the rate of the step before, and one for each coordinate
 
 
-# What happens in one.
-
-
 def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Computes in the dtypes that are there."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
-
-
-@torch.no_grad()
-def write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copies ``values`` to ``tensors``, all of them: an exception in between is raised after."""
-    if not tensors:
-        return
-    try:
-        torch._foreach_copy_(list(tensors), list(values))
-    except BaseException:
-        torch._foreach_copy_(list(tensors), list(values))
-        raise
-    finally:
-        torch.clear_autocast_cache()  # its copies of parameters

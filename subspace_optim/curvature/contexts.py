@@ -83,16 +83,12 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         restore()
 
 
-def _loader_generators(data: object) -> list[torch.Generator]:
-    """The generators that a ``DataLoader`` and its samplers draw from."""
-    found = [getattr(part, "generator", None) for part in loader_parts(data)]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
 @contextmanager
 def random_state_kept(device: torch.device, data: object) -> Iterator[None]:
     """Leaves the random state of torch, NumPy, Python and the loader ``data`` as found."""
-    restore = states_kept([*global_generators(device), *_loader_generators(data)])
+    of_loader = [getattr(part, "generator", None) for part in loader_parts(data)]
+    found = [g for g in of_loader if isinstance(g, torch.Generator)]
+    restore = states_kept([*global_generators(device), *found])
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from subspace_optim.curvature.surroundings import Surroundings
 
 
 class Dependencies:
-    """Everything that the loss can reach and the data, but for what an evaluation itself changes.
+    """The data, and all that the loss can reach but for what an evaluation itself changes.
 
     Args:
         space: the parameters that are differentiated by.
@@ -43,7 +43,7 @@ class Dependencies:
         return State(int(digest(own)), elsewhere, self._modes(surroundings))
 
     def key(self, surroundings: Surroundings) -> object:
-        """Returns what is equal as long as derivatives that are known stay valid.
+        """Returns a key that stays the same as long as known derivatives stay valid.
 
         One digest of all tensors synchronises the host once, and not twice as ``state`` does. The
         identity of the parameters counts too: equal ones in their places have graphs of their own.
@@ -61,7 +61,7 @@ class Dependencies:
         return own, [t for t in found if id(t) not in known]
 
     def _modes(self, surroundings: Surroundings) -> int:
-        """Returns a number of the modes of modules, and of how often data may have been written."""
+        """Returns a hash of the modules' modes, and of how often data may have been written."""
         fingerprint = self._batches.fingerprint()
         if fingerprint != self._fingerprint:
             self._fingerprint = fingerprint

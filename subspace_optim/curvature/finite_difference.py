@@ -47,7 +47,7 @@ class FiniteDifferenceHessian(MeanLossHessian):
     The accuracy is a floor. It is met where the loss is as smooth as assumed (measured, float32:
     3e-5 for a fresh tanh network of 200 000 parameters, where smaller and larger steps are
     worse), and missed where gradients cancel in the mean over data (4e-3 for the same network
-    once it has learned its data). Where activations have kinks, as of ReLU, a difference also
+    once it has learned its data). Where activations have kinks, as ReLU has, a difference also
     counts the kinks that lie within ε, whatever ε is: it is the curvature of the loss as seen at
     this length, and may be far from the Hessian almost everywhere (measured for a ReLU network:
     errors of λ itself in float32; in float64, where ε is a thousandth of that, 1e-10). Products

@@ -133,7 +133,7 @@ class Ranks:
 
     @contextmanager
     def _before(self, doing: str) -> Iterator[None]:
-        """Runs what each rank does on its own, and then meets: no rank has failed after it."""
+        """Runs what each rank does on its own, and then meets: after it, no rank has failed."""
         error = None
         Ranks._occasion += 1
         try:
@@ -272,10 +272,9 @@ def _text(error: Exception) -> str:
 
 
 def _plain_kind(error: Exception) -> str:
-    """Returns the name of the nearest base class of ``error`` that is made from one message.
+    """Returns the name of the class of ``error``, or of its nearest base that takes a message.
 
-    A base class, ``Exception`` at the latest, since what is done about an error depends on its
-    class.
+    Other ranks raise that one, since what is done about an error depends on its class.
     """
     return next(cls.__name__ for cls in type(error).__mro__ if _is_plain(cls))
 

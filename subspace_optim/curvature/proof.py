@@ -43,7 +43,7 @@ from subspace_optim.curvature.trial import TransformError, Trial
 _EXAMPLES = 24
 """How many examples of the first batch the proof is made on, where the batch can be cut."""
 _FEWER = 15
-"""... and of the last one. With another number a sum is told from a mean."""
+"""... and of the last one. The numbers differ, so that a sum can be told from a mean."""
 _LINEAR = 1e-3
 """Relative difference allowed between the directions of a batch's gradient alone, and as a part of
 the gradient of two batches together."""
@@ -251,7 +251,7 @@ def head(batch: Any, examples: int) -> Any:
 
 
 def see(batch: Any, pieces: list[Any]) -> list[Any]:
-    """Returns a part of the first batch of a pass and of the latest, given those so far."""
+    """Takes a batch in: returns a part of the first batch of a pass, and one of the latest."""
     part = head(batch, _FEWER if pieces else _EXAMPLES)
     return [*pieces[:1], batch if part is None else tree_map(copied, part)]
 

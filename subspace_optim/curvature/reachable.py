@@ -26,29 +26,29 @@ from torch.optim import Optimizer
 from subspace_optim.curvature.contexts import Generator, global_generators
 
 _MOST = 50_000
-"""Objects that are looked at, at most. State further away is not put back; where the loss reads it,
-the proof finds that the loss is not one function."""
+"""The most objects that a walk visits. State beyond them is not put back; if the loss reads any of
+it, the proof finds that the loss is not one function."""
 _LONG = 1_000
-"""Elements of a container that are looked at, at most: a longer one holds data."""
+"""The most elements of a container that are visited: a longer one holds data."""
 _LONGER = 100_000
-"""Elements of a container that are put back, at most."""
+"""The most elements of a container that are put back."""
 _SMALL = 1 << 20
-"""Bytes of a plain tensor that is copied before each evaluation. Whether a larger one is written
-to is learned once, by watching an evaluation."""
+"""The most bytes of a plain tensor that is copied before each evaluation. Whether a larger one is
+written to is learned once, by watching an evaluation."""
 _LARGE = 1 << 24
-"""Bytes of a NumPy array that is put back."""
+"""The most bytes of a NumPy array that is put back."""
 _APART = {
     "torch", "subspace_optim", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate",
     "transformers", "wandb", "mlflow", "tensorboard", "tqdm", "rich", "logging", "threading",
     "multiprocessing", "concurrent", "asyncio",
 }  # fmt: skip
-"""Packages whose objects run threads of their own, or have no part in a loss."""
+"""Packages whose objects are left alone: they run threads, or have no part in a loss."""
 _NUMBERS = (bool, int, float, complex)
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device}
 _INTERNAL = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 """The dicts of hooks and the like that every module has; they are looked at where not empty."""
 MISSING = object()
-"""Stands for what an empty cell, or a namespace without the name, does not hold."""
+"""Stands for the contents of an empty cell, and for a name that a namespace does not have."""
 
 
 class Reachable:
@@ -89,8 +89,8 @@ class Reachable:
     def tensors(self) -> list[Tensor]:
         """Returns the parameters and buffers that the loss depends on.
 
-        Running statistics are not among them in layers that normalise by the batch, which write
-        them and do not read them.
+        The running statistics of layers that normalise by the batch are left out: such layers
+        write them, and do not read them.
         """
         written = {
             id(b)
@@ -126,7 +126,7 @@ class Reachable:
     # --- the walk -------------------------------------------------------------------------------
 
     def _walk(self, roots: list[Any]) -> None:
-        seen: dict[int, Any] = {}  # holds the objects, or new ones could have their addresses
+        seen: dict[int, Any] = {}  # alive: new objects could get their addresses
         pending = roots[::-1]
         while pending and len(seen) < _MOST:
             thing = pending.pop()
@@ -237,7 +237,7 @@ def _names(code: CodeType) -> tuple[set[str], set[str]]:
 
 @lru_cache(maxsize=4096)
 def _is_installed(file: str) -> bool:
-    """Whether code is the standard library's or an installed package's: it is not looked into."""
+    """Whether a file is the standard library's or an installed package's: not walked into."""
     return "site-packages" in file or "dist-packages" in file or file.startswith(_STANDARD)
 
 

@@ -26,13 +26,12 @@ class ResidualOperator(CurvatureOperator):
 
     The Gauss-Newton matrix is what the curvature of the loss makes of a model that is taken to be
     linear, the residual what the curvature of the model adds. It vanishes where the model is
-    linear in θ, or fits its data exactly, and where it is not zero it may have any signs: all
+    linear in θ, or fits its data exactly. Elsewhere its eigenvalues may have any sign: all
     negative curvature of a loss that is convex in the output is in it.
 
     It is a difference: its products have the rounding errors of those of H and G, which are no
     smaller where R is. Loss and gradient are the Hessian's. Each product is one with H and one
-    with G, and ``stats`` counts both: what was asked of the two in its name, and nothing that was
-    asked of them otherwise.
+    with G, and ``stats`` counts what the two spend on it, and nothing that they spend otherwise.
 
     Args:
         hessian: H, of any kind.
@@ -114,7 +113,7 @@ class ResidualOperator(CurvatureOperator):
         self.gauss_newton.release()
 
     def _compare_losses(self) -> None:
-        """Checks that both are of one loss. It is known: a product's pass over the data tells it.
+        """Checks that both are of one loss, which the pass of a product has found already.
 
         Raises:
             ArgumentError: they are not.

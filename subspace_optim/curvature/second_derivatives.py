@@ -1,4 +1,4 @@
-"""What torch differentiates once only, or wrongly the second time: found, refused, or replaced."""
+"""What torch cannot differentiate twice, or gets wrong the second time: refused, or replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loss makes constant of its parameters: by ``detach()``, or without gradients."""
+"""The values that a loss takes for constants: detached, or computed without gradients."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ReplayError(Exception):
 class StoppedGradients(TorchFunctionMode):
     """Records what a loss detaches or computes without gradients, and replays it elsewhere.
 
-    To the derivatives of the loss these values are constants. A difference of gradients agrees
-    with them if the loss at other parameters has the same constants.
+    The derivatives of the loss take these values for constants. A difference of gradients agrees
+    with the derivatives only if the loss has the same constants at the other parameters too.
 
     Attributes:
         recorded: each function that stopped a gradient, and what it returned, in order.
@@ -60,12 +60,12 @@ class StoppedGradients(TorchFunctionMode):
         known, held = noted
         if known is not func:
             raise ReplayError
-        written = kwargs.get("out", args[0] if args else None)
+        written = kwargs.get("out", args[0] if args else None)  # by functions that write
         if not isinstance(written, Tensor):
             return held
         return written.copy_(held) if func(*args, **kwargs) is written else held
 
 
 def copied(leaf: Any) -> Any:
-    """Returns a copy of a tensor, since a view would hold the whole batch; else the leaf."""
+    """Returns a copy of a tensor, since a view would hold the whole batch; other leaves as is."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf

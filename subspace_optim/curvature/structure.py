@@ -32,7 +32,7 @@ def tensors(batch: Any) -> Iterator[Tensor]:
 def contents(batch: Any) -> list[Tensor]:
     """Returns the tensors of a batch, and a checksum of what else it holds.
 
-    The checksum is of arrays, numbers and texts, in a tensor that comes first.
+    The checksum, of arrays, numbers and texts, is a tensor and comes first, if there are any.
     """
     checksum, found = 0, []
     for leaf in _leaves(batch):

@@ -28,12 +28,12 @@ from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.curvature.reachable import MISSING, Reachable, contents_of, once
 
 ALONE = threading.RLock()
-"""Held while a model is looked at or evaluated: other threads would find leaves in the places of
-its parameters."""
+"""A lock that is held while a model is looked at or evaluated, since leaves may then stand in the
+places of its parameters."""
 
 
 class Surroundings(Reachable):
-    """What can be reached from a model and its loss at this moment, and puts itself back.
+    """What can be reached from a model and its loss at this moment, and how it is put back.
 
     Args:
         model: its parameters and buffers are part of what the loss depends on.
@@ -41,7 +41,7 @@ class Surroundings(Reachable):
         device: where the parameters live, whose own generator is drawn from too.
 
     Attributes:
-        moved_names: of attributes and keys that evaluations have changed.
+        moved_names: names of the attributes and keys that evaluations have changed.
     """
 
     def __init__(self, model: nn.Module, loss: Any, device: torch.device) -> None:
@@ -56,12 +56,12 @@ class Surroundings(Reachable):
         moved: Iterable[Tensor] = (),
         dtype: torch.dtype | None = None,
     ) -> Iterator[None]:
-        """Seeds what draws at random, and puts everything back that is changed inside.
+        """Seeds all generators, and puts back at the end whatever was changed inside.
 
         An interrupt waits for the end of the block.
 
         Args:
-            seed: of all generators that can be reached.
+            seed: of the generators.
             moved: tensors that are known to be written to, beside the buffers.
             dtype: of floating numbers inside (default: low precision becomes float32).
         """
@@ -96,7 +96,7 @@ class Surroundings(Reachable):
     def writes(self) -> Iterator[list[Tensor]]:
         """Yields a list of the tensors that are written to inside, and restores their data.
 
-        It is filled at the end. Buffers are not in it: each evaluation copies them in any case.
+        The list is filled at the end. It has no buffers: each evaluation copies them in any case.
         """
         watch = _Writes([t for t in self.parameters() + self._loose if t.layout == torch.strided])
         written: list[Tensor] = []

@@ -26,10 +26,10 @@ from subspace_optim.curvature.structure import moved
 from subspace_optim.curvature.surroundings import dtype_inside
 
 _ASIDE = 1e-3
-"""How far from the parameters products are proved, relative to their length. A kink that lies
-exactly at the parameters, as that of a unit whose inputs are all zero, is avoided so."""
+"""Products are proved at this distance from the parameters, relative to their length. That avoids
+kinks exactly at the parameters, such as that of a unit whose inputs are all zero."""
 _STEP = 1e-7
-"""Length of a difference in float64, relative to that of the parameters too."""
+"""Length of the step of a difference in float64, relative to the length of the parameters."""
 _AGREE = {torch.float64: 1e-3, torch.float32: 3e-2}
 """Relative difference allowed between a product and a difference: wrong ones differ by 3 % or
 more."""
@@ -81,7 +81,7 @@ class Trial:
         def watched() -> tuple[Tensor, Tensor]:
             with StoppedGradients() as stopped:
                 loss, weight = self.batch_loss()
-            # Autograd functions in Python run without gradients, and stop none for that.
+            # Autograd functions written in Python run without gradients, but have their own.
             self.stops = bool(stopped.recorded) and not has_functions(loss)
             return loss, weight
 
@@ -113,7 +113,7 @@ class Trial:
         """Compares the gradient with the one at the user's own parameters.
 
         Raises:
-            InconsistentDerivativeError: it is another.
+            InconsistentDerivativeError: they differ.
         """
         point = self.point
         low = any(p.dtype in LOW_PRECISION for p in point.own)
@@ -240,10 +240,12 @@ class Trial:
         asymmetry = abs(norm - along) / largest if largest > 0 else 0.0
         written = set(map(id, point.written)) & set(map(id, point.own))
         if self.parts.products == "symmetric" or written:
-            # Of another matrix, or of a loss that writes to its parameters, which is a step of its
-            # own: differences are of something else.
+            # The product is with another matrix than the Hessian, or the loss moves its parameters
+            # itself: differences of gradients would measure something else.
             return _Found(math.nan, asymmetry, plain, dtype)
-        rounded = 100 * torch.finfo(dtype).eps + rounding_at(plain, dtype) / 40  # as a rule less
+        rounded = (
+            100 * torch.finfo(dtype).eps + rounding_at(plain, dtype) / 40
+        )  # a bound, rarely met
         rounding = rounded * max(float(gradient.norm()), norm * scale)
         error = self._error(point, batch_loss, base, v, product, rounding)
         return _Found(error, asymmetry, plain, dtype)

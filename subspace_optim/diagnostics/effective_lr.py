@@ -18,9 +18,9 @@ def dom_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
         -\frac{\langle \theta_{t+1} - \theta_t,\; P_k \nabla L(\theta_t) \rangle}
               {\| P_k \nabla L(\theta_t) \|^2}
 
-    The paper's formula has no minus sign, and so gives −η for gradient descent, which its text
-    assigns +η; this is the text's. Gradient descent at rate η has η in both subspaces, Dom-GD has
-    η here and 0 in the bulk.
+    The paper's formula lacks the minus sign, and so gives −η for gradient descent, where its text
+    says +η; here it is as in the text. Gradient descent at rate η has η in both subspaces, Dom-GD
+    has η here and 0 in the bulk.
 
     Args:
         update: ``θ_{t+1} − θ_t``, ``(P,)``.
@@ -28,8 +28,9 @@ def dom_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
         basis: the dominant subspace at ``θ_t``.
 
     Returns:
-        A scalar tensor; NaN where the gradient has no dominant component beyond rounding. A basis
-        at an angle to the true subspace that is not well below χ_k tells the bulk's rate instead.
+        A scalar tensor; NaN where the gradient has no dominant component beyond rounding. It nears
+        the rate of the bulk where the angle of the basis to the true subspace is not well below
+        χ_k.
 
     Reference:
         `song_2024`, Definition 4.

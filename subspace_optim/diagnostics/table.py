@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Table:
     """Rows of numbers; some columns hold a list in each row.
 
-    Outside of the house, in files and frames, each entry of a list has a column of its own.
+    In files and frames each entry of a list has a column of its own.
 
     Args:
         columns: the names, the first of which counts the steps.
@@ -33,7 +33,7 @@ class Table:
 
     @property
     def names(self) -> list[str]:
-        """The columns outside of the house."""
+        """The columns of files and frames."""
         return list(self.flat(self.unknown(0)))
 
     def unknown(self, step: int) -> dict[str, Any]:

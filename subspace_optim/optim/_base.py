@@ -8,7 +8,7 @@ a function of the basis and of the direction.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -247,6 +247,18 @@ class SubspaceOptimizer(CheckedOptimizer):
         return optimizer
 
 
+class RestrictedSGD(SubspaceOptimizer):
+    """A step of ``torch.optim.SGD`` of which one part is taken, from whatever gradients are there.
+
+    A subclass names the part, and the options that its constructor takes.
+    """
+
+    _part: ClassVar[Part]
+
+    def _update(self, basis: EigenBasis, gather: Gather) -> None:
+        restrict_(gather(lambda group: -group["lr"]), basis, self._part)
+
+
 def restrict_(update: Tensor, basis: EigenBasis, part: Part) -> None:
     """Projects an update ``(P,)`` onto the span of a basis or its complement, in its memory."""
     if part == "dominant":
@@ -256,9 +268,23 @@ def restrict_(update: Tensor, basis: EigenBasis, part: Part) -> None:
 
 
 def options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the defaults of an optimizer's groups, of all arguments of its constructor."""
+    """Returns the options of an optimizer's groups, out of the arguments of its constructor."""
     others = ("self", "params", "subspace", "__class__")
     return {name: value for name, value in arguments.items() if name not in others}
+
+
+@torch.no_grad()
+def write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copies ``values`` to ``tensors``, all of them: an exception in between is raised after."""
+    if not tensors:
+        return
+    try:
+        torch._foreach_copy_(list(tensors), list(values))
+    except BaseException:
+        torch._foreach_copy_(list(tensors), list(values))
+        raise
+    finally:
+        torch.clear_autocast_cache()  # its copies of parameters
 
 
 def _add(params: list[Tensor], added: list[Tensor], factor: float) -> BaseException | None:
@@ -281,7 +307,7 @@ _PLAIN = {
     "maximize": False,
     "foreach": None,
 }
-"""What a group without these options means."""
+"""The values of options that a group does not have."""
 
 
 def sgd_directions(

@@ -86,7 +86,12 @@ def check_membership(params: Iterable[Tensor], space: ParameterSpace) -> list[Te
     members = {id(p) for p in tensors}
     for p in params:
         if p.requires_grad and id(p) not in members:
-            raise ArgumentError(*_not_a_member(p, space))
+            label, found = f"parameter of shape {tuple(p.shape)}", "of another model"
+            remedy = "Build operator and subspace from the model that the optimizer trains."
+            if name := space.name_in_model(p):
+                label, found = f"parameter '{name}'", "not the operator's"
+                remedy = "Add it to the `params` of the operator, or leave it out of the optimizer."
+            raise ArgumentError(label, found, "one that the operator differentiates by", remedy)
     return tensors
 
 
@@ -112,15 +117,3 @@ def check_same(params: list[Tensor], space: ParameterSpace) -> list[Tensor]:
                 "them are projected together: project_updates([muon, adamw], subspace, onto=...).",
             )
     return tensors
-
-
-def _not_a_member(parameter: Tensor, space: ParameterSpace) -> tuple[str, str, str, str]:
-    """Returns what to say of a parameter of the optimizer that the operator does not have."""
-    name = space.name_in_model(parameter)
-    allowed = "one that the operator differentiates by"
-    if name is None:
-        label = f"parameter of shape {tuple(parameter.shape)}"
-        remedy = "Build operator and subspace from the model that the optimizer trains."
-        return label, "of another model", allowed, remedy
-    remedy = "Add it to the `params` of the operator, or leave it out of the optimizer."
-    return f"parameter '{name}'", "not the operator's", allowed, remedy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from subspace_optim._validation import ArgumentError, AttachedTwiceWarning
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.optim._base import Part, restrict_
+from subspace_optim.optim._base import Part, restrict_, write
 from subspace_optim.optim._checks import check_same
 from subspace_optim.step_hooks import (
     Followed,
@@ -20,7 +20,6 @@ from subspace_optim.step_hooks import (
     optimizers_of,
     owners_of,
     parameters_of,
-    write,
 )
 from subspace_optim.subspaces import Subspace, check_subspace, projector_of
 
@@ -53,8 +52,8 @@ class Projection:
         tensors = check_same(parameters_of(*optimizers), space)
         if self._before is not None:  # the step before raised, and was called past our guard
             self._forget_pairs()
-        basis, known = projector_of(self.subspace), [_Known(each) for each in optimizers]
-        self._before = _Before(tensors, space.flatten(tensors), basis, known)
+        basis, restores = projector_of(self.subspace), [_state_kept(each) for each in optimizers]
+        self._before = _Before(tensors, space.flatten(tensors), basis, restores)
 
     @torch.no_grad()
     def _project(self) -> None:
@@ -71,8 +70,8 @@ class Projection:
         if before is None:
             return
         self._write(before, before.theta)
-        for each in before.known:
-            each.restore()
+        for restore in before.restores:
+            restore()
         self._forget_pairs()
 
     def _write(self, before: _Before, theta: Tensor) -> None:
@@ -90,28 +89,26 @@ class Projection:
                     state["n_iter"] = 0
 
 
-class _Known:
-    """What an optimizer knows before a step: its entries, and the counts among them.
+def _state_kept(optimizer: Optimizer) -> Callable[[], None]:
+    """Returns a function that puts the entries of an optimizer's state back, and their counts.
 
-    Moments that it changes in place are not copied: that would cost as much as they do.
+    Moments that a step changes in place are not copied: that would cost as much as they do.
     """
+    held = {p: dict(entries) for p, entries in optimizer.state.items()}
+    values = [value for entries in held.values() for value in entries.values()]
+    counts = [v for v in values if isinstance(v, Tensor) and v.numel() == 1]
+    counted = [count.clone() for count in counts]
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._entries = {p: dict(state) for p, state in optimizer.state.items()}
-        values = [value for entries in self._entries.values() for value in entries.values()]
-        self._counts = [v for v in values if isinstance(v, Tensor) and v.numel() == 1]
-        self._values = [count.clone() for count in self._counts]
-
-    def restore(self) -> None:
-        state = self._optimizer.state
-        for p in list(state):
-            if p not in self._entries:
-                del state[p]
-        for p, entries in self._entries.items():
+    def restore() -> None:
+        state = optimizer.state
+        for p in state.keys() - held.keys():
+            del state[p]
+        for p, entries in held.items():
             state[p].clear()
             state[p].update(entries)
-        write(self._counts, self._values)
+        write(counts, counted)
+
+    return restore
 
 
 class _Before(NamedTuple):
@@ -120,7 +117,7 @@ class _Before(NamedTuple):
     tensors: list[Tensor]  # the parameters ...
     theta: Tensor  # ... their values, as one vector
     basis: EigenBasis
-    known: list[_Known]
+    restores: list[Callable[[], None]]  # of what the optimizers know
 
 
 def project_updates(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,24 +13,21 @@ from torch.optim.optimizer import ParamsT
 
 from subspace_optim._validation import ArgumentError, check_flag, check_number
 from subspace_optim.curvature.parameters import times_written
-from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.optim._base import (
     CheckedOptimizer,
-    Gather,
     Moves,
-    Part,
-    SubspaceOptimizer,
+    RestrictedSGD,
     options,
-    restrict_,
     sgd_directions,
+    write,
 )
 from subspace_optim.optim._checks import check_sgd_options
-from subspace_optim.step_hooks import innermost, moves, outside_autocast, parameters_of, write
+from subspace_optim.step_hooks import innermost, moves, outside_autocast, parameters_of
 from subspace_optim.subspaces import Subspace
 
 
 class _TwoSteps(CheckedOptimizer):
-    """A step from θ_t with the gradient at ``θ_t + e``, the ascent of the linearised loss."""
+    """A step from θ_t along the gradient at ``θ_t + e``, where ``e`` ascends the linearised loss."""
 
     _before: dict[Tensor, Tensor] | None = None  # θ_t, between first_step() and second_step()
     _finite = True  # whether the gradient at θ_t was
@@ -215,13 +212,13 @@ class _TwoSteps(CheckedOptimizer):
 
 @contextmanager
 def _nothing_added(params: list[Tensor]) -> Iterator[None]:
-    """Refuses a backward pass that adds to gradients that are there, and one that is none.
+    """Refuses a closure that adds to gradients which are there already, or computes none.
 
     At the perturbed point a closure can evaluate its own minibatch alone, and not those whose
     gradients were accumulated before.
 
     Raises:
-        ArgumentError: the closure makes such a pass.
+        ArgumentError: the closure called inside does either.
     """
     known = {p: p.grad for p in params if p.requires_grad and p.grad is not None}
     written = times_written(known.values())
@@ -333,10 +330,8 @@ class SAM(_TwoSteps):
         self._commit(buffers, moves)
 
 
-class SubspaceSAM(_TwoSteps, SubspaceOptimizer):
+class SubspaceSAM(_TwoSteps, RestrictedSGD):
     """The step of ``SAM``, of which one part is taken."""
-
-    _part: ClassVar[Part]
 
     def __init__(
         self,
@@ -356,10 +351,6 @@ class SubspaceSAM(_TwoSteps, SubspaceOptimizer):
         subspace: Subspace,
     ) -> None:
         super().__init__(params, options(locals()), subspace)
-
-    def _update(self, basis: EigenBasis, gather: Gather) -> None:
-        update = gather(lambda group: -group["lr"])  # of the gradient at θ_t + e_t
-        restrict_(update, basis, self._part)
 
 
 class DomSAM(SubspaceSAM):

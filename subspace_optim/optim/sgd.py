@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.optim._base import Gather, Part, SubspaceOptimizer, options, restrict_
+from subspace_optim.optim._base import RestrictedSGD, options
 from subspace_optim.optim._checks import check_sgd_options
 from subspace_optim.subspaces import Subspace
 
 
-class SubspaceSGD(SubspaceOptimizer):
-    """The step of ``torch.optim.SGD``, of which one part is taken."""
+class SubspaceSGD(RestrictedSGD):
+    """The options of ``torch.optim.SGD``, and a subspace."""
 
-    _part: ClassVar[Part]
     _check_options = staticmethod(check_sgd_options)
 
     def __init__(
@@ -35,10 +31,6 @@ class SubspaceSGD(SubspaceOptimizer):
         subspace: Subspace,
     ) -> None:
         super().__init__(params, options(locals()), subspace)
-
-    def _update(self, basis: EigenBasis, gather: Gather) -> None:
-        update = gather(lambda group: -group["lr"])
-        restrict_(update, basis, self._part)
 
 
 class DomSGD(SubspaceSGD):

@@ -148,7 +148,7 @@ class SavedState:
         return dtype
 
     def check_sum(self, found: int) -> None:
-        """Checks the entry ``checksum``: what no other check can tell has been left as it was.
+        """Checks the entry ``checksum``, which shows changes that no other check can see.
 
         Args:
             found: the checksum of the other entries.

@@ -56,11 +56,11 @@ class Before:
 
 
 class Dominant:
-    """Measures a step before and after it, with what the subspace has.
+    """Measures a step, before and after it, with what the subspace offers.
 
-    Every subspace has ``parameters`` and ``update()``: they give what is told of the update. The
-    rest comes from what it may have beside them: ``operator`` the loss, the gradient and the cost;
-    ``k``, the number of its eigenpairs, the eigenvalues; ``gap`` and ``stats.estimate`` themselves.
+    Every subspace has ``parameters`` and ``update()``, which tell where the update goes. It may
+    have more: an ``operator`` gives the loss, the gradient and the cost; ``k``, the number of its
+    eigenpairs, gives the eigenvalues; ``gap`` and ``stats.estimate`` are recorded as they are.
 
     Args:
         subspace: to measure in.
