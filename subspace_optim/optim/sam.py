@@ -27,7 +27,7 @@ from subspace_optim.subspaces import Subspace
 
 
 class _TwoSteps(CheckedOptimizer):
-    """A step from θ_t along the gradient at ``θ_t + e``, where ``e`` ascends the linearised loss."""
+    """A step from θ_t by the gradient at ``θ_t + e``, where ``e`` ascends the linearised loss."""
 
     _before: dict[Tensor, Tensor] | None = None  # θ_t, between first_step() and second_step()
     _finite = True  # whether the gradient at θ_t was
