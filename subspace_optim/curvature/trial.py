@@ -223,8 +223,7 @@ class Trial:
             product = self.flat(here.product(v))
             norm = float(product.norm())
             u = torch.nan_to_num(product / norm) if norm > 0 else product
-            pieces = self.parts.space.unflatten(u.to(dtype))
-            again = self.flat(here.product(pieces))
+            again = self.flat(here.product(self.parts.space.unflatten(u.to(dtype))))
         with point.at(self.parts.seed), point.displaced(base):
             plain = float(loss_alone(batch_loss, point).loss)
         if not math.isclose(plain, float(here.loss), rel_tol=1e-4, abs_tol=1e-6):
@@ -232,10 +231,7 @@ class Trial:
             raise TransformError(message)
         if not math.isfinite(norm) and bool(gradient.isfinite().all()):
             raise SecondDerivativeError(_NOT_FINITE)
-        along = sum(
-            float((a.double() * b.double().view_as(a)).sum())
-            for a, b in zip(v, self.parts.space.unflatten(again), strict=True)
-        )
+        along = float(self.flat(v) @ again)
         largest = max(norm, float(again.norm()))
         asymmetry = abs(norm - along) / largest if largest > 0 else 0.0
         written = set(map(id, point.written)) & set(map(id, point.own))
@@ -243,9 +239,8 @@ class Trial:
             # The product is with another matrix than the Hessian, or the loss moves its parameters
             # itself: differences of gradients would measure something else.
             return _Found(math.nan, asymmetry, plain, dtype)
-        rounded = (
-            100 * torch.finfo(dtype).eps + rounding_at(plain, dtype) / 40
-        )  # a bound, rarely met
+        # The bound of `rounding_at` is rarely met: a fortieth of it is what one finds.
+        rounded = 100 * torch.finfo(dtype).eps + rounding_at(plain, dtype) / 40
         rounding = rounded * max(float(gradient.norm()), norm * scale)
         error = self._error(point, batch_loss, base, v, product, rounding)
         return _Found(error, asymmetry, plain, dtype)

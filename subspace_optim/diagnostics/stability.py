@@ -276,6 +276,6 @@ def _inverse_root(
     if not any(p in pieces for p in space.tensors):
         remedy = "Ask after the first step."
         raise ArgumentError("optimizer", "without second moments", "one that has stepped", remedy)
-    rows = [pieces.get(p, torch.zeros_like(p, dtype=torch.float64)) for p in space.tensors]
+    roots = space.flatten([pieces.get(p) for p in space.tensors])
     added = [torch.full_like(p, decays.get(p, 0.0), dtype=torch.float64) for p in space.tensors]
-    return space.flatten(rows), space.flatten(added)
+    return roots, space.flatten(added)

@@ -70,6 +70,14 @@ def test_zeros_stand_for_a_tensor_that_is_not_there():
     assert flat.tolist() == [4, 4, 0, 0, 0, 5]
 
 
+def test_flatten_takes_sparse_tensors_and_another_dtype():
+    space = ParameterSpace(Parameters(a=torch.ones(2), b=torch.ones(2)))
+    precise = torch.tensor([1 + 2**-40, 0.0], dtype=torch.float64)
+    flat = space.flatten([precise, precise.to_sparse()], torch.float64)
+    assert flat.dtype == torch.float64
+    assert torch.equal(flat, precise.repeat(2))
+
+
 @pytest.mark.parametrize("length", [2, 4])
 def test_flatten_wants_one_tensor_a_parameter(length):
     space = ParameterSpace(Parameters(a=torch.ones(2), b=torch.ones(2), c=torch.ones(2)))
@@ -114,6 +122,35 @@ def test_params_choose_and_order_the_coordinates():
     assert space.names == ["strided", "scalar"]
     assert space.flatten(space.tensors).tolist() == [19, 21, 23, 25, 27, 29, 0]
     assert ParameterSpace(model, model.vector).names == ["vector"]
+
+
+def test_params_may_be_a_pattern_of_names_or_a_predicate():
+    model = nn.ModuleDict({"head": odd_shapes(), "body": odd_shapes()})
+    space = ParameterSpace(model, "body.*e*")
+    assert space.names == ["body.vector", "body.empty", "body.transposed", "body.strided"]
+    space = ParameterSpace(model, lambda name, p: name.startswith("head") and p.dim() == 1)
+    assert space.names == ["head.vector", "head.empty", "head.strided"]
+    with pytest.raises(ArgumentError, match=r"params is 'tail', .* such as 'head.scalar', 'head"):
+        ParameterSpace(model, "tail")
+    with pytest.raises(ArgumentError, match=r"called with the name and the tensor of each"):
+        ParameterSpace(model, lambda *_: False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "state"),
+    [("vector", None, "gone"), ("vector", torch.ones(2), r"of shape \(2,\)")],
+)
+def test_a_parameter_that_is_gone_or_of_another_shape_is_named(name, value, state):
+    model = nn.ModuleDict({"head": odd_shapes()})
+    space = ParameterSpace(model)
+    setattr(model["head"], name, None if value is None else nn.Parameter(value))
+    with pytest.raises(ArgumentError, match=f"parameter 'head.{name}' is '{state}', .* of .5,"):
+        _ = space.tensors
+    del model["head"]
+    with pytest.raises(
+        ArgumentError, match=r"parameter 'head.scalar' is 'gone', but must be of \(\)"
+    ):
+        _ = space.tensors
 
 
 def _frozen() -> nn.Module:

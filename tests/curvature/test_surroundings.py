@@ -5,6 +5,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ X, Y = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), torch.aran
 CPU = torch.device("cpu")
 shared_rng = np.random.default_rng(3)
 calls = 0
+elsewhere = ModuleType("elsewhere")  # as a file of the user's own
+elsewhere.__file__, elsewhere.calls = __file__, 0
 
 
 class Net(nn.Module):
@@ -51,6 +54,14 @@ class GlobalCounter(Net):
         global calls  # noqa: PLW0603 (what some people write)
         calls += 1
         return self.body(x) * (1 + calls)
+
+
+class ModuleCounter(Net):
+    """Counts in another module than its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        elsewhere.calls += 1
+        return self.body(x) * (1 + elsewhere.calls)
 
 
 class Lists(Net):
@@ -208,7 +219,7 @@ class LongHistory(Net):
 
 
 NETS = [
-    ClassCounter, LongHistory,
+    ClassCounter, ModuleCounter, LongHistory,
     Net, Counter, GlobalCounter, Lists, Hidden, WrittenInPlace, Momentum, NumpyArray, OwnGenerator,
     NumpyGenerators, GlobalGenerators, Metered, Rebound,
 ]  # fmt: skip
@@ -253,7 +264,8 @@ CASES += [(kind, loss) for kind in (Net, ClassCounter) for loss in ("module", "c
 def train(net: nn.Module, loss_fn: Any, *, watched: bool) -> tuple[Tensor, Any]:
     """Five steps; the state of everything that a forward pass can change, at the end."""
     global calls, shared_rng
-    calls, shared_rng, ClassCounter.calls = 0, np.random.default_rng(3), 0
+    calls, shared_rng = 0, np.random.default_rng(3)
+    ClassCounter.calls = elsewhere.calls = 0
     torch.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002
     random.seed(5)
@@ -267,7 +279,7 @@ def train(net: nn.Module, loss_fn: Any, *, watched: bool) -> tuple[Tensor, Any]:
         optimizer.step()
     theta = torch.cat([p.detach().flatten() for p in net.parameters()])
     drawn = torch.rand(1).item(), np.random.rand(), random.random(), shared_rng.random()  # noqa: NPY002
-    return theta, (calls, drawn)
+    return theta, (calls, elsewhere.calls, ClassCounter.calls, drawn)
 
 
 @pytest.mark.parametrize(("kind", "loss"), CASES)
