@@ -95,7 +95,8 @@ class Reachable:
         written = {
             id(b)
             for m in self.modules
-            if isinstance(m, _BatchNorm | _InstanceNorm) and _by_batch(m)
+            if isinstance(m, _BatchNorm | _InstanceNorm)
+            and (m.training or not m.track_running_stats)  # so it normalises by the batch
             for b in m._buffers.values()  # noqa: SLF001
         }
         return [t for t in self.parameters() + self.buffers() if id(t) not in written]
@@ -215,12 +216,6 @@ class Reachable:
 def once(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     """Returns tensors without repetition."""
     return list({id(t): t for t in tensors if t is not None}.values())
-
-
-def _by_batch(module: Any) -> bool:
-    """Whether a layer normalises by the statistics of the batch."""
-    by_batch: bool = module.training or not module.track_running_stats
-    return by_batch
 
 
 @lru_cache(maxsize=4096)

@@ -15,7 +15,6 @@ from typing import Any
 from subspace_optim._validation import ArgumentError, LogWarning
 
 Row = Mapping[str, Any]
-Send = Callable[[Row], None]
 
 
 class Log:
@@ -30,7 +29,7 @@ class Log:
         send: takes one row.
     """
 
-    def __init__(self, name: str, send: Send) -> None:
+    def __init__(self, name: str, send: Callable[[Row], None]) -> None:
         self.name, self._send = name, send
         self._pending: list[Row] = []
         self._failing = self._sending = False

@@ -28,8 +28,6 @@ from subspace_optim.subspaces import Subspace, check_subspace
 if TYPE_CHECKING:
     import pandas as pd
 
-_STATE = {"history", "start", "steps"}
-
 
 class Monitor:
     r"""Records the diagnostics of any ``torch.optim.Optimizer``, one row a recorded step.
@@ -194,7 +192,8 @@ class Monitor:
 
     def _begin(self) -> None:
         self._forget()
-        recorded = self._is_recorded()
+        every, step = self.every, self._steps
+        recorded = bool(every(step)) if callable(every) else step % every == 0
         self._joint.watchful = recorded
         try:
             self._teller.begin(looks=recorded)
@@ -203,10 +202,6 @@ class Monitor:
         except Exception as error:  # noqa: BLE001 (training is worth more than its record)
             row = self._failed(error)
             self._unmeasured = row if recorded else None
-
-    def _is_recorded(self) -> bool:
-        every, step = self.every, self._steps
-        return bool(every(step)) if callable(every) else step % every == 0
 
     def _end(self) -> None:
         row, before = self._unmeasured, self._before
@@ -258,7 +253,7 @@ class Monitor:
         Raises:
             ArgumentError: it is of another model, or no monitor's.
         """
-        missing = _STATE - state_dict.keys()
+        missing = {"history", "start", "steps"} - state_dict.keys()
         missing |= self._table.history.keys() - state_dict.get("history", {}).keys()
         if missing:
             found = f"without {', '.join(sorted(missing))}"
