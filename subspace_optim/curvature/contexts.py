@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -39,7 +39,7 @@ def global_generators(device: torch.device) -> list[Generator]:
     return [*_device_generators(device), legacy, python.__self__]
 
 
-def seed_generator(generator: Generator, seed: int) -> None:
+def _seed(generator: Generator, seed: int) -> None:
     """Seeds a generator of any of the three libraries."""
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = type(generator.bit_generator)(seed).state
@@ -49,15 +49,18 @@ def seed_generator(generator: Generator, seed: int) -> None:
         generator.seed(seed)
 
 
-def states_kept(generators: Iterable[Generator]) -> Callable[[], None]:
-    """Returns a function that puts the present states of generators back."""
+@contextmanager
+def states_kept(generators: Sequence[Generator], seed: int | None = None) -> Iterator[None]:
+    """Puts the states of generators back at the end; inside they are seeded, if there is a seed."""
     held = [(put, get()) for get, put in map(_access, generators)]
-
-    def restore() -> None:
+    try:
+        if seed is not None:
+            for generator in generators:
+                _seed(generator, seed)
+        yield
+    finally:
         for put, state in held:
             put(state)
-
-    return restore
 
 
 def _access(generator: Generator) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
@@ -70,29 +73,16 @@ def _access(generator: Generator) -> tuple[Callable[[], Any], Callable[[Any], An
     return generator.getstate, generator.setstate
 
 
-@contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> AbstractContextManager[None]:
     """Seeds torch's own generators inside, so that dropout masks are fixed, and restores them."""
-    generators = _device_generators(device)
-    restore = states_kept(generators)
-    try:
-        for generator in generators:
-            seed_generator(generator, seed)
-        yield
-    finally:
-        restore()
+    return states_kept(_device_generators(device), seed)
 
 
-@contextmanager
-def random_state_kept(device: torch.device, data: object) -> Iterator[None]:
+def random_state_kept(device: torch.device, data: object) -> AbstractContextManager[None]:
     """Leaves the random state of torch, NumPy, Python and the loader ``data`` as found."""
     of_loader = [getattr(part, "generator", None) for part in loader_parts(data)]
     found = [g for g in of_loader if isinstance(g, torch.Generator)]
-    restore = states_kept([*global_generators(device), *found])
-    try:
-        yield
-    finally:
-        restore()
+    return states_kept([*global_generators(device), *found])
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from subspace_optim.curvature.contexts import (
     interrupts_wait,
     no_autocast_inside,
-    seed_generator,
     states_kept,
 )
 from subspace_optim.curvature.parameters import LOW_PRECISION
@@ -68,8 +67,8 @@ class Surroundings(Reachable):
         with ALONE, interrupts_wait(), ExitStack() as stack:
             # Put back in reverse: tensors first, by assignments that cannot fail, and last what
             # needs memory or an operation.
-            for restore in (states_kept(self._generators), self._python_state()):
-                stack.callback(restore)
+            stack.enter_context(states_kept(self._generators, seed))
+            stack.callback(self._python_state())
             # A loss may call backward() itself. Gradients come back after dtypes have.
             stack.callback(_assign, "grad", [(p, p.grad) for p in self.parameters()])
             held: list[tuple[Tensor, Tensor]] = []
@@ -88,8 +87,6 @@ class Surroundings(Reachable):
                 if id(t) in copied or wanted != t.dtype:
                     held.append((t, t.data))
                     t.data = t.detach().to(wanted, copy=True)
-            for generator in self._generators:
-                seed_generator(generator, seed)
             yield
 
     @contextmanager
