@@ -105,14 +105,10 @@ def _precision_settings(device: torch.device) -> Iterable[tuple[Any, Any]]:
     An operation whose setting is "none" follows its backend.
     """
     backends: Any = torch.backends  # its annotations lack the settings by operation
-    if device.type == "cuda":
-        return [
-            (backends.cuda.matmul, backends),
-            (backends.cudnn.conv, backends.cudnn),
-            (backends.cudnn.rnn, backends.cudnn),
-        ]
-    mkldnn = backends.mkldnn
-    return [(mkldnn.matmul, mkldnn), (mkldnn.conv, mkldnn), (mkldnn.rnn, mkldnn)]
+    on_cuda = device.type == "cuda"
+    library = backends.cudnn if on_cuda else backends.mkldnn
+    matmul = (backends.cuda.matmul, backends) if on_cuda else (library.matmul, library)
+    return [matmul, (library.conv, library), (library.rnn, library)]
 
 
 @contextmanager

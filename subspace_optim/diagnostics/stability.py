@@ -209,40 +209,39 @@ def thresholds(optimizers: Iterable[Optimizer], gradient_norm: float) -> dict[st
     Returns:
         ``threshold`` of gradient descent, with SGD's options; ``sam_edge``; ``adam_threshold``.
     """
-    found: dict[str, set[float]] = {name: set() for name in _KINDS}
-    for each in optimizers:
-        for group in each.param_groups:
-            rate = group.get("lr")
-            if rate is not None and float(rate) == 0:
-                continue  # it does not move
-            values = dict.fromkeys(_KINDS, math.nan)
-            # An optimizer may allow what has no threshold: a rate of its own, a schedule that
-            # begins without momentum, an infinite rate.
-            with suppress(ArgumentError):
-                values |= _of_group(each, group, gradient_norm)
-            for name, value in values.items():
-                found[name].add(value)
-    return {name: values.pop() if len(values) == 1 else math.nan for name, values in found.items()}
+    found = [
+        _of_group(each, group, gradient_norm)
+        for each in optimizers
+        for group in each.param_groups
+        if group.get("lr") is None or float(group["lr"]) != 0  # else it does not move
+    ]
+    by_kind = {name: {values.get(name, math.nan) for values in found} for name in _KINDS}
+    return {name: of.pop() if len(of) == 1 else math.nan for name, of in by_kind.items()}
 
 
 def _of_group(
     optimizer: Optimizer, group: dict[str, Any], gradient_norm: float
 ) -> dict[str, float]:
-    """Returns the thresholds that the options of a group have."""
+    """Returns the thresholds that the options of a group have.
+
+    An optimizer may allow options that have none: a rate of its own, a schedule that begins without
+    momentum, an infinite rate.
+    """
     if group.get("maximize") or group.get("lr") is None:
         return {}
     lr = float(group["lr"])
-    if isinstance(optimizer, Adam | AdamW):
-        return {"adam_threshold": adam_stability_threshold(lr, float(group["betas"][0]))}
-    if not all(name in group for name in _SGD_OPTIONS):
-        return {}
-    options: dict[str, Any] = {name: float(group[name]) for name in _SGD_OPTIONS}
-    options["nesterov"] = bool(options["nesterov"])
-    values = {"threshold": stability_threshold(lr, **options)}
-    if "rho" in group and not group.get("adaptive"):
-        edge = sam_edge(gradient_norm, lr, float(group["rho"]), **options)
-        values["sam_edge"] = float(edge)
-    return values
+    with suppress(ArgumentError):
+        if isinstance(optimizer, Adam | AdamW):
+            return {"adam_threshold": adam_stability_threshold(lr, float(group["betas"][0]))}
+        if all(name in group for name in _SGD_OPTIONS):
+            options: dict[str, Any] = {name: float(group[name]) for name in _SGD_OPTIONS}
+            options["nesterov"] = bool(options["nesterov"])
+            values = {"threshold": stability_threshold(lr, **options)}
+            if "rho" in group and not group.get("adaptive"):
+                edge = sam_edge(gradient_norm, lr, float(group["rho"]), **options)
+                values["sam_edge"] = float(edge)
+            return values
+    return {}
 
 
 _KINDS = ("threshold", "sam_edge", "adam_threshold")
