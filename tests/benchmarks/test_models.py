@@ -1,15 +1,10 @@
-"""The architectures against other implementations, closed-form counts and finite differences."""
+"""The architectures against other implementations and closed-form counts."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -115,21 +110,10 @@ def test_every_data_set_has_a_default_model_that_fits() -> None:
     assert all((model, data) in FITTING for data, model in DEFAULT_MODEL.items())
 
 
-@pytest.mark.parametrize("shape", [(4, 60), (4, 3, 3), (4, 1, 3, 9), (4, 9)])
-def test_cnn_refuses_what_is_no_image(shape: tuple[int, ...]) -> None:
-    """Flat rows that are no square, a missing axis, and images too small for two poolings."""
-    data = make_data("digits")
-    odd = Dataset("odd", torch.zeros(shape), data.y_train, None, None, 2, "odd")
-    with pytest.raises(ValueError, match="'cnn' does not take 'odd'"):
-        build("cnn", odd, num_outputs=2, seed=0)
-
-
-def test_unknown_model_and_no_outputs() -> None:
-    """Bad arguments are named, with what is allowed."""
+def test_an_unknown_model_is_told() -> None:
+    """It is named, with what is allowed."""
     with pytest.raises(ValueError, match="unknown model 'resnet': allowed are mlp, cnn, trans"):
         build("resnet", make_data("digits"), num_outputs=2, seed=0)
-    with pytest.raises(ValueError, match="num_outputs=0"):
-        build("mlp", make_data("digits"), num_outputs=0, seed=0)
 
 
 def test_learning_rates_of_the_paper() -> None:
@@ -140,10 +124,6 @@ def test_learning_rates_of_the_paper() -> None:
     for data in DATASETS:
         for loss in LOSSES:
             assert default_lr(data, loss) > 0
-    with pytest.raises(ValueError, match="unknown loss 'l1': allowed are mse, ce"):
-        default_lr("digits", "l1")
-    with pytest.raises(ValueError, match="unknown data set 'cifar'"):
-        default_lr("cifar", "mse")
 
 
 # --- initialisation ----------------------------------------------------------------------------
@@ -151,9 +131,11 @@ def test_learning_rates_of_the_paper() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_seed_alone_decides(model: str) -> None:
-    """Same seed, same parameters, whatever was drawn before; another seed, others."""
+    """Same seed, same parameters, whatever was drawn before; and no random state moves."""
     dataset = make_data(FITS[model][0])
+    before = torch.get_rng_state()
     first = build(model, dataset, num_outputs=3, seed=5).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
     torch.rand(17)
     again = build(model, dataset, num_outputs=3, seed=5).state_dict()
     other = build(model, dataset, num_outputs=3, seed=6).state_dict()
@@ -172,14 +154,6 @@ def test_initialisation_is_what_manual_seed_gives() -> None:
     expected = [p for layer in layers for p in layer.parameters()]
     actual = list(build("mlp", make_data("digits"), num_outputs=10, seed=3).parameters())
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_global_random_state_is_left_alone(model: str) -> None:
-    """Building a model draws nothing from the generator that training uses."""
-    before = torch.get_rng_state()
-    build(model, make_data(FITS[model][0]), num_outputs=3, seed=5)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- what they compute -------------------------------------------------------------------------
@@ -263,23 +237,6 @@ def test_transformer_against_torchs_encoder() -> None:
     torch.testing.assert_close(module(tokens), module.head(torch.stack(means)))
 
 
-def test_padding_changes_nothing() -> None:
-    """More columns of padding leave the scores as they are; a real word there does not."""
-    module = Transformer(VOCABULARY, 12, 3).double()
-    tokens = make_data("sst2-1k").x_train
-    longer = torch.cat([tokens, torch.zeros(4, 3, dtype=torch.int64)], dim=1)
-    torch.testing.assert_close(module(longer), module(tokens), rtol=1e-12, atol=1e-12)
-    longer[:, -1] = 1
-    assert not torch.isclose(module(longer), module(tokens)).any()
-
-
-def test_the_order_of_words_matters() -> None:
-    """Positions are learned and used: the same words backwards give other scores."""
-    module = Transformer(VOCABULARY, 9, 3).double()
-    tokens = make_data("sst2-1k").x_train[:1]
-    assert not torch.isclose(module(tokens), module(tokens.flip(1))).any()
-
-
 def test_a_sentence_of_padding() -> None:
     """Nothing to read gives the head's bias, finite gradients, and no trace in other rows."""
     module = Transformer(VOCABULARY, 9, 3)
@@ -310,77 +267,3 @@ def test_every_sentence_has_a_key_to_attend_to(monkeypatch: pytest.MonkeyPatch) 
     Transformer(VOCABULARY, 9, 3)(tokens)
     wanted = [[True, True, False], [True, True, True]]
     assert [mask.reshape(2, 3).tolist() for mask in masks] == [wanted, wanted]
-
-
-def test_transformer_refuses_longer_sentences() -> None:
-    """There is no position beyond the longest training sentence."""
-    with pytest.raises(ValueError, match="tokens has 10 columns: the model takes at most 9"):
-        Transformer(VOCABULARY, 9, 3)(torch.ones(2, 10, dtype=torch.int64))
-
-
-# --- derivatives -------------------------------------------------------------------------------
-
-
-def pull_back(function: Callable[..., Any], argument: Any) -> tuple[Any, Any]:
-    """`torch.func.vjp` without its third result, which its annotation leaves open."""
-    value, pullback, *_ = vjp(function, argument)
-    return value, pullback
-
-
-def loss_of(model: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The loss of a float64 model as a function of its flat parameters, and these."""
-    dataset = make_data(FITS[model][-1])
-    module = build(model, dataset, num_outputs=3, seed=2).double()
-    shapes = {key: p.shape for key, p in module.named_parameters()}
-    inputs = dataset.x_train.double() if dataset.vocabulary is None else dataset.x_train
-
-    def loss(theta: Tensor) -> Tensor:
-        parts = theta.split([math.prod(shape) for shape in shapes.values()])
-        parameters = {k: p.reshape(s) for (k, s), p in zip(shapes.items(), parts, strict=True)}
-        return LOSSES["mse"](functional_call(module, parameters, (inputs,)), dataset.y_train)
-
-    return loss, torch.cat([p.detach().flatten() for p in module.parameters()])
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_second_derivative(model: str) -> None:
-    """Hessian-vector products, three ways, against central differences of the gradient.
-
-    Float64 and a step of 1e-5 along a unit vector: truncation is of order 1e-10, and cancellation
-    of order 1e-16 / 1e-5, both far below the tolerance; a missing term of the Hessian is not. The
-    CNN is piecewise smooth, and at a random point the step crosses no kink.
-    """
-    loss, theta = loss_of(model)
-    direction = torch.randn(theta.shape, dtype=torch.float64)
-    direction /= direction.norm()
-    step = 1e-5
-    with sdpa_kernel(SDPBackend.MATH):
-        ahead, behind = grad(loss)(theta + step * direction), grad(loss)(theta - step * direction)
-        _, pullback = pull_back(grad(loss), theta)
-        (by_vjp,) = pullback(direction)
-        by_jvp = jvp(grad(loss), (theta,), (direction,))[1]
-        leaf = theta.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-        (by_double_backward,) = torch.autograd.grad(gradient @ direction, leaf)
-    expected = (ahead - behind) / (2 * step)
-    assert expected.norm() > 1e-3
-    for product in (by_vjp, by_jvp, by_double_backward):
-        assert (product - expected).norm() < 1e-6 * expected.norm()
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_functional_call_and_vjp_agree_with_autograd(model: str) -> None:
-    """The vector-Jacobian product of the outputs is what `backward` leaves in `.grad`."""
-    dataset = make_data(FITS[model][-1])
-    module = build(model, dataset, num_outputs=3, seed=2)
-    parameters = {key: p.detach() for key, p in module.named_parameters()}
-    cotangent = torch.randn(4, 3)
-    with sdpa_kernel(SDPBackend.MATH):
-        output, pullback = pull_back(
-            lambda p: functional_call(module, p, (dataset.x_train,)), parameters
-        )
-        module(dataset.x_train).backward(cotangent)
-    torch.testing.assert_close(output, module(dataset.x_train).detach())
-    (products,) = pullback(cotangent)
-    for key, parameter in module.named_parameters():
-        torch.testing.assert_close(products[key], parameter.grad)
