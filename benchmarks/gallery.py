@@ -31,6 +31,7 @@ from benchmarks.experiment import minibatch
 from benchmarks.files import BusyError, alone, replacing
 from benchmarks.losses import mse
 from benchmarks.models import build
+from benchmarks.optimizers import step_together
 from benchmarks.progress import doing, shown
 from subspace_optim.diagnostics import plots
 
@@ -145,6 +146,10 @@ class Measurements:
         hessian = so.HessianOperator(model, mse, (x, y))
         subspace = so.DominantSubspace(hessian, self.k, refresh=refresh, seed=self.seed)
         optimizers = make(model)
+
+        def loss_of(x: Tensor, y: Tensor) -> Tensor:
+            return mse(model(x), y)
+
         bases = []
         steps = ((rows or self.rows) - 1) * every + 1
         name = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
@@ -154,7 +159,7 @@ class Measurements:
         ):
             for step in range(steps):
                 batch = minibatch(len(x), batch_size or len(x), step, self.seed)
-                loss = _step(optimizers, model, x[batch], y[batch])
+                loss, *_ = step_together(optimizers, partial(loss_of, x[batch], y[batch]))
                 task.at(step + 1, f"loss {loss:.4g}")
                 if step % every == 0 and subspace.basis is not None:
                     bases.append(subspace.basis)  # of the parameters before the step
@@ -174,30 +179,6 @@ def _muon(model: nn.Module) -> list[Optimizer]:
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
     return [torch.optim.Muon(matrices, lr=0.005), torch.optim.AdamW(others, lr=1e-3)]
-
-
-def _step(optimizers: Sequence[Optimizer], model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """One step: of a single optimizer with its closure, of several after one backward pass.
-
-    Returns:
-        The loss before it.
-    """
-    losses: list[float] = []
-
-    def closure() -> float:
-        model.zero_grad()
-        loss = mse(model(x), y)
-        loss.backward()
-        losses.append(loss.item())
-        return losses[-1]
-
-    if len(optimizers) == 1:
-        optimizers[0].step(closure)
-    else:
-        closure()
-        for optimizer in optimizers:
-            optimizer.step()
-    return losses[0]
 
 
 # --- the pictures ------------------------------------------------------------------------------

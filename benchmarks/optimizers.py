@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 import subspace_optim as so
 from subspace_optim.subspaces import DominantSubspace
 
-__all__ = ["BUILT_IN", "DEFAULT", "PAPERS", "Part", "Recipe", "kinship", "recipes", "takes_closure"]
+__all__ = ["BUILT_IN", "DEFAULT", "PAPERS", "Part", "Recipe", "kinship", "recipes", "step_together"]
 
 PAPERS: Final = ("SGD", "DomSGD", "BulkSGD")
 """What the critical experiment of `song_2024` compares."""
@@ -438,6 +438,36 @@ def takes_closure(optimizer: Optimizer) -> bool:
     step: Callable[..., Any] = optimizer.step
     first = next(iter(inspect.signature(step).parameters.values()), None)
     return first is not None and (first.name == "closure" or first.kind is first.VAR_POSITIONAL)
+
+
+def step_together(optimizers: Sequence[Optimizer], loss: Callable[[], Tensor]) -> list[Tensor]:
+    """Takes a step: of one optimizer by itself, or of several after one backward pass.
+
+    Args:
+        optimizers: one that evaluates a closure gets one, as often as it asks.
+        loss: of the minibatch, at the present parameters.
+
+    Returns:
+        The losses, as they were evaluated: the first is that before the step.
+    """
+    losses: list[Tensor] = []
+
+    def closure() -> Any:  # torch's annotation: a float
+        with torch.enable_grad():
+            for each in optimizers:
+                each.zero_grad()
+            found = loss()
+            found.backward()
+        losses.append(found.detach())
+        return losses[-1]
+
+    if len(optimizers) == 1 and takes_closure(optimizers[0]):
+        optimizers[0].step(closure)
+    else:
+        closure()
+        for each in optimizers:
+            each.step()
+    return losses
 
 
 _KINSHIP: Final = {

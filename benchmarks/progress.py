@@ -41,7 +41,6 @@ class Task:
         total: steps; ``None`` where they cannot be counted.
         unit: of the steps.
         figures: the latest, or a function that tells them when they are shown.
-        clock: seconds, from any start.
     """
 
     def __init__(
@@ -51,11 +50,10 @@ class Task:
         *,
         unit: str = "step",
         figures: str | Callable[[], str] = "",
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.what, self.total, self.unit, self.figures = what, total, unit, figures
         self.step = 0
-        self._clock, self._begun = clock, clock()
+        self._begun = time.monotonic()
 
     def at(self, step: int, figures: str | None = None) -> None:
         """Takes note of how far it is; the figures stay where none are given."""
@@ -66,7 +64,7 @@ class Task:
     @property
     def seconds(self) -> float:
         """Returns how long it has been at work."""
-        return self._clock() - self._begun
+        return time.monotonic() - self._begun
 
     @property
     def latest(self) -> str:
@@ -132,27 +130,21 @@ class Log:
     Args:
         console: that writes to it.
         every: seconds without a line after which there is one.
-        clock: seconds, from any start.
     """
 
-    def __init__(
-        self,
-        console: Console,
-        every: float = EVERY,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.console, self.every, self._clock = console, every, clock
-        self._begun = self._last = clock()
+    def __init__(self, console: Console, every: float = EVERY) -> None:
+        self.console, self.every = console, every
+        self._begun = self._last = time.monotonic()
 
     def say(self, text: str) -> None:
         """Writes a line, and flushes it."""
-        self._last = self._clock()
+        self._last = time.monotonic()
         line = f"[{self._last - self._begun:5.0f} s] {text}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def beat(self) -> None:
         """Writes what is at work, if it is time for a line."""
-        if self._clock() - self._last >= self.every and _tasks:
+        if time.monotonic() - self._last >= self.every and _tasks:
             self.say(" | ".join(map(str, tuple(_tasks))))
 
     def keep_beating(self, ended: threading.Event) -> None:

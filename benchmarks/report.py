@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.experiment import WARMUP, Branch, Comparison
+from benchmarks.files import jsonable
 from benchmarks.optimizers import PAPERS, kinship
 from subspace_optim.diagnostics.plots import BULK, DOMINANT
 
@@ -235,10 +236,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str | None]:
-    """Returns the versions of what took part."""
+def versions(*more: str) -> dict[str, str | None]:
+    """Returns the versions of what took part, by the names of the packages."""
     found: dict[str, str | None] = {}
-    for name in ("subspace_optim", "torch", "numpy", "mlxtend", "datasets", "scikit-learn"):
+    ours = ("subspace_optim", "torch", "numpy", "mlxtend", "datasets", "scikit-learn")
+    for name in (*ours, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -268,17 +270,6 @@ def write_history(result: Comparison, path: Path, *, only_last: bool = False) ->
         writer.writerows(rows)
 
 
-def _jsonable(value: Any) -> Any:
-    """Replaces what JSON has no word for: NaN and infinities become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(inner) for inner in value]
-    return value
-
-
 def write_summary(result: Comparison, path: Path, arguments: dict[str, Any]) -> None:
     """Writes all figures, with what they were measured on."""
     summary = {
@@ -296,8 +287,7 @@ def write_summary(result: Comparison, path: Path, arguments: dict[str, Any]) -> 
         "machine": machine(),
         "versions": versions(),
     }
-    text = json.dumps(_jsonable(summary), indent=2, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(json.dumps(jsonable(summary), indent=2) + "\n", encoding="utf-8")
 
 
 def _label(axes: Axes, title: str, ylabel: str) -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from benchmarks import command, report
 from benchmarks.data import DataUnavailableError
-from benchmarks.files import BusyError, alone, replacing
+from benchmarks.files import BusyError, alone, jsonable, replacing
 from benchmarks.progress import doing, shown
 from benchmarks.speed import (
     apply,
@@ -100,17 +100,16 @@ class Results:
         self.data: dict[str, Any] = {
             "options": {name: str(value) for name, value in vars(options).items()},
             "machine": report.machine(),
-            "versions": report.versions() | environment.peer_versions(),
+            "versions": report.versions(*environment.PEERS, "scipy"),
             "models": {},
             "finished": False,
         }
 
     def write(self) -> None:
         """Writes the file whole: a kill leaves that before this section, or after it."""
-        # JSON has no word for NaN and infinities: they become null.
-        plain = json.loads(json.dumps(self.data), parse_constant=lambda _: None)
+        text = json.dumps(jsonable(self.data), indent=2)
         with replacing(self.path) as partial:
-            partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+            partial.write_text(text + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

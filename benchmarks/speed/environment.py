@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import venv
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -15,17 +14,6 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 PINS: Final = Path(__file__).with_name("peers.txt")
 PEERS: Final = ("hessian-eigenthings", "curvlinops-for-pytorch", "pyhessian")
 _SOURCES: Final = (PINS, ROOT / "constraints.txt", ROOT / "pyproject.toml")
-
-
-def peer_versions() -> dict[str, str | None]:
-    """Returns the versions of the peers and of SciPy in this environment."""
-    found: dict[str, str | None] = {}
-    for name in (*PEERS, "scipy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def make(folder: Path) -> Path:

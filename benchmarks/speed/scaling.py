@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,9 +59,7 @@ def _measured(problem: Problem, k: int) -> dict[str, Any]:
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """Returns the slope of log cost over log size, by least squares."""
     x, y = [math.log(s) for s in sizes], [math.log(c) for c in costs]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return covariance / sum((a - mean_x) ** 2 for a in x)
+    return statistics.linear_regression(x, y).slope
 
 
 def measure(root: str | None, device: str, *, quick: bool) -> dict[str, Any]:

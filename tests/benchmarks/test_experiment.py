@@ -1,7 +1,6 @@
 """The experiment on a problem whose outcome is known in closed form, and its interruptions."""
 
 import copy
-import math
 from typing import ClassVar
 
 import pytest
@@ -10,6 +9,7 @@ from torch import nn
 
 import subspace_optim as so
 from benchmarks.experiment import OPTIMIZERS, WARMUP, Settings, compare, minibatch
+from tests.benchmarks.comparisons import problem, same
 from tests.observe import Seen
 
 CURVATURES = torch.tensor([9.0, 4.0, 0.5, 0.25, 0.1], dtype=torch.float64)
@@ -146,28 +146,14 @@ def test_minibatches_are_epochs_of_all_examples():
     assert not torch.equal(drawn, torch.cat([minibatch(12, 4, s, seed=2) for s in range(3)]))
 
 
-def small_problem():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    return model, nn.CrossEntropyLoss(), (torch.randn(40, 6), torch.randint(3, (40,)))
-
-
 SMALL = Settings(
     k=3, lr=0.1, batch_size=8, switch_at=7, steps=9, warmup_measure=3, measure=4, refresh=3
 )
 
 
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
-
-
 @pytest.fixture(scope="module")
 def whole():
-    model, loss_fn, data = small_problem()
+    model, loss_fn, data = problem()
     return compare(model, loss_fn, data, settings=SMALL)
 
 
@@ -180,11 +166,11 @@ def test_resumed_run_equals_the_uninterrupted_one(stop_after, whole):
         if len(taken) == stop_after:
             raise KeyboardInterrupt
 
-    model, loss_fn, data = small_problem()
+    model, loss_fn, data = problem()
     part = compare(model, loss_fn, data, settings=SMALL, on_progress=stop)
     assert not part.finished
     assert same(part.rows, whole.rows[: len(part.rows)])
-    model, loss_fn, data = small_problem()
+    model, loss_fn, data = problem()
     rest = compare(model, loss_fn, data, settings=SMALL, resume_from=taken[-1])
     assert rest.finished
     assert same(rest.rows, whole.rows)
@@ -195,14 +181,14 @@ def test_resumed_run_equals_the_uninterrupted_one(stop_after, whole):
 
 
 def test_model_is_left_as_it_was():
-    model, loss_fn, data = small_problem()
+    model, loss_fn, data = problem()
     before = copy.deepcopy(model.state_dict())
     compare(model, loss_fn, data, settings=SMALL)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_own_optimizers_take_part():
-    model, loss_fn, data = small_problem()
+    model, loss_fn, data = problem()
     made = {"SGD": OPTIMIZERS["SGD"], "Adam": lambda params, lr, _: torch.optim.Adam(params, lr)}
     result = compare(model, loss_fn, data, made, settings=SMALL)
     assert set(result.branches) == {"SGD", "Adam"}
@@ -210,7 +196,7 @@ def test_own_optimizers_take_part():
 
 
 def test_unknown_optimizer_is_refused():
-    model, loss_fn, data = small_problem()
+    model, loss_fn, data = problem()
     with pytest.raises(ValueError, match=r"'Foo'.*allowed are"):
         compare(model, loss_fn, data, ["SGD", "Foo"], settings=SMALL)
 
