@@ -79,30 +79,30 @@ def _estimate(
     return f"{runs}, {long}, {options.jobs} at a time{more}"
 
 
+def _table(*rows: Sequence[str]) -> Table:
+    """A table in the terminal, its first row the header."""
+    head, *body = rows
+    table = Table(*head, box=None, header_style="bold", pad_edge=False)
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
 def _list_papers(console: Console) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("paper", "figures and tables", "claims", "what"):
-        table.add_column(column)
-    for paper in PAPERS.values():
-        table.add_row(paper.key, str(len(paper.exhibits)), str(len(paper.claims)), paper.citation)
-    console.print(table)
+    rows = [
+        [paper.key, str(len(paper.exhibits)), str(len(paper.claims)), paper.citation]
+        for paper in PAPERS.values()
+    ]
+    console.print(_table(["paper", "figures and tables", "claims", "what"], *rows))
     console.print("python -m benchmarks.papers PAPER lists one; PAPER all reproduces it.")
 
 
 def _list_paper(paper: Paper, console: Console) -> None:
     console.print(f"{paper.citation}, {paper.address}", highlight=False)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("figure or table", "what", "runs"):
-        table.add_column(column)
-    for exhibit in paper.exhibits:
-        table.add_row(exhibit.name, exhibit.title, ", ".join(exhibit.runs))
-    console.print(table)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("claim", "what", "holds if"):
-        table.add_column(column, overflow="fold")
-    for claim in paper.claims:
-        table.add_row(claim.name, claim.says, claim.inequality)
-    console.print(table)
+    shown = [[each.name, each.title, ", ".join(each.runs)] for each in paper.exhibits]
+    console.print(_table(["figure or table", "what", "runs"], *shown))
+    claims = [[claim.name, claim.says, claim.inequality] for claim in paper.claims]
+    console.print(_table(["claim", "what", "holds if"], *claims))
 
 
 # --- what came out -----------------------------------------------------------------------------
@@ -135,11 +135,7 @@ def _show_exhibit(
         save(exhibit.draw(raws), path)
         console.print(f"{exhibit.title}: {path}", highlight=False)
     if exhibit.table is not None:
-        head, *rows = exhibit.table(raws)
-        table = Table(*head, box=None, header_style="bold", pad_edge=False)
-        for row in rows:
-            table.add_row(*row)
-        console.print(exhibit.title, table)
+        console.print(exhibit.title, _table(*exhibit.table(raws)))
 
 
 def _show_verdict(found: Verdict, console: Console) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import torch
@@ -19,7 +19,7 @@ _SHARE: Final = 0.02
 
 
 class Checkpoint:
-    """The state of a loop on disk. Inside ``with``, a signal to end waits for the step to be over.
+    """The state of a loop on disk.
 
     Args:
         path: its file; ``None``: nothing is kept.
@@ -29,37 +29,30 @@ class Checkpoint:
         self.path = path
         self._saved, self._took = time.monotonic(), 0.0
 
-    def __enter__(self) -> Checkpoint:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Lets a signal to end wait for the step to be over."""
         _open.append(self)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _open.remove(self)
-
-    def read(self, device: torch.device) -> dict[str, Any] | None:
-        """Returns what was kept; ``None`` if nothing was, an error if the file is foreign."""
-        if self.path is None or not self.path.exists():
-            return None
         try:
-            kept = torch.load(self.path, map_location=device, weights_only=True)
-        except Exception as error:  # whatever torch, pickle and zipfile say to a foreign file
-            raise self.foreign(error) from error
-        if not isinstance(kept, dict):
-            raise self.foreign(f"it holds a {type(kept).__name__}")
-        return kept
+            yield
+        finally:
+            _open.remove(self)
 
-    def foreign(self, reason: object) -> ForeignFileError:
-        """Returns the error of a file that cannot be taken up."""
-        if isinstance(reason, Exception):
-            first = str(reason).partition("\n")[0]
-            reason = f"{type(reason).__name__}: {first}"
-        path = self.path or Path()
-        return ForeignFileError(path, "checkpoint of this run", reason, "Remove it to begin anew.")
+    def take_up(self, device: torch.device, load: Callable[[dict[str, Any]], None]) -> None:
+        """Calls ``load`` with what was kept, if anything was.
+
+        Raises:
+            ForeignFileError: the file is something else, or ``load`` cannot make use of it.
+        """
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            load(torch.load(self.path, map_location=device, weights_only=True))
+        except Exception as error:  # whatever torch, pickle and zipfile say to a foreign file
+            first = str(error).partition("\n")[0]
+            kind, reason = "checkpoint of this run", f"{type(error).__name__}: {first}"
+            remedy = "Remove it to begin anew."
+            raise ForeignFileError(self.path, kind, reason, remedy) from error
 
     def keep(
         self, state: Callable[[], dict[str, Any]], *, measured: bool = False, over: bool = False

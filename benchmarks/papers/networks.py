@@ -30,6 +30,25 @@ def fully_connected(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU)
     return nn.Sequential(*layers[:-1])
 
 
+def lenet(
+    side: int, channels: int, widths: Sequence[int], dense: Sequence[int], *, padding: int
+) -> nn.Sequential:
+    """Returns convolutions of 5x5, each with ReLU and 2x2 pooling, and linear layers.
+
+    Args:
+        side: height and width of an image.
+        channels: of an image.
+        widths: of the convolutions.
+        dense: of the linear layers, the last of which gives the scores.
+        padding: of the convolutions; 2 keeps the size.
+    """
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [nn.Conv2d(channels, width, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
+        channels, side = width, (side + 2 * padding - 4) // 2
+    return nn.Sequential(*layers, *fully_connected((channels * side * side, *dense)))
+
+
 def simple_convnet(
     side: int,
     outputs: int,
@@ -103,17 +122,19 @@ def vgg11(outputs: int, *, channels: int = 3, width: int = 64) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, outputs))
 
 
+def _normed(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    """A convolution with batch norm and ReLU."""
+    convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
 class _Block(nn.Module):
     """``relu(shortcut(x) + conv(relu(conv(x))))``, each convolution with batch norm."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
+            *_normed(inputs, outputs, stride), *_normed(outputs, outputs)[:-1]
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
@@ -133,11 +154,7 @@ def resnet(outputs: int, stages: Sequence[int], blocks: int, *, channels: int = 
     ``resnet(10, (16, 32, 64), 1)``, ResNet-18 ``resnet(10, (64, 128, 256, 512), 2)``.
     """
     width = stages[0]
-    layers: list[nn.Module] = [
-        nn.Conv2d(channels, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-    ]
+    layers = _normed(channels, width)
     for number, wide in enumerate(stages):
         for block in range(blocks):
             layers.append(_Block(width, wide, 2 if number and not block else 1))
@@ -176,23 +193,18 @@ def resnet9(outputs: int, *, channels: int = 3, width: int = 64) -> nn.Sequentia
     an eighth of its outputs.
     """
 
-    def convolution(inputs: int, outputs: int, *, pool: bool = False) -> list[nn.Module]:
-        layers = [
-            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-        ]
-        return [*layers, nn.MaxPool2d(2)] if pool else layers
-
     def residual(wide: int) -> nn.Module:
-        return _Residual(*convolution(wide, wide), *convolution(wide, wide))
+        return _Residual(*_normed(wide, wide), *_normed(wide, wide))
 
     return nn.Sequential(
-        *convolution(channels, width),
-        *convolution(width, 2 * width, pool=True),
+        *_normed(channels, width),
+        *_normed(width, 2 * width),
+        nn.MaxPool2d(2),
         residual(2 * width),
-        *convolution(2 * width, 4 * width, pool=True),
-        *convolution(4 * width, 8 * width, pool=True),
+        *_normed(2 * width, 4 * width),
+        nn.MaxPool2d(2),
+        *_normed(4 * width, 8 * width),
+        nn.MaxPool2d(2),
         residual(8 * width),
         nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),

@@ -21,12 +21,10 @@ def subset(data: Dataset, examples: int, test: int | None = None) -> Dataset:
         examples: for training; all where there are fewer.
         test: for testing (default: all).
     """
-    chosen = _first_of_each(data.y_train, data.num_classes, examples)
-    part = replace(data, x_train=data.x_train[chosen], y_train=data.y_train[chosen])
-    if test is None or data.x_test is None or data.y_test is None:
-        return part
-    chosen = _first_of_each(data.y_test, data.num_classes, test)
-    return replace(part, x_test=data.x_test[chosen], y_test=data.y_test[chosen])
+    train = _first_of_each(data.y_train, data.num_classes, examples)
+    if test is None or data.y_test is None:
+        return data.rows(train)
+    return data.rows(train, _first_of_each(data.y_test, data.num_classes, test))
 
 
 def _first_of_each(labels: Tensor, classes: int, examples: int) -> Tensor:
@@ -54,40 +52,26 @@ def real(name: str, job: Job, examples: int, test: int | None = None) -> Dataset
             "A folder with the whole data set would have them: --data-root."
         )
     if data.vocabulary is None:
-        return to(subset(data, examples, test), job.device)
-    x, y = data.x_train[:examples], data.y_train[:examples]
-    length = int((x != 0).sum(dim=1).max())
-    x_test = None if data.x_test is None else data.x_test[:test, :length]
-    y_test = None if data.y_test is None else data.y_test[:test]
-    part = replace(data, x_train=x[:, :length], y_train=y, x_test=x_test, y_test=y_test)
-    return to(part, job.device)
+        part = subset(data, examples, test)
+    else:
+        part = data.rows(slice(examples), slice(test))
+        length = int((part.x_train != 0).sum(dim=1).max())
+        part = part.mapped(lambda x: x[:, :length])
+    return part.mapped(lambda x: x.to(job.device), lambda y: y.to(job.device))
 
 
-def to(data: Dataset, device: torch.device) -> Dataset:
-    """Returns the data on that device."""
-    return replace(
-        data,
-        x_train=data.x_train.to(device),
-        y_train=data.y_train.to(device),
-        x_test=None if data.x_test is None else data.x_test.to(device),
-        y_test=None if data.y_test is None else data.y_test.to(device),
-    )
+def images(job: Job, data: str, examples: int, test: int | None = None, pool: int = 1) -> Dataset:
+    """Returns a part of a data set, each image ``(channels, side, side)``, pooled by a factor."""
+    return as_images(pooled(real(data, job, examples, test), pool))
 
 
 def pooled(data: Dataset, factor: int) -> Dataset:
     """Returns images of a ``factor``-th of the height and width, averaged; flat ones stay flat."""
-
-    def smaller(x: Tensor | None) -> Tensor | None:
-        if x is None or factor == 1:
-            return x
-        side = math.isqrt(x.shape[1]) if x.dim() == 2 else 0
-        images = x.unflatten(1, (1, side, side)) if side else x
-        less = functional.avg_pool2d(images, factor)
-        return less.flatten(1) if side else less
-
-    x_train = smaller(data.x_train)
-    assert x_train is not None  # noqa: S101 (for the type checker)
-    return replace(data, x_train=x_train, x_test=smaller(data.x_test))
+    if factor == 1:
+        return data
+    flat = data.x_train.dim() == 2
+    less = as_images(data).mapped(lambda x: functional.avg_pool2d(x, factor))
+    return less.mapped(lambda x: x.flatten(1)) if flat else less
 
 
 def as_images(data: Dataset) -> Dataset:
@@ -95,16 +79,19 @@ def as_images(data: Dataset) -> Dataset:
     if data.x_train.dim() != 2:
         return data
     side = math.isqrt(data.x_train.shape[1])
-    x_test = None if data.x_test is None else data.x_test.unflatten(1, (1, side, side))
-    return replace(data, x_train=data.x_train.unflatten(1, (1, side, side)), x_test=x_test)
+    return data.mapped(lambda x: x.unflatten(1, (1, side, side)))
 
 
 def relabelled(data: Dataset, classes: Tensor) -> Dataset:
     """Returns the data with class ``c`` called ``classes[c]``, such as even and odd for digits."""
     classes = classes.to(data.y_train.device)
-    y_test = None if data.y_test is None else classes[data.y_test]
-    count = int(classes.max()) + 1
-    return replace(data, y_train=classes[data.y_train], y_test=y_test, num_classes=count)
+    return replace(data.mapped(labels=lambda y: classes[y]), num_classes=int(classes.max()) + 1)
+
+
+def first_classes(data: Dataset, count: int) -> Dataset:
+    """Returns the examples of the classes below ``count``."""
+    test = slice(None) if data.y_test is None else data.y_test < count
+    return replace(data.rows(data.y_train < count, test), num_classes=count)
 
 
 def randomly_labelled(data: Dataset, job: Job) -> Dataset:

@@ -108,22 +108,18 @@ class Queue:
 
     def _say(self, task: Task, code: int, start: float, progress: str) -> None:
         minutes = (time.monotonic() - start) / 60
-        log = self._log(task)
+        log, style = self._log(task), None
         text = log.read_text(encoding="utf-8", errors="replace")
-        if code == 0:
-            warned = f"; it warned: {log}" if "Warning" in text else ""
-            if not warned:
-                log.unlink()
-            self.console.print(
-                f"{task}: {minutes:.1f} min ({progress}){warned}", highlight=False, markup=False
-            )
-            return
-        self.failed.append(task)
-        lines = text.strip().splitlines()
-        last = lines[-1] if lines else f"exit status {code}"
-        self.console.print(
-            f"{task} failed: {last} ({log})", style="red", highlight=False, markup=False
-        )
+        if code:
+            self.failed.append(task)
+            last, style = [f"exit status {code}", *text.strip().splitlines()][-1], "red"
+            told = f"{task} failed: {last} ({log})"
+        elif "Warning" in text:
+            told = f"{task}: {minutes:.1f} min ({progress}); it warned: {log}"
+        else:
+            log.unlink()
+            told = f"{task}: {minutes:.1f} min ({progress})"
+        self.console.print(told, style=style, highlight=False, markup=False)
 
 
 def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:

@@ -16,6 +16,7 @@ further arguments.
 from __future__ import annotations
 
 import importlib
+import math
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -156,6 +157,9 @@ class _Names:
     def claim(self, name: str, data: Data) -> Claim:
         """Returns a claim."""
         data["measure"] = self.function(data["measure"])
+        if "premise" in data:
+            holds, measure = self.function(data.pop("premise")), data["measure"]
+            data["measure"] = lambda raw: measure(raw) if holds(raw) else math.nan
         data["runs"] = self.runs(data["runs"])
         data["seen"] = tuple(data.get("seen", (TRIAL,)))
         return Claim(name, **data)

@@ -92,9 +92,9 @@ def largest(raw: Raw, path: str) -> float:
     return float(max(column(raw, path)))
 
 
-def smallest(raw: Raw, path: str) -> float:
-    """Returns the smallest number of a column."""
-    return float(min(column(raw, path)))
+def smallest(raw: Raw, *paths: str) -> float:
+    """Returns the smallest number of columns, or of numbers."""
+    return float(min(np.min(column(raw, path)) for path in paths))
 
 
 def largest_size(raw: Raw, path: str) -> float:
@@ -105,3 +105,14 @@ def largest_size(raw: Raw, path: str) -> float:
 def ratio(raw: Raw, path: str, other: str) -> float:
     """Returns one number over another."""
     return value(raw, path) / value(raw, other)
+
+
+def least_ratio(raw: Raw, paths: Sequence[str], others: Sequence[str]) -> float:
+    """Returns the smallest ratio of one number to the size of another."""
+    pairs = zip(paths, others, strict=True)
+    return min(value(raw, path) / abs(value(raw, other)) for path, other in pairs)
+
+
+def just_after(raw: Raw, path: str) -> float:
+    """Returns where a line between the eigenvalue of that number and the next is."""
+    return value(raw, path) + 0.5

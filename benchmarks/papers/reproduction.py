@@ -10,10 +10,10 @@ before anything was measured, and else for those that nobody had seen when they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -185,13 +185,10 @@ class Paper:
     causes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = [run.name for run in self.runs]
-        for what in (names, [e.name for e in self.exhibits], [c.name for c in self.claims]):
-            if len(set(what)) < len(what):
-                raise ValueError(f"{self.key}: a name occurs twice in {what}")
+        names = {run.name for run in self.runs}
         users: list[Exhibit | Claim] = [*self.exhibits, *self.claims]
         for user in users:
-            if missing := set(user.runs) - set(names):
+            if missing := set(user.runs) - names:
                 raise ValueError(
                     f"{self.key}: {user.name} needs runs that there are not: {missing}"
                 )
@@ -200,18 +197,8 @@ class Paper:
 
     def run(self, name: str) -> Run:
         """Returns the run of that name; a ``KeyError`` tells that there is none."""
-        return _named(self.runs, name)
+        return {run.name: run for run in self.runs}[name]
 
     def exhibit(self, name: str) -> Exhibit:
         """Returns the exhibit of that name; a ``KeyError`` tells that there is none."""
-        return _named(self.exhibits, name)
-
-
-_Part = TypeVar("_Part", Run, Exhibit)
-
-
-def _named(parts: Iterable[_Part], name: str) -> _Part:
-    for part in parts:
-        if part.name == name:
-            return part
-    raise KeyError(name)
+        return {exhibit.name: exhibit for exhibit in self.exhibits}[name]

@@ -13,13 +13,16 @@ from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.experiment import minibatch
-from benchmarks.optimizers import takes_closure
+from benchmarks.losses import accuracy, cross_entropy
+from benchmarks.optimizers import step_together
 from benchmarks.papers.checkpoint import Checkpoint
 from benchmarks.papers.reproduction import Job
 from benchmarks.progress import doing
-from subspace_optim.curvature.contexts import seeded
+from subspace_optim.curvature.contexts import in_mode, seeded
 
 Row = dict[str, Any]
+_CHUNK = 1000
+"""Examples that are evaluated together."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,28 @@ class Problem:
     def state(self) -> dict[str, Tensor]:
         """Returns a copy of the model's state."""
         return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def theta(self) -> Tensor:
+        """Returns a copy of the parameters as one vector."""
+        return nn.utils.parameters_to_vector(self.model.parameters()).detach().clone()
+
+
+@torch.no_grad()
+def performance(model: nn.Module, x: Tensor, y: Tensor) -> Row:
+    """Returns cross-entropy and accuracy over examples, of the model in eval mode."""
+    with in_mode(model, "eval"):
+        output = torch.cat([model(part) for part in x.split(_CHUNK)])
+    return {"loss": cross_entropy(output, y).item(), "accuracy": accuracy(output, y)}
+
+
+def top_of(operator: so.CurvatureOperator, k: int, tol: float, seed: int = 0) -> so.EigenBasis:
+    """Returns the top k eigenpairs, solved for anew."""
+    return so.DominantSubspace(operator, k, refresh=1, tol=tol, seed=seed).update()
+
+
+def column(rows: Sequence[Row], name: str) -> list[Any]:
+    """Returns what the rows that have it say."""
+    return [row[name] for row in rows if name in row]
 
 
 class Stateful(Protocol):
@@ -113,16 +138,15 @@ def train(
     states: list[Stateful] = [problem.model, *optimizers, *also]
     rows: list[Row] = []
     step, over = first, False
-    kept = checkpoint.read(x.device)
-    if kept is not None:
-        try:
-            for each, state in zip(states, kept["states"], strict=True):
-                each.load_state_dict(state)
-            rows, step, over = kept["rows"], kept["step"], kept["over"]
-            if losses is not None:
-                losses[:] = kept["losses"]
-        except Exception as error:
-            raise checkpoint.foreign(error) from error
+    batch: Tensor | slice
+
+    def load(kept: dict[str, Any]) -> None:
+        nonlocal rows, step, over
+        for each, state in zip(states, kept["states"], strict=True):
+            each.load_state_dict(state)
+        rows, step, over = kept["rows"], kept["step"], kept["over"]
+        if losses is not None:
+            losses[:] = kept["losses"]
 
     def state_dict() -> dict[str, Any]:
         kept = {"states": [s.state_dict() for s in states], "rows": rows, "step": step}
@@ -133,7 +157,8 @@ def train(
             return True
         return every(step) if callable(every) else (step - first) % every == 0
 
-    with doing(f"training {name}", steps) as task, checkpoint:
+    checkpoint.take_up(x.device, load)
+    with doing(f"training {name}", steps) as task, checkpoint.held():
         while not over:
             task.at(step - first)
             row = None
@@ -143,7 +168,9 @@ def train(
                     rows.append({"step": step} | row)
             over = step == first + steps
             if not over:
-                batch = slice(None) if batch_size is None else _batch(x, batch_size, step, job.seed)
+                batch = slice(None)
+                if batch_size is not None:
+                    batch = minibatch(len(x), batch_size, step, job.seed).to(x.device)
                 seed = job.seed + step
                 try:
                     loss = _step(problem, x[batch], y[batch], optimizers, seed, before)
@@ -160,10 +187,6 @@ def train(
     return rows
 
 
-def _batch(x: Tensor, size: int, step: int, seed: int) -> Any:
-    return minibatch(len(x), size, step, seed).to(x.device)
-
-
 def _step(
     problem: Problem,
     x: Tensor,
@@ -173,25 +196,13 @@ def _step(
     before: Callable[[Tensor, Tensor], None] | None,
 ) -> float:
     """Takes one step, and returns the loss before it."""
-    losses: list[float] = []
 
-    def closure() -> float:
+    def loss() -> Tensor:
         # Dropout draws the same in each evaluation of a step, and in a run that was taken up again.
-        with torch.enable_grad(), seeded(x.device, seed):
-            for each in optimizers:
-                each.zero_grad()
-            loss = problem.loss_fn(problem.model(x), y)
-            loss.backward()
-        losses.append(loss.item())
-        return losses[-1]
+        with seeded(x.device, seed):
+            return problem.loss_fn(problem.model(x), y)
 
     if before is not None:
         with seeded(x.device, seed):
             before(x, y)
-    if len(optimizers) == 1 and takes_closure(optimizers[0]):
-        optimizers[0].step(closure)
-    else:
-        closure()
-        for each in optimizers:
-            each.step()
-    return losses[0]
+    return step_together(optimizers, loss)[0].item()

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.papers.reductions import column, mean_of, second_half
+from benchmarks.papers.reductions import mean_of, second_half
 from benchmarks.papers.reproduction import Raw
 
 _LAST: Final = 3
@@ -42,16 +42,22 @@ def final_loss(curve: Curve) -> float:
     return math.inf if diverged(curve) else float(losses(curve)[-_LAST:].mean())
 
 
-def final_accuracy(curve: Curve, classes: int) -> float:
+def final_accuracy(curve: Curve) -> float:
     """Returns the accuracy at the end; chance where training diverged."""
     if diverged(curve):
-        return 1 / classes
+        return float(1 / curve["classes"])
     return float(np.mean(curve["accuracy"][-_LAST:]))
+
+
+def curves_of(raw: Raw, method: str) -> dict[str, Curve]:
+    """Returns the curves of a method by rate or batch size, each with what its run has else."""
+    rest = {name: value for name, value in raw.items() if name != "curves"}
+    return {key: rest | curve for key, curve in raw["curves"][method].items()}
 
 
 def pairs(raw: Raw) -> Pairs:
     """Returns the curves of SGD and of quasi-Newton as printed, by rate or batch size."""
-    sgd, newton = raw["curves"]["sgd"], raw["curves"]["printed"]
+    sgd, newton = curves_of(raw, "sgd"), curves_of(raw, "printed")
     return {key: (sgd[key], newton[key]) for key in sgd}
 
 
@@ -67,15 +73,14 @@ def survivors(raw: Raw) -> Pairs:
     }
 
 
-def _accuracy_gains(raw: Raw, among: Pairs) -> list[float]:
+def _accuracy_gains(among: Pairs) -> list[float]:
     """How much more accurate the quasi-Newton method is at the end than SGD."""
-    classes = raw["classes"]
-    return [final_accuracy(b, classes) - final_accuracy(a, classes) for a, b in among.values()]
+    return [final_accuracy(newton) - final_accuracy(sgd) for sgd, newton in among.values()]
 
 
 def least_accuracy_gain(raw: Raw) -> float:
     """Returns how much more accurate quasi-Newton is at the end than SGD, at the least."""
-    return min(_accuracy_gains(raw, pairs(raw)))
+    return min(_accuracy_gains(pairs(raw)))
 
 
 def least_loss_gain(raw: Raw) -> float:
@@ -85,12 +90,12 @@ def least_loss_gain(raw: Raw) -> float:
 
 def mean_accuracy_gain(raw: Raw) -> float:
     """Returns the mean gain in accuracy where both survive."""
-    return mean_of(_accuracy_gains(raw, survivors(raw)))
+    return mean_of(_accuracy_gains(survivors(raw)))
 
 
 def mean_accuracy_difference(raw: Raw) -> float:
     """Returns the mean difference in accuracy where both survive."""
-    return mean_of(map(abs, _accuracy_gains(raw, survivors(raw))))
+    return mean_of(map(abs, _accuracy_gains(survivors(raw))))
 
 
 def share_behind(raw: Raw) -> float:
@@ -122,7 +127,7 @@ def best_accuracy(raw: Raw) -> float:
     """Returns the best accuracy at the end of SGD and quasi-Newton, at the lowest rate."""
     found = pairs(raw)
     lowest = found[min(found, key=float)]
-    return max(final_accuracy(each, raw["classes"]) for each in lowest)
+    return max(map(final_accuracy, lowest))
 
 
 def early_lead(raw: Raw) -> float:
@@ -171,61 +176,43 @@ def survived(raw: Raw) -> bool:
     return not raw["diverged"]
 
 
-def of_survivor(raw: Raw, path: str) -> float:
-    """Returns a number of the run of class gradients; NaN where it diverged."""
-    return float(column(raw, path)) if survived(raw) else math.nan
-
-
 def late_rank(raw: Raw, tolerance: int = 0) -> float:
     """Returns the median rank in the second half of training, by one of the tolerances."""
-    return float(np.median(second_half(raw["ranks"][tolerance]))) if survived(raw) else math.nan
+    return float(np.median(second_half(raw["ranks"][tolerance])))
 
 
 def assigned(raw: Raw) -> float:
     """Returns the mean assigned cosine over the minibatches of the second half of training."""
-    return float(np.mean(second_half(raw["assigned"]))) if survived(raw) else math.nan
+    return float(np.mean(second_half(raw["assigned"])))
 
 
 def over_chance(raw: Raw) -> float:
     """Returns the assigned cosine over that of random directions."""
-    return assigned(raw) / raw["chance"][0] if survived(raw) else math.nan
+    return float(assigned(raw) / raw["chance"][0])
 
 
 def random_cosine(raw: Raw) -> float:
     """Returns the expected |cosine| of two random directions in as many dimensions: √(2/πP)."""
-    return math.sqrt(2 / (math.pi * raw["size"])) if survived(raw) else math.nan
+    return math.sqrt(2 / (math.pi * raw["size"]))
 
 
 def cutoff(raw: Raw) -> float:
     """Returns the mean of the top C eigenvalues over that of the next C."""
-    if not survived(raw):
-        return math.nan
     top, following = np.array(raw["eigenvalues"][: 2 * raw["classes"]]).reshape(2, -1)
     return float(top.mean() / following.mean())
 
 
 def nearest_guess(raw: Raw) -> float:
     """Returns how far the best of the counts of outliers is from C."""
-    if not survived(raw):
-        return math.nan
     return float(min(abs(count - raw["classes"]) for count in raw["outliers"].values()))
 
 
 def mean_cosine_between(raw: Raw) -> float:
     """Returns the mean |cosine| between the class gradients of two classes."""
-    if not survived(raw):
-        return math.nan
     cosines = np.abs(np.array(raw["of_all"]["between"], dtype=float))
     return float(cosines[~np.eye(len(cosines), dtype=bool)].mean())
 
 
 def curvature_ratio(raw: Raw) -> float:
     """Returns the median of v_kᵀHv_k / λ_k over classes and steps."""
-    if not survived(raw):
-        return math.nan
     return float(np.median([ratio for ratios in raw["ratios"].values() for ratio in ratios]))
-
-
-def after_c(raw: Raw) -> float:
-    """Returns where a line between the C-th eigenvalue and the next is."""
-    return float(raw["classes"] + 0.5)

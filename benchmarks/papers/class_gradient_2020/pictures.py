@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.papers.class_gradient_2020.analysis import (
     Curve,
     curvature_ratio,
+    curves_of,
     diverged,
     final_accuracy,
     final_loss,
@@ -48,8 +49,6 @@ _LOSSES: Final = {"0.1": (0.3574, 0.3304), "0.05": (0.3985, 0.3346), "0.01": (0.
 """Table 2 of the paper."""
 
 CurvesOfSeeds = Mapping[int, Curve]
-End = Callable[[Curve, int], float]
-"""What a curve ends at, given the number of classes."""
 
 
 def curves(raws: RawOfSeeds, runs: Iterable[str]) -> dict[str, dict[str, dict[int, Curve]]]:
@@ -57,8 +56,8 @@ def curves(raws: RawOfSeeds, runs: Iterable[str]) -> dict[str, dict[str, dict[in
     found: dict[str, dict[str, dict[int, Curve]]] = {}
     for run in runs:
         for seed, raw in raws[run].items():
-            for method, of_method in raw["curves"].items():
-                for name, curve in of_method.items():
+            for method in raw["curves"]:
+                for name, curve in curves_of(raw, method).items():
                     found.setdefault(name, {}).setdefault(method, {})[seed] = curve
     return found
 
@@ -69,13 +68,12 @@ def curves(raws: RawOfSeeds, runs: Iterable[str]) -> dict[str, dict[str, dict[in
 def draw_rates(raws: RawOfSeeds) -> Figure:
     """Draws validation loss and accuracy over the epochs, a column for each rate."""
     found = curves(raws, _RATES)
-    epoch = next((raw["epoch"] for name in _RATES for raw in raws[name].values()), 1)
     rates = sorted(found, key=float, reverse=True)
     titles = [f"η = {rate}" for rate in rates] or [""]
     panels = grid(titles + [""] * len(titles), len(titles), width=3.3, height=2.6)
     for rate, above, below in zip(rates, panels, panels[len(rates) :], strict=False):
-        _losses(above, found[rate], epoch)
-        _lines(below, found[rate], "accuracy", epoch)
+        _losses(above, found[rate])
+        _lines(below, found[rate], "accuracy")
         above.set(ylabel="validation loss")
         below.set(xlabel="epoch", ylabel="validation accuracy")
     return _keyed(panels)
@@ -84,18 +82,18 @@ def draw_rates(raws: RawOfSeeds) -> Figure:
 def draw_batches(raws: RawOfSeeds) -> Figure:
     """Draws the validation loss over the steps, a panel for each batch size."""
     found = curves(raws, _BATCHES)
-    examples = next((raw["examples"] for name in _BATCHES for raw in raws[name].values()), 0)
     sizes = sorted(found, key=int)
+    examples = max(curve["examples"] for curve in _all(found[sizes[0]])) if sizes else 0
     full = {size: ", the full batch" if int(size) == examples else "" for size in sizes}
     panels = grid([f"batches of {size}{full[size]}" for size in sizes] or [""], width=3.3)
     for panel, size in zip(panels, sizes, strict=False):
-        _losses(panel, found[size], 1)
+        _losses(panel, found[size])
         panel.set(xlabel="step", ylabel="validation loss")
     return _keyed(panels)
 
 
-def _lines(panel: Axes, found: Mapping[str, CurvesOfSeeds], column: str, unit: int) -> None:
-    """Draws one column of all curves over steps in this unit.
+def _lines(panel: Axes, found: Mapping[str, CurvesOfSeeds], column: str) -> None:
+    """Draws one column of all curves over epochs, or over steps where the run has none.
 
     What diverged ends in a cross, where its loss leaves the panel, or with its last row.
     """
@@ -103,7 +101,7 @@ def _lines(panel: Axes, found: Mapping[str, CurvesOfSeeds], column: str, unit: i
     for method, of_seeds in found.items():
         label, colour, dashes = _STYLES[method]
         for curve, first in in_turn(of_seeds):
-            x, y = np.array(curve["step"]) / unit, np.array(curve[column], dtype=float)
+            x, y = np.array(curve["step"]) / curve.get("epoch", 1), np.array(curve[column], float)
             if diverged(curve):
                 lost = np.flatnonzero(losses(curve) >= high)
                 rows = lost[0] + 1 if len(lost) else len(x)
@@ -114,17 +112,20 @@ def _lines(panel: Axes, found: Mapping[str, CurvesOfSeeds], column: str, unit: i
                 cross.set(ms=_CROSSES[method], alpha=one.get_alpha())
 
 
-def _losses(panel: Axes, found: Mapping[str, CurvesOfSeeds], unit: int) -> None:
+def _losses(panel: Axes, found: Mapping[str, CurvesOfSeeds]) -> None:
     """Draws losses up to a multiple of that at the start."""
-    _lines(panel, found, "loss", unit)
+    _lines(panel, found, "loss")
     low = min(np.nanmin(one.get_ydata()) for one in panel.get_lines())
     panel.set(yscale="log", ylim=(0.8 * low, _highest(found)))
 
 
 def _highest(found: Mapping[str, CurvesOfSeeds]) -> float:
     """Returns the loss at the upper edge of a panel."""
-    starts = [curve["loss"][0] for of_seeds in found.values() for curve in of_seeds.values()]
-    return _ROOM * float(max(starts))
+    return _ROOM * float(max(curve["loss"][0] for curve in _all(found)))
+
+
+def _all(found: Mapping[str, CurvesOfSeeds]) -> Iterator[Curve]:
+    return (curve for of_seeds in found.values() for curve in of_seeds.values())
 
 
 def _keyed(panels: list[Axes]) -> Figure:
@@ -148,22 +149,25 @@ def cosines(axes: Axes, of_seeds: Mapping[int, Raw]) -> None:
 
 def table_1(raws: RawOfSeeds) -> Rows:
     """Returns accuracies in percent, the paper's and ours."""
-    return _beside(raws, _ACCURACIES, lambda curve, n: 100 * final_accuracy(curve, n))
+    return _beside(raws, _ACCURACIES, lambda curve: 100 * final_accuracy(curve))
 
 
 def table_2(raws: RawOfSeeds) -> Rows:
     """Returns validation losses, the paper's and ours."""
-    return _beside(raws, _LOSSES, lambda curve, _: final_loss(curve))
+    return _beside(raws, _LOSSES, final_loss)
 
 
-def _beside(raws: RawOfSeeds, printed: Mapping[str, tuple[float, float]], end: End) -> Rows:
+def _beside(
+    raws: RawOfSeeds,
+    printed: Mapping[str, tuple[float, float]],
+    end: Callable[[Curve], float],
+) -> Rows:
     """Returns a row for each rate and method, with what it gains on SGD."""
     found = curves(raws, _ALL_RATES)
-    classes = next((raw["classes"] for name in _ALL_RATES for raw in raws[name].values()), 10)
     rows = [["η", "method", "paper", "ours", "on SGD: paper", "on SGD: ours"]]
     for rate, (sgd, newton) in printed.items():
         ends = {
-            method: {seed: end(curve, classes) for seed, curve in of_seeds.items()}
+            method: {seed: end(curve) for seed, curve in of_seeds.items()}
             for method, of_seeds in found.get(rate, {}).items()
         }
         ours = ends.get("sgd", {})
@@ -180,21 +184,14 @@ def _beside(raws: RawOfSeeds, printed: Mapping[str, tuple[float, float]], end: E
 def table_above(raws: RawOfSeeds) -> Rows:
     """Returns how the trainings above η = 0.1 ended."""
     found = curves(raws, ("above-0.1",))
-    classes = next((raw["classes"] for raw in raws["above-0.1"].values()), 10)
     rows = [["η", "method", "accuracy at the end (%)", "loss at the end", "diverged"]]
     for rate in sorted(found, key=float):
         for method, of_seeds in found[rate].items():
             ended = list(of_seeds.values())
-            lost = sum(map(diverged, ended))
-            rows.append(
-                [
-                    rate,
-                    _STYLES[method][0],
-                    over_seeds(100 * final_accuracy(curve, classes) for curve in ended),
-                    over_seeds(final_loss(curve) for curve in ended),
-                    f"{lost} of {len(ended)}",
-                ]
-            )
+            percent = over_seeds(100 * final_accuracy(curve) for curve in ended)
+            lost = f"{sum(map(diverged, ended))} of {len(ended)}"
+            loss = over_seeds(map(final_loss, ended))
+            rows.append([rate, _STYLES[method][0], percent, loss, lost])
     return rows
 
 

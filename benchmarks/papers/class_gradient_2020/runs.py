@@ -14,12 +14,11 @@ from torch.optim import Optimizer
 import subspace_optim as so
 from benchmarks.data import Dataset
 from benchmarks.experiment import minibatch
-from benchmarks.losses import accuracy, cross_entropy
-from benchmarks.papers.networks import made, resnet9
-from benchmarks.papers.problems import as_images, pooled, real
+from benchmarks.losses import cross_entropy
+from benchmarks.papers import problems
+from benchmarks.papers.networks import lenet, made, resnet9
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Problem, Row, train
-from subspace_optim.curvature.contexts import in_mode
+from benchmarks.papers.training import Problem, Row, column, performance, top_of, train
 
 Method = Literal["sgd", "printed", "orthogonal", "slowed", "added", "damped"]
 """SGD, and the quasi-Newton method: eq. 15 as printed, with orthogonal vectors, or calmed.
@@ -49,16 +48,15 @@ def images(job: Job, data: str, examples: int, validation: int, pool: int = 1) -
         validation: images that are not trained on, in the place of the test set.
         pool: factor by which height and width are divided.
     """
-    whole = as_images(pooled(real(data, job, examples + validation), pool))
+    whole = problems.images(job, data, examples + validation, pool=pool)
     order = torch.randperm(len(whole.x_train), generator=job.generator()).to(job.device)
-    valid, rest = order[:validation], order[validation:]
-    x, y = whole.x_train, whole.y_train
-    return replace(whole, x_train=x[rest], y_train=y[rest], x_test=x[valid], y_test=y[valid])
+    valid, rest = whole.rows(order[:validation]), whole.rows(order[validation:])
+    return replace(rest, x_test=valid.x_train, y_test=valid.y_train)
 
 
 def validation_of(data: Dataset) -> tuple[Tensor, Tensor]:
     """Returns the images for validation, and their classes."""
-    return cast("tuple[Tensor, Tensor]", (data.x_test, data.y_test))
+    return cast("tuple[Tensor, Tensor]", data.test)
 
 
 def small_cnn(data: Dataset) -> nn.Sequential:
@@ -68,21 +66,7 @@ def small_cnn(data: Dataset) -> nn.Sequential:
     84 (LeCun et al. 1998, with ReLU and max pooling).
     """
     _, channels, side, _ = data.x_train.shape
-    after = ((side - 4) // 2 - 4) // 2
-    return nn.Sequential(
-        nn.Conv2d(channels, 6, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * after * after, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-        nn.Linear(84, data.num_classes),
-    )
+    return lenet(side, channels, (6, 16), (120, 84, data.num_classes), padding=0)
 
 
 def optimizer_of(
@@ -147,26 +131,19 @@ def _curve(
     model = made(job, make)
     optimizer, subspace = optimizer_of(method, model, data.num_classes, lr)
 
-    def record(_step: int) -> Row:
-        x, y = validation_of(data)
-        with torch.no_grad(), in_mode(model, "eval"):
-            output = model(x)
-        return {"loss": cross_entropy(output, y).item(), "accuracy": accuracy(output, y)}
-
     rows = train(
         job,
         name,
         Problem(model, cross_entropy, data.x_train, data.y_train),
         optimizer,
-        record=record,
+        record=lambda _: performance(model, *validation_of(data)),
         before=None if subspace is None else subspace.observe,
         also=() if subspace is None else (subspace,),
         **training,
     )
     diverged = bool(rows[-1].get("diverged", False))
     rows = rows[:-1] if diverged else rows
-    series = {key: [row[key] for row in rows] for key in ("step", "loss", "accuracy")}
-    return series | {"diverged": diverged}
+    return {key: column(rows, key) for key in ("step", "loss", "accuracy")} | {"diverged": diverged}
 
 
 def at_rates(
@@ -217,21 +194,6 @@ def at_batch_sizes(
     return {"examples": len(found.x_train), "classes": found.num_classes, "curves": found_curves}
 
 
-class Snapshots:
-    """Class gradients of single minibatches along a training: a part of its state."""
-
-    def __init__(self) -> None:
-        self.vectors: list[Tensor] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns them."""
-        return {"vectors": self.vectors}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes those of ``state_dict()``."""
-        self.vectors = list(state_dict["vectors"])
-
-
 def class_gradients(model: nn.Module, classes: int, x: Tensor, y: Tensor) -> so.LowRankCurvature:
     """Returns eq. 11 of these examples alone: without a moving average."""
     subspace = so.ClassGradientSubspace(model, classes, decay=0.0)
@@ -270,36 +232,27 @@ def beside_eigenvectors(
     hessian = problem.hessian()
     steps = epochs * (len(found.x_train) // batch_size)
     every = max(1, steps // snapshots)
-    kept = Snapshots()
 
     def record(step: int) -> Row:
         batch = minibatch(len(found.x_train), batch_size, step, job.seed).to(job.device)
         x, y = found.x_train[batch], found.y_train[batch]
         curvature = class_gradients(model, found.num_classes, x, y)
-        kept.vectors.append(curvature.vectors)
-        if (len(kept.vectors) - 1) % curvatures:
-            return {}
-        products = hessian.matmat(curvature.vectors)
-        hessian.release()
-        quotients = (products * curvature.vectors).sum(dim=1)
-        return {"ratios": (quotients / curvature.eigenvalues).tolist()}
+        row: Row = {"vectors": curvature.vectors}
+        if -(-step // every) % curvatures == 0:  # of the rows, of which the last is out of step
+            products = hessian.matmat(curvature.vectors)
+            hessian.release()
+            quotients = (products * curvature.vectors).sum(dim=1)
+            row["ratios"] = (quotients / curvature.eigenvalues).tolist()
+        return row
 
-    rows = train(
-        job,
-        "sgd",
-        problem,
-        problem.sgd(lr, MOMENTUM),
-        steps=steps,
-        batch_size=batch_size,
-        record=record,
-        every=every,
-        also=(kept,),
-    )
+    sgd, size = problem.sgd(lr, MOMENTUM), batch_size
+    rows = train(job, "sgd", problem, sgd, steps=steps, batch_size=size, record=record, every=every)
     if rows[-1].get("diverged", False):
         return {"diverged": True}
-    solved = so.DominantSubspace(hessian, eigenvalues, refresh=1, tol=tol, seed=job.seed).update()
+    solved = top_of(hessian, eigenvalues, tol, job.seed)
     basis = solved.first(found.num_classes)
-    of_minibatches = [so.diagnostics.class_gradient_cosines(v, basis) for v in kept.vectors]
+    vectors = column(rows, "vectors")
+    of_minibatches = [so.diagnostics.class_gradient_cosines(v, basis) for v in vectors]
     of_all = class_gradients(model, found.num_classes, found.x_train, found.y_train).vectors
     last = of_minibatches[-1]
     # The rule of numpy and torch for the rank of a P×2C matrix, for numbers of single precision.
@@ -311,7 +264,7 @@ def beside_eigenvectors(
         "step": [row["step"] for row in rows],
         "tolerances": tolerances,
         "ranks": [
-            [so.diagnostics.intersection_rank(v, basis, rtol=rtol) for v in kept.vectors]
+            [so.diagnostics.intersection_rank(v, basis, rtol=rtol) for v in vectors]
             for rtol in tolerances
         ],
         "assigned": [matched.mean for matched in of_minibatches],
@@ -332,15 +285,9 @@ def beside_eigenvectors(
         "chance": list(so.diagnostics.chance_cosine(found.num_classes, basis.k, basis.size)),
         "second_term": second_term(job, hessian, (found.x_train, found.y_train), probes),
         "loss": hessian.loss(),
-        "accuracy": _accuracy(model, found.x_train, found.y_train),
-        "valid_accuracy": _accuracy(model, *validation_of(found)),
+        "accuracy": performance(model, found.x_train, found.y_train)["accuracy"],
+        "valid_accuracy": performance(model, *validation_of(found))["accuracy"],
     }
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with in_mode(model, "eval"):
-        return accuracy(model(x), y)
 
 
 def span(vectors: Tensor) -> so.EigenBasis:

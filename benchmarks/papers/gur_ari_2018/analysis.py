@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -190,11 +190,6 @@ def off_the_table(raw: Raw) -> float:
 # --- spectra -----------------------------------------------------------------------------------
 
 
-def after_k(raw: Raw) -> float:
-    """Returns where a line between the k-th and the next eigenvalue is."""
-    return float(raw["k"] + 0.5)
-
-
 def scree(raw: Raw) -> Array:
     """Returns the top 3k eigenvalues that are positive."""
     values = np.array(raw["eigenvalues"][: 3 * raw["k"]], dtype=float)
@@ -208,9 +203,14 @@ def outliers(raw: Raw) -> int:
     return count_outliers(values, "ratio", floor=1e-2).count
 
 
-def outliers_of_a_fit(raw: Raw) -> float:
-    """Returns how many more there are than classes; NaN if the labels were not fitted."""
-    return float(outliers(raw) - raw["k"]) if raw["accuracy"] >= _FITTED else math.nan
+def outliers_beyond_k(raw: Raw) -> float:
+    """Returns how many more there are than classes."""
+    return float(outliers(raw) - raw["k"])
+
+
+def fitted(raw: Raw) -> bool:
+    """Returns whether the labels were fitted."""
+    return bool(raw["accuracy"] >= _FITTED)
 
 
 def decades(raw: Raw) -> Array:
@@ -283,11 +283,6 @@ def inverse_time(raw: Raw) -> float:
     return float(max(abs(value * raw["time"][-1] - 1) for value in raw["eigenvalues"][-1][:2]))
 
 
-def never_left(raw: Raw) -> float:
-    """Returns the smallest f_top, and overlap of the top subspace with the fixed one."""
-    return float(min(*raw["f_top"], *raw["span"]))
-
-
 def log_time(raw: Raw) -> Array:
     """Returns log ηt."""
     logarithms: Array = np.log(np.array(raw["time"], dtype=float))
@@ -307,69 +302,37 @@ def times_time(raw: Raw, name: str, number: int | None = None) -> Array:
     return product
 
 
-def _least(raw: Raw, kind: Callable[[Raw], Any], of: Callable[[Raw], float]) -> float:
-    """The smallest figure of the mixtures of some kind."""
-    return float(min(of(case) for case in raw["cases"] if kind(case)))
+def _gap(case: Raw) -> Array:
+    values, k = np.array(case["eigenvalues"], dtype=float), case["k"]
+    gaps: Array = values[:, k - 1] / np.maximum(values[:, k], _NOTHING * values[:, 0])
+    return gaps
 
 
-def _gap(case: Raw) -> float:
-    values, k = case["eigenvalues"][-1], case["k"]
-    return float(values[k - 1] / max(values[k], _NOTHING * values[0]))
+_MIXTURES: Final[dict[str, tuple[Callable[[Raw], bool], Callable[[Raw], Any]]]] = {
+    "plain": (lambda case: not case["noise"] and not case["bias"] and case["k"] > 2, _gap),
+    "noisy": (lambda case: case["noise"] and not case["bias"], lambda case: case["f_top"]),
+    "biased": (lambda case: case["bias"], lambda case: component(case, "fractions", -1)),
+}
+"""Kinds of mixtures, and what is looked at: λ_k/λ_{k+1} without noise and biases, for more than
+two classes; f_top with noise and without biases; c_k² with biases."""
 
 
-def _plain(case: Raw) -> bool:
-    return not case["noise"] and not case["bias"] and case["k"] > 2
+def least_of_mixtures(raw: Raw, kind: str) -> float:
+    """Returns what is looked at in mixtures of that kind, at the end, at the least."""
+    of_kind, of = _MIXTURES[kind]
+    return float(min(of(case)[-1] for case in filter(of_kind, raw["cases"])))
 
 
-def _noisy(case: Raw) -> bool:
-    return bool(case["noise"]) and not case["bias"]
-
-
-def dominated(raw: Raw) -> float:
-    """Returns λ_k/λ_{k+1} at the end, without noise and biases, for more than two classes."""
-    return _least(raw, _plain, _gap)
-
-
-def noisy_f_top(raw: Raw) -> float:
-    """Returns f_top at the end, with noise and without biases."""
-    return _least(raw, _noisy, lambda case: case["f_top"][-1])
-
-
-def aligned(raw: Raw) -> float:
-    """Returns c_k² at the end, with biases."""
-    return _least(raw, lambda case: case["bias"], lambda case: case["fractions"][-1][-1])
-
-
-def _mixtures(raw: Raw, kind: Callable[[Raw], Any], of: Callable[[Raw], Any]) -> Iterator[Curve]:
-    """The mixtures of some kind by step; dashed with noise."""
-    for case in filter(kind, raw["cases"]):
+def mixtures(raw: Raw, kind: str) -> Iterator[Curve]:
+    """Yields it by step for each of the mixtures of that kind; dashed with noise."""
+    of_kind, of = _MIXTURES[kind]
+    for case in filter(of_kind, raw["cases"]):
         k, noise = case["k"], case["noise"]
         label = f"k = {k}" + (f", σ = {noise:g}" if noise and case["bias"] else "")
         look = {"color": {2: "dominant", 5: "bulk", 10: "third"}.get(k, "ink")}
         if noise and case["bias"]:
             look["ls"] = "--"
         yield Curve([max(step, 0.5) for step in case["step"]], of(case), label, look=look)
-
-
-def noisy_mixtures(raw: Raw) -> Iterable[Curve]:
-    """Returns f_top with noise and without biases."""
-    return _mixtures(raw, _noisy, lambda case: case["f_top"])
-
-
-def plain_mixtures(raw: Raw) -> Iterable[Curve]:
-    """Returns λ_k/λ_{k+1} without noise and biases."""
-
-    def gap(case: Raw) -> Array:
-        values, k = np.array(case["eigenvalues"], dtype=float), case["k"]
-        ratios: Array = values[:, k - 1] / values[:, k]
-        return ratios
-
-    return _mixtures(raw, _plain, gap)
-
-
-def biased_mixtures(raw: Raw) -> Iterable[Curve]:
-    """Returns c_k² with biases."""
-    return _mixtures(raw, lambda case: case["bias"], lambda case: component(case, "fractions", -1))
 
 
 def descents(raw: Raw) -> float:

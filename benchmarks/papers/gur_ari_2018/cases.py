@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 
@@ -34,24 +36,9 @@ class Case:
 
 
 CASES: Final = {
-    "softmax": Case("MNIST", "Softmax", "", 0.96, model="softmax"),
-    "fc-softplus": Case("MNIST", "FC", "Softplus activation", 0.96, model="fc-softplus"),
-    "fc-slow": Case("MNIST", "FC", "η = 0.01", 0.96, lr=0.01),
-    "fc-batch-256": Case("MNIST", "FC", "Batch size 256", 0.97, batch_size=256),
-    "fc-random": Case("MNIST", "FC", "Random labels", 0.86, random_labels=True),
-    "convnet-random": Case(
-        "CIFAR10", "ConvNet", "Random labels", 0.86, model="convnet", random_labels=True
-    ),
-    "convnet-dropout": Case(
-        "CIFAR10",
-        "ConvNet",
-        "Dropout, batch-norm, extra dense layer",
-        0.93,
-        model="convnet-dropout",
-    ),
-    "convnet-adam": Case(
-        "CIFAR10", "ConvNet", "Optimized using Adam", 0.89, model="convnet", adam=True, lr=1e-3
-    ),
-    "regression": Case("Regression", "FC", "Batch size 100", 0.99, batch_size=100),
+    name: Case(**row)
+    for name, row in tomllib.loads(
+        Path(__file__).with_name("cases.toml").read_text("utf-8")
+    ).items()
 }
 """By the names of their runs."""

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 import subspace_optim as so
 from benchmarks.data import Dataset
-from benchmarks.losses import accuracy, cross_entropy
+from benchmarks.losses import cross_entropy
 from benchmarks.papers import problems
 from benchmarks.papers.networks import fully_connected, made, resnet, simple_convnet
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.training import Problem, Row
-from subspace_optim.curvature.contexts import in_mode
+from benchmarks.papers.training import Problem
 from subspace_optim.diagnostics import hessian_gradient_overlap
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -44,12 +42,7 @@ def build(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
         "fc": lambda: fully_connected((pixels, width, width, classes)),
         "fc-softplus": lambda: fully_connected((pixels, width, width, classes), nn.Softplus),
         "convnet": lambda: simple_convnet(
-            side,
-            classes,
-            channels=channels,
-            width=width,
-            dense=16 * width,
-            more=more,
+            side, classes, channels=channels, width=width, dense=16 * width, more=more
         ),
         "resnet": lambda: resnet(
             classes, (width, 2 * width, 4 * width, 8 * width), 2, channels=channels
@@ -59,18 +52,8 @@ def build(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
 
 
 def images(job: Job, data: str, examples: int, test: int = 0, factor: int = 1) -> Dataset:
-    """Returns a part of a data set, each image ``(channels, side, side)``, pooled by a factor."""
-    return problems.pooled(problems.as_images(problems.real(data, job, examples, test)), factor)
-
-
-def first_classes(data: Dataset, count: int) -> Dataset:
-    """Returns the examples of the classes below ``count``."""
-    kept = data.y_train < count
-    part = replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept], num_classes=count)
-    if data.x_test is None or data.y_test is None:
-        return part
-    kept = data.y_test < count
-    return replace(part, x_test=data.x_test[kept], y_test=data.y_test[kept])
+    """Returns a part of a data set, without a test set unless it is asked for."""
+    return problems.images(job, data, examples, test, factor)
 
 
 def half_square(output: Tensor, target: Tensor) -> Tensor:
@@ -86,20 +69,7 @@ def whole_hessian(problem: Problem) -> so.HessianOperator:
 
 def of_test(model: nn.Module, data: Dataset) -> so.HessianOperator | None:
     """Returns the Hessian of the cross-entropy over the test set, if there is one."""
-    if data.x_test is None or data.y_test is None:
-        return None
-    return whole_hessian(Problem(model, cross_entropy, data.x_test, data.y_test))
-
-
-@torch.no_grad()
-def accuracy_of(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Returns the share of examples that the model in eval mode classifies rightly."""
-    with in_mode(model, "eval"):
-        right = [
-            accuracy(model(a), b) * len(b)
-            for a, b in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True)
-        ]
-    return sum(right) / len(x)
+    return data.test and whole_hessian(Problem(model, cross_entropy, *data.test))
 
 
 # --- what is measured at one point -------------------------------------------------------------
@@ -112,11 +82,6 @@ def overlap_of(operator: so.CurvatureOperator) -> float:
         product = operator.matvec(gradient)
     operator.release()
     return float(hessian_gradient_overlap(gradient, product))
-
-
-def top_of(operator: so.CurvatureOperator, k: int, tol: float, seed: int = 0) -> so.EigenBasis:
-    """Returns the top k eigenpairs, solved for anew."""
-    return so.DominantSubspace(operator, k, refresh=1, tol=tol, seed=seed).update()
 
 
 def mean_overlap(operator: so.CurvatureOperator, vectors: Tensor) -> float:
@@ -148,8 +113,3 @@ def _loss_after(operator: so.CurvatureOperator, move: Tensor) -> float:
     for p, old in zip(space.tensors, kept, strict=True):
         p.copy_(old)
     return loss
-
-
-def column(rows: Sequence[Row], name: str) -> list[Any]:
-    """Returns what the rows that have it say."""
-    return [row[name] for row in rows if name in row]

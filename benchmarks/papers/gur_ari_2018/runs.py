@@ -17,22 +17,19 @@ from benchmarks.papers import problems
 from benchmarks.papers.gur_ari_2018.cases import CASES
 from benchmarks.papers.gur_ari_2018.measures import (
     Loss,
-    accuracy_of,
     build,
-    column,
     decrease,
-    first_classes,
     half_square,
     images,
     mean_overlap,
     of_test,
     overlap_of,
-    top_of,
     whole_hessian,
 )
 from benchmarks.papers.networks import fully_connected, made
+from benchmarks.papers.problems import first_classes
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Problem, Row, train
+from benchmarks.papers.training import Problem, Row, column, performance, top_of, train
 from subspace_optim.diagnostics import (
     eigenvector_fractions,
     exact_spectrum,
@@ -79,7 +76,7 @@ def evolution(
         row: Row = {}
         if step % every == 0:
             row |= {"at": step} | _cheap(hessian, tested)
-            row["accuracy"] = accuracy_of(network, part.x_train, part.y_train)
+            row["accuracy"] = performance(network, part.x_train, part.y_train)["accuracy"]
             row["largest"] = top_of(hessian, 1, _COARSE).largest
         if step in bases_at:
             basis = top_of(hessian, 2 * k, tol)
@@ -87,16 +84,9 @@ def evolution(
             row |= _of_basis(hessian, basis, k, torch.Generator().manual_seed(step))
         return row
 
-    rows = train(
-        job,
-        "sgd",
-        problem,
-        problem.sgd(_LR),
-        steps=steps,
-        batch_size=_BATCH,
-        record=record,
-        every=lambda step: step % every == 0 or step in bases_at,
-    )
+    due = {*range(0, steps + 1, every), *bases_at}.__contains__
+    sgd = problem.sgd(_LR)
+    rows = train(job, "sgd", problem, sgd, steps=steps, batch_size=_BATCH, record=record, every=due)
     series = ("at", "loss", "accuracy", "overlap", "overlap_test", "largest")
     of_bases = ("saved", "eigenvalues", "fractions", "f_top", "decrease")
     of_random = ("random_in_top", "random", "overlap_there")
@@ -240,26 +230,20 @@ def table_row(
             row |= {"at": step} | _cheap(hessian, tested)
         if step in f_top_at:
             top = top_of(hessian, part.num_classes, _COARSE)
-            row["saved"] = step
-            row["f_top"] = float(gradient_fraction(hessian.gradient(), top))
+            row |= {"saved": step, "f_top": float(gradient_fraction(hessian.gradient(), top))}
         return row
 
+    optimizer = kind(network.parameters(), lr=row_of.lr)
+    size, due = row_of.batch_size, {*range(0, steps + 1, every), *f_top_at}.__contains__
     rows = train(
-        job,
-        case,
-        problem,
-        kind(network.parameters(), lr=row_of.lr),
-        steps=steps,
-        batch_size=row_of.batch_size,
-        record=record,
-        every=lambda step: step % every == 0 or step in f_top_at,
+        job, case, problem, optimizer, steps=steps, batch_size=size, record=record, every=due
     )
     names = ("at", "loss", "overlap", "overlap_test", "saved", "f_top")
     raw: Raw = {"case": case} | {name: column(rows, name) for name in names}
     late = [i for i, step in enumerate(raw["at"]) if step >= steps - last]
     for name in ("overlap", "overlap_test"):
         raw[f"mean_{name}"] = float(np.mean([raw[name][i] for i in late]))
-    raw["accuracy"] = math.nan if data == "sine" else accuracy_of(network, x, y)
+    raw["accuracy"] = math.nan if data == "sine" else performance(network, x, y)["accuracy"]
     return raw
 
 
@@ -268,14 +252,7 @@ def table_row(
 _KEPT: Final = 60  # eigenvalues of a spectrum
 
 
-def spectrum(
-    job: Job,
-    *,
-    labels: str,
-    width: int,
-    epochs: int,
-    **part_of: Any,
-) -> Raw:
+def spectrum(job: Job, *, labels: str, width: int, epochs: int, **part_of: Any) -> Raw:
     """Trains a small network and decomposes its whole Hessian.
 
     Returns:
@@ -302,7 +279,7 @@ def spectrum(
         "parameters": hessian.size,
         "steps": steps,
         "loss": hessian.loss(),
-        "accuracy": accuracy_of(network, x, y),
+        "accuracy": performance(network, x, y)["accuracy"],
         "eigenvalues": eigenvalues[:_KEPT].tolist(),
         "smallest": float(eigenvalues[-1]),
         "counts": counts.tolist(),
@@ -315,13 +292,12 @@ def right_edge(
     *,
     classes: int,
     dimension: int,
-    covariance: float,
-    examples: int,
     width: int,
     steps: int,
     pairs: int,
     realisations: int,
     tol: float = 1e-4,
+    **drawn: Any,
 ) -> Raw:
     """Takes the largest eigenvalues of many trainings, each with data and start of its own.
 
@@ -331,7 +307,7 @@ def right_edge(
     spectra, losses = [], []
     for number in range(realisations):
         own = replace(job, seed=job.seed * realisations + number)
-        x, y = problems.blobs(classes, examples, dimension, covariance=covariance, job=own)
+        x, y = problems.blobs(clusters=classes, dimension=dimension, job=own, **drawn)
         network = made(own, lambda: fully_connected((dimension, width, width, classes)))
         problem = Problem(network, cross_entropy, x, y)
         name = f"realisation-{number}"
@@ -347,13 +323,7 @@ def right_edge(
 
 
 def newton(
-    job: Job,
-    *,
-    width: int,
-    warmup: int,
-    steps: int,
-    tol: float = 1e-3,
-    **part_of: Any,
+    job: Job, *, width: int, warmup: int, steps: int, tol: float = 1e-3, **part_of: Any
 ) -> Raw:
     """Goes on from one state of SGD: by eq. 11, by gradient descent, and by SGD.
 

@@ -13,10 +13,9 @@ from torch.nn import functional
 
 import subspace_optim as so
 from benchmarks.losses import cross_entropy
-from benchmarks.papers.gur_ari_2018.measures import column, top_of
 from benchmarks.papers.networks import made
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Problem, Row, train
+from benchmarks.papers.training import Problem, Row, column, top_of, train
 from subspace_optim.diagnostics import (
     eigenvector_fractions,
     exact_spectrum,
@@ -75,15 +74,8 @@ def two_samples(job: Job, *, dimension: int, lr: float, steps: int) -> Raw:
             "span": float(subspace_overlap(top, spans)),
         }
 
-    rows = train(
-        job,
-        "flow",
-        problem,
-        problem.sgd(lr),
-        steps=steps,
-        record=record,
-        every=set(at).__contains__,
-    )
+    due = set(at).__contains__
+    rows = train(job, "flow", problem, problem.sgd(lr), steps=steps, record=record, every=due)
     return {name: column(rows, name) for name in rows[0]}
 
 

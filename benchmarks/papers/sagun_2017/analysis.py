@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterator
 from itertools import combinations
-from typing import Any, Final, NamedTuple
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
@@ -16,40 +18,14 @@ _RATIO: Final = 0.2
 """The left edge is shown up to this share of all eigenvalues."""
 
 
-class Printed(NamedTuple):
-    """A row of Table 1 as it is printed; it has no heuristic count where there was no elbow."""
-
-    mean: float
-    gap: int
-    ratio: int
-    heuristic: int | None
-    cutoff: float | None
-
-
-TABLE: Final[dict[tuple[str, str, float, int], Printed]] = {
-    ("GD", "tanh", 1.0, 2): Printed(1.19e-5, 2, 3, None, None),
-    ("GD", "tanh", 1.0, 5): Printed(2.52e-5, 2, 17, None, None),
-    ("GD", "tanh", 1.0, 10): Printed(3.75e-5, 2, 4, None, None),
-    ("GD", "tanh", 1.0, 20): Printed(5.37e-5, 3, 4, None, None),
-    ("GD", "relu", 1.0, 2): Printed(7.13e-6, 3, 4, 2, 0.003),
-    ("GD", "relu", 1.0, 5): Printed(1.55e-5, 6, 7, 5, 0.003),
-    ("GD", "relu", 1.0, 10): Printed(3.04e-5, 11, 12, 10, 0.003),
-    ("GD", "relu", 1.0, 20): Printed(5.65e-5, 4, 21, 21, 0.003),
-    ("GD", "relu", 1.0, 50): Printed(1.16e-4, 50, 51, 49, 0.003),
-    ("SGD", "relu", 1.0, 2): Printed(8.96e-6, 3, 4, 2, 0.002),
-    ("SGD", "relu", 1.0, 5): Printed(1.62e-5, 6, 7, 7, 0.002),
-    ("SGD", "relu", 1.0, 10): Printed(2.97e-5, 2, 14, 15, 0.002),
-    ("SGD", "relu", 1.0, 20): Printed(4.53e-5, 2, 3, 21, 0.002),
-    ("SGD", "relu", 1.0, 50): Printed(6.78e-5, 50, 51, 49, 0.002),
-    ("SGD", "relu", 10.0, 2): Printed(9.49e-5, 2, 4, 2, 0.015),
-    ("SGD", "relu", 10.0, 5): Printed(1.68e-4, 5, 6, 5, 0.015),
-    ("SGD", "relu", 10.0, 10): Printed(1.92e-4, 2, 11, 9, 0.015),
-    ("SGD", "relu", 10.0, 20): Printed(3.10e-4, 20, 21, 19, 0.015),
-    ("SGD", "relu", 10.0, 50): Printed(1.67e-4, 50, 51, 49, 0.005),
+Place = tuple[str, str, float, int]
+"""Of a row of Table 1: algorithm, activation, covariance and clusters."""
+TABLE: Final[dict[Place, Raw]] = {
+    (row["algorithm"], row["activation"], row["covariance"], row["clusters"]): row
+    for row in tomllib.loads(Path(__file__).with_name("table-1.toml").read_text("utf-8"))["rows"]
 }
-"""Table 1 by algorithm, activation, covariance and clusters. Its column of standard deviations
-repeats that of the means."""
-
+"""The table as it is printed."""
+COUNTS: Final = ("gap", "ratio", "elbow")
 
 Offsets = tuple[int, int, int]
 """What is subtracted from the columns gap, ratio and heuristic."""
@@ -57,20 +33,17 @@ OFFSETS: Final[Offsets] = (1, 2, 0)
 """With which the printed columns seem to count: gap and ratio that see the same differ by one."""
 
 
-def printed(raw: Raw, row: dict[str, Any]) -> Printed | None:
-    """Returns the paper's row beside one of ours, if there is one."""
-    key = (raw["algorithm"], raw["activation"], row["covariance"], row["clusters"])
-    return TABLE.get(key)
+def beside(raw: Raw) -> Iterator[tuple[Raw, Raw]]:
+    """Yields each of our rows with the paper's, where it has one."""
+    for row in raw["rows"]:
+        place = (raw["algorithm"], raw["activation"], row["covariance"], row["clusters"])
+        if place in TABLE:
+            yield row, TABLE[place]
 
 
 def near(raw: Raw) -> list[dict[str, Any]]:
     """Returns the rows of covariance 1."""
     return [row for row in raw["rows"] if row["covariance"] == 1]
-
-
-def after_clusters(raw: Raw, number: int) -> float:
-    """Where a line after as many eigenvalues as clusters is, in one of the rows."""
-    return float(raw["rows"][number]["clusters"] + 0.5)
 
 
 # --- appendix A ----------------------------------------------------------------------------------
@@ -79,26 +52,23 @@ def after_clusters(raw: Raw, number: int) -> float:
 def rows_matched(raw: Raw) -> float:
     """Rows whose elbow is within one of the clusters, less the rows where the paper's is."""
     found = 0
-    for row in raw["rows"]:
-        theirs = printed(raw, row)
-        if theirs is not None and theirs.heuristic is not None:
-            found += abs(row["elbow"] - row["clusters"]) <= 1
-            found -= abs(theirs.heuristic - row["clusters"]) <= 1
+    for pair in beside(raw):
+        if "elbow" in pair[1]:
+            ours, theirs = (abs(row["elbow"] - row["clusters"]) <= 1 for row in pair)
+            found += ours - theirs
     return float(found)
 
 
 def agreeing(raw: Raw, less: Offsets = (0, 0, 0)) -> tuple[list[bool], ...]:
     """Whether our counts are within one of those printed less offsets: gap, ratio and elbow."""
-    answers: tuple[list[bool], ...] = ([], [], [])
-    for row in raw["rows"]:
-        theirs = printed(raw, row)
-        if theirs is not None:
-            ours = (row["gap"], row["ratio"], row["elbow"])
-            counts = (theirs.gap, theirs.ratio, theirs.heuristic)
-            for column, a, b, offset in zip(answers, ours, counts, less, strict=True):
-                if b is not None:
-                    column.append(abs(a - (b - offset)) <= 1)
-    return answers
+    return tuple(
+        [
+            abs(ours[name] - (theirs[name] - offset)) <= 1
+            for ours, theirs in beside(raw)
+            if name in theirs
+        ]
+        for name, offset in zip(COUNTS, less, strict=True)
+    )
 
 
 def counts_agreeing(raw: Raw) -> float:
@@ -165,11 +135,6 @@ def left_edges_apart(raw: Raw) -> float:
     shapes = [curve / np.linalg.norm(curve) for curve in curves]
     distances = [float(np.linalg.norm(a - b)) for a, b in combinations(shapes, 2)]
     return max(distances, default=math.nan)
-
-
-def near_zero(raw: Raw) -> float:
-    """The smaller share of eigenvalues near zero, of the start and of the end."""
-    return float(min(raw["whole"][when]["near_zero"] for when in ("start", "end")))
 
 
 def whole(raw: Raw, when: str) -> Iterator[Curve]:

@@ -13,39 +13,34 @@ import subspace_optim as so
 from benchmarks.papers.drawing import LOOK, first_of
 from benchmarks.papers.reproduction import Raw, RawOfSeeds, Rows
 from benchmarks.papers.sagun_2017.analysis import (
+    COUNTS,
     OFFSETS,
     TABLE,
     Offsets,
     agreeing,
-    printed,
+    beside,
     residual_share,
 )
 from benchmarks.papers.tables import over_seeds
 
 _RUNS: Final = ("gd-tanh", "gd-relu", "sgd-relu")
 _PARTS: Final = {"parts-mnist": "MNIST", "parts-clusters": "ten clusters"}
-_COUNTS: Final = ("gap", "ratio", "elbow")
 _NUMBERS: Final = ("mean", "std", "cutoff")
 
 
 def table_clusters(raws: RawOfSeeds) -> Rows:
     """Returns all rows of Table 1, ours beside the paper's."""
-    found: dict[tuple[str, str, float, int], list[dict[str, Any]]] = {}
-    for raw in (raw for run in _RUNS for raw in raws[run].values()):
-        for row in raw["rows"]:
-            if printed(raw, row) is not None:
-                place = (raw["algorithm"], raw["activation"], row["covariance"], row["clusters"])
-                found.setdefault(place, []).append(row)
-    both = [f"{name}: {whose}" for name in (*_COUNTS, *_NUMBERS) for whose in ("paper", "ours")]
+    pairs = [pair for run in _RUNS for raw in raws[run].values() for pair in beside(raw)]
+    both = [f"{name}: {whose}" for name in (*COUNTS, *_NUMBERS) for whose in ("paper", "ours")]
     rows = [["training", "size", "cov", "clusters", *both]]
-    for place, theirs in TABLE.items():
-        algorithm, activation, covariance, clusters = place
-        ours = found.get(place, [])
+    for (algorithm, activation, covariance, clusters), theirs in TABLE.items():
+        ours = [row for row, printed in pairs if printed is theirs]
         cells = [f"{algorithm} {activation}", str(3960 + 31 * clusters), f"{covariance:g}"]
         cells.append(str(clusters))
-        for name, count in zip(_COUNTS, (theirs.gap, theirs.ratio, theirs.heuristic), strict=True):
-            cells += [_or_dash(count), listed(row[name] for row in ours)]
-        for name, value in zip(_NUMBERS, (theirs.mean, theirs.mean, theirs.cutoff), strict=True):
+        for name in COUNTS:
+            cells += [_or_dash(theirs.get(name)), listed(row[name] for row in ours)]
+        for name in _NUMBERS:  # of the deviations the means are printed again
+            value = theirs.get("mean" if name == "std" else name)
             cells += [_or_dash(value), over_seeds(row[name] for row in ours)]
         rows.append(cells)
     agreement = {"within one": (0, 0, 0), "less the offsets": OFFSETS}
@@ -84,15 +79,8 @@ def table_parts(raws: RawOfSeeds) -> Rows:
                 np.mean(np.array(row["gauss_newton"][:10]) / np.array(row["hessian"][:10]))
                 for row in found
             ]
-            rows.append(
-                [
-                    name,
-                    f"{step:,}",
-                    over_seeds(row["loss"] for row in found),
-                    over_seeds(map(residual_share, found)),
-                    over_seeds(float(ratio) for ratio in ratios),
-                ]
-            )
+            cells = [[row["loss"] for row in found], map(residual_share, found), ratios]
+            rows.append([name, f"{step:,}", *map(over_seeds, cells)])
     return rows
 
 
@@ -104,17 +92,10 @@ def table_trivial(raws: RawOfSeeds) -> Rows:
         for row in raw["rows"]:
             found.setdefault((row["examples"], row["trained"]), []).append(row)
     for (examples, trained), ours in found.items():
-        rows.append(
-            [
-                str(examples),
-                "yes" if trained else "no",
-                f"{ours[0]['size']:,}",
-                f"{ours[0]['bound']:,}",
-                over_seeds((row["zeros"] for row in ours), 4),
-                over_seeds((row["hessian"] for row in ours), 4),
-                over_seeds(row["loss"] for row in ours),
-            ]
-        )
+        first = [str(examples), "yes" if trained else "no"]
+        first += [f"{ours[0][name]:,}" for name in ("size", "bound")]
+        counts = [over_seeds((row[name] for row in ours), 4) for name in ("zeros", "hessian")]
+        rows.append([*first, *counts, over_seeds(row["loss"] for row in ours)])
     return rows
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import subspace_optim as so
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.sagun_2017.runs import near_zero
+from benchmarks.papers.training import top_of
 
 
 def white(job: Job, *, parameters: int, ratios: Sequence[float]) -> Raw:
@@ -58,9 +59,7 @@ def spiked(
         for _ in range(draws):
             x = torch.randn(round(parameters / ratio), parameters, generator=generator)
             x[:, 0] *= math.sqrt(variance)
-            operator = linear(x.to(job.device))
-            subspace = so.DominantSubspace(operator, 1, refresh=1, tol=1e-2, seed=job.seed)
-            largest.append(subspace.update().largest)
+            largest.append(top_of(linear(x.to(job.device)), 1, 1e-2, job.seed).largest)
         expected = so.diagnostics.spiked_eigenvalue(variance, ratio)
         row = {"ratio": ratio, "spike": spike, "population": variance}
         rows.append(row | {"largest": largest, "expected": expected})

@@ -12,15 +12,15 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import vector_to_parameters
 
 import subspace_optim as so
 from benchmarks.data import Dataset
-from benchmarks.losses import accuracy, cross_entropy
-from benchmarks.papers.networks import fully_connected, made
-from benchmarks.papers.problems import as_images, blobs, pooled, real
+from benchmarks.losses import cross_entropy
+from benchmarks.papers.networks import fully_connected, lenet, made
+from benchmarks.papers.problems import blobs, images
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Problem, Row, train
+from benchmarks.papers.training import Problem, Row, performance, top_of, train
 
 SHOWN: Final = 30
 """Eigenvalues at each edge, beyond those that are looked for, that a raw figure keeps."""
@@ -33,15 +33,6 @@ _ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {"tanh": nn.Tanh, "relu": nn.R
 
 
 # --- what several runs share ---------------------------------------------------------------------
-
-
-def convnet(side: int, channels: int, widths: Sequence[int], dense: Sequence[int]) -> nn.Module:
-    """Returns convolutions of 5x5, each with ReLU and pooling, dense layers, and ten scores."""
-    layers: list[nn.Module] = []
-    for width in widths:
-        layers += [nn.Conv2d(channels, width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
-        channels, side = width, side // 2
-    return nn.Sequential(*layers, fully_connected((channels * side * side, *dense, 10)))
 
 
 def train_until(
@@ -148,14 +139,12 @@ def principal(x: Tensor, clusters: int) -> list[float]:
 def growth(
     job: Job,
     *,
-    data: str,
-    pool: int,
-    examples: int,
     widths: Sequence[int],
     exact: int,
     lr: float,
     target: float,
     most: int,
+    **part_of: Any,
 ) -> Raw:
     """Trains wider and wider networks on the same data (Figures 1, 4, 5, 6).
 
@@ -166,8 +155,8 @@ def growth(
         A row for each network, its left edge by ratio empty if it is not exact; the spectra of the
         largest that is exact, at both ends.
     """
-    part = pooled(real(data, job, examples), pool)
-    inputs = part.x_train.shape[1]
+    part = images(job, **part_of)
+    inputs = part.x_train[0].numel()
     networks: list[Row] = []
     whole: Raw = {}
     for width in widths:
@@ -209,24 +198,23 @@ def thinned(spectrum: Tensor) -> dict[str, Any]:
 def batches(
     job: Job,
     *,
-    data: str,
-    pool: int,
-    examples: int,
     widths: Sequence[int],
     large: int,
     small: int,
     steps: int,
     lr: float,
+    **part_of: Any,
 ) -> Raw:
     """Trains a convnet on large and on small batches from one start (Figures 7, 8).
 
     Returns:
         A row for each batch size, the large first.
     """
-    part = as_images(pooled(real(data, job, examples), pool))
+    part = images(job, **part_of)
+    channels, side = part.x_train.shape[1], part.x_train.shape[-1]
     networks: list[Row] = []
     for size in (large, small):
-        model = made(job, partial(convnet, part.x_train.shape[-1], 1, widths, ()))
+        model = made(job, partial(lenet, side, channels, widths, (10,), padding=2))
         problem = Problem(model, cross_entropy, part.x_train, part.y_train)
         train(job, f"{size}", problem, problem.sgd(lr), steps=steps, batch_size=size)
         hessian = problem.hessian()
@@ -242,10 +230,6 @@ def batches(
 def phases(
     job: Job,
     *,
-    data: str,
-    pool: int,
-    examples: int,
-    test: int,
     widths: Sequence[int],
     dense: Sequence[int],
     large: int,
@@ -253,6 +237,7 @@ def phases(
     steps: int,
     every: int,
     lr: float,
+    **part_of: Any,
 ) -> Raw:
     """Trains on large and then on small batches, and looks along the line (Figures 9, 10).
 
@@ -260,9 +245,9 @@ def phases(
         ``training``: losses and accuracies by step; ``switch``: the step where the batches change;
         ``line``: the same by α, with 0 the end of the first part and 1 that of the second.
     """
-    part = as_images(pooled(real(data, job, examples, test), pool))
+    part = images(job, **part_of)
     channels, side = part.x_train.shape[1], part.x_train.shape[-1]
-    model = made(job, partial(convnet, side, channels, widths, dense))
+    model = made(job, partial(lenet, side, channels, widths, (*dense, 10), padding=2))
     problem = Problem(model, cross_entropy, part.x_train, part.y_train)
     optimizer = problem.sgd(lr)
     rows: list[Row] = []
@@ -275,30 +260,24 @@ def phases(
             optimizer,
             steps=steps,
             batch_size=size,
-            record=lambda _: performance(model, part),
+            record=lambda _: on_both(model, part),
             every=every,
             first=number * steps,
         )
-        ends.append(parameters_to_vector(model.parameters()).detach().clone())
+        ends.append(problem.theta())
     line = []
     for alpha in torch.linspace(-0.5, 1.5, 41).tolist():
         vector_to_parameters(torch.lerp(ends[0], ends[1], alpha), model.parameters())
-        line.append({"alpha": round(alpha, 3)} | performance(model, part))
+        line.append({"alpha": round(alpha, 3)} | on_both(model, part))
     return {"training": rows, "switch": steps, "line": line}
 
 
-@torch.no_grad()
-def performance(model: nn.Module, data: Dataset) -> Row:
+def on_both(model: nn.Module, data: Dataset) -> Row:
     """Returns loss and accuracy on training and test data."""
     row: Row = {}
-    for name, x, y in (
-        ("train", data.x_train, data.y_train),
-        ("test", data.x_test, data.y_test),
-    ):
-        if x is not None and y is not None:
-            output = model(x)
-            row[f"{name}_loss"] = cross_entropy(output, y).item()
-            row[f"{name}_accuracy"] = accuracy(output, y)
+    for name, part in (("train", (data.x_train, data.y_train)), ("test", data.test)):
+        if part is not None:
+            row |= {f"{name}_{what}": value for what, value in performance(model, *part).items()}
     return row
 
 
@@ -309,12 +288,12 @@ def parts(
     job: Job,
     *,
     data: str | None,
-    pool: int,
     examples: int,
     hidden: int,
     at: Sequence[int],
     lr: float,
     tol: float = 1e-2,
+    pool: int = 1,
 ) -> Raw:
     """Splits the Hessian along gradient descent: its Gauss-Newton matrix, and the rest.
 
@@ -324,9 +303,9 @@ def parts(
     if data is None:
         x, y = blobs(10, examples, 100, covariance=1.0, job=job)
     else:
-        part = pooled(real(data, job, examples), pool)
+        part = images(job, data, examples, pool=pool)
         x, y = part.x_train, part.y_train
-    model = made(job, partial(fully_connected, (x.shape[1], hidden, hidden, 10)))
+    model = made(job, partial(fully_connected, (x[0].numel(), hidden, hidden, 10)))
     problem = Problem(model, cross_entropy, x, y)
     hessian = problem.hessian()
     gauss_newton = so.GaussNewtonOperator(model, cross_entropy, (x, y))
@@ -336,37 +315,21 @@ def parts(
         largest, smallest = so.diagnostics.spectrum_edges(residual, 1, tol=tol, seed=job.seed)
         return {
             "loss": hessian.loss(),
-            "hessian": _top(hessian, tol, job),
-            "gauss_newton": _top(gauss_newton, tol, job),
+            "hessian": top_of(hessian, 15, tol, job.seed).eigenvalues.tolist(),
+            "gauss_newton": top_of(gauss_newton, 15, tol, job.seed).eigenvalues.tolist(),
             "residual": [largest.largest, float(smallest.eigenvalues[-1])],
         }
 
-    when = set(at)
-    optimizer = problem.sgd(lr)
-    rows = train(
-        job, "parts", problem, optimizer, steps=max(at), record=record, every=when.__contains__
-    )
+    sgd, due = problem.sgd(lr), set(at).__contains__
+    rows = train(job, "parts", problem, sgd, steps=max(at), record=record, every=due)
     return {"size": hessian.size, "rows": rows}
-
-
-def _top(operator: so.CurvatureOperator, tol: float, job: Job) -> list[float]:
-    subspace = so.DominantSubspace(operator, 15, refresh=1, tol=tol, seed=job.seed)
-    eigenvalues: list[float] = subspace.update().eigenvalues.tolist()
-    return eigenvalues
 
 
 # --- section 2.1: trivial eigenvalues ------------------------------------------------------------
 
 
 def trivial(
-    job: Job,
-    *,
-    data: str,
-    pool: int,
-    examples: Sequence[int],
-    hidden: int,
-    steps: int,
-    lr: float,
+    job: Job, *, examples: Sequence[int], hidden: int, steps: int, lr: float, **part_of: Any
 ) -> Raw:
     """Counts the zeros of both matrices where there are more parameters than outputs.
 
@@ -377,9 +340,9 @@ def trivial(
     """
     rows = []
     for count in examples:
-        part = pooled(real(data, job, count), pool)
+        part = images(job, examples=count, **part_of)
         x, y = part.x_train.double(), part.y_train
-        sizes = (x.shape[1], hidden, hidden, part.num_classes)
+        sizes = (x[0].numel(), hidden, hidden, part.num_classes)
         model = made(job, partial(fully_connected, sizes)).double()
         problem = Problem(model, cross_entropy, x, y)
         for trained in (False, True):
@@ -387,14 +350,15 @@ def trivial(
                 train(job, f"{count}", problem, problem.sgd(lr), steps=steps)
             hessian = problem.hessian()
             gauss_newton = so.GaussNewtonOperator(model, cross_entropy, (x, y))
-            row = {
-                "examples": count,
-                "trained": trained,
-                "size": hessian.size,
-                "bound": so.diagnostics.trivial_eigenvalues(hessian.size, count, sizes[-1]),
-                "loss": hessian.loss(),
-                "zeros": near_zero(so.diagnostics.exact_spectrum(gauss_newton), 1e-12),
-                "hessian": near_zero(so.diagnostics.exact_spectrum(hessian), 1e-3),
-            }
-            rows.append(row)
+            rows.append(
+                {
+                    "examples": count,
+                    "trained": trained,
+                    "size": hessian.size,
+                    "bound": so.diagnostics.trivial_eigenvalues(hessian.size, count, sizes[-1]),
+                    "loss": hessian.loss(),
+                    "zeros": near_zero(so.diagnostics.exact_spectrum(gauss_newton), 1e-12),
+                    "hessian": near_zero(so.diagnostics.exact_spectrum(hessian), 1e-3),
+                }
+            )
     return {"rows": rows}

@@ -38,9 +38,9 @@ def rank_gap(raw: Raw) -> float:
     return statistics.median(ratios) if ratios else math.nan
 
 
-def alignment_of_sgd(raw: Raw) -> float:
-    """Mean χ_k of the gradient along SGD after the switch."""
-    return mean_of(raw["phases"]["SGD"]["chi_gradient"])
+def dominant(raw: Raw) -> bool:
+    """Whether the gradient is dominant along SGD after the switch: mean χ_k at least 0.9."""
+    return mean_of(raw["phases"]["SGD"]["chi_gradient"]) >= ALIGNED
 
 
 def decrease(losses: Sequence[float]) -> float:
@@ -51,22 +51,12 @@ def decrease(losses: Sequence[float]) -> float:
 
 
 def achieved(raw: Raw, branch: str) -> float:
-    """The decrease of the loss in a branch, over that of SGD, where SGD's gradient was dominant.
-
-    NaN where the premise does not hold (mean χ_k along SGD below 0.9), or SGD does not train.
-    """
+    """The decrease of the loss in a branch, over that of SGD; NaN where SGD does not train."""
     losses = raw["losses"]
     trained = decrease(losses["SGD"])
-    if not alignment_of_sgd(raw) >= ALIGNED or trained < _TRAINED * losses["SGD"][0]:
+    if trained < _TRAINED * losses["SGD"][0]:
         return math.nan
     return decrease(losses[branch]) / trained
-
-
-def moved(raw: Raw, branch: str) -> float:
-    """The distance from the switch in a branch, over that of SGD; NaN without the premise."""
-    if not alignment_of_sgd(raw) >= ALIGNED:
-        return math.nan
-    return float(raw["final_distance"][branch] / raw["final_distance"]["SGD"])
 
 
 def reached(raw: Raw) -> bool:
@@ -188,43 +178,10 @@ def edge_with_gradient(raw: Raw) -> float:
 # --- effective rates ---------------------------------------------------------------------------
 
 
-def order_of_bulk_lr(raw: Raw) -> float:
-    """The smallest ratio of a mean Bulk-LR to the one before, from GD(-m) to Adam(+m)."""
-    means = [raw[name]["mean_bulk_lr"] for name in OPTIMIZERS]
-    return float(min(b / a for a, b in pairwise(means)))
-
-
 def plain_rate(raw: Raw) -> float:
     """The largest relative deviation of GD's two mean rates from its learning rate."""
     return float(
         max(abs(raw["GD(-m)"][rate] / raw["lr"] - 1) for rate in ("mean_dom_lr", "mean_bulk_lr"))
-    )
-
-
-def momentum_amplifies(raw: Raw) -> float:
-    """Bulk-LR with momentum over that without, the smaller of GD's and Adam's ratio."""
-    return float(
-        min(
-            raw[f"{name}(+m)"]["mean_bulk_lr"] / raw[f"{name}(-m)"]["mean_bulk_lr"]
-            for name in ("GD", "Adam")
-        )
-    )
-
-
-def adam_amplifies(raw: Raw) -> float:
-    """Adam's Bulk-LR over GD's, the smaller ratio of those without and with momentum."""
-    return float(
-        min(
-            raw[f"Adam({m})"]["mean_bulk_lr"] / raw[f"GD({m})"]["mean_bulk_lr"]
-            for m in ("-m", "+m")
-        )
-    )
-
-
-def bulk_over_dom(raw: Raw) -> float:
-    """The smallest Bulk-LR over |Dom-LR| of the three that are not plain GD."""
-    return float(
-        min(raw[name]["mean_bulk_lr"] / abs(raw[name]["mean_dom_lr"]) for name in OPTIMIZERS[1:])
     )
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.data import Dataset
@@ -104,12 +103,13 @@ def critical_experiment(
     net = network(job, model, data, width)
     checkpoint = Checkpoint(None if job.scratch is None else job.scratch / "compare.pt")
     losses: dict[str, list[float]] = {name: [] for name in optimizers}
-    kept = checkpoint.read(job.device)
-    if kept is not None:
-        try:
-            kept, losses = kept["experiment"], kept["losses"]
-        except KeyError as error:
-            raise checkpoint.foreign(error) from error
+    kept = None
+
+    def load(state: Raw) -> None:
+        nonlocal kept, losses
+        kept, losses = state["experiment"], state["losses"]
+
+    checkpoint.take_up(job.device, load)
 
     def after_step(experiment: Any, measured: bool) -> None:
         if experiment.phase in losses and not experiment.result.finished:
@@ -120,7 +120,7 @@ def critical_experiment(
             lambda: {"experiment": experiment.state_dict(), "losses": losses}, measured=measured
         )
 
-    with doing("comparing") as task, checkpoint:
+    with doing("comparing") as task, checkpoint.held():
         result = compare(
             net,
             LOSSES[loss],
@@ -216,7 +216,7 @@ def small_rate(
     data = dataset(job, model, examples, pool)
     plain, noisy = (problem_of(job, model, data, width) for _ in range(2))
     probe, sgd = _Probe(plain, data.num_classes, job.seed), noisy.sgd(lr)
-    start, other = _theta(plain.model), _theta(noisy.model)
+    start, other = plain.theta(), noisy.theta()
     # Without checkpoints: the second training lives inside the records of the first.
     job = Job(job.seed, job.device)
     done = 0
@@ -224,17 +224,13 @@ def small_rate(
     def record(step: int) -> Row:
         nonlocal done, other
         train(job, "", noisy, sgd, steps=step - done, batch_size=50, first=done)
-        done, other = step, _theta(noisy.model)
-        theta = _theta(plain.model)
+        done, other = step, noisy.theta()
+        theta = plain.theta()
         distances = {"GD": theta - start, "SGD": other - start, "GD to SGD": theta - other}
         return probe(step) | {name: float(d.norm()) for name, d in distances.items()}
 
     rows = train(job, "", plain, plain.sgd(lr), steps=steps, record=record, every=every)
     return columns(rows, (*_OF_A_PROBE, "GD", "SGD", "GD to SGD"))
-
-
-def _theta(net: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
 
 
 # --- edge of stability and SAM: Figures 9-10 ---------------------------------------------------
@@ -269,27 +265,20 @@ def at_the_edge(
     k = data.num_classes
     problem = problem_of(job, "mlp", data, width)
     net, hessian = problem.model, problem.hessian()
-    names = ("SAM", "Dom-SAM", "Bulk-SAM") if rho else ("GD", "Dom-GD", "Bulk-GD")
-
-    def make(name: str, subspace: so.DominantSubspace) -> Optimizer:
-        params = net.parameters()
-        if name in ("before", names[0]):
-            return so.SAM(params, lr, rho) if rho else problem.sgd(lr)
-        if rho:
-            sam = so.DomSAM if name == names[1] else so.BulkSAM
-            return sam(params, lr, rho, subspace=subspace)
-        sgd = so.DomSGD if name == names[1] else so.BulkSGD
-        return sgd(params, lr, subspace=subspace)
-
+    name, options = ("SAM", {"lr": lr, "rho": rho}) if rho else ("GD", {"lr": lr})
+    sgd, sam = (torch.optim.SGD, so.DomSGD, so.BulkSGD), (so.SAM, so.DomSAM, so.BulkSAM)
+    plain, dom, bulk = cast("tuple[type[Any], ...]", sam if rho else sgd)
+    kinds = {"before": plain, name: plain, f"Dom-{name}": dom, f"Bulk-{name}": bulk}
     raw: Raw = {"switch_step": switch, "losses": {}}
     at_switch: dict[str, Tensor] = {}
-    for name in ("before", *names):
+    for name, kind in kinds.items():
         warm = name == "before"
         if not warm:
             net.load_state_dict(at_switch)
         subspace = so.DominantSubspace(hessian, k, refresh=refresh, seed=job.seed)
-        optimizer = make(name, subspace)
-        next_k = k if warm or name == names[0] else 0
+        more = {} if kind is plain else {"subspace": subspace}
+        optimizer = kind(net.parameters(), **options, **more)
+        next_k = k if kind is plain else 0
         monitor = so.Monitor(optimizer, subspace, every=every if warm else measure, next_k=next_k)
         losses: list[float] = []
         train(

@@ -19,7 +19,7 @@ from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.gur_ari_2018 import analysis, measures, pictures, runs, solvable
 from benchmarks.papers.gur_ari_2018.cases import CASES
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.training import Problem
+from benchmarks.papers.training import Problem, performance, top_of
 
 PAPER = PAPERS["gur_ari_2018"]
 
@@ -154,7 +154,7 @@ def quadratic():
 
 def test_the_decrease_along_the_top_subspace(quadratic):
     hessian, H = quadratic
-    g, top, lr = hessian.gradient(), measures.top_of(hessian, 2, 1e-12), 0.05
+    g, top, lr = hessian.gradient(), top_of(hessian, 2, 1e-12), 0.05
     before = [p.clone() for p in hessian.parameters.tensors]
     expected = [
         lr * (g @ v) - lr**2 * (v @ H @ v) / 2 for v in (top.vectors.T @ (top.vectors @ g), g)
@@ -166,7 +166,7 @@ def test_the_decrease_along_the_top_subspace(quadratic):
 
 def test_mean_overlaps(quadratic):
     hessian, H = quadratic
-    g, top = hessian.gradient(), measures.top_of(hessian, 3, 1e-12)
+    g, top = hessian.gradient(), top_of(hessian, 3, 1e-12)
     expected = g @ H @ g / (g.norm() * (H @ g).norm())
     assert measures.overlap_of(hessian) == pytest.approx(float(expected))
     # At the vertices of a cube in the top subspace each overlap is that of eq. 4.
@@ -201,7 +201,7 @@ def test_a_hessian_in_chunks_is_the_whole_one():
     chunked = measures.whole_hessian(Problem(model, cross_entropy, x, y))
     torch.testing.assert_close(chunked.matvec(v), whole.matvec(v))
     right = (model(x).argmax(dim=1) == y).double().mean()
-    assert measures.accuracy_of(model, x, y) == pytest.approx(float(right))
+    assert performance(model, x, y)["accuracy"] == pytest.approx(float(right))
 
 
 def test_images_with_colours_are_in_chunks(monkeypatch):
@@ -227,7 +227,7 @@ def test_images_are_square_and_pooled():
 
 def test_first_classes():
     data = measures.images(Job(), "digits", 50, 20)
-    part = measures.first_classes(data, 3)
+    part = problems.first_classes(data, 3)
     assert part.num_classes == 3
     assert part.y_train.unique().tolist() == part.y_test.unique().tolist() == [0, 1, 2]
     assert torch.equal(part.x_train, data.x_train[data.y_train < 3])
@@ -337,7 +337,8 @@ def mixture(k, noise, *, bias, fractions, values):
 def test_claims_about_the_solvable_model():
     raw = {"time": [1, 100], "eigenvalues": [[9, 9, 9, 9], [0.011, 0.0098, 0, 0]]}
     assert analysis.inverse_time(raw) == pytest.approx(0.1)
-    assert analysis.never_left({"f_top": [1, 0.7], "span": [0.9, 1]}) == 0.7
+    fixed = claim("toy-top-subspace-is-fixed").measure
+    assert fixed({"f_top": [1, 0.7], "span": [0.9, 1]}) == 0.7
     cases = [
         mixture(2, 0, bias=False, fractions=[0.5, 0.4], values=[1, 0.9, 0.8]),
         mixture(3, 0, bias=False, fractions=[0.1, 0.1, 0.1], values=[1, 1, 0.6, 0.2]),
@@ -346,9 +347,8 @@ def test_claims_about_the_solvable_model():
         mixture(2, 0, bias=True, fractions=[0, 0.95], values=[1, 1, 0]),
         mixture(2, 0.02, bias=True, fractions=[0.3, 0.6], values=[1, 1, 0]),
     ]
-    assert analysis.dominated({"cases": cases}) == pytest.approx(3)
-    assert analysis.noisy_f_top({"cases": cases}) == pytest.approx(0.8)
-    assert analysis.aligned({"cases": cases}) == pytest.approx(0.6)
+    for kind, least in (("plain", 3), ("noisy", 0.8), ("biased", 0.6)):
+        assert analysis.least_of_mixtures({"cases": cases}, kind) == pytest.approx(least)
 
 
 def test_claims_about_the_toys_rank_and_trajectory():

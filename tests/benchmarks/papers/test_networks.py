@@ -24,6 +24,14 @@ def test_fully_connected_counts_its_layers():
     assert [type(layer) for layer in net[1:]] == [nn.Linear, nn.Tanh] * 2 + [nn.Linear]
 
 
+def test_lenet_halves_its_images_and_with_padding_no_more():
+    net = networks.lenet(14, 1, (4, 8), (10,), padding=2)
+    assert net(torch.zeros(3, 1, 14, 14)).shape == (3, 10)
+    assert size(net) == convolution(1, 4, 5) + convolution(4, 8, 5) + 10 * (8 * 3 * 3 + 1)
+    # The small CNN of `class_gradient_2020`, of which the paper counts 60k.
+    assert size(networks.lenet(32, 3, (6, 16), (120, 84, 10), padding=0)) == 62_006
+
+
 def test_simple_convnet_is_keras_example():
     # 1,250,858 parameters, as Keras reports for its CIFAR-10 example.
     assert size(networks.simple_convnet(32, 10)) == 1_250_858
