@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 from rich.console import Console
+
+from benchmarks.files import BusyError
 
 REFUSED: Final = 2
 """The exit status of what cannot be run."""
@@ -36,3 +38,24 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def status(name: str, work: Callable[[], int], *refusals: type[Exception], kept: str = "") -> int:
+    """Does the work of a command, and returns its exit status.
+
+    Args:
+        name: of the command.
+        work: returns the exit status.
+        refusals: errors that tell in one sentence what cannot be run, beside ``BusyError``.
+        kept: what there is after an interrupt.
+    """
+    told: tuple[type[Exception], ...] = (BusyError, *refusals)
+    try:
+        with ended_by_signals():
+            return work()
+    except told as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("; ".join(filter(None, (f"{name}: interrupted", kept))), file=sys.stderr)
+        return INTERRUPTED

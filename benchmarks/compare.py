@@ -21,7 +21,7 @@ import subspace_optim as so
 from benchmarks import command, report
 from benchmarks.data import DATASETS, DataUnavailableError, load
 from benchmarks.experiment import OPTIMIZERS, WARMUP, Settings, compare
-from benchmarks.files import BusyError, ForeignFileError, alone, replacing
+from benchmarks.files import ForeignFileError, alone, replacing
 from benchmarks.losses import LOSSES
 from benchmarks.models import DEFAULT_MODEL, MODELS, build, default_lr
 from benchmarks.optimizers import DEFAULT, Recipe, recipes
@@ -297,15 +297,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     console = command.console(width=120)
-    try:
-        with command.ended_by_signals(), shown("compare", console):
+
+    def work() -> int:
+        with shown("compare", console):
             return _run(options, console)
-    except (DataUnavailableError, ValueError, BusyError, so.NonFiniteError) as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return command.REFUSED
-    except KeyboardInterrupt:
-        print("compare: interrupted", file=sys.stderr)
-        return command.INTERRUPTED
+
+    return command.status("compare", work, DataUnavailableError, ValueError, so.NonFiniteError)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,11 @@ from rich.table import Table
 
 import subspace_optim as so
 from benchmarks import command
-from benchmarks.data import load
-from benchmarks.experiment import minibatch
-from benchmarks.files import BusyError, alone, replacing
-from benchmarks.losses import mse
-from benchmarks.models import build
-from benchmarks.progress import counted, shown
+from benchmarks.files import alone, replacing
+from benchmarks.progress import shown
 from benchmarks.report import machine, versions
 from benchmarks.speed.memory import PeakMemory
+from benchmarks.speed.problems import problem
 from benchmarks.speed.timing import in_turn
 
 
@@ -47,45 +44,26 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = command.console(width=110)
     lock = options.output.with_name(f"{options.output.name}.lock")
-    try:
-        with command.ended_by_signals(), alone(lock), shown("cost", console):
-            _run(options, console)
-    except BusyError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("cost: interrupted; it writes at its end", file=sys.stderr)
-        return command.INTERRUPTED
-    return 0
+
+    def work() -> int:
+        with alone(lock), shown("cost", console):
+            return _run(options, console)
+
+    return command.status("cost", work, kept="it writes at its end")
 
 
-def _run(options: argparse.Namespace, console: Console) -> None:
-    """Measures, writes and prints."""
-    data = load("mnist-5k")
-    x, y = data.x_train, data.y_train
-    model = build("mlp", data, num_outputs=data.num_classes, seed=0)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-
-    def train(step: int, optimizer: torch.optim.Optimizer) -> None:
-        batch = minibatch(len(x), 50, step, seed=0)
-        optimizer.zero_grad()
-        mse(model(x[batch]), y[batch]).backward()
-        optimizer.step()
-
-    for step in counted("training with SGD", range(options.train_steps)):
-        train(step, sgd)
-
-    hessian = so.HessianOperator(model, mse, (x, y))
+def _run(options: argparse.Namespace, console: Console) -> int:
+    """Measures, writes and prints; returns the exit status."""
+    made = problem("mlp")
+    made.move_to(options.train_steps)
+    hessian, parameters = made.hessian(), list(made.model.parameters())
     subspace = so.DominantSubspace(hessian, options.k, refresh=1)
     refined = so.DominantSubspace(hessian, options.k)
     kept = so.DominantSubspace(hessian, options.k, refresh=10**9)
     # A rate of 1e-12 moves nothing that could change the cost.
-    plain = torch.optim.SGD(model.parameters(), lr=1e-12)
-    projected = so.BulkSGD(model.parameters(), lr=1e-12, subspace=kept)
+    plain = torch.optim.SGD(parameters, lr=1e-12)
+    projected = so.BulkSGD(parameters, lr=1e-12, subspace=kept)
     vector = torch.randn(hessian.size)
-
-    def gradient() -> None:
-        model.zero_grad()
-        mse(model(x), y).backward()
 
     def prepare() -> None:
         hessian.release()
@@ -96,19 +74,19 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     graph_bytes = hessian.stats.graph_bytes
     products = subspace.stats.products
     functions: dict[str, Callable[[], object]] = {
-        "one gradient over the data": gradient,
+        "one gradient over the data": made.gradient,
         "the first Hessian product at new parameters": prepare,
         "each further product": lambda: hessian.matvec(vector),
         f"a cold solve, top {options.k} ({products} products)": subspace.refresh,
         f"a refinement of a basis ({options.k + 1} products)": refined.refresh,
-        "a step of torch.optim.SGD, batch 50": lambda: train(0, plain),
-        "a step of BulkSGD with a kept basis": lambda: train(0, projected),
+        "a step of torch.optim.SGD, batch 50": lambda: made.step(plain, 0),
+        "a step of BulkSGD with a kept basis": lambda: made.step(projected, 0),
     }
     seconds = in_turn(functions, options.rounds)
     unit = statistics.median(seconds["one gradient over the data"])
     result = {
         "parameters": hessian.size,
-        "examples": len(x),
+        "examples": len(made.x),
         "k": options.k,
         "products": products,
         "seconds": seconds,
@@ -135,6 +113,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         "and what one product over the data needs in passing."
     )
     console.print(f"Written: {options.output}")
+    return 0
 
 
 if __name__ == "__main__":

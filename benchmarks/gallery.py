@@ -28,7 +28,7 @@ import subspace_optim as so
 from benchmarks import command
 from benchmarks.data import Dataset, DataUnavailableError, load
 from benchmarks.experiment import minibatch
-from benchmarks.files import BusyError, alone, replacing
+from benchmarks.files import alone, replacing
 from benchmarks.losses import mse
 from benchmarks.models import build
 from benchmarks.optimizers import step_together
@@ -289,18 +289,12 @@ def main(arguments: list[str] | None = None) -> int:
     console = command.console(width=100)
     made = Measurements(data, rows=options.rows, seed=options.seed)
     names = options.pictures or list(PICTURES)
-    try:
-        with (
-            command.ended_by_signals(),
-            alone(options.output / "lock"),
-            shown("gallery", console),
-        ):
+
+    def work() -> int:
+        with alone(options.output / "lock"), shown("gallery", console):
             return _draw_all(made, names, options, console)
-    except BusyError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print(f"gallery: interrupted; {options.output} has the pictures before", file=sys.stderr)
-        return command.INTERRUPTED
+
+    return command.status("gallery", work, kept=f"{options.output} has the pictures before")
 
 
 def _draw_all(

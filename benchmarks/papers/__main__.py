@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import command
-from benchmarks.files import BusyError, ForeignFileError, alone, replacing
+from benchmarks.files import ForeignFileError, alone, replacing
 from benchmarks.gallery import save
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.pages import CLAIMS, RAW, claims, judged, publish
@@ -208,15 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("seeds", "jobs"):
         if (number := getattr(options, name)) is not None and number < 1:
             parser.error(f"--{name} {number}: at least 1")
-    try:
-        with command.ended_by_signals():
-            return _run(parser, options, console)
-    except (BusyError, ForeignFileError) as error:
-        print(f"papers: {error}", file=sys.stderr)
-        return command.REFUSED
-    except KeyboardInterrupt:
-        print("papers: interrupted", file=sys.stderr)
-        return command.INTERRUPTED
+    return command.status("papers", lambda: _run(parser, options, console), ForeignFileError)
 
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:

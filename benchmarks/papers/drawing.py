@@ -62,11 +62,6 @@ def first_of(of_seeds: Mapping[int, Raw]) -> Raw | None:
     return of_seeds[min(of_seeds)] if of_seeds else None
 
 
-def first_seed(of_seeds: Mapping[int, Raw]) -> Mapping[int, Raw]:
-    """Returns the first seed alone."""
-    return {seed: raw for seed, raw in of_seeds.items() if seed == min(of_seeds)}
-
-
 def line(axes: Axes, x: Any, y: Any, first: bool, label: str = "", **look: Any) -> Line2D:
     """Draws the line of one seed: the first is strong and in the key, the others are thin.
 

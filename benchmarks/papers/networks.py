@@ -73,31 +73,21 @@ def simple_convnet(
             layer.
     """
 
-    def convolution(inputs: int, outputs: int, padding: int) -> list[nn.Module]:
-        norm = [nn.BatchNorm2d(outputs)] if more else []
-        return [nn.Conv2d(inputs, outputs, 3, padding=padding), *norm, nn.ReLU()]
-
     def drop(rate: float) -> list[nn.Module]:
         return [nn.Dropout(rate)] if more else []
 
-    after = ((side - 2) // 2 - 2) // 2
-    extra = [nn.Linear(dense, dense), nn.ReLU(), *drop(0.5)] if more else []
-    return nn.Sequential(
-        *convolution(channels, width, 1),
-        *convolution(width, width, 0),
-        nn.MaxPool2d(2),
-        *drop(0.25),
-        *convolution(width, 2 * width, 1),
-        *convolution(2 * width, 2 * width, 0),
-        nn.MaxPool2d(2),
-        *drop(0.25),
-        nn.Flatten(),
-        nn.Linear(2 * width * after * after, dense),
-        nn.ReLU(),
-        *drop(0.5),
-        *extra,
-        nn.Linear(dense, outputs),
-    )
+    layers: list[nn.Module] = []
+    for wide in (width, 2 * width):
+        for padding in (1, 0):
+            norm = [nn.BatchNorm2d(wide)] if more else []
+            layers += [nn.Conv2d(channels, wide, 3, padding=padding), *norm, nn.ReLU()]
+            channels = wide
+        layers += [nn.MaxPool2d(2), *drop(0.25)]
+        side = (side - 2) // 2
+    layers += [nn.Flatten(), nn.Linear(channels * side * side, dense), nn.ReLU(), *drop(0.5)]
+    if more:
+        layers += [nn.Linear(dense, dense), nn.ReLU(), *drop(0.5)]
+    return nn.Sequential(*layers, nn.Linear(dense, outputs))
 
 
 def vgg11(outputs: int, *, channels: int = 3, width: int = 64) -> nn.Sequential:

@@ -48,18 +48,6 @@ class Record:
     versions: dict[str, str | None]
     raw: Raw
 
-    def check(self, paper: str, run: str, scale: Scale, seed: int) -> None:
-        """Checks that it is of that run and seed, and has figures.
-
-        Raises:
-            ValueError: it is of another, or has none.
-        """
-        found, wanted = (self.paper, self.run, self.scale, self.seed), (paper, run, scale, seed)
-        if found != wanted:
-            raise ValueError(f"it is of {found}, not of {wanted}")
-        if not isinstance(self.raw, dict):
-            raise ValueError("it has no figures")  # noqa: TRY004 (what a file holds, no argument)
-
 
 class RawFiles:
     """The raw files of a folder, ``<scale>/<paper>/<run>/seed-<n>.json``.
@@ -91,9 +79,12 @@ class RawFiles:
             raise ForeignFileError(path, "raw file", error, remedy) from error
         try:
             record = Record(**_with_nan(json.loads(text)))
-            record.check(paper, run.name, scale, seed)
         except (TypeError, ValueError) as error:
             raise ForeignFileError(path, "raw file", error, remedy) from error
+        found = (record.paper, record.run, record.scale, record.seed)
+        if found != (paper, run.name, scale, seed) or not isinstance(record.raw, dict):
+            reason = f"it holds no figures of this run, but what is of {found}"
+            raise ForeignFileError(path, "raw file", reason, remedy)
         present = record.version == run.version and record.size == jsonable(
             run.size(scale), _DIGITS
         )

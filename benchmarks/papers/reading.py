@@ -25,9 +25,8 @@ from string import Template
 from typing import Any, Final
 
 from benchmarks.papers import reductions
-from benchmarks.papers.drawing import first_seed
 from benchmarks.papers.panels import Line, Panel, Picture
-from benchmarks.papers.reproduction import TRIAL, Claim, Exhibit, Paper, Raw, RawOfSeeds, Run
+from benchmarks.papers.reproduction import TRIAL, Claim, Exhibit, Paper, Raw, Run
 from benchmarks.papers.tables import Cell, rows_of_quantities, rows_of_runs
 
 FOLDER: Final = Path(__file__).parent
@@ -174,22 +173,24 @@ class _Names:
         data = _filled(data, data.get("names", {}))
         if unknown := data.keys() - _EXHIBIT:
             raise ValueError(f"an exhibit has no {', '.join(unknown)}: it has {sorted(_EXHIBIT)}")
-        runs, seeds = self.runs(data["runs"]), data.get("seeds", "all")
+        runs = self.runs(data["runs"])
         titles = {run: self.titles[run] for run in runs}
-        shows: dict[str, Function | None] = {
-            "draw": self._picture(data, runs, titles),
-            "table": self._table(data.get("table"), runs, titles),
-        }
-        for what, show in shows.items():
-            if show is not None and seeds != "all":
-                shows[what] = _of_some(show, self._chosen(seeds))
-        return Exhibit(name, data["title"], runs, note=data.get("note", ""), **shows)
+        draw = self._picture(data, runs, titles)
+        table = self._table(data.get("table"), runs, titles)
+        if "seeds" in data:
+            draw, table = (show and self._of_some(show, data["seeds"]) for show in (draw, table))
+        note = data.get("note", "")
+        return Exhibit(name, data["title"], runs, draw=draw, table=table, note=note)
 
-    def _chosen(self, seeds: str) -> Callable[[Mapping[int, Raw]], Mapping[int, Raw]]:
-        if seeds == "first":
-            return first_seed
-        holds = self.function(seeds)
-        return lambda of_seeds: {seed: raw for seed, raw in of_seeds.items() if holds(raw)}
+    def _of_some(self, show: Function, seeds: str) -> Function:
+        """A picture or table of the first seed, or of those for which a function holds."""
+
+        def chosen(of_seeds: Mapping[int, Raw]) -> Mapping[int, Raw]:
+            if seeds == "first":
+                return {seed: raw for seed, raw in of_seeds.items() if seed == min(of_seeds)}
+            return {seed: raw for seed, raw in of_seeds.items() if self.function(seeds)(raw)}
+
+        return lambda raws: show({run: chosen(of_seeds) for run, of_seeds in raws.items()})
 
     def _picture(
         self, data: Data, runs: Sequence[str], titles: Mapping[str, str]
@@ -229,11 +230,8 @@ class _Names:
         return lambda raws: rows_of_runs(raws, cells, titles, runs)
 
     def _like(self, data: Data, others: Mapping[str, Data]) -> Data:
-        return (
-            others[data["like"]] | {k: v for k, v in data.items() if k != "like"}
-            if "like" in data
-            else data
-        )
+        other = others[data["like"]] if "like" in data else {}
+        return other | {name: value for name, value in data.items() if name != "like"}
 
     def runs(self, names: str | Iterable[str]) -> tuple[str, ...]:
         """Returns the names of runs, those of groups one by one."""
@@ -274,12 +272,3 @@ def _told(data: Data, kind: type) -> tuple[Data, Data]:
         {name: value for name, value in data.items() if name in known},
         {name: value for name, value in data.items() if name not in known},
     )
-
-
-def _of_some(show: Function, chosen: Callable[[Mapping[int, Raw]], Mapping[int, Raw]]) -> Function:
-    """A picture or table of some of the seeds."""
-
-    def shown(raws: RawOfSeeds) -> Any:
-        return show({run: chosen(of_seeds) for run, of_seeds in raws.items()})
-
-    return shown

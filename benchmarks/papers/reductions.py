@@ -1,8 +1,8 @@
 """Reductions of raw figures to numbers: what the papers share, for claims, tables and pictures.
 
-Data files name them with the columns that they are of: ``["last", "gradient_printed"]``. A column
-is a path: ``phases.SGD.chi_gradient``, ``GD.-1`` for an element of a list, and ``rows.distance``
-for that of each row. What is one paper's own is in its ``analysis``.
+Data files name them with the columns that they are of: ``["value", "gradient_printed.-1"]``. A
+column is a path: ``phases.SGD.chi_gradient``, ``GD.-1`` for an element of a list, and
+``rows.distance`` for that of each row. What is one paper's own is in its ``analysis``.
 """
 
 from __future__ import annotations
@@ -65,16 +65,6 @@ def second_half(values: Sequence[float]) -> Sequence[float]:
 def value(raw: Raw, path: str) -> float:
     """Returns the number that a column is."""
     return float(column(raw, path))
-
-
-def first(raw: Raw, path: str) -> float:
-    """Returns the first number of a column."""
-    return float(column(raw, path)[0])
-
-
-def last(raw: Raw, path: str) -> float:
-    """Returns the last number of a column."""
-    return float(column(raw, path)[-1])
 
 
 def mean(raw: Raw, path: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -109,41 +110,24 @@ def curves(
         ``step``, validation ``loss`` and ``accuracy`` at each of these steps, and whether the
         training ``diverged``, so that the series end where a loss is no number.
     """
-    return {
-        method: {
-            name: _curve(job, f"{method}-{name}", make, data, method, **training)
-            for name, training in trainings.items()
-        }
-        for method in methods
-    }
-
-
-def _curve(
-    job: Job,
-    name: str,
-    make: Callable[[], nn.Module],
-    data: Dataset,
-    method: Method,
-    *,
-    lr: float,
-    **training: Any,
-) -> Raw:
-    model = made(job, make)
-    optimizer, subspace = optimizer_of(method, model, data.num_classes, lr)
-
-    rows = train(
-        job,
-        name,
-        Problem(model, cross_entropy, data.x_train, data.y_train),
-        optimizer,
-        record=lambda _: performance(model, *validation_of(data)),
-        before=None if subspace is None else subspace.observe,
-        also=() if subspace is None else (subspace,),
-        **training,
-    )
-    diverged = bool(rows[-1].get("diverged", False))
-    rows = rows[:-1] if diverged else rows
-    return {key: column(rows, key) for key in ("step", "loss", "accuracy")} | {"diverged": diverged}
+    found: dict[Method, dict[str, Raw]] = {method: {} for method in methods}
+    for method, (name, training) in itertools.product(methods, trainings.items()):
+        model = made(job, make)
+        optimizer, subspace = optimizer_of(method, model, data.num_classes, training["lr"])
+        rows = train(
+            job,
+            f"{method}-{name}",
+            Problem(model, cross_entropy, data.x_train, data.y_train),
+            optimizer,
+            record=lambda _, model=model: performance(model, *validation_of(data)),  # type: ignore[misc]
+            before=None if subspace is None else subspace.observe,
+            also=() if subspace is None else (subspace,),
+            **{option: value for option, value in training.items() if option != "lr"},
+        )
+        ended = [row for row in rows if "diverged" not in row]
+        series = {key: column(ended, key) for key in ("step", "loss", "accuracy")}
+        found[method][name] = series | {"diverged": len(ended) < len(rows)}
+    return found
 
 
 def at_rates(

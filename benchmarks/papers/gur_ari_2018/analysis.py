@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from benchmarks.papers.gur_ari_2018.cases import CASES
 from benchmarks.papers.reductions import Curve, mean_of, median_of
@@ -58,22 +59,14 @@ def first_trained(raw: Raw) -> int:
 
 def matrix_of(raw: Raw, subspace: str | int) -> Matrix:
     """Returns the overlaps of all bases: of the top or next k, or the top of so many dimensions."""
-    found: Matrix = raw["preserved"][str(raw["k"] if subspace == "top" else subspace)]
-    return found
+    if subspace == "next":
+        return cast("Matrix", raw["next"])
+    return cast("Matrix", raw["preserved"][str(raw["k"] if subspace == "top" else subspace)])
 
 
-def top_kept(raw: Raw) -> float:
-    """Returns the overlap of the top subspace after some training with the last one."""
-    return _kept(raw, raw["preserved"][str(raw["k"])])
-
-
-def next_kept(raw: Raw) -> float:
-    """Returns the same for the subspace of the next k."""
-    return _kept(raw, raw["next"])
-
-
-def _kept(raw: Raw, matrix: Matrix) -> float:
-    first = first_trained(raw)
+def kept(raw: Raw, subspace: str) -> float:
+    """Returns the overlap of the top or next k after some training with the last ones."""
+    matrix, first = matrix_of(raw, subspace), first_trained(raw)
     return matrix[first][-1] if first < len(matrix) else math.nan
 
 
@@ -86,8 +79,7 @@ def starts(raw: Raw) -> list[int]:
 
 def overlaps_from_starts(raw: Raw, subspace: str | int) -> Iterator[Curve]:
     """Yields the overlap with later subspaces by distance, from each of a few starts."""
-    saved = raw["saved"]
-    matrix = raw["next"] if subspace == "next" else matrix_of(raw, subspace)
+    saved, matrix = raw["saved"], matrix_of(raw, subspace)
     for i in starts(raw):
         after = [step - saved[i] for step in saved[i:]]
         yield Curve(after, matrix[i][i:], f"$t_1 = {saved[i]}$", _place(raw, i))
@@ -223,8 +215,7 @@ def log_density(raw: Raw, grid: Array) -> Array:
     """Returns the density of log10 λ at a grid, all realisations together."""
     values = np.array(raw["eigenvalues"], dtype=float)
     points = np.log10(values[values > 0])
-    kernels = np.exp(-0.5 * np.square((grid[:, None] - points) / _BANDWIDTH))
-    density: Array = kernels.mean(axis=1) / (_BANDWIDTH * math.sqrt(2 * math.pi))
+    density: Array = norm.pdf(grid[:, None], points, _BANDWIDTH).mean(axis=1)
     return density
 
 
@@ -238,9 +229,7 @@ def log_normal(raw: Raw) -> Iterator[Curve]:
     """Yields the density of a Gaussian with mean and deviation of the top k."""
     values, x = decades(raw), _around(raw)
     top = values[:, : raw["k"]]
-    mean, deviation = float(top.mean()), float(top.std())
-    normal = np.exp(-0.5 * np.square((x - mean) / deviation)) / (deviation * math.sqrt(2 * math.pi))
-    yield Curve(x, normal * raw["k"] / values.shape[1])
+    yield Curve(x, norm.pdf(x, top.mean(), top.std()) * raw["k"] / values.shape[1])
 
 
 def mean_of_kth(raw: Raw) -> float:

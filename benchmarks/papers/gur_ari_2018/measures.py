@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import subspace_optim as so
 from benchmarks.data import Dataset
@@ -77,11 +77,7 @@ def of_test(model: nn.Module, data: Dataset) -> so.HessianOperator | None:
 
 def overlap_of(operator: so.CurvatureOperator) -> float:
     """Returns the overlap of g and Hg (eq. 3)."""
-    with operator.frozen():
-        gradient = operator.gradient()
-        product = operator.matvec(gradient)
-    operator.release()
-    return float(hessian_gradient_overlap(gradient, product))
+    return mean_overlap(operator, operator.gradient()[None])
 
 
 def mean_overlap(operator: so.CurvatureOperator, vectors: Tensor) -> float:
@@ -103,13 +99,10 @@ def decrease(operator: so.CurvatureOperator, top: so.EigenBasis, lr: float) -> f
     return (start - _loss_after(operator, -lr * top.project(gradient))) / whole
 
 
-@torch.no_grad()
 def _loss_after(operator: so.CurvatureOperator, move: Tensor) -> float:
-    space = operator.parameters
-    kept = [p.clone() for p in space.tensors]
-    for p, piece in zip(space.tensors, space.unflatten(move), strict=True):
-        p.add_(piece)
+    tensors = operator.parameters.tensors
+    theta = parameters_to_vector(tensors).detach()
+    vector_to_parameters(theta + move, tensors)
     loss = operator.loss()
-    for p, old in zip(space.tensors, kept, strict=True):
-        p.copy_(old)
+    vector_to_parameters(theta, tensors)
     return loss

@@ -94,15 +94,7 @@ def _flow(reached: Tensor) -> Tensor:
 
 
 def mixture(
-    job: Job,
-    *,
-    classes: Sequence[int],
-    noises: Sequence[float],
-    dimension: int,
-    per_class: int,
-    lr: float,
-    steps: int,
-    records: int,
+    job: Job, *, classes: Sequence[int], noises: Sequence[float], per_class: int, **size: Any
 ) -> Raw:
     """Trains softmax regression on Gaussian mixtures by gradient descent.
 
@@ -110,7 +102,6 @@ def mixture(
         For each of them, with biases and without: f_top, the fractions c_i² of the top k, and
         2k + 2 eigenvalues along training. For each number of classes the rank without noise.
     """
-    size: dict[str, Any] = {"dimension": dimension, "lr": lr, "steps": steps, "records": records}
     return {
         "cases": [
             _mixture(job, k, noise, bias=bias, per_class=per_class if noise else 1, **size)

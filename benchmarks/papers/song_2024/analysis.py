@@ -80,23 +80,17 @@ def before_switch(raw: Raw) -> Iterator[Curve]:
     yield Curve([*steps, switch], [*losses, sgd[0]])
 
 
-def along_sgd(raw: Raw, name: str) -> Iterator[Curve]:
-    """A column before and after the switch."""
-    yield _joined(raw["phases"], name, "warmup", "SGD")
-
-
 def distance(raw: Raw, branch: str) -> Iterator[Curve]:
     """The distance from the switch in a branch, by the steps since then."""
     part = raw["phases"][branch]
     yield Curve(np.array(part["step"]) - raw["switch_step"], part["distance"])
 
 
-def _joined(parts: Raw, name: str, *phases: str) -> Curve:
-    """A column of one phase after the other."""
-    x, y = (
-        [value for phase in phases for value in parts[phase][column]] for column in ("step", name)
-    )
-    return Curve(x, y)
+def joined(raw: Raw, name: str, *parts: str) -> Iterator[Curve]:
+    """A column along one part of a run after the other."""
+    phases = raw.get("phases", raw)
+    x, y = ([v for part in parts for v in phases[part][column]] for column in ("step", name))
+    yield Curve(x, y)
 
 
 def eigenvalues(raw: Raw, name: str, *parts: str) -> Iterator[Curve]:
@@ -162,11 +156,6 @@ def achieved_at_edge(raw: Raw, branch: str, plain: str) -> float:
     """
     trained = decrease(raw["losses"][plain])
     return decrease(raw["losses"][branch]) / trained if trained > 0 else math.nan
-
-
-def to_the_edge(raw: Raw, name: str, plain: str) -> Iterator[Curve]:
-    """A column before the switch, and of the plain optimizer after it."""
-    yield _joined(raw, name, "before", plain)
 
 
 def edge_with_gradient(raw: Raw) -> float:

@@ -28,10 +28,6 @@ def curve(losses, *, accuracy=0.5, diverged=False):
     return {"step": steps, "loss": losses, "accuracy": accuracies, "diverged": diverged}
 
 
-def two(sgd, newton, **more):
-    return {"classes": 10, "curves": {"sgd": {"0.1": sgd}, "printed": {"0.1": newton}}} | more
-
-
 # --- at the real size ----------------------------------------------------------------------------
 
 
@@ -109,114 +105,6 @@ def test_class_gradients_along_a_training_survive_an_interruption(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         runs.beside_eigenvectors(job, **CLASSES)
     assert runs.beside_eigenvectors(job, **CLASSES) == whole
-
-
-# --- claims decide right -------------------------------------------------------------------------
-
-GOOD, BAD = curve([2.3, 1.0, 0.5, 0.4], accuracy=0.9), curve([2.3, 2.0, 1.0, 1.5], accuracy=0.8)
-LOST = curve([2.3, math.nan], diverged=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "raw", "value", "holds"),
-    [
-        ("table-1-ahead", two(BAD, GOOD), 0.1, True),
-        ("table-1-ahead", two(GOOD, BAD), -0.1, False),
-        ("table-1-ahead", two(GOOD, LOST), -0.8, False),
-        ("table-2-ahead", two(BAD, GOOD), 4.5 / 3 - 1.9 / 3, True),
-        ("table-2-ahead", two(GOOD, LOST), -math.inf, False),
-        ("text-behind", two(GOOD, BAD), -0.1, True),
-        ("text-behind", two(BAD, GOOD), 0.1, False),
-        ("text-similar", two(GOOD, GOOD), 0.0, True),
-        ("text-similar", two(BAD, GOOD), 0.1, False),
-        ("text-slower", two(GOOD, BAD), 1.0, True),
-        ("text-slower", two(BAD, GOOD), 0.0, False),
-        ("text-volatile", two(GOOD, BAD), math.log(1.5) / math.log(1.25), True),
-        ("text-volatile", two(BAD, GOOD), math.log(1.25) / math.log(1.5), False),
-        ("both-diverge-above-0.1", two(LOST, LOST), 0.1, True),
-        ("both-diverge-above-0.1", two(GOOD, LOST), 0.9, False),
-    ],
-)
-def test_claims_about_rates(name, raw, value, holds):
-    measured = claim(name).measure(raw)
-    assert measured == pytest.approx(value)
-    assert claim(name).holds(measured) is holds
-
-
-@pytest.mark.parametrize("name", ["text-behind", "text-similar", "text-slower", "text-volatile"])
-def test_what_the_text_says_is_judged_where_both_trainings_survive(name):
-    measured = claim(name).measure
-    for lost in (two(GOOD, LOST), two(LOST, GOOD)):
-        assert math.isnan(measured(lost))
-    found = two(GOOD, BAD)
-    value = measured(found)
-    found["curves"]["sgd"]["0.4"], found["curves"]["printed"]["0.4"] = GOOD, LOST
-    assert measured(found) == value
-
-
-LEADS = curve([2.0, 1.0, *[0.9] * 18])
-FOLLOWS = curve([2.0, 1.5, *[0.5] * 18])
-
-
-@pytest.mark.parametrize(
-    ("name", "sgd", "newton", "value", "holds"),
-    [
-        ("starts-faster", FOLLOWS, LEADS, 1.5, True),
-        ("starts-faster", LEADS, FOLLOWS, 1 / 1.5, False),
-        ("sgd-overtakes", FOLLOWS, LEADS, 1.0, True),
-        ("sgd-overtakes", LEADS, FOLLOWS, 0.0, False),
-        ("small-batches-cross-early", FOLLOWS, LEADS, 2 * 64 / 256, True),
-        ("small-batches-cross-early", LEADS, FOLLOWS, math.inf, False),
-    ],
-)
-def test_claims_about_batch_sizes(name, sgd, newton, value, holds):
-    raw = {"examples": 256, "curves": {"sgd": {"64": sgd}, "printed": {"64": newton}}}
-    measured = claim(name).measure(raw)
-    assert measured == pytest.approx(value)
-    assert claim(name).holds(measured) is holds
-
-
-def test_a_claim_about_batch_sizes_needs_all_that_both_trainings_survive():
-    curves = {
-        "sgd": {"64": LEADS, "256": FOLLOWS},
-        "printed": {"64": FOLLOWS, "256": LEADS},
-    }
-    raw = {"examples": 256, "curves": curves}
-    assert claim("sgd-overtakes").measure(raw) == 0.0
-    curves["printed"]["64"] = LOST
-    assert claim("sgd-overtakes").measure(raw) == 1.0
-    assert claim("starts-faster").measure(raw) == 1.5
-    assert math.isnan(claim("small-batches-cross-early").measure(raw))  # the smallest is lost
-    curves["printed"]["256"] = LOST
-    for name in ("sgd-overtakes", "starts-faster"):
-        assert math.isnan(claim(name).measure(raw))
-
-
-@pytest.mark.parametrize(
-    ("name", "raw", "value", "holds"),
-    [
-        ("reasonable-cutoff", {"eigenvalues": [5.0, 3.0, 2.0, 0.0, 9.0]}, 4.0, True),
-        ("reasonable-cutoff", {"eigenvalues": [4.0, 1.0, 1.0, 1.0]}, 2.5, False),
-        ("no-guess", {"outliers": {"gap": 1, "ratio": 5, "elbow": 4}}, 1.0, True),
-        ("no-guess", {"outliers": {"gap": 1, "ratio": 2, "elbow": 4}}, 0.0, False),
-        ("rank-declines", {"ranks": [[20, 20, 11, 13]]}, 12.0, True),
-        ("rank-declines", {"ranks": [[10, 10, 20, 20], [10] * 4]}, 20.0, False),
-        ("assigned-cosine", {"assigned": [0.9, 0.9, 0.3, 0.4]}, 0.35, True),
-        ("assigned-cosine", {"assigned": [0.3, 0.4, 0.9, 0.9]}, 0.9, False),
-        ("significant-cosine", {"assigned": [0.0, 0.3], "chance": [0.02, 1.0]}, 15.0, True),
-        ("significant-cosine", {"assigned": [0.3, 0.1], "chance": [0.02, 1.0]}, 5.0, False),
-        ("chance-cosine", {"size": 20_000}, 0.01 / math.sqrt(math.pi), True),
-        ("chance-cosine", {"size": 200}, 0.1 / math.sqrt(math.pi), False),
-        ("orthogonal-classes", {"of_all": {"between": [[1.0, -0.1], [-0.1, 1.0]]}}, 0.1, True),
-        ("orthogonal-classes", {"of_all": {"between": [[1.0, -0.5], [-0.5, 1.0]]}}, 0.5, False),
-        ("curvature-along-classes", {"ratios": {"0": [9.0, 1.0], "5": [0.1]}}, 1.0, True),
-        ("curvature-along-classes", {"ratios": {"0": [9.0, 8.0], "5": [0.1]}}, 8.0, False),
-    ],
-)
-def test_claims_about_class_gradients(name, raw, value, holds):
-    measured = claim(name).measure({"diverged": False, "classes": 2} | raw)
-    assert measured == pytest.approx(value)
-    assert claim(name).holds(measured) is holds
 
 
 def test_pictures_show_what_diverged_up_to_a_cross():

@@ -7,23 +7,13 @@ import pytest
 
 from benchmarks.papers.drawing import (
     finished,
-    first_of,
     grid,
     in_turn,
     line,
-    mark,
-    shade,
 )
 from benchmarks.papers.tables import over_seeds
 
 SEEDS = {3: {"y": [3, 4]}, 1: {"y": [1, 2]}, 2: {"y": [2, 3]}}
-
-
-def test_the_first_seed_comes_last():
-    assert list(in_turn(SEEDS)) == [(SEEDS[3], False), (SEEDS[2], False), (SEEDS[1], True)]
-    assert list(in_turn({})) == []
-    assert first_of(SEEDS) is SEEDS[1]
-    assert first_of({}) is None
 
 
 def test_the_first_seed_is_strong_on_top_and_alone_in_the_key():
@@ -85,21 +75,6 @@ def test_logarithmic_axes_have_numbers_and_others_keep_theirs():
         assert {"1", "10", "100", "1000"} <= set(shown)
     assert (both.get_xlabel(), both.get_ylabel()) == ("x", "y")
     assert neither.get_xscale() == "linear"
-
-
-@pytest.mark.parametrize("scale", ["linear", "log"])
-def test_an_empty_panel_says_so(scale):
-    empty, drawn = panels = grid(["empty", "drawn"])
-    line(drawn, [1, 2], [1, 2], True)
-    mark(drawn, 1.5)
-    empty.set(yscale=scale)
-    finished(panels).draw_without_rendering()
-    assert [text.get_text() for text in empty.texts] == ["not measured"]
-    assert not drawn.texts
-
-
-def test_shades_differ():
-    assert len({shade(number / 4) for number in range(5)}) == 5
 
 
 @pytest.mark.parametrize(

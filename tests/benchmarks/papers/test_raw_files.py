@@ -75,18 +75,11 @@ def test_what_is_no_raw_file_is_told(results, text):
         results.of(PAPER, "flat", "small")
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "reason"),
-    [
-        ("seed", 2, "it is of"),
-        ("run", "steep", "it is of"),
-        ("raw", [1, 2], "no figures"),
-    ],
-)
-def test_a_record_of_something_else_is_told(results, field, value, reason):
+@pytest.mark.parametrize(("field", "value"), [("seed", 2), ("run", "steep"), ("raw", [1, 2])])
+def test_a_record_of_something_else_is_told(results, field, value):
     path = results.path("made_up", "flat", "small", 1)
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    with pytest.raises(ForeignFileError, match=reason):
+    with pytest.raises(ForeignFileError, match="no figures of this run"):
         results.of(PAPER, "flat", "small")
 
 

@@ -36,7 +36,7 @@ says = """It ends
   low."""
 source = "eq. 1"
 quantity = "y at the end"
-measure = ["last", "GD.y"]
+measure = ["value", "GD.y.-1"]
 at_most = 2
 runs = "both"
 changed = "$late"
@@ -71,7 +71,7 @@ panels = [
 ]
 table = [
   { head = "run", text = "{run} {name}" },
-  { head = "ends", value = ["last", "GD.y"] },
+  { head = "ends", value = ["value", "GD.y.-1"] },
   { head = "mean", value = "switch", show = "mean .1f" },
   { head = "each", value = "switch", show = "each .0f" },
 ]
@@ -86,7 +86,7 @@ panels = [{ lines = [{ x = "$who.x", y = "$who.y", label = "$who" }] }]
 [table-1]
 title = "Quantities"
 runs = "toy"
-table = [{ quantity = "end", paper = "0.1", value = ["last", "GD.y"] }]
+table = [{ quantity = "end", paper = "0.1", value = ["value", "GD.y.-1"] }]
 """
 PAGE = """# Nobody 1900, On
 lines
@@ -204,7 +204,7 @@ def test_tables_have_a_row_for_each_run_or_quantity(paper):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("claims.toml", '"last"', '"lats"', r"claims.toml: \[ends-low\]: there is no .*'lats'"),
+        ("claims.toml", '"value"', '"vlaue"', r"claims.toml: \[ends-low\]: there is no .*'vlaue'"),
         ("claims.toml", "at_most", "at_mots", r"\[ends-low\]: .*unexpected.*'at_mots'"),
         ("claims.toml", "at_most = 2\n", "", r"\[ends-low\]: .*neither at_least nor at_most"),
         ("claims.toml", '"both"', '"bothe"', "ends-low needs runs that there are not: {'bothe'}"),
@@ -238,7 +238,7 @@ def test_a_column_is_a_path_through_dicts_and_lists():
 
 def test_reductions_are_of_the_column_that_is_told():
     raw = {"y": [3.0, -5.0, 1.0, 2.0], "none": [], "one": 4}
-    assert (r.first(raw, "y"), r.last(raw, "y"), r.value(raw, "one")) == (3, 2, 4)
+    assert (r.value(raw, "y.0"), r.value(raw, "y.-1"), r.value(raw, "one")) == (3, 2, 4)
     assert (r.mean(raw, "y"), r.late_mean(raw, "y")) == (0.25, 1.5)
     assert (r.largest(raw, "y"), r.smallest(raw, "y"), r.largest_size(raw, "y")) == (3, -5, 5)
     assert r.ratio(raw, "one", "y.3") == 2

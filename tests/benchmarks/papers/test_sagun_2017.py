@@ -103,17 +103,6 @@ def test_the_papers_own_table_agrees_with_itself_and_not_with_its_text() -> None
     assert not claim("exactly-one-a-class").holds(exact)
 
 
-def test_counts_are_compared_up_to_one() -> None:
-    key = ("GD", "relu")
-    near = raw_like(key, row_like(10, gap=12, ratio=11, elbow=9))  # printed: 11, 12, 10
-    assert analysis.counts_agreeing(near) == 1
-    assert analysis.rows_matched(near) == 0
-    far = raw_like(key, row_like(10, gap=13, ratio=12, elbow=12))
-    assert analysis.counts_agreeing(far) == pytest.approx(1 / 3)
-    assert analysis.rows_matched(far) == -1
-    assert not claim("one-outlier-a-cluster").holds(analysis.rows_matched(far))
-
-
 def test_counts_are_compared_less_the_offsets_of_their_columns() -> None:
     key = ("GD", "relu")
     found = raw_like(key, row_like(10, gap=9, ratio=11, elbow=12))  # printed: 11, 12, 10
@@ -123,20 +112,6 @@ def test_counts_are_compared_less_the_offsets_of_their_columns() -> None:
     first, second = table_clusters(NOTHING | {"gd-relu": {0: found}})[-2:]
     assert first[5:10:2] == ["0 of 1", "1 of 1", "0 of 1"]
     assert second[5:10:2] == ["1 of 1", "1 of 1", "0 of 1"]
-
-
-def test_a_gap_at_the_clusters_refutes_tanh() -> None:
-    found = raw_like(("GD", "tanh"), row_like(2, 2, 2, 2), row_like(5, 2, 6, 5))
-    assert analysis.matches_beyond_two(found) == 1
-    assert not claim("no-gap-with-tanh").holds(1.0)
-
-
-def test_the_bulk_is_compared_with_the_outliers_of_the_same_clusters() -> None:
-    near, far = row_like(5, 5, 5, 5), row_like(5, 5, 5, 5, 10.0)
-    far |= {"outlying": 0.1 * math.e**2, "bulk": 1e-4 / math.e}
-    other = row_like(10, 5, 5, 5) | {"bulk": 7.0}
-    raw = raw_like(("SGD", "relu"), near, other, far)
-    assert analysis.bulk_over_outliers(raw) == pytest.approx(0.5)
 
 
 def test_seeds_of_a_row_stand_in_order() -> None:
@@ -239,48 +214,6 @@ def test_near_zero_is_by_size_and_not_by_sign() -> None:
     assert whole["near_zero"] == pytest.approx(2 / 202)
     assert whole["index"][-1] == 201
     assert {0, 1, 49, 60, 151, 200} <= set(whole["index"])
-    low = {"whole": {"start": {"near_zero": 0.99}, "end": {"near_zero": 0.9}}}
-    assert not claim("few-eigenvalues-matter").holds(claim("few-eigenvalues-matter").measure(low))
-
-
-# --- two parts -----------------------------------------------------------------------------------
-
-
-def training(losses: list[float], switch: int) -> Raw:
-    rows = [
-        {"step": step, "train_loss": loss, "test_accuracy": 1 - loss}
-        for step, loss in enumerate(losses)
-    ]
-    return {"training": [*rows[: switch + 1], rows[switch], *rows[switch + 1 :]], "switch": switch}
-
-
-def test_a_jump_is_seen_after_the_switch_only() -> None:
-    jumps = training([0.9, 0.5, 0.4, 0.6, 0.3], switch=2)
-    assert analysis.jump(jumps) == pytest.approx(1.5)
-    falls = training([0.9, 0.5, 0.4, 0.4, 0.3], switch=2)
-    assert not claim("switch-jumps").holds(analysis.jump(falls))
-    gained = training([0.4] * 20 + [0.1] * 10, switch=19)
-    assert analysis.accuracy_gained(gained) == pytest.approx(0.3)
-
-
-def test_a_training_that_diverged_decides_nothing() -> None:
-    raw = training([0.9, 0.5], switch=1)
-    raw["training"] = [*raw["training"][:2], {"step": 1, "diverged": True}]
-    assert math.isnan(analysis.jump(raw))
-    assert math.isnan(analysis.accuracy_gained(raw))
-    assert not claim("switch-jumps").holds(analysis.jump(raw))
-
-
-def test_a_barrier_is_above_the_straight_line_between_the_ends() -> None:
-    def line(*losses: float) -> Raw:
-        alphas = (-0.5, 0.0, 0.5, 1.0, 1.5)
-        pairs = zip(alphas, losses, strict=True)
-        return {"line": [{"alpha": alpha, "train_loss": loss} for alpha, loss in pairs]}
-
-    valley, ridge = line(9.0, 0.4, 0.3, 0.2, 9.0), line(9.0, 0.4, 0.8, 0.2, 9.0)
-    assert analysis.barrier(valley) == 1
-    assert analysis.barrier(ridge) == pytest.approx(0.8 / 0.3)
-    assert not claim("one-basin").holds(analysis.barrier(ridge))
 
 
 def test_the_line_goes_through_both_ends(measured: Callable[[str], Raw]) -> None:
@@ -294,15 +227,6 @@ def test_the_line_goes_through_both_ends(measured: Callable[[str], Raw]) -> None
 
 
 # --- parts of the Hessian ------------------------------------------------------------------------
-
-
-def test_shares_of_the_second_part() -> None:
-    start = {"residual": [0.4, -0.8], "gauss_newton": [1.0, 0.5]}
-    end = {"residual": [0.2, -0.1], "gauss_newton": [4.0, 0.5]}
-    assert analysis.residual_at_end({"rows": [start, end]}) == pytest.approx(0.05)
-    assert analysis.residual_shrinks({"rows": [start, end]}) == pytest.approx(1 / 16)
-    assert not claim("second-part-is-small").holds(analysis.residual_at_end({"rows": [start]}))
-    assert not claim("second-part-shrinks").holds(analysis.residual_shrinks({"rows": [end, start]}))
 
 
 def test_the_parts_are_those_of_the_dense_matrices(measured: Callable[[str], Raw]) -> None:
@@ -327,16 +251,6 @@ def test_zeros_of_the_gauss_newton_matrix(measured: Callable[[str], Raw]) -> Non
         assert row["bound"] == row["size"] - 80
         assert row["zeros"] >= row["bound"] + 8
     assert claim("trivial-eigenvalues-of-first-part").measure(raw) >= 8
-    short = analysis.zeros_beyond_theory(
-        {"rows": [{"zeros": 9, "bound": 8}, {"zeros": 7, "bound": 8}]}
-    )
-    assert short == -1
-    assert not claim("trivial-eigenvalues-of-first-part").holds(short)
-    row = {"trained": True, "bound": 100, "hessian": 90}
-    untrained = {"trained": False, "bound": 100, "hessian": 10}
-    share = analysis.zeros_of_trained({"rows": [row, untrained]})
-    assert share == pytest.approx(0.9)
-    assert not claim("trivial-eigenvalues").holds(share)
 
 
 # --- appendix B ----------------------------------------------------------------------------------
@@ -362,16 +276,6 @@ def test_the_distance_from_the_law(ratio: float) -> None:
     law = torch.cat([torch.zeros(zeros), x[torch.searchsorted(mass, levels)]])
     assert random_matrices.kolmogorov_distance(law, ratio) == pytest.approx(0.5 / count, abs=2e-4)
     assert random_matrices.kolmogorov_distance(2 * law, ratio) > 0.05
-
-
-def test_a_spike_is_missed_by_the_mean_of_its_draws() -> None:
-    rows = [{"expected": 2.0, "largest": [1.9, 2.1]}, {"expected": 2.0, "largest": [1.9, 1.7]}]
-    assert analysis.spike_missed({"rows": rows[:1]}) == pytest.approx(0, abs=1e-12)
-    assert analysis.spike_missed({"rows": rows}) == pytest.approx(0.1)
-    assert not claim("spike-leaves-bulk").holds(0.1)
-    of = claim("bulk-is-marchenko-pastur")
-    assert of.measure({"rows": [{"distance": 0.01}, {"distance": 0.2}]}) == 0.2
-    assert not of.holds(0.2)
 
 
 # --- the network and the texts -------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from benchmarks.papers import checkpoint, problems
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.song_2024 import analysis, runs
+from benchmarks.papers.song_2024 import runs
 from tests.benchmarks.papers.tiny import clouds, size
 
 PAPER = PAPERS["song_2024"]
@@ -140,111 +140,6 @@ def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch, 
     assert run_of_clouds("sgd-mlp-ce", job) == whole
     # 4 steps before the switch and 4 in each of two branches, none of them twice.
     assert len(saved) == 4 + 2 * 4 + 3  # and the end of each phase
-
-
-# --- how claims decide -------------------------------------------------------------------------
-
-
-def critical(dom=0.98, bulk=0.52, chi=0.9, sgd=0.5):
-    row = {"step": [0, 1], "chi_gradient": [chi, 0.98], "eigenvalues": [[4.0, 2.0]] * 2}
-    part = row | {"next_eigenvalues": [[1.0, 0.5], []]}
-    return {
-        "losses": {
-            "SGD": [1.0, 1.0, 1.2, 0.4, sgd],
-            "DomSGD": [1.0, 0.4, 0.4, 1.2, dom],
-            "BulkSGD": [1.0, 0.9, 0.8, 0.7, bulk],
-        },
-        "final_distance": {"SGD": 2.0, "DomSGD": 0.5, "BulkSGD": 1.8},
-        "phases": {
-            "warmup": part,
-            "SGD": part,
-        },
-    }
-
-
-def test_the_critical_experiment_is_decided_by_the_decrease_of_the_loss():
-    raw = critical()
-    assert analysis.rank_gap(raw) == pytest.approx(3.0 / 0.75)
-    assert CLAIMS["alignment"].measure(raw) == pytest.approx(0.94)
-    assert CLAIMS["dom-fails"].measure(raw) == pytest.approx(0.04)
-    assert CLAIMS["bulk-works"].measure(raw) == pytest.approx(0.96)
-    assert CLAIMS["dom-stays-near"].measure(raw) == 0.25
-    assert CLAIMS["dom-fails"].holds(CLAIMS["dom-fails"].measure(raw))
-    assert not CLAIMS["dom-fails"].holds(CLAIMS["dom-fails"].measure(critical(dom=0.9)))
-    assert not CLAIMS["bulk-works"].holds(CLAIMS["bulk-works"].measure(critical(bulk=0.6)))
-
-
-def test_without_the_premise_or_training_no_projection_fails_or_works():
-    for raw in (critical(chi=0.5), critical(sgd=0.9999)):
-        assert math.isnan(CLAIMS["dom-fails"].measure(raw))
-        assert math.isnan(CLAIMS["bulk-works"].measure(raw))
-    assert math.isnan(CLAIMS["dom-stays-near"].measure(critical(chi=0.5)))
-
-
-def test_a_branch_that_diverges_achieves_nothing():
-    raw = critical(bulk=math.nan)  # as a raw file gives back what is not finite
-    assert CLAIMS["bulk-works"].measure(raw) == -math.inf
-    assert not CLAIMS["bulk-works"].holds(-math.inf)
-    assert math.isnan(CLAIMS["bulk-works"].measure(critical(sgd=math.nan)))
-
-
-def test_switches_are_judged_by_what_comes_after_them():
-    part = {
-        "switch_step": 2,
-        "step": [0, 1, 2, 2, 3, 4, 5, 6],
-        "chi_gradient": [1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 0.1, 0.2],
-        "eigenvalues": [[v, 1.0] for v in (1.0, 5.0, 10.0, 10.0, 10.5, 10.0, 9.9, 9.9)],
-    }
-    raw = {"SGD to GD": part, "GD to SGD": part}
-    assert CLAIMS["noise-off"].measure(raw) == pytest.approx(0.15)
-    assert CLAIMS["noise-on"].measure(raw) == pytest.approx(0.15)
-    assert analysis.jump_of_sharpness(raw) == pytest.approx(0.05)
-
-
-def test_edges_are_judged_by_late_rows():
-    before = {
-        "step": [0, 1, 2, 3],
-        "eigenvalues": [[1.0], [5.0], [9.0], [19.0]],
-        "threshold": [20.0] * 4,
-        "sam_edge": [4.0, 3.0, 2.0, 1.0],
-        "gradient_norm": [0.4, 0.3, 0.2, 0.1],
-    }
-    raw = {"before": before}
-    assert CLAIMS["edge-of-stability"].measure(raw) == pytest.approx(0.95)
-    assert analysis.edge_with_gradient(raw) == pytest.approx(1.0)
-
-
-def test_at_the_edge_a_branch_that_stands_still_achieves_nothing():
-    up_and_down = [1.0, 3.0] * 5  # the switch is in a trough
-    part = {"GD": [v - 0.1 * i for i, v in enumerate(up_and_down)], "Dom-GD": [0.8] * 10}
-    part["Bulk-GD"] = [0.8 - 0.08 * i for i in range(10)]
-    raw = {"losses": part}
-    assert CLAIMS["edge-dom-fails"].measure(raw) == pytest.approx(0.0)
-    assert CLAIMS["edge-bulk-works"].measure(raw) == pytest.approx(0.8)
-    still = {"losses": {name: [1.0] * 10 for name in part}}
-    assert math.isnan(CLAIMS["edge-dom-fails"].measure(still))
-
-
-def rates(means, losses):
-    return {"lr": 0.01} | {
-        name: {"mean_bulk_lr": mean, "mean_dom_lr": sign * 0.01, "mean_log_loss": math.log(loss)}
-        for name, mean, loss, sign in zip(
-            runs.OPTIMIZERS, means, losses, (1, -1, 1, 1), strict=True
-        )
-    }
-
-
-def test_rates_are_judged_by_their_order():
-    raw = rates((0.01, 0.08, 0.4, 2.0), (0.4, 0.3, 0.2, 0.1))
-    figures = {"rates-of-gd": 0, "rates-order": 5, "momentum-amplifies": 5, "adam-amplifies": 25}
-    for name, figure in (figures | {"bulk-over-dom": 8, "rate-and-speed": 1}).items():
-        assert CLAIMS[name].measure(raw) == pytest.approx(figure), name
-    swapped = rates((0.01, 0.08, 0.07, 2.0), (0.4, 0.3, 0.2, 0.1))
-    assert CLAIMS["rates-order"].measure(swapped) < 1
-    assert CLAIMS["rate-and-speed"].holds(analysis.rate_and_speed(swapped))  # 4/5
-    assert not CLAIMS["rate-and-speed"].holds(
-        analysis.rate_and_speed(rates((0.01, 0.08, 0.4, 2.0), (0.1, 0.3, 0.2, 0.4)))
-    )
 
 
 def test_eigenvalues_of_what_diverged_are_drawn_up_to_there():
