@@ -2,7 +2,8 @@
 
 Data files name them with the columns that they are of: ``["value", "gradient_printed.-1"]``. A
 column is a path: ``phases.SGD.chi_gradient``, ``GD.-1`` for an element of a list, and
-``rows.distance`` for that of each row. What is one paper's own is in its ``analysis``.
+``rows.distance`` for that of each row; or two of them, number by number: ``a / b``, ``a - b``. What
+is one paper's own is in its ``analysis``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class Curve(NamedTuple):
 
 
 def column(raw: Any, path: str) -> Any:
-    """Returns what is at the end of a path through dicts and lists."""
+    """Returns what is at the end of a path through dicts and lists, or of two."""
+    for sign, combine in ((" / ", np.divide), (" - ", np.subtract)):
+        if sign in path:
+            with np.errstate(divide="raise", invalid="raise"):
+                return combine(*(column(raw, each) for each in path.split(sign)))
     found = raw
     for number, part in enumerate(parts := path.split(".")):
         if isinstance(found, list) and not part.removeprefix("-").isdecimal():
@@ -87,20 +92,14 @@ def smallest(raw: Raw, *paths: str) -> float:
     return float(min(np.min(column(raw, path)) for path in paths))
 
 
+def smallest_size(raw: Raw, *paths: str) -> float:
+    """Returns the smallest absolute value of columns, or of numbers."""
+    return float(min(np.min(np.abs(column(raw, path))) for path in paths))
+
+
 def largest_size(raw: Raw, path: str) -> float:
     """Returns the largest absolute value of a column."""
     return float(max(map(abs, column(raw, path))))
-
-
-def ratio(raw: Raw, path: str, other: str) -> float:
-    """Returns one number over another."""
-    return value(raw, path) / value(raw, other)
-
-
-def least_ratio(raw: Raw, paths: Sequence[str], others: Sequence[str]) -> float:
-    """Returns the smallest ratio of one number to the size of another."""
-    pairs = zip(paths, others, strict=True)
-    return min(value(raw, path) / abs(value(raw, other)) for path, other in pairs)
 
 
 def just_after(raw: Raw, path: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +51,11 @@ class Problem:
         size = chunk or len(self.x)
         batches = list(zip(self.x.split(size), self.y.split(size), strict=True))
         return so.HessianOperator(self.model, self.loss_fn, batches if chunk else (self.x, self.y))
+
+    def loss_of(self, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        """Returns the loss of a minibatch, which dropout sees alike whenever it is evaluated."""
+        with seeded(x.device, seed):
+            return self.loss_fn(self.model(x), y)
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -171,9 +177,13 @@ def train(
                 batch = slice(None)
                 if batch_size is not None:
                     batch = minibatch(len(x), batch_size, step, job.seed).to(x.device)
-                seed = job.seed + step
+                examples, seed = (x[batch], y[batch]), job.seed + step
                 try:
-                    loss = _step(problem, x[batch], y[batch], optimizers, seed, before)
+                    if before is not None:
+                        with seeded(x.device, seed):
+                            before(*examples)
+                    of_batch = partial(problem.loss_of, *examples, seed)
+                    loss = step_together(optimizers, of_batch)[0].item()
                 except so.NonFiniteError:  # of an optimizer's subspace
                     loss = math.nan
                 if losses is not None:
@@ -185,24 +195,3 @@ def train(
                 task.at(step - first, f"loss {loss:.4g}")
             checkpoint.keep(state_dict, measured=row is not None, over=over)
     return rows
-
-
-def _step(
-    problem: Problem,
-    x: Tensor,
-    y: Tensor,
-    optimizers: Sequence[Optimizer],
-    seed: int,
-    before: Callable[[Tensor, Tensor], None] | None,
-) -> float:
-    """Takes one step, and returns the loss before it."""
-
-    def loss() -> Tensor:
-        # Dropout draws the same in each evaluation of a step, and in a run that was taken up again.
-        with seeded(x.device, seed):
-            return problem.loss_fn(problem.model(x), y)
-
-    if before is not None:
-        with seeded(x.device, seed):
-            before(x, y)
-    return step_together(optimizers, loss)[0].item()

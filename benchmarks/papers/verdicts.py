@@ -75,7 +75,7 @@ def verdict(results: RawFiles, paper: Paper, claim: Claim, scale: Scale) -> Verd
 def _figure(claim: Claim, raw: dict[str, object]) -> float:
     try:
         return float(claim.measure(raw))
-    except (ZeroDivisionError, statistics.StatisticsError):
+    except (ArithmeticError, statistics.StatisticsError):
         return math.nan
 
 

@@ -181,16 +181,6 @@ def late_rank(raw: Raw, tolerance: int = 0) -> float:
     return float(np.median(second_half(raw["ranks"][tolerance])))
 
 
-def assigned(raw: Raw) -> float:
-    """Returns the mean assigned cosine over the minibatches of the second half of training."""
-    return float(np.mean(second_half(raw["assigned"])))
-
-
-def over_chance(raw: Raw) -> float:
-    """Returns the assigned cosine over that of random directions."""
-    return float(assigned(raw) / raw["chance"][0])
-
-
 def random_cosine(raw: Raw) -> float:
     """Returns the expected |cosine| of two random directions in as many dimensions: √(2/πP)."""
     return math.sqrt(2 / (math.pi * raw["size"]))

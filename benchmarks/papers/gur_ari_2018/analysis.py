@@ -176,7 +176,7 @@ def early(raw: Raw, name: str) -> Iterator[Curve]:
 
 def off_the_table(raw: Raw) -> float:
     """Returns the distance of the mean overlap from the paper's."""
-    return float(abs(raw["mean_overlap"] - CASES[raw["case"]].paper))
+    return float(abs(raw["mean_overlap"] - CASES[raw["case"]]["paper"]))
 
 
 # --- spectra -----------------------------------------------------------------------------------

@@ -56,8 +56,9 @@ def table_1(raws: RawOfSeeds) -> Rows:
             mean_of(raw[column] for raw in raws[name].values())
             for column in ("mean_overlap", "mean_overlap_test", "accuracy")
         )
-        numbers = (ours, case.paper, ours - case.paper, tested, accuracy)
-        rows.append([case.dataset, case.network, case.comment, *map(number, numbers)])
+        numbers = (ours, case["paper"], ours - case["paper"], tested, accuracy)
+        texts = [case[column] for column in ("dataset", "network", "comment")]
+        rows.append([*texts, *map(number, numbers)])
     return rows
 
 

@@ -215,14 +215,14 @@ def table_row(
         tested: so.HessianOperator | None = so.HessianOperator(network, loss_fn, unseen)
     else:
         part = images(job, data, examples, test, factor)
-        if row_of.random_labels:
+        if row_of["random_labels"]:
             part = problems.randomly_labelled(part, job)
         x, y = part.x_train, part.y_train
-        network = build(job, row_of.model, part, width)
+        network = build(job, row_of["model"], part, width)
         loss_fn, tested = cross_entropy, of_test(network, part)
     problem = Problem(network, loss_fn, x, y)
     hessian = whole_hessian(problem)
-    kind = torch.optim.Adam if row_of.adam else torch.optim.SGD
+    kind = torch.optim.Adam if row_of["adam"] else torch.optim.SGD
 
     def record(step: int) -> Row:
         row: Row = {}
@@ -233,8 +233,8 @@ def table_row(
             row |= {"saved": step, "f_top": float(gradient_fraction(hessian.gradient(), top))}
         return row
 
-    optimizer = kind(network.parameters(), lr=row_of.lr)
-    size, due = row_of.batch_size, {*range(0, steps + 1, every), *f_top_at}.__contains__
+    optimizer = kind(network.parameters(), lr=row_of["lr"])
+    size, due = row_of["batch_size"], {*range(0, steps + 1, every), *f_top_at}.__contains__
     rows = train(
         job, case, problem, optimizer, steps=steps, batch_size=size, record=record, every=due
     )

@@ -93,11 +93,6 @@ def matches_beyond_two(raw: Raw) -> float:
     return sum(hits) / len(hits) if hits else math.nan
 
 
-def spread_over_mean(raw: Raw) -> float:
-    """The largest standard deviation of the eigenvalues, over their mean."""
-    return float(max(row["std"] / row["mean"] for row in raw["rows"]))
-
-
 def bulk_over_outliers(raw: Raw) -> float:
     """How far the bulk moves with the covariance, beside the outliers; both in logarithms."""
     shares = []
@@ -251,11 +246,6 @@ def residual_shrinks(raw: Raw) -> float:
 def zeros_of_trained(raw: Raw) -> float:
     """The smallest number of eigenvalues of a trained network's Hessian near zero, over P - NC."""
     return float(min(row["hessian"] / row["bound"] for row in raw["rows"] if row["trained"]))
-
-
-def zeros_beyond_theory(raw: Raw) -> float:
-    """The smallest number of zeros of the Gauss-Newton matrix, less P - NC."""
-    return float(min(row["zeros"] - row["bound"] for row in raw["rows"]))
 
 
 def spike_missed(raw: Raw) -> float:

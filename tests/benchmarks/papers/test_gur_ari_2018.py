@@ -216,15 +216,6 @@ def test_spectra_are_trained_for_forty_epochs_in_the_paper():
     assert epochs == dict.fromkeys(PAPER.exhibit("figure-4").runs, 40)
 
 
-def test_images_are_square_and_pooled():
-    data = measures.images(Job(), "digits", 50, 20, factor=2)
-    assert data.x_train.shape == (50, 1, 4, 4)
-    whole = problems.real("digits", Job(), 50, 20)
-    assert data.x_test is not None
-    expected = whole.x_test[3].view(8, 8)[:2, 2:4].mean()
-    assert float(data.x_test[3, 0, 0, 1]) == pytest.approx(float(expected))
-
-
 def test_first_classes():
     data = measures.images(Job(), "digits", 50, 20)
     part = problems.first_classes(data, 3)

@@ -45,7 +45,7 @@ seen = [0, 1]
 says = "It starts high."
 source = "eq. 2"
 quantity = "y"
-measure = ["ratio", "GD.y.0", "GD.x.-1"]
+measure = ["value", "GD.y.0 / GD.x.-1"]
 at_least = 0.5
 runs = ["toy"]
 '''
@@ -241,7 +241,8 @@ def test_reductions_are_of_the_column_that_is_told():
     assert (r.value(raw, "y.0"), r.value(raw, "y.-1"), r.value(raw, "one")) == (3, 2, 4)
     assert (r.mean(raw, "y"), r.late_mean(raw, "y")) == (0.25, 1.5)
     assert (r.largest(raw, "y"), r.smallest(raw, "y"), r.largest_size(raw, "y")) == (3, -5, 5)
-    assert r.ratio(raw, "one", "y.3") == 2
+    assert (r.value(raw, "one / y.3"), r.value(raw, "one - y.3")) == (2, 2)
+    assert (r.largest(raw, "y / one"), r.smallest_size(raw, "y - one", "one")) == (0.75, 1)
     assert r.median_of([3, 1, 2, 9]) == 2.5
     for empty in (r.mean(raw, "none"), r.late_mean(raw, "none"), r.median_of([])):
         assert math.isnan(empty)
