@@ -118,8 +118,7 @@ def _folder(options: argparse.Namespace, model: str) -> Iterator[Path]:
     if options.resume:
         unfinished = [f for f in _numbered(results / name) if (f / "checkpoint.pt").exists()]
         if not unfinished:
-            message = f"Nothing to resume: {results / name} holds no unfinished run."
-            raise ValueError(message)
+            raise ValueError(f"Nothing to resume: {results / name} holds no unfinished run.")
         with alone(unfinished[-1] / "lock"):
             yield unfinished[-1]
         return
@@ -201,15 +200,14 @@ def _kept(path: Path) -> dict[str, Any]:
     remedy = "Leave out --resume to begin anew, in a folder of its own."
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
+        arguments, state, form = dict(kept["arguments"]), dict(kept["state"]), kept["format"]
     except Exception as error:  # whatever torch, pickle and zipfile say to a foreign file
         reason = f"it cannot be read ({type(error).__name__})"
-        raise ForeignFileError(path, "checkpoint", reason, remedy) from error
-    if not isinstance(kept, dict) or not isinstance(kept.get("arguments"), dict):
-        raise ForeignFileError(path, "checkpoint", "it holds something else", remedy)
-    if kept.get("format") != _FORMAT or not isinstance(kept.get("state"), dict):
-        reason = f"its format is {kept.get('format')!r}, not {_FORMAT!r}"
+        raise ForeignFileError(path, "checkpoint of this version", reason, remedy) from error
+    if form != _FORMAT:
+        reason = f"its format is {form!r}, not {_FORMAT!r}"
         raise ForeignFileError(path, "checkpoint of this version", reason, remedy)
-    return kept
+    return {"arguments": arguments, "state": state}
 
 
 def _resume(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -225,8 +223,7 @@ def _resume(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
         if name not in _NO_RUN_OPTIONS and kept["arguments"].get(name) != value
     ]
     if differing:
-        message = f"{folder} cannot be resumed with other options: {'; '.join(differing)}."
-        raise ValueError(message)
+        raise ValueError(f"{folder} cannot be resumed with other options: {'; '.join(differing)}.")
     state: dict[str, Any] = kept["state"]
     return state
 

@@ -541,5 +541,6 @@ def _take_up(experiment: _Experiment, state: dict[str, Any]) -> None:
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         found = f"{type(error).__name__}: {first_line}"
-        message = f"What was kept is no state of this comparison, so it begins anew only: {found}"
-        raise ValueError(message) from error
+        raise ValueError(
+            f"What was kept is no state of this comparison, so it begins anew only: {found}"
+        ) from error

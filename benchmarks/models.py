@@ -14,6 +14,7 @@ All of them have a second derivative and work under `torch.func`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -74,10 +75,8 @@ def build(name: str, dataset: Dataset, *, num_outputs: int, seed: int) -> nn.Mod
             f"it fits {', '.join(FITS[name])}; {dataset.name!r} fits {', '.join(fitting)}"
         )
     shape = tuple(dataset.x_train.shape[1:])
-    # Only the CPU generator is seeded: torch.manual_seed would move those of the accelerators
-    # too, and a fork of these warns where there are several. The numbers are the same.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
+
+    def make() -> nn.Module:
         if dataset.vocabulary is not None:
             return Transformer(dataset.vocabulary, shape[0], num_outputs)
         if name == "mlp":
@@ -85,6 +84,17 @@ def build(name: str, dataset: Dataset, *, num_outputs: int, seed: int) -> nn.Mod
         side = math.isqrt(shape[0])
         channels, height, columns = shape if len(shape) == 3 else (1, side, side)
         return CNN((channels, height, columns), num_outputs)
+
+    return drawn(seed, make)
+
+
+def drawn(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+    """A model whose parameters are drawn from the seed alone, on the CPU."""
+    # Only the CPU generator is seeded: torch.manual_seed would move those of the accelerators
+    # too, and a fork of these warns where there are several. The numbers are the same.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return make()
 
 
 def default_lr(data: str, loss: str) -> float:

@@ -54,13 +54,16 @@ _OURS: Final[dict[str, type[Optimizer]]] = {
     "LowRankNewton": so.LowRankNewton,
     "ClassGradientQuasiNewton": so.ClassGradientQuasiNewton,
 }
-# SparseAdam takes sparse gradients alone, which have no curvature here.
-_TORCHS: Final[dict[str, type[Optimizer]]] = {
-    name: kind
-    for name, kind in vars(torch.optim).items()
-    if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer
-    if name != "SparseAdam"
-}
+
+
+def _optimizers_of(module: Any) -> dict[str, type[Optimizer]]:
+    """The optimizers that a module has, by name."""
+    classes = {name: kind for name, kind in vars(module).items() if inspect.isclass(kind)}
+    return {n: k for n, k in classes.items() if issubclass(k, Optimizer) and k is not Optimizer}
+
+
+_TORCHS: Final = _optimizers_of(torch.optim)
+del _TORCHS["SparseAdam"]  # it takes sparse gradients alone, which have no curvature here
 _KNOWN: Final = _TORCHS | _OURS
 _ALIASES: Final = {name.lower(): name for name in _KNOWN} | {
     "newton": "LowRankNewton",
@@ -154,8 +157,9 @@ class Part:
             if any(p.dim() != 2 for p in params):
                 remedy = " One that takes matrices only is the first of a pair, as in muon+adamw."
             remedy = remedy if self.kind is torch.optim.Muon else ""
-            message = f"{self.name} cannot be made with {given or 'its defaults'}: {error}{remedy}"
-            raise ValueError(message) from error
+            raise ValueError(
+                f"{self.name} cannot be made with {given or 'its defaults'}: {error}{remedy}"
+            ) from error
         return made
 
 
@@ -219,12 +223,11 @@ class Recipe:
         made = []
         for part, share, of in zip(self.parts, shares, ("exactly two", "other"), strict=False):
             if not share:
-                message = (
+                raise ValueError(
                     f"{self.name}: no parameter is left for {part.name}, as the model has none "
                     f"with {of} dimensions. Of a pair the first takes those with exactly two, the "
                     "second the rest: name one optimizer alone."
                 )
-                raise ValueError(message)
             made.append(part.make(share, lr, subspace, classes))
         if self.onto is not None:
             so.project_updates(made, subspace, self.onto)
@@ -241,25 +244,19 @@ def _import(spelling: str) -> type[Optimizer]:
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError, TypeError) as error:
-        message = (
+        raise ValueError(
             f"optimizer {spelling!r}: the module {module_name!r} cannot be imported ({error}). "
             "Install it, or put its folder on PYTHONPATH."
-        )
-        raise ValueError(message) from error
-    kind = getattr(module, class_name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer):
-        found = [
-            name
-            for name, value in vars(module).items()
-            if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
-        ]
-        problem = "is no subclass of torch.optim.Optimizer" if kind else "is not in that module"
-        message = (
+        ) from error
+    found = _optimizers_of(module)
+    if class_name not in found:
+        there = hasattr(module, class_name)
+        problem = "is no subclass of torch.optim.Optimizer" if there else "is not in that module"
+        raise ValueError(
             f"optimizer {spelling!r}: {class_name!r} {problem}. "
             f"Optimizers there: {', '.join(found) or 'none'}."
         )
-        raise ValueError(message)
-    return kind
+    return found[class_name]
 
 
 def _part(text: str, spelling: str) -> Part:
@@ -290,27 +287,24 @@ def _recipe(spelling: str) -> Recipe:
     parts = tuple(_part(text, spelling) for text in inner.split("+"))
     name = "+".join(part.name for part in parts)
     if prefix and any(part.takes_subspace for part in parts):
-        message = (
+        raise ValueError(
             f"optimizer {spelling!r}: {name} works in a subspace already, so {prefix}: has "
             f"nothing to project. Write {inner!r}, or {prefix}: before a plain optimizer."
         )
-        raise ValueError(message)
     if len(parts) > 2:
-        message = (
+        raise ValueError(
             f"optimizer {spelling!r} has {len(parts)} parts: a pair a+b has two, of which a takes "
             "the parameters with exactly two dimensions and b the rest."
         )
-        raise ValueError(message)
     for part in parts if len(parts) == 2 else ():
-        if part.takes_subspace or part.kind in (so.SAM, torch.optim.LBFGS):
-            what = "works on all parameters together"
-            if part.kind in (so.SAM, torch.optim.LBFGS):
-                what = "evaluates the loss again, at a point that the other has moved"
-            message = (
+        again = part.kind in (so.SAM, torch.optim.LBFGS)
+        if part.takes_subspace or again:
+            moved = "evaluates the loss again, at a point that the other has moved"
+            what = moved if again else "works on all parameters together"
+            raise ValueError(
                 f"optimizer {spelling!r}: {part.name} cannot be a part of a pair, as it {what}. "
                 f"Name {part.name} alone."
             )
-            raise ValueError(message)
     return Recipe(f"{prefix}:{name}" if prefix else name, parts, _ONTO[prefix] if prefix else None)
 
 
@@ -337,8 +331,9 @@ class _Setting:
         target, equals, value = text.partition("=")
         name, dot, option = target.strip().rpartition(".")
         if not (equals and dot and name and option.isidentifier()):
-            message = f"--set {text!r} must be NAME.option=value, such as --set adamw.lr=1e-3."
-            raise ValueError(message)
+            raise ValueError(
+                f"--set {text!r} must be NAME.option=value, such as --set adamw.lr=1e-3."
+            )
         try:
             parsed = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
@@ -374,8 +369,9 @@ class _Setting:
         elif isinstance(default, int | float) and isinstance(self.value, str):
             kind = "a number"
         if kind is not None:
-            message = f"--set {self.text!r}: {self.option} is {self.value!r}, but must be {kind}."
-            raise ValueError(message)
+            raise ValueError(
+                f"--set {self.text!r}: {self.option} is {self.value!r}, but must be {kind}."
+            )
         return True
 
 
@@ -404,20 +400,18 @@ def recipes(spellings: Sequence[str], settings: Sequence[str] = ()) -> dict[str,
         fitting = [p for r in chosen.values() for p in r.parts if setting.rank(r, p)]
         if not fitting:
             names = [n for r in chosen.values() for n in (r.name, *(p.name for p in r.parts))]
-            message = (
+            raise ValueError(
                 f"--set {setting.text!r}: {setting.name!r} is not among the optimizers of this "
                 f"run. Allowed are {', '.join(dict.fromkeys(names))}; or add it to --optimizers."
             )
-            raise ValueError(message)
         held = [setting.check(part) for part in fitting]
         if not any(held):
             lists = {part.name: ", ".join(part.allowed() or ()) for part in fitting}
             options = "; ".join(f"{name} has {listed}" for name, listed in lists.items())
-            message = (
+            raise ValueError(
                 f"--set {setting.text!r}: {setting.option!r} is no option of {setting.name}. "
                 f"Allowed: {options}."
             )
-            raise ValueError(message)
     return {name: _with_options(recipe, parsed) for name, recipe in chosen.items()}
 
 

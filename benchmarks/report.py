@@ -77,10 +77,8 @@ def figures(result: Comparison) -> dict[str, dict[str, Any]]:
     for name, branch in result.branches.items():
         rows = result.of(name)
         decrease = result.switch_loss - branch.train_loss
-        dom_mean, dom_std = _moments([row["dom_lr"] for row in rows])
-        bulk_mean, bulk_std = _moments([row["bulk_lr"] for row in rows])
-        chi, _ = _moments([row["chi_gradient"] for row in rows])
-        step_norm, _ = _moments([row["update_norm"] for row in rows])
+        columns = ("dom_lr", "bulk_lr", "chi_gradient", "update_norm")
+        moments = {column: _moments([row[column] for row in rows]) for column in columns}
         lr = _rate_of_gradient(name, branch)
         expected, _ = _moments(
             [lr * row["gradient_norm"] * _share(name, row["chi_gradient"]) for row in rows]
@@ -91,12 +89,12 @@ def figures(result: Comparison) -> dict[str, dict[str, Any]]:
             if reference is None or result.switch_loss == reference.train_loss
             else decrease / (result.switch_loss - reference.train_loss),
             "loss_kept": branch.train_loss / result.switch_loss,
-            "dom_lr_mean": dom_mean,
-            "dom_lr_std": dom_std,
-            "bulk_lr_mean": bulk_mean,
-            "bulk_lr_std": bulk_std,
-            "chi_mean": chi,
-            "step_norm": step_norm,
+            "dom_lr_mean": moments["dom_lr"][0],
+            "dom_lr_std": moments["dom_lr"][1],
+            "bulk_lr_mean": moments["bulk_lr"][0],
+            "bulk_lr_std": moments["bulk_lr"][1],
+            "chi_mean": moments["chi_gradient"][0],
+            "step_norm": moments["update_norm"][0],
             "expected_step_norm": expected,
             "seconds_per_step": branch.seconds / branch.steps if branch.steps else math.nan,
         }

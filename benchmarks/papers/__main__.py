@@ -9,6 +9,7 @@ pictures and all verdicts, ``claims.json``; a run that was interrupted goes on w
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -56,23 +57,21 @@ def tasks_of(
     return sorted(tasks, key=lambda task: task.seed)
 
 
-def seconds_of(task: Task, scale: Scale, folders: Sequence[RawFiles]) -> float | None:
-    """Returns what the run took for other seeds or where the pages were made; ``None``: unknown."""
-    for results in folders:
-        records = results.of(task.paper, task.run.name, scale).values()
-        if records:
-            return statistics.median(record.seconds for record in records)
-    return None
+def seconds_of(task: Task, scale: Scale, folders: Sequence[RawFiles]) -> float:
+    """Returns what the run took for other seeds or where the pages were made; NaN: unknown."""
+    found = (results.of(task.paper, task.run.name, scale).values() for results in folders)
+    seconds = next(filter(None, ([record.seconds for record in records] for records in found)), [])
+    return statistics.median(seconds) if seconds else math.nan
 
 
 def _estimate(
     tasks: Sequence[Task], options: argparse.Namespace, folders: Sequence[RawFiles]
 ) -> str:
-    known = [seconds_of(task, options.scale, folders) for task in tasks]
-    minutes = sum(each + _START for each in known if each is not None) / 60 / options.jobs
-    unknown = known.count(None)
-    if unknown == len(tasks):
+    seconds = [seconds_of(task, options.scale, folders) for task in tasks]
+    known = [each + _START for each in seconds if not math.isnan(each)]
+    if not known:
         return f"{len(tasks)} runs; none was ever made at this size, so how long is not known"
+    unknown, minutes = len(tasks) - len(known), sum(known) / 60 / options.jobs
     more = f", and {unknown} that were never made at this size" if unknown else ""
     runs = "1 run" if len(tasks) == 1 else f"{len(tasks)} runs"
     long = f"about {minutes:.0f} minutes" if minutes >= 1 else "less than a minute"

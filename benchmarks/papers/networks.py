@@ -12,14 +12,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models import drawn
 from benchmarks.papers.reproduction import Job
 
 
 def made(job: Job, make: Callable[[], nn.Module]) -> nn.Module:
     """Returns a model whose parameters are drawn from the seed, on the job's device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(job.seed)
-        return make().to(job.device)
+    return drawn(job.seed, make).to(job.device)
 
 
 def fully_connected(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:

@@ -75,9 +75,11 @@ class Queue:
             _end(running)
 
     def _start(self, task: Task) -> subprocess.Popen[bytes]:
+        # Threads are set by the worker; what is inherited would be for one process alone.
+        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         with self._log(task).open("wb") as log:
             return subprocess.Popen(  # noqa: S603 (our own command)
-                self._command(task), cwd=ROOT, env=_environment(), stdout=log, stderr=log
+                self._command(task), cwd=ROOT, env=env, stdout=log, stderr=log
             )
 
     def _command(self, task: Task) -> list[str]:
@@ -132,8 +134,3 @@ def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
         while left and time.monotonic() < deadline:
             time.sleep(0.05)
             left = [process for process in left if process.poll() is None]
-
-
-def _environment() -> dict[str, str]:
-    """Threads are set by the worker; what is inherited would be for one process alone."""
-    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

@@ -16,6 +16,7 @@ from benchmarks.files import ForeignFileError, jsonable, replacing
 from benchmarks.papers.reproduction import Job, Paper, Raw, RawOfSeeds, Run, Scale
 
 _DIGITS = 6
+_compact = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,6 @@ def measure(paper: Paper, run: Run, scale: Scale, job: Job) -> Record:
         report.versions(),
         raw,
     )
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _with_nan(value: Any) -> Any:

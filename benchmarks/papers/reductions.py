@@ -2,8 +2,8 @@
 
 Data files name them with the columns that they are of: ``["value", "gradient_printed.-1"]``. A
 column is a path: ``phases.SGD.chi_gradient``, ``GD.-1`` for an element of a list, and
-``rows.distance`` for that of each row; or two of them, number by number: ``a / b``, ``a - b``. What
-is one paper's own is in its ``analysis``.
+``rows.distance`` for that of each row; or two of them, number by number: ``a / b``, ``a * b``,
+``a - b``. What is one paper's own is in its ``analysis``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Curve(NamedTuple):
 
 def column(raw: Any, path: str) -> Any:
     """Returns what is at the end of a path through dicts and lists, or of two."""
-    for sign, combine in ((" / ", np.divide), (" - ", np.subtract)):
+    for sign, combine in ((" / ", np.divide), (" * ", np.multiply), (" - ", np.subtract)):
         if sign in path:
             with np.errstate(divide="raise", invalid="raise"):
                 return combine(*(column(raw, each) for each in path.split(sign)))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,6 @@ class Problem:
         """Returns the loss over all examples."""
         return self.loss_fn(self.model(self.x), self.y).item()
 
-    def state(self) -> dict[str, Tensor]:
-        """Returns a copy of the model's state."""
-        return {name: value.clone() for name, value in self.model.state_dict().items()}
-
     def theta(self) -> Tensor:
         """Returns a copy of the parameters as one vector."""
         return nn.utils.parameters_to_vector(self.model.parameters()).detach().clone()
@@ -89,11 +85,8 @@ def column(rows: Sequence[Row], name: str) -> list[Any]:
     return [row[name] for row in rows if name in row]
 
 
-class Stateful(Protocol):
-    """What a training needs beside model and optimizers, such as a subspace."""
-
-    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...  # noqa: D102
+Stateful = Any
+"""What a training needs beside model and optimizers, such as a subspace: with a ``state_dict``."""
 
 
 def train(

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from benchmarks import command, report
 from benchmarks.data import DataUnavailableError
-from benchmarks.files import BusyError, alone, jsonable, replacing
+from benchmarks.files import alone, jsonable, replacing
 from benchmarks.progress import doing, shown
 from benchmarks.speed import (
     apply,
@@ -293,22 +293,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = command.console(width=150)
     peers: Path = options.peers.absolute()
-    try:
-        with command.ended_by_signals():
-            if not options.here:
-                with alone(_lock(peers)), shown("the environment of the peers", console):
-                    python = environment.make(peers)
-                environment.continue_in(python, arguments)
-            with alone(_lock(options.output)), shown("speed", console):
-                _run(options, console)
-    except (DataUnavailableError, ValueError, BusyError, subprocess.CalledProcessError) as error:
-        print(f"speed: {error}", file=sys.stderr)
-        return command.REFUSED
-    except KeyboardInterrupt:
-        kept = f"{options.output} has what was measured" if options.output.exists() else ""
-        print(f"speed: interrupted; {kept or 'nothing was measured'}", file=sys.stderr)
-        return command.INTERRUPTED
-    return 0
+
+    def work() -> int:
+        if not options.here:
+            with alone(_lock(peers)), shown("the environment of the peers", console):
+                python = environment.make(peers)
+            environment.continue_in(python, arguments)
+        with alone(_lock(options.output)), shown("speed", console):
+            _run(options, console)
+        return 0
+
+    told = (DataUnavailableError, ValueError, subprocess.CalledProcessError)
+    return command.status("speed", work, *told, kept=f"{options.output} has what was measured")
 
 
 def _lock(path: Path) -> Path:

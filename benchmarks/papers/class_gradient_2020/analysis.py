@@ -192,11 +192,6 @@ def cutoff(raw: Raw) -> float:
     return float(top.mean() / following.mean())
 
 
-def nearest_guess(raw: Raw) -> float:
-    """Returns how far the best of the counts of outliers is from C."""
-    return float(min(abs(count - raw["classes"]) for count in raw["outliers"].values()))
-
-
 def mean_cosine_between(raw: Raw) -> float:
     """Returns the mean |cosine| between the class gradients of two classes."""
     cosines = np.abs(np.array(raw["of_all"]["between"], dtype=float))

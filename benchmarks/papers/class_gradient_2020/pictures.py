@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -30,15 +30,12 @@ _STYLES: Final = {
     "orthogonal": ("with orthogonal vectors", LOOK.dominant, ":"),
     "damped": ("damped", LOOK.third, "-."),
 }
-_RATES: Final = ("resnet9", "resnet9-orthogonal", "resnet9-damped")
-_ALL_RATES: Final = (*_RATES, "resnet9-readings")
 _METHODS: Final = {name: _STYLES[name][0] for name in ("printed", "orthogonal")} | {
     "slowed": "with Newton's rate 1 - μ",
     "added": "with 1 added to each λ",
     "damped": "damped, by both",
 }
 """The rows of Tables 1 and 2 beneath SGD's."""
-_BATCHES: Final = ("batch-sizes", "batch-sizes-orthogonal", "batch-sizes-damped")
 _CROSSES: Final = {"sgd": 14.0, "printed": 11.0, "orthogonal": 7.5, "damped": 4.5}
 """Sizes, so that crosses at one place do not hide one another: later ones are smaller."""
 _ROOM: Final = 3.0
@@ -51,11 +48,11 @@ _LOSSES: Final = {"0.1": (0.3574, 0.3304), "0.05": (0.3985, 0.3346), "0.01": (0.
 CurvesOfSeeds = Mapping[int, Curve]
 
 
-def curves(raws: RawOfSeeds, runs: Iterable[str]) -> dict[str, dict[str, dict[int, Curve]]]:
-    """Returns the curves of several runs by rate or batch size, then by method and by seed."""
+def curves(raws: RawOfSeeds) -> dict[str, dict[str, dict[int, Curve]]]:
+    """Returns the curves of all runs by rate or batch size, then by method and by seed."""
     found: dict[str, dict[str, dict[int, Curve]]] = {}
-    for run in runs:
-        for seed, raw in raws[run].items():
+    for of_seeds in raws.values():
+        for seed, raw in of_seeds.items():
             for method in raw["curves"]:
                 for name, curve in curves_of(raw, method).items():
                     found.setdefault(name, {}).setdefault(method, {})[seed] = curve
@@ -67,7 +64,7 @@ def curves(raws: RawOfSeeds, runs: Iterable[str]) -> dict[str, dict[str, dict[in
 
 def draw_rates(raws: RawOfSeeds) -> Figure:
     """Draws validation loss and accuracy over the epochs, a column for each rate."""
-    found = curves(raws, _RATES)
+    found = curves(raws)
     rates = sorted(found, key=float, reverse=True)
     titles = [f"η = {rate}" for rate in rates] or [""]
     panels = grid(titles + [""] * len(titles), len(titles), width=3.3, height=2.6)
@@ -81,7 +78,7 @@ def draw_rates(raws: RawOfSeeds) -> Figure:
 
 def draw_batches(raws: RawOfSeeds) -> Figure:
     """Draws the validation loss over the steps, a panel for each batch size."""
-    found = curves(raws, _BATCHES)
+    found = curves(raws)
     sizes = sorted(found, key=int)
     examples = max(curve["examples"] for curve in _all(found[sizes[0]])) if sizes else 0
     full = {size: ", the full batch" if int(size) == examples else "" for size in sizes}
@@ -163,7 +160,7 @@ def _beside(
     end: Callable[[Curve], float],
 ) -> Rows:
     """Returns a row for each rate and method, with what it gains on SGD."""
-    found = curves(raws, _ALL_RATES)
+    found = curves(raws)
     rows = [["η", "method", "paper", "ours", "on SGD: paper", "on SGD: ours"]]
     for rate, (sgd, newton) in printed.items():
         ends = {
@@ -183,7 +180,7 @@ def _beside(
 
 def table_above(raws: RawOfSeeds) -> Rows:
     """Returns how the trainings above η = 0.1 ended."""
-    found = curves(raws, ("above-0.1",))
+    found = curves(raws)
     rows = [["η", "method", "accuracy at the end (%)", "loss at the end", "diverged"]]
     for rate in sorted(found, key=float):
         for method, of_seeds in found[rate].items():
@@ -197,7 +194,7 @@ def table_above(raws: RawOfSeeds) -> Rows:
 
 def table_batches(raws: RawOfSeeds) -> Rows:
     """Returns validation losses at the end, by batch size."""
-    found = curves(raws, _BATCHES)
+    found = curves(raws)
     rows = [["batch size", *(label for label, _, _ in _STYLES.values())]]
     for size in sorted(found, key=int):
         ends = [found[size].get(method, {}).values() for method in _STYLES]

@@ -55,11 +55,6 @@ def images(job: Job, data: str, examples: int, validation: int, pool: int = 1) -
     return replace(rest, x_test=valid.x_train, y_test=valid.y_train)
 
 
-def validation_of(data: Dataset) -> tuple[Tensor, Tensor]:
-    """Returns the images for validation, and their classes."""
-    return cast("tuple[Tensor, Tensor]", data.test)
-
-
 def small_cnn(data: Dataset) -> nn.Sequential:
     """Returns the small CNN: 62,006 parameters for CIFAR-10, of which the paper counts 60k.
 
@@ -111,6 +106,7 @@ def curves(
         training ``diverged``, so that the series end where a loss is no number.
     """
     found: dict[Method, dict[str, Raw]] = {method: {} for method in methods}
+    valid = cast("tuple[Tensor, Tensor]", data.test)
     for method, (name, training) in itertools.product(methods, trainings.items()):
         model = made(job, make)
         optimizer, subspace = optimizer_of(method, model, data.num_classes, training["lr"])
@@ -119,7 +115,7 @@ def curves(
             f"{method}-{name}",
             Problem(model, cross_entropy, data.x_train, data.y_train),
             optimizer,
-            record=lambda _, model=model: performance(model, *validation_of(data)),  # type: ignore[misc]
+            record=lambda _, model=model: performance(model, *valid),  # type: ignore[misc]
             before=None if subspace is None else subspace.observe,
             also=() if subspace is None else (subspace,),
             **{option: value for option, value in training.items() if option != "lr"},
@@ -211,6 +207,7 @@ def beside_eigenvectors(
         trained: ``loss`` and ``accuracy`` on the examples, ``valid_accuracy``.
     """
     found = images(job, **part)
+    valid = cast("tuple[Tensor, Tensor]", found.test)
     model = made(job, partial(small_cnn, found))
     problem = Problem(model, cross_entropy, found.x_train, found.y_train)
     hessian = problem.hessian()
@@ -270,7 +267,7 @@ def beside_eigenvectors(
         "second_term": second_term(job, hessian, (found.x_train, found.y_train), probes),
         "loss": hessian.loss(),
         "accuracy": performance(model, found.x_train, found.y_train)["accuracy"],
-        "valid_accuracy": performance(model, *validation_of(found))["accuracy"],
+        "valid_accuracy": performance(model, *valid)["accuracy"],
     }
 
 

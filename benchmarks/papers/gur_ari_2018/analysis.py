@@ -143,18 +143,6 @@ def smallest_top(raw: Raw) -> float:
     return float(np.min(values[:, raw["k"] - 1] / values[:, 0]))
 
 
-def growth(raw: Raw) -> float:
-    """Returns the largest eigenvalue at its peak over that at the start."""
-    values = np.array(raw["largest"], dtype=float)
-    return float(np.nanmax(values) / values[0])
-
-
-def decay(raw: Raw) -> float:
-    """Returns the largest eigenvalue at the end over that at its peak."""
-    values = np.array(raw["largest"], dtype=float)
-    return float(values[-1] / np.nanmax(values))
-
-
 def head_share(raw: Raw) -> float:
     """Returns the share of the last layer in the first eigenvector, at the most."""
     return float(np.max(np.array(raw["anatomy"]["share"])[:, -2:].sum(axis=1)))
@@ -185,14 +173,18 @@ def off_the_table(raw: Raw) -> float:
 def scree(raw: Raw) -> Array:
     """Returns the top 3k eigenvalues that are positive."""
     values = np.array(raw["eigenvalues"][: 3 * raw["k"]], dtype=float)
-    shown: Array = np.where(values > 0, values, np.nan)
-    return shown
+    return cast("Array", np.where(values > 0, values, np.nan))
 
 
 def outliers(raw: Raw) -> int:
     """Returns how many eigenvalues stand out, by the largest ratio in the top 3k."""
     values = torch.tensor(raw["eigenvalues"][: 3 * raw["k"]], dtype=torch.float64)
     return count_outliers(values, "ratio", floor=1e-2).count
+
+
+def outliers_of_the_paper(raw: Raw) -> str:
+    """Returns how many stand out in its Figure 4, which has no five digits."""
+    return "–" if raw["labels"] == "five" else str(raw["k"])
 
 
 def outliers_beyond_k(raw: Raw) -> float:
@@ -207,16 +199,14 @@ def fitted(raw: Raw) -> bool:
 
 def decades(raw: Raw) -> Array:
     """Returns log10 λ, a row for each realisation."""
-    values: Array = np.log10(np.array(raw["eigenvalues"], dtype=float))
-    return values
+    return cast("Array", np.log10(np.array(raw["eigenvalues"], dtype=float)))
 
 
 def log_density(raw: Raw, grid: Array) -> Array:
     """Returns the density of log10 λ at a grid, all realisations together."""
     values = np.array(raw["eigenvalues"], dtype=float)
     points = np.log10(values[values > 0])
-    density: Array = norm.pdf(grid[:, None], points, _BANDWIDTH).mean(axis=1)
-    return density
+    return cast("Array", norm.pdf(grid[:, None], points, _BANDWIDTH).mean(axis=1))
 
 
 def density(raw: Raw) -> Iterator[Curve]:
@@ -274,27 +264,22 @@ def inverse_time(raw: Raw) -> float:
 
 def log_time(raw: Raw) -> Array:
     """Returns log ηt."""
-    logarithms: Array = np.log(np.array(raw["time"], dtype=float))
-    return logarithms
+    return cast("Array", np.log(np.array(raw["time"], dtype=float)))
 
 
 def component(raw: Raw, name: str, number: int) -> Array:
     """Returns one of the numbers of each row of a column."""
-    values: Array = np.array(raw[name], dtype=float)[:, number]
-    return values
+    return cast("Array", np.array(raw[name], dtype=float)[:, number])
 
 
-def times_time(raw: Raw, name: str, number: int | None = None) -> Array:
-    """Returns a column, or one of the numbers of each of its rows, times ηt."""
-    values = np.array(raw[name] if number is None else component(raw, name, number), dtype=float)
-    product: Array = values * np.array(raw["time"], dtype=float)
-    return product
+def times_time(raw: Raw, name: str, number: int) -> Array:
+    """Returns one of the numbers of each row of a column, times ηt."""
+    return cast("Array", component(raw, name, number) * np.array(raw["time"], dtype=float))
 
 
 def _gap(case: Raw) -> Array:
     values, k = np.array(case["eigenvalues"], dtype=float), case["k"]
-    gaps: Array = values[:, k - 1] / np.maximum(values[:, k], _NOTHING * values[:, 0])
-    return gaps
+    return cast("Array", values[:, k - 1] / np.maximum(values[:, k], _NOTHING * values[:, 0]))
 
 
 _MIXTURES: Final[dict[str, tuple[Callable[[Raw], bool], Callable[[Raw], Any]]]] = {

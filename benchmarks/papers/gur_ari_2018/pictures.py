@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.papers.drawing import LOOK, first_of
-from benchmarks.papers.gur_ari_2018.analysis import by_dimension, fractions_at, outliers
+from benchmarks.papers.gur_ari_2018.analysis import by_dimension, fractions_at
 from benchmarks.papers.gur_ari_2018.cases import CASES
 from benchmarks.papers.reductions import mean_of
 from benchmarks.papers.reproduction import Raw, RawOfSeeds, Rows
@@ -71,25 +71,6 @@ def table_of_dimensions(raws: RawOfSeeds) -> Rows:
         for d in [] if raw is None else raw["preserved"]:
             kept = mean_of(by_dimension(each)[int(d)] for each in raws[run].values())
             rows.append([title, d, number(kept)])
-    return rows
-
-
-def table_of_outliers(raws: RawOfSeeds) -> Rows:
-    """Returns the outliers of each seed, beside Figure 4."""
-    rows = [["labels", "classes", "outliers, by seed", "the paper's", "training accuracy"]]
-    titles = {
-        "spectrum": "digits",
-        "spectrum-random": "random labels",
-        "spectrum-parity": "even and odd",
-        "spectrum-five": "digits 0 to 4",
-    }
-    for run, title in titles.items():
-        raw = first_of(raws[run])
-        if raw is not None:
-            counts = [str(outliers(raws[run][seed])) for seed in sorted(raws[run])]
-            accuracy = mean_of(each["accuracy"] for each in raws[run].values())
-            paper = "–" if run == "spectrum-five" else str(raw["k"])
-            rows.append([title, str(raw["k"]), " ".join(counts), paper, number(accuracy)])
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -335,7 +336,7 @@ def newton(
     problem = Problem(network, cross_entropy, part.x_train, part.y_train)
     hessian = whole_hessian(problem)
     train(job, "warmup", problem, problem.sgd(_LR), steps=warmup, batch_size=_BATCH)
-    start = problem.state()
+    start = copy.deepcopy(problem.model.state_dict())
     raw: Raw = {"k": part.num_classes, "loss": {}}
     for name in ("newton", "gd", "sgd"):
         network.load_state_dict(start)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -93,26 +95,6 @@ def _flow(reached: Tensor) -> Tensor:
     return root
 
 
-def mixture(
-    job: Job, *, classes: Sequence[int], noises: Sequence[float], per_class: int, **size: Any
-) -> Raw:
-    """Trains softmax regression on Gaussian mixtures by gradient descent.
-
-    Returns:
-        For each of them, with biases and without: f_top, the fractions c_i² of the top k, and
-        2k + 2 eigenvalues along training. For each number of classes the rank without noise.
-    """
-    return {
-        "cases": [
-            _mixture(job, k, noise, bias=bias, per_class=per_class if noise else 1, **size)
-            for k in classes
-            for noise in noises
-            for bias in (False, True)
-        ],
-        "ranks": [[k, rank_without_noise(job, k)] for k in classes],
-    }
-
-
 def rank_without_noise(job: Job, k: int) -> int:
     """Returns the rank of the Hessian for k orthonormal samples at random parameters.
 
@@ -128,39 +110,48 @@ def rank_without_noise(job: Job, k: int) -> int:
     return int((eigenvalues > 1e-9 * eigenvalues[0]).sum())
 
 
-def _mixture(
+def mixture(
     job: Job,
-    k: int,
-    noise: float,
     *,
-    bias: bool,
-    per_class: int,
+    classes: Sequence[int],
+    noises: Sequence[float],
     dimension: int,
+    per_class: int,
     lr: float,
     steps: int,
     records: int,
 ) -> Raw:
-    random = job.generator()
-    means = functional.normalize(torch.randn(k, dimension, generator=random, dtype=torch.float64))
-    y = torch.arange(k).repeat_interleave(per_class)
-    x = means[y] + noise * torch.randn(len(y), dimension, generator=random, dtype=torch.float64)
-    x, y = x.to(job.device), y.to(job.device)
-    model = made(job, lambda: nn.Linear(dimension, k, bias=bias).double())
-    problem = Problem(model, cross_entropy, x, y)
-    hessian = problem.hessian()
+    """Trains softmax regression on Gaussian mixtures by gradient descent.
+
+    Returns:
+        For each of them, with biases and without: f_top, the fractions c_i² of the top k, and
+        2k + 2 eigenvalues along training. For each number of classes the rank without noise.
+    """
     at = {0} | {round(steps ** (i / (records - 2))) for i in range(records - 1)}
 
-    def record(_: int) -> Row:
-        basis = top_of(hessian, 2 * k + 2, _FINE)
-        fractions = eigenvector_fractions(hessian.gradient(), basis)
-        return {
-            "eigenvalues": basis.eigenvalues.tolist(),
-            "fractions": fractions[:k].tolist(),
-            "f_top": float(fractions[:k].sum()),
-        }
+    def case(k: int, noise: float, bias: bool) -> Raw:
+        draw = partial(torch.randn, generator=job.generator(), dtype=torch.float64)
+        means = functional.normalize(draw(k, dimension))
+        y = torch.arange(k).repeat_interleave(per_class if noise else 1)
+        x = means[y] + noise * draw(len(y), dimension)
+        model = made(job, lambda: nn.Linear(dimension, k, bias=bias).double())
+        problem = Problem(model, cross_entropy, x.to(job.device), y.to(job.device))
+        hessian = problem.hessian()
 
-    case: Raw = {"k": k, "noise": noise, "bias": bias}
-    name = f"k{k}-noise{noise:g}-bias{bias:d}"
-    optimizer = problem.sgd(lr)
-    rows = train(job, name, problem, optimizer, steps=steps, record=record, every=at.__contains__)
-    return case | {name: column(rows, name) for name in rows[0]}
+        def record(_: int) -> Row:
+            basis = top_of(hessian, 2 * k + 2, _FINE)
+            fractions = eigenvector_fractions(hessian.gradient(), basis)
+            return {
+                "eigenvalues": basis.eigenvalues.tolist(),
+                "fractions": fractions[:k].tolist(),
+                "f_top": float(fractions[:k].sum()),
+            }
+
+        name, sgd = f"k{k}-noise{noise:g}-bias{bias:d}", problem.sgd(lr)
+        rows = train(job, name, problem, sgd, steps=steps, record=record, every=at.__contains__)
+        found: Raw = {"k": k, "noise": noise, "bias": bias}
+        return found | {name: column(rows, name) for name in rows[0]}
+
+    kinds = itertools.product(classes, noises, (False, True))
+    cases = [case(*kind) for kind in kinds]
+    return {"cases": cases, "ranks": [[k, rank_without_noise(job, k)] for k in classes]}

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.papers.reductions import Curve
+from benchmarks.papers.reductions import Curve, mean_of
 from benchmarks.papers.reproduction import Raw
 
 _RATIO: Final = 0.2
@@ -41,11 +41,6 @@ def beside(raw: Raw) -> Iterator[tuple[Raw, Raw]]:
             yield row, TABLE[place]
 
 
-def near(raw: Raw) -> list[dict[str, Any]]:
-    """Returns the rows of covariance 1."""
-    return [row for row in raw["rows"] if row["covariance"] == 1]
-
-
 # --- appendix A ----------------------------------------------------------------------------------
 
 
@@ -73,24 +68,22 @@ def agreeing(raw: Raw, less: Offsets = (0, 0, 0)) -> tuple[list[bool], ...]:
 
 def counts_agreeing(raw: Raw) -> float:
     """Share of all counts of the table that ours are within one of."""
-    agree = [answer for column in agreeing(raw) for answer in column]
-    return sum(agree) / len(agree) if agree else math.nan
+    return mean_of(answer for column in agreeing(raw) for answer in column)
 
 
 def exact_matches(raw: Raw) -> float:
     """Share of the rows of covariance 1 whose elbow is at the number of clusters."""
-    hits = [row["elbow"] == row["clusters"] for row in near(raw)]
-    return sum(hits) / len(hits) if hits else math.nan
+    near = (row for row in raw["rows"] if row["covariance"] == 1)
+    return mean_of(row["elbow"] == row["clusters"] for row in near)
 
 
 def matches_beyond_two(raw: Raw) -> float:
     """Share of the rows of more than two clusters that gap or ratio is within one of."""
-    hits = [
+    return mean_of(
         min(abs(row[name] - row["clusters"]) for name in ("gap", "ratio")) <= 1
         for row in raw["rows"]
         if row["clusters"] > 2
-    ]
-    return sum(hits) / len(hits) if hits else math.nan
+    )
 
 
 def bulk_over_outliers(raw: Raw) -> float:
@@ -132,12 +125,6 @@ def left_edges_apart(raw: Raw) -> float:
     return max(distances, default=math.nan)
 
 
-def whole(raw: Raw, when: str) -> Iterator[Curve]:
-    """The whole spectrum in order, at the start or at the end, of the largest that has one."""
-    if raw["whole"]:
-        yield Curve(raw["whole"][when]["index"], raw["whole"][when]["eigenvalues"])
-
-
 def large_over_small(raw: Raw) -> float:
     """Geometric mean of the ten largest eigenvalues: of large batches over of small ones."""
     large, small = (np.array(network["right"][:10]) for network in raw["networks"])
@@ -169,13 +156,6 @@ def _in_order(raw: Raw) -> Iterator[tuple[dict[str, Any], str, float]]:
     for number, network in enumerate(raw["networks"]):
         label = f"P = {network['size']:,}"
         yield network, label, number / max(len(raw["networks"]) - 1, 1)
-
-
-def edge_of_batch(raw: Raw, side: str, number: int) -> Iterator[Curve]:
-    """An edge after large batches (0), or after small ones (1)."""
-    network = raw["networks"][number]
-    label = f"batches of {network['batch_size']}"
-    yield Curve(range(1, len(network[side]) + 1), network[side], label)
 
 
 # --- section 4 -----------------------------------------------------------------------------------

@@ -23,14 +23,15 @@ from benchmarks.papers.sagun_2017.analysis import (
 )
 from benchmarks.papers.tables import over_seeds
 
-_RUNS: Final = ("gd-tanh", "gd-relu", "sgd-relu")
 _PARTS: Final = {"parts-mnist": "MNIST", "parts-clusters": "ten clusters"}
 _NUMBERS: Final = ("mean", "std", "cutoff")
 
 
 def table_clusters(raws: RawOfSeeds) -> Rows:
     """Returns all rows of Table 1, ours beside the paper's."""
-    pairs = [pair for run in _RUNS for raw in raws[run].values() for pair in beside(raw)]
+    pairs = [
+        pair for of_seeds in raws.values() for raw in of_seeds.values() for pair in beside(raw)
+    ]
     both = [f"{name}: {whose}" for name in (*COUNTS, *_NUMBERS) for whose in ("paper", "ours")]
     rows = [["training", "size", "cov", "clusters", *both]]
     for (algorithm, activation, covariance, clusters), theirs in TABLE.items():
@@ -49,7 +50,7 @@ def table_clusters(raws: RawOfSeeds) -> Rows:
 
 def _agreement(raws: RawOfSeeds, name: str, less: Offsets) -> list[str]:
     """A row: how many of our counts are within one of those printed, less offsets."""
-    found = [agreeing(raw, less) for run in _RUNS for raw in raws[run].values()]
+    found = [agreeing(raw, less) for of_seeds in raws.values() for raw in of_seeds.values()]
     cells = []
     for at in range(len(less)):
         answers = [answer for columns in found for answer in columns[at]]
@@ -66,15 +67,19 @@ def listed(counts: Iterable[float]) -> str:
     return ", ".join(f"{count:g}" for count in counts) or "–"
 
 
+def _rows_by(of_seeds: Mapping[int, Raw], *names: str) -> dict[tuple[Any, ...], list[Raw]]:
+    """The rows of all seeds that have the same in some columns."""
+    found: dict[tuple[Any, ...], list[Raw]] = {}
+    for row in (row for raw in of_seeds.values() for row in raw["rows"]):
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
 def table_parts(raws: RawOfSeeds) -> Rows:
     """Returns how large the second part is, and how far the top eigenvalues of H and G agree."""
     rows = [["data", "step", "loss", "norm of H − G over that of G", "λ(G)/λ(H), the ten largest"]]
     for run, name in _PARTS.items():
-        by_step: dict[int, list[dict[str, Any]]] = {}
-        for raw in raws[run].values():
-            for row in raw["rows"]:
-                by_step.setdefault(row["step"], []).append(row)
-        for step, found in by_step.items():
+        for (step,), found in _rows_by(raws[run], "step").items():
             ratios = [
                 np.mean(np.array(row["gauss_newton"][:10]) / np.array(row["hessian"][:10]))
                 for row in found
@@ -87,11 +92,7 @@ def table_parts(raws: RawOfSeeds) -> Rows:
 def table_trivial(raws: RawOfSeeds) -> Rows:
     """Returns zeros and near zeros of both matrices, beside what there must be."""
     rows = [["N", "trained", "P", "P − NC", "zeros of G", "|λ(H)| ≤ λ₁/1000", "loss"]]
-    found: dict[tuple[int, bool], list[dict[str, Any]]] = {}
-    for raw in raws["trivial"].values():
-        for row in raw["rows"]:
-            found.setdefault((row["examples"], row["trained"]), []).append(row)
-    for (examples, trained), ours in found.items():
+    for (examples, trained), ours in _rows_by(raws["trivial"], "examples", "trained").items():
         first = [str(examples), "yes" if trained else "no"]
         first += [f"{ours[0][name]:,}" for name in ("size", "bound")]
         counts = [over_seeds((row[name] for row in ours), 4) for name in ("zeros", "hessian")]

@@ -80,12 +80,6 @@ def before_switch(raw: Raw) -> Iterator[Curve]:
     yield Curve([*steps, switch], [*losses, sgd[0]])
 
 
-def distance(raw: Raw, branch: str) -> Iterator[Curve]:
-    """The distance from the switch in a branch, by the steps since then."""
-    part = raw["phases"][branch]
-    yield Curve(np.array(part["step"]) - raw["switch_step"], part["distance"])
-
-
 def joined(raw: Raw, name: str, *parts: str) -> Iterator[Curve]:
     """A column along one part of a run after the other."""
     phases = raw.get("phases", raw)

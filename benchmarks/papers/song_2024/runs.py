@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -148,24 +149,23 @@ def critical_experiment(
 # --- noise: Figures 4-5 and 18-21 --------------------------------------------------------------
 
 
-class _Probe:
+def _probe(problem: Problem, k: int, seed: int) -> Callable[[int], Row]:
     """Measures a training at θ_t: loss, χ_k, and the top 2k eigenvalues, by one solve."""
+    hessian = problem.hessian()
+    # The k pairs beyond the dominant ones make those converge well below this tolerance.
+    subspace = so.DominantSubspace(hessian, 2 * k, refresh=1, tol=1e-2, seed=seed)
 
-    def __init__(self, problem: Problem, k: int, seed: int) -> None:
-        self.k, self.hessian = k, problem.hessian()
-        # The k pairs beyond the dominant ones make those converge well below this tolerance.
-        self.subspace = so.DominantSubspace(self.hessian, 2 * k, refresh=1, tol=1e-2, seed=seed)
-
-    def __call__(self, _: int) -> Row:
-        both = self.subspace.refresh()
-        basis = both.first(self.k)
-        gradient = self.hessian.gradient()
+    def measured(_: int) -> Row:
+        both = subspace.refresh()
+        basis = both.first(k)
         return {
-            "loss": self.hessian.loss(),
-            "chi_gradient": float(so.diagnostics.alignment(gradient, basis)),
+            "loss": hessian.loss(),
+            "chi_gradient": float(so.diagnostics.alignment(hessian.gradient(), basis)),
             "eigenvalues": basis.eigenvalues.tolist(),
-            "next_eigenvalues": both.eigenvalues[self.k :].tolist(),
+            "next_eigenvalues": both.eigenvalues[k:].tolist(),
         }
+
+    return measured
 
 
 _OF_A_PROBE: Final = ("step", "loss", "chi_gradient", "eigenvalues", "next_eigenvalues")
@@ -182,7 +182,7 @@ def switching(
         ("GD to SGD", (None, 50), gd_first),
     ):
         problem = problem_of(job, "mlp", data, width)
-        probe, optimizer = _Probe(problem, data.num_classes, job.seed), problem.sgd(lr)
+        probe, optimizer = _probe(problem, data.num_classes, job.seed), problem.sgd(lr)
         rows: list[Row] = []
         parts = ((0, first, first // 10), (first, after, max(1, after // 25)))
         for number, (start, steps, every) in enumerate(parts):
@@ -215,7 +215,7 @@ def small_rate(
     """GD and SGD side by side from one initialisation: χ_k along GD, and how far they part."""
     data = dataset(job, model, examples, pool)
     plain, noisy = (problem_of(job, model, data, width) for _ in range(2))
-    probe, sgd = _Probe(plain, data.num_classes, job.seed), noisy.sgd(lr)
+    probe, sgd = _probe(plain, data.num_classes, job.seed), noisy.sgd(lr)
     start, other = plain.theta(), noisy.theta()
     # Without checkpoints: the second training lives inside the records of the first.
     job = Job(job.seed, job.device)
@@ -297,7 +297,7 @@ def at_the_edge(
         raw[name]["step"] = [step + (0 if warm else switch) for step in monitor.history["step"]]
         raw["losses"][name] = losses
         if warm:
-            at_switch = problem.state()
+            at_switch = copy.deepcopy(problem.model.state_dict())
     return raw
 
 

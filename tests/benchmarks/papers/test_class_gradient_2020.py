@@ -127,7 +127,7 @@ def test_pictures_show_what_diverged_up_to_a_cross():
 
 def test_validation_images_are_others_than_those_for_training():
     found = runs.images(Job(), "mnist-5k", 30, 20, pool=2)
-    x, y = runs.validation_of(found)
+    x, y = found.test
     assert (found.x_train.shape, x.shape) == ((30, 1, 14, 14), (20, 1, 14, 14))
     assert (found.y_train.shape, y.shape, found.num_classes) == ((30,), (20,), 10)
     assert len(torch.cat([found.x_train, x]).flatten(1).unique(dim=0)) == 50

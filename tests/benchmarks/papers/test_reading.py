@@ -1,6 +1,8 @@
 """Papers from data files: what they may tell, what is refused, and how panels and tables follow."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -9,113 +11,10 @@ from benchmarks.papers.reading import read
 from benchmarks.papers.reductions import column
 from benchmarks.papers.song_2024 import analysis
 
-RUNS = """
-[groups]
-both = ["toy", "other"]
-[sizes]
-usual = { lr = 1e-4, steps = 40, keep = 5 }
-[toy]
-what = "the toy"
-title = "Toy"
-measure = "quadratic.toy_quadratic"
-small = ["usual", { keep = 3 }]
-paper = { steps = 100 }
-[other]
-what = "another"
-measure = "quadratic.toy_quadratic"
-small = "usual"
-seeds = 4
-"""
-CLAIMS = '''
-[shared]
-trial = """It was
- 3."""
-late = "$trial Too late."
-[ends-low]
-says = """It ends
-  low."""
-source = "eq. 1"
-quantity = "y at the end"
-measure = ["value", "GD.y.-1"]
-at_most = 2
-runs = "both"
-changed = "$late"
-seen = [0, 1]
-[starts-high]
-says = "It starts high."
-source = "eq. 2"
-quantity = "y"
-measure = ["value", "GD.y.0 / GD.x.-1"]
-at_least = 0.5
-runs = ["toy"]
-'''
-EXHIBITS = """
-[looks]
-high = { ylim = [0, "none"], xlabel = "x", ylabel = "y" }
-blunt = { color = "bulk", ls = "--" }
-[figure-1]
-title = "Paths"
-runs = "both"
-names = { who = "GD" }
-columns = 2
-panels = [
-  { title = "{run}: {GD.y.0:.1f}, {gone:.1f}", like = "high", lines = [
-    { x = "$who.x", y = "$who.y", label = "$who", color = "ink" },
-    { y = "GD.x", start = "switch", like = "blunt", seeds = "first", label = "later" },
-    { at = "switch" },
-    { level = 0.25, color = "third" },
-  ] },
-  { each = [0, 1], first = { xlabel = "first" }, runs = "toy", title = "at $each", lines = [
-    { y = ["component", "$each"] },
-  ] },
-]
-table = [
-  { head = "run", text = "{run} {name}" },
-  { head = "ends", value = ["value", "GD.y.-1"] },
-  { head = "mean", value = "switch", show = "mean .1f" },
-  { head = "each", value = "switch", show = "each .0f" },
-]
-note = "a $shared dollar"
-[figure-2]
-like = "figure-1"
-title = "Others"
-runs = "other"
-seeds = "first"
-names = { who = "SGD" }
-panels = [{ lines = [{ x = "$who.x", y = "$who.y", label = "$who" }] }]
-[table-1]
-title = "Quantities"
-runs = "toy"
-table = [{ quantity = "end", paper = "0.1", value = ["value", "GD.y.-1"] }]
-"""
-PAGE = """# Nobody 1900, On
-lines
-
-<https://example.org>
-
-Lines
-go up.
-
-## Why some were not reproduced
-
-- `ends-low`: It is
-  told.
-
-## What differs from the paper
-
-- There is no paper.
-- And n
-  - 1 lines.
-"""
+TOLD = Path(__file__).parent / "told"
+"""A paper that tells a bit of all that can be told."""
 RAW = {"GD": {"x": [4.0, 2.0], "y": [2.0, 1.0]}, "SGD": {"x": [1.0, 2.0], "y": [3.0, 4.0]}}
 RAW |= {"switch": 7}
-
-
-def folder_of(path, **changed):
-    files = {"runs.toml": RUNS, "claims.toml": CLAIMS, "exhibits.toml": EXHIBITS, "page.md": PAGE}
-    for name, text in (files | changed).items():
-        (path / name).write_text(text)
-    return path
 
 
 @pytest.fixture
@@ -124,7 +23,8 @@ def paper(tmp_path, monkeypatch):
         return [number, number + raw["switch"]]
 
     monkeypatch.setattr(analysis, "component", component, raising=False)
-    return read("song_2024", folder_of(tmp_path))
+    shutil.copytree(TOLD, tmp_path, dirs_exist_ok=True)
+    return read("song_2024", tmp_path)
 
 
 def test_runs_have_their_sizes_and_the_last_part_counts(paper):
@@ -221,7 +121,7 @@ def test_tables_have_a_row_for_each_run_or_quantity(paper):
 def test_what_a_file_tells_wrongly_is_refused(tmp_path, paper, file, old, new, message):
     text = (tmp_path / file).read_text()
     assert old in text
-    folder_of(tmp_path, **{file: text.replace(old, new, 1)})
+    (tmp_path / file).write_text(text.replace(old, new, 1))
     with pytest.raises(ValueError, match=message):
         read("song_2024", tmp_path)
 
