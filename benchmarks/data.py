@@ -36,6 +36,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.files import first_line
+
 __all__ = ["DATASETS", "ROOT_VARIABLE", "DataUnavailableError", "Dataset", "load"]
 
 DATASETS: Final = ("mnist-5k", "mnist", "cifar10-5k", "cifar10", "sst2-1k", "digits")
@@ -155,7 +157,7 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None) -> Dataset:
     except ImportError as error:
         raise DataUnavailableError(
             f"cannot load {name!r}: a package that it needs cannot be imported "
-            f"({_first_line(error)}); install this project with its extra 'bench'"
+            f"({first_line(error)}); install this project with its extra 'bench'"
         ) from error
 
 
@@ -292,7 +294,7 @@ def _from_folder(name: str, root: Path) -> _Splits:
     except Exception as error:  # readers of any format: their errors have no common base
         raise DataUnavailableError(
             f"cannot load {name!r}: the folder {str(folder)!r} cannot be read "
-            f"({_first_line(error)}); {_way_out(name)}"
+            f"({first_line(error)}); {_way_out(name)}"
         ) from error
     return splits
 
@@ -319,7 +321,7 @@ def _from_hub(name: str) -> _Splits:
         cause = unreachable or error
         what = "does not answer, and no copy of it is cached" if unreachable else "gave no data"
         raise DataUnavailableError(
-            f"cannot load {name!r}: the public hub {what} ({repository}: {_first_line(cause)}); "
+            f"cannot load {name!r}: the public hub {what} ({repository}: {first_line(cause)}); "
             f"{_way_out(name)}"
         ) from cause
     return splits
@@ -349,12 +351,6 @@ def _way_out(name: str) -> str:
     if name in _REPOSITORIES:
         return f"{folder}, or name none and connect to a network"
     return f"{folder}, or name none and do without a test set"
-
-
-def _first_line(error: Exception) -> str:
-    """The type of an error and the first line of its message."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _source(root: Path | None) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import subspace_optim as so
+from benchmarks.files import first_line
 from benchmarks.losses import accuracy
 from benchmarks.optimizers import BUILT_IN, PAPERS, Recipe, recipes, step_together
 from subspace_optim._validation import check_integer, check_number
@@ -501,8 +502,9 @@ def compare(
     Returns:
         The comparison.
 
-    ``ValueError`` for an optimizer that is unknown, or cannot be made, or a state that is not one
-    of this experiment, before anything runs.
+    Raises:
+        ValueError: an optimizer is unknown, or cannot be made, or a state is not one of this
+            experiment; before anything runs.
     """
     settings = Settings(**options) if settings is None else replace(settings, **options)
     chosen = dict(optimizers) if isinstance(optimizers, Mapping) else recipes(list(optimizers))
@@ -510,7 +512,13 @@ def compare(
     before = copy.deepcopy(model.state_dict())
     try:
         if resume_from is not None:
-            _take_up(experiment, resume_from)
+            try:
+                experiment.load_state_dict(resume_from)
+            except Exception as error:
+                raise ValueError(
+                    "What was kept is no state of this comparison, so it begins anew only: "
+                    + first_line(error)
+                ) from error
         while not experiment.result.finished:
             if experiment.phase_is_over:
                 experiment.finish_phase()
@@ -528,19 +536,3 @@ def compare(
         model.load_state_dict(before)
         model.zero_grad()
     return experiment.result
-
-
-def _take_up(experiment: _Experiment, state: dict[str, Any]) -> None:
-    """Goes on from a state.
-
-    Raises:
-        ValueError: it is not one of this experiment.
-    """
-    try:
-        experiment.load_state_dict(state)
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        found = f"{type(error).__name__}: {first_line}"
-        raise ValueError(
-            f"What was kept is no state of this comparison, so it begins anew only: {found}"
-        ) from error

@@ -36,6 +36,11 @@ def jsonable(value: Any, digits: int = 17) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda _: None, parse_float=rounded)
 
 
+def first_line(error: Exception) -> str:
+    """Returns the type of an error and the first line of its message."""
+    return ": ".join((type(error).__name__, *str(error).splitlines()[:1]))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a file beside ``path`` to be written, and then renames it.

@@ -17,12 +17,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 import subspace_optim as so
 from benchmarks import command
@@ -31,13 +29,12 @@ from benchmarks.experiment import minibatch
 from benchmarks.files import alone, replacing
 from benchmarks.losses import mse
 from benchmarks.models import build
-from benchmarks.optimizers import step_together
+from benchmarks.optimizers import recipes, step_together
 from benchmarks.progress import doing, shown
 from subspace_optim.diagnostics import plots
 
 History = dict[str, list[Any]]
 Drawing = Callable[..., Figure]
-Factory = Callable[[nn.Module], Sequence[Optimizer]]
 
 _NO_DATE: Final[dict[str, dict[str, None]]] = {
     ".svg": {"Date": None},
@@ -77,27 +74,28 @@ class Measurements:
     @cached_property
     def sgd(self) -> Run:
         """SGD on minibatches of 50, a new basis for each row, and the next k/2 eigenvalues."""
-        return self.train(_sgd(0.05), every=25, batch_size=50, refresh=1, next_k=self.k // 2)
+        return self.train(0.05, every=25, batch_size=50, refresh=1, next_k=self.k // 2)
 
     @cached_property
     def gd(self) -> Run:
         """Gradient descent at a rate at which the sharpness reaches 2/η."""
-        return self.train(_sgd(0.06), every=20, next_k=self.k // 2)
+        return self.train(0.06, every=20, next_k=self.k // 2)
 
     @cached_property
     def rates(self) -> dict[str, History]:
         """Several optimizers on the full gradient, from one start."""
-        optimizers: dict[str, Factory] = {
-            "GD": _sgd(0.02),
-            "GD, momentum 0.9": _sgd(0.02, momentum=0.9),
-            "SAM": lambda model: [so.SAM(model.parameters(), lr=0.02, rho=0.02)],
-            "Adam": _adam(0.9),
-            "Adam, no momentum": _adam(0.0),
-            "Muon + AdamW": _muon,
+        optimizers = {
+            "GD": ("sgd",),
+            "GD, momentum 0.9": ("sgd", "sgd.momentum=0.9"),
+            "SAM": ("sam",),
+            "Adam": ("adam",),
+            "Adam, no momentum": ("adam", "adam.betas=(0.0, 0.999)"),
+            "Muon + AdamW": ("muon+adamw",),
         }
         rows = (self.rows + 1) // 2
         return {
-            name: self.train(make, every=6, rows=rows).history for name, make in optimizers.items()
+            name: self.train(0.02, *spelled, every=6, rows=rows).history
+            for name, spelled in optimizers.items()
         }
 
     @cached_property
@@ -120,8 +118,9 @@ class Measurements:
 
     def train(
         self,
-        make: Factory,
-        *,
+        lr: float,
+        spelling: str = "sgd",
+        *settings: str,
         every: int,
         rows: int | None = None,
         batch_size: int | None = None,
@@ -131,7 +130,9 @@ class Measurements:
         """Trains from the start and watches every so many steps.
 
         Args:
-            make: the optimizers of a model, which step in turn.
+            lr: of SGD and SAM; others have their own.
+            spelling: the optimizer, or the pair, as ``benchmarks.optimizers.recipes`` takes it.
+            settings: its options, as well.
             every: as of ``Monitor``.
             rows: recorded (default: as many as of the other runs).
             batch_size: examples a step; ``None``: all.
@@ -145,7 +146,8 @@ class Measurements:
         model = build("mlp", self.data, num_outputs=self.data.num_classes, seed=self.seed)
         hessian = so.HessianOperator(model, mse, (x, y))
         subspace = so.DominantSubspace(hessian, self.k, refresh=refresh, seed=self.seed)
-        optimizers = make(model)
+        (recipe,) = recipes([spelling], settings).values()
+        optimizers = recipe.build(model.parameters(), lr, subspace, self.k)
 
         def loss_of(x: Tensor, y: Tensor) -> Tensor:
             return mse(model(x), y)
@@ -164,21 +166,6 @@ class Measurements:
                 if step % every == 0 and subspace.basis is not None:
                     bases.append(subspace.basis)  # of the parameters before the step
         return Run(monitor.history, bases, hessian)
-
-
-def _sgd(lr: float, **options: Any) -> Factory:
-    return lambda model: [torch.optim.SGD(model.parameters(), lr=lr, **options)]
-
-
-def _adam(beta: float) -> Factory:
-    return lambda model: [torch.optim.Adam(model.parameters(), lr=1e-3, betas=(beta, 0.999))]
-
-
-def _muon(model: nn.Module) -> list[Optimizer]:
-    """Muon for the matrices, and AdamW for the rest."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    return [torch.optim.Muon(matrices, lr=0.005), torch.optim.AdamW(others, lr=1e-3)]
 
 
 # --- the pictures ------------------------------------------------------------------------------

@@ -316,16 +316,12 @@ def _labels_at_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> No
         for name, (x, y, _) in ends.items()
     }
     order = sorted(ends, key=heights.__getitem__)
-    apart = 0.048
-    placed: list[float] = []
-    for name in order:  # upwards, each above the one before ...
-        placed.append(
-            max(min(max(heights[name], 0.0), 1.0), *(p + apart for p in placed[-1:]), 0.0)
-        )
-    over = max(0.0, placed[-1] - 1.0) if placed else 0.0
-    for i in range(len(placed) - 1, -1, -1):  # ... and down again from the upper edge
-        highest = 1.0 if i == len(placed) - 1 else placed[i + 1] - apart
-        placed[i] = min(placed[i], highest) if over else placed[i]
+    apart, last = 0.048, len(ends) - 1
+    placed = [min(max(heights[name], 0.0), 1.0) for name in order]
+    for i in range(1, len(placed)):  # upwards, each above the one before ...
+        placed[i] = max(placed[i], placed[i - 1] + apart)
+    # ... and down again from the upper edge.
+    placed = [min(height, 1.0 - apart * (last - i)) for i, height in enumerate(placed)]
     for name, height in zip(order, placed, strict=True):
         x, _, color = ends[name]
         edge = float(inverse.transform(axes.transData.transform((x, 1.0)))[0])

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.files import ForeignFileError, replacing
+from benchmarks.files import ForeignFileError, first_line, replacing
 
 SAVE_EVERY: Final = 10.0  # seconds
 _SHARE: Final = 0.02
@@ -49,10 +49,8 @@ class Checkpoint:
         try:
             load(torch.load(self.path, map_location=device, weights_only=True))
         except Exception as error:  # whatever torch, pickle and zipfile say to a foreign file
-            first = str(error).partition("\n")[0]
-            kind, reason = "checkpoint of this run", f"{type(error).__name__}: {first}"
-            remedy = "Remove it to begin anew."
-            raise ForeignFileError(self.path, kind, reason, remedy) from error
+            kind, remedy = "checkpoint of this run", "Remove it to begin anew."
+            raise ForeignFileError(self.path, kind, first_line(error), remedy) from error
 
     def keep(
         self, state: Callable[[], dict[str, Any]], *, measured: bool = False, over: bool = False

@@ -93,7 +93,7 @@ def train(
     job: Job,
     name: str,
     problem: Problem,
-    optimizers: Optimizer | Sequence[Optimizer],
+    optimizer: Optimizer,
     *,
     steps: int,
     batch_size: int | None = None,
@@ -112,11 +112,11 @@ def train(
 
     Args:
         job: the seed, and the folder where the state is kept every few seconds. A training of the
-            same ``name`` that was interrupted goes on from there, if model, optimizers and
+            same ``name`` that was interrupted goes on from there, if model, optimizer and
             ``also`` are made as before.
         name: of this training, unique in its run.
         problem: its model is trained.
-        optimizers: one, or several that step after one backward pass.
+        optimizer: steps on the model.
         steps: how many.
         batch_size: ``None``: all examples at each step.
         record: called at θ_t before step t, and with ``t = first + steps`` at the end; what it
@@ -131,10 +131,9 @@ def train(
     Returns:
         The rows.
     """
-    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     x, y = problem.x, problem.y
     checkpoint = Checkpoint(None if job.scratch is None else job.scratch / f"{name}.pt")
-    states: list[Stateful] = [problem.model, *optimizers, *also]
+    states: list[Stateful] = [problem.model, optimizer, *also]
     rows: list[Row] = []
     step, over = first, False
     batch: Tensor | slice
@@ -176,7 +175,7 @@ def train(
                         with seeded(x.device, seed):
                             before(*examples)
                     of_batch = partial(problem.loss_of, *examples, seed)
-                    loss = step_together(optimizers, of_batch)[0].item()
+                    loss = step_together([optimizer], of_batch)[0].item()
                 except so.NonFiniteError:  # of an optimizer's subspace
                     loss = math.nan
                 if losses is not None:

@@ -274,9 +274,7 @@ def test_foreign_checkpoints_are_told_in_one_message_and_left_as_they_are(
         "is no checkpoint of this version": [
             b"",
             b"\x89PNG\r\n",
-            b'{"arguments": {}, "state": {}}',
             whole[: len(whole) // 2],
-            whole[:-1],
             b"x" + whole[1:],
             pickle.dumps(print),  # would run code, if it were trusted
             saved([1, 2]),

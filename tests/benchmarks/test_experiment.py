@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import subspace_optim as so
-from benchmarks.experiment import OPTIMIZERS, WARMUP, Settings, compare, minibatch
+from benchmarks.experiment import WARMUP, Settings, compare, minibatch
 from tests.benchmarks.comparisons import problem, same
 from tests.observe import Seen
 
@@ -185,20 +185,6 @@ def test_model_is_left_as_it_was():
     before = copy.deepcopy(model.state_dict())
     compare(model, loss_fn, data, settings=SMALL)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_own_optimizers_take_part():
-    model, loss_fn, data = problem()
-    made = {"SGD": OPTIMIZERS["SGD"], "Adam": lambda params, lr, _: torch.optim.Adam(params, lr)}
-    result = compare(model, loss_fn, data, made, settings=SMALL)
-    assert set(result.branches) == {"SGD", "Adam"}
-    assert result.branches["Adam"].train_loss != result.branches["SGD"].train_loss
-
-
-def test_unknown_optimizer_is_refused():
-    model, loss_fn, data = problem()
-    with pytest.raises(ValueError, match=r"'Foo'.*allowed are"):
-        compare(model, loss_fn, data, ["SGD", "Foo"], settings=SMALL)
 
 
 def test_diverged_before_the_switch_is_an_error_not_a_comparison():

@@ -33,16 +33,9 @@ def make_data(name: str, rows: int = 4) -> Dataset:
         inputs = torch.randint(1, VOCABULARY, shape, generator=generator)
         for row in range(rows):
             inputs[row, SHAPES[name][0] - 2 * row :] = 0
-    return Dataset(
-        name=name,
-        x_train=inputs,
-        y_train=torch.randint(0, 2, (rows,), generator=generator),
-        x_test=None,
-        y_test=None,
-        num_classes=2,
-        description="random",
-        vocabulary=VOCABULARY if text else None,
-    )
+    labels = torch.randint(0, 2, (rows,), generator=generator)
+    vocabulary = VOCABULARY if text else None
+    return Dataset(name, inputs, labels, None, None, 2, "random", vocabulary)
 
 
 PAIRS = [(model, data) for model in MODELS for data in DATASETS]

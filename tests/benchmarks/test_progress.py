@@ -8,6 +8,7 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -18,16 +19,6 @@ from benchmarks.progress import Log, counted, doing, shown
 ROOT = Path(__file__).parents[2]
 
 
-class Clock:
-    """Seconds that pass when the test says so."""
-
-    def __init__(self):
-        self.now = 50.0
-
-    def __call__(self):
-        return self.now
-
-
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -35,8 +26,9 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    made = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", made)
+    """Seconds that pass when the test says so."""
+    made = SimpleNamespace(now=50.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: made.now)
     return made
 
 
@@ -110,8 +102,7 @@ def test_lines_come_during_one_long_call_and_reach_the_file_at_once(tmp_path):
         with doing("true sines", 7, unit="sample") as task:
             task.at(3)
             wait_for(lambda: "true sines, sample 3 of 7" in path.read_text())
-    after = path.read_text()
-    assert "cold solve" not in after.splitlines()[-1]
+    assert "cold solve" not in path.read_text().splitlines()[-1]
 
 
 def test_the_package_s_own_lines_are_shown_and_its_logger_left_as_it_was():

@@ -20,10 +20,8 @@ def draw(raws):
 
 
 def table(raws):
-    return [
-        ["seed", "first"],
-        *([str(s), f"{r['values'][0]:.2f}"] for s, r in raws["flat"].items()),
-    ]
+    rows = [[str(seed), f"{raw['values'][0]:.2f}"] for seed, raw in raws["flat"].items()]
+    return [["seed", "first"], *rows]
 
 
 def first(raw):

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.reading import _size, _toml
+from tests.benchmarks.papers.tiny import claim_of
 
 CASES = [
     (key, name, case)
@@ -17,7 +18,7 @@ CASES = [
 
 @pytest.mark.parametrize(("key", "name", "case"), CASES)
 def test_a_claim_takes_its_figure_and_decides(key, name, case):
-    (claim,) = (each for each in PAPERS[key].claims if each.name == name)
+    claim = claim_of(PAPERS[key], name)
     figure = claim.measure(_size(case["raw"], {}))
     assert figure == pytest.approx(case["figure"], abs=1e-6, nan_ok=True)
     assert claim.holds(figure) is case["holds"]

@@ -102,10 +102,7 @@ def test_a_second_command_is_refused_before_it_starts(tmp_path, capsys, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", '{"paper": "song_2024"}', '{"paper": "song_2024", "run', "\udcff", "null"],
-)
+@pytest.mark.parametrize("text", ["", '{"paper": "song_2024", "run', "\udcff", "null"])
 def test_a_foreign_raw_file_is_told_in_one_message_and_not_written_over(text, tmp_path, capsys):
     path = RawFiles(tmp_path).path("song_2024", "toy", "small", 1)
     path.parent.mkdir(parents=True)

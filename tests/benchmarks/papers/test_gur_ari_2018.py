@@ -20,12 +20,11 @@ from benchmarks.papers.gur_ari_2018 import analysis, measures, pictures, runs, s
 from benchmarks.papers.gur_ari_2018.cases import CASES
 from benchmarks.papers.reproduction import Job
 from benchmarks.papers.training import Problem, performance, top_of
+from tests.benchmarks.papers.tiny import claim_of
 
 PAPER = PAPERS["gur_ari_2018"]
 
-
-def claim(name):
-    return next(each for each in PAPER.claims if each.name == name)
+claim = functools.partial(claim_of, PAPER)
 
 
 @pytest.fixture(scope="module")

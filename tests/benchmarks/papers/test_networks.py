@@ -79,9 +79,3 @@ def test_models_are_drawn_from_the_seed_and_leave_the_random_state(make):
     assert all(torch.equal(a, b) for a, b in pairs)
     pairs = zip(first.parameters(), other.parameters(), strict=True)
     assert not all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_simple_convnet_takes_images_of_its_side():
-    for side in (10, 16, 32):
-        net = networks.simple_convnet(side, 3, channels=1, width=2, dense=4)
-        assert net(torch.randn(2, 1, side, side)).shape == (2, 3)

@@ -16,10 +16,11 @@ import subspace_optim as so
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.networks import fully_connected, made
 from benchmarks.papers.problems import blobs
-from benchmarks.papers.reproduction import Claim, Job, Raw
+from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.sagun_2017 import analysis, random_matrices, runs
 from benchmarks.papers.sagun_2017.pictures import table_clusters
 from benchmarks.papers.training import Problem
+from tests.benchmarks.papers.tiny import claim_of
 from tests.benchmarks.papers.tiny import size as tiny_size
 
 PAPER = PAPERS["sagun_2017"]
@@ -31,8 +32,7 @@ def measured(tiny: Callable[[str, str], Raw]) -> Callable[[str], Raw]:
     return functools.partial(tiny, "sagun_2017")
 
 
-def claim(name: str) -> Claim:
-    return next(each for each in PAPER.claims if each.name == name)
+claim = functools.partial(claim_of, PAPER)
 
 
 # --- as it stands --------------------------------------------------------------------------------

@@ -75,15 +75,6 @@ def test_rows_are_taken_before_the_step_and_at_the_end():
     assert [row["step"] for row in rows] == [3, 4, 5]
 
 
-def test_several_optimizers_step_after_one_backward_pass():
-    net, passes = network(), []
-    first, second = [torch.optim.SGD(net[i].parameters(), lr=0.1) for i in (0, 3)]
-    net.register_forward_hook(lambda *_: passes.append(1))
-    train(Job(3), "a", problem(net), [first, second], steps=3)
-    assert len(passes) == 3
-    torch.testing.assert_close(theta(net), by_hand(3, None))
-
-
 def test_each_minibatch_is_shown_before_the_step():
     net, shown = network(), []
 

@@ -25,6 +25,11 @@ def size(key, name):
     return small | {n: v for n, v in tiny.items() if key != "song_2024" or n in small}
 
 
+def claim_of(paper, name):
+    """A claim by its name."""
+    return next(claim for claim in paper.claims if claim.name == name)
+
+
 def clouds(name, _job, examples, test=None):
     """Three classes that lie apart, in the shape of the data set of that name."""
     generator = torch.Generator().manual_seed(0)
