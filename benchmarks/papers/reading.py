@@ -7,6 +7,7 @@
 * ``runs.py``, and modules beside it: functions that measure
 * ``analysis.py``: reductions of raw figures, for claims, pictures and tables alike
 * ``pictures.py``: what no data can say of a picture or a table
+* ``cases.toml``, ``table-1.toml``: tables as they are printed, for those that put ours beside
 
 In TOML files texts may be broken into lines, ``$name`` is a text of ``[shared]``, and ``"none"`` is
 ``None``, for which TOML has no word. A function is told by its name, or in a list that has its
