@@ -132,11 +132,9 @@ class FiniteDifferenceHessian(MeanLossHessian):
         """Relative error of a product that is to be expected at best: ``(3u)^{2/3} / 2``."""
         return float((3 * self.rounding) ** (2 / 3) / 2)
 
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``."""
-        products = super().matmat(vectors)
-        self.stats.gradients += 2 * len(vectors)
-        return products
+    def _count(self, products: int) -> None:
+        super()._count(products)
+        self.stats.gradients += 2 * products
 
     def _linearize(self, batch_loss: BatchLoss, point: Point) -> Derivatives:
         leaves = point.leaves

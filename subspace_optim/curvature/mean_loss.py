@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from subspace_optim._progress import Progress
-from subspace_optim._validation import ArgumentError, DataChangedError, NonFiniteError
+from subspace_optim._validation import ArgumentError, DataChangedError
 from subspace_optim.curvature.batches import Batches
 from subspace_optim.curvature.contexts import Mode, full_precision, in_mode
 from subspace_optim.curvature.dependencies import Dependencies
@@ -24,7 +22,6 @@ from subspace_optim.curvature.evaluation import (
     loss_alone,
     loss_and_gradient,
 )
-from subspace_optim.curvature.memory import AllocationMeter, free_memory
 from subspace_optim.curvature.objective import (
     BatchLoss,
     BatchLossFunction,
@@ -33,13 +30,12 @@ from subspace_optim.curvature.objective import (
     unwrapped,
 )
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
-from subspace_optim.curvature.parameters import ParameterSpace, Params, digest, weighted
+from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
+from subspace_optim.curvature.passes import Differentiate, Passes
 from subspace_optim.curvature.process_group import Ranks, warn_without_group
-from subspace_optim.curvature.proof import Proof, see
+from subspace_optim.curvature.proof import Proof
 from subspace_optim.curvature.report import Parts, Products, Report
 from subspace_optim.curvature.surroundings import ALONE, Surroundings
-
-Differentiate = Callable[[BatchLoss, Point], Derivatives]
 
 
 class MeanLossOperator(CurvatureOperator):
@@ -94,24 +90,25 @@ class MeanLossOperator(CurvatureOperator):
                 raise ArgumentError("verify", verify, "True or False")
             self.model = unwrapped(model)
             self.parameters = ParameterSpace(self.model, params)
-            self._batch_loss = batch_loss
-            self._batches = Batches(data, pairs=isinstance(batch_loss, Supervised))
+            batches = Batches(data, pairs=isinstance(batch_loss, Supervised))
             warn_without_group(model, process_group)
         self.stats = OperatorStats()
         self._dtypes = [p.dtype for p in self.parameters.tensors]
-        self._mode, self._memory_budget, self._seed = mode, memory_budget, seed
+        self._mode, self._seed = mode, seed
         parts = Parts(
             self.model,
             batch_loss,
             self.parameters,
             self.stats,
             seed,
-            self._batches,
+            batches,
             self._linearize,
             self._products,
         )
         self._proof = Proof(parts, demanded=verify)
-        self._dependencies = Dependencies(self.parameters, batch_loss, self._batches, self._proof)
+        self._passes = Passes(parts, self._ranks, self._proof, memory_budget)
+        self._dependencies = Dependencies(self.parameters, batch_loss, batches, self._proof)
+        self._in_pieces: Self | None = None  # a sample in more batches
         self._point: Point | None = None
         self._frozen_by: int | None = None  # the thread that has promised
 
@@ -124,8 +121,47 @@ class MeanLossOperator(CurvatureOperator):
     def _linearize(self, batch_loss: BatchLoss, point: Point) -> Derivatives:
         """Returns loss, gradient and product of one batch at ``point``."""
 
+    @property
+    def examples(self) -> tuple[int, int] | None:
+        """Of a sample, how many examples it holds, and how many there are; ``None`` of all data."""
+        return self._passes.examples
+
+    def sample(self, examples: int, *, seed: int) -> Self | None:
+        """Returns the matrix of a sample; ``None`` where the data are a batch that cannot be cut.
+
+        Whole batches, or rows where the data are one batch. It trusts what was proved of all data.
+        """
+        with self._fixed(products=True) as point:
+            passes = self._passes.sample(point, examples, seed)
+        if passes is None:
+            return None
+        whole, *pieces = (self._over(of) for of in passes)
+        vars(whole)["_in_pieces"] = pieces[0] if pieces else None
+        return whole
+
+    def _over(self, passes: Passes) -> Self:
+        """Returns the same matrix over other data."""
+        parts = passes.parts
+        seen = Dependencies(parts.space, parts.batch_loss, parts.batches, self._proof)
+        view = copy.copy(self)
+        vars(view).update(_passes=passes, _dependencies=seen, _point=None, _frozen_by=None)
+        return view
+
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``.
+        """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``."""
+        return self._matmat(vectors)
+
+    def batch_matmat(self, vectors: Tensor, see: Callable[[Tensor], object]) -> Tensor:
+        """Returns the products as ``matmat`` does, and shows what each batch adds to them."""
+        if self._in_pieces is None:
+            return self._matmat(vectors, see)
+        try:
+            return self._in_pieces.batch_matmat(vectors, see)
+        finally:
+            self._in_pieces.release()
+
+    def _matmat(self, vectors: Tensor, see: Callable[[Tensor], object] | None = None) -> Tensor:
+        """Does what ``batch_matmat`` does, with these batches.
 
         Raises:
             ArgumentError: the shape is another.
@@ -139,17 +175,25 @@ class MeanLossOperator(CurvatureOperator):
             kept = point.kept or {}
             vectors = vectors.to(self.device, self.dtype).contiguous()
             with self.ranks.summed(vectors.shape, self.dtype, self.device) as products:
+
+                def multiply(derivatives: Derivatives) -> None:
+                    if see is None:
+                        self._multiply(derivatives, vectors, products)
+                        return
+                    part = torch.zeros_like(vectors)
+                    self._multiply(derivatives, vectors, part)
+                    products.add_(part)
+                    see(part.div_(point.weight))
+
                 if kept:  # at the point, since checkpointed parts run the model again
                     with point.at(self._seed, forward=False):
                         for derivatives in kept.values():
-                            self._multiply(derivatives, vectors, products)
+                            multiply(derivatives)
                 if point.streamed:
-                    for _, batch_loss, _ in self._losses(point, skip=kept):
+                    for _, batch_loss, _ in self._passes.losses(point, skip=kept):
                         with point.at(batch_loss.seed):
-                            derivatives = self._linearize(batch_loss, point)
-                            self._multiply(derivatives, vectors, products)
-                            del derivatives  # before the next graph is built
-            self.stats.products += len(vectors)
+                            multiply(self._linearize(batch_loss, point))
+            self._count(len(vectors))
             return products.div_(point.weight)
 
     def _multiply(self, derivatives: Derivatives, vectors: Tensor, products: Tensor) -> None:
@@ -157,6 +201,11 @@ class MeanLossOperator(CurvatureOperator):
         space = self.parameters
         for v, product in zip(vectors, products, strict=True):
             space.add_(product, derivatives.product(space.unflatten(v)), derivatives.weight)
+
+    def _count(self, products: int) -> None:
+        """Adds to the products that were taken."""
+        self.stats.products += products
+        self.stats.full_products += products * self._passes.share
 
     def gradient(self) -> Tensor:
         """Returns ``∇L(θ)``, ``(P,)``. It is computed once for each parameter state."""
@@ -233,7 +282,7 @@ class MeanLossOperator(CurvatureOperator):
         key = self._dependencies.key(surroundings)
         dtypes = [p.dtype for p in self.parameters.tensors]
         if self._dtypes != dtypes:  # the data may have been converted with the model
-            self._batches.forget()
+            self._passes.parts.batches.forget()
             self._dtypes = dtypes
         if self._point is not None and self._point.key != key:
             self._forget()  # first: its graphs are gone before others are built
@@ -297,91 +346,17 @@ class MeanLossOperator(CurvatureOperator):
         self.release()  # what is kept may refer to the point, and a cycle is freed late
         self._point = None
 
-    # --- passes over the data -------------------------------------------------------------------
-
-    def _losses(
-        self, point: Point, skip: Collection[int] = ()
-    ) -> Iterator[tuple[int, BatchLoss, int]]:
-        """Yields the index of each batch of a pass, its loss, and its bytes."""
-        self.stats.passes += 1
-        progress = Progress("pass over the data")
-        for index, batch, nbytes in self._batches.read(self.device, upcast=point.upcast):
-            progress.tick(lambda index=index: f"batch {index}")  # type: ignore[misc]
-            if index not in skip:
-                # Batches that the ranks take in turn have the masks that one process gives them.
-                seed = self._seed + index * self.ranks.size + self.ranks.rank
-                yield index, BatchLoss(self.model, self._batch_loss, batch, seed), nbytes
-
     def _pass(self, point: Point, differentiate: Differentiate, *, keep: bool = False) -> None:
-        """One pass over the data: loss, gradient, and what of it is kept for products.
-
-        Args:
-            point: where; loss, gradient and what is kept are added to it.
-            differentiate: how; ``loss_alone`` for no gradient.
-            keep: keeps what products need, as long as it fits the budget.
+        """Passes over the data.
 
         Raises:
-            ArgumentError: the data have no examples.
-            NonFiniteError: the loss or a weight is not finite.
-            DataChangedError: the loss is another than in an earlier pass at this state.
+            DataChangedError: they have changed; what was known is dropped.
         """
-        budget: float | None = self._memory_budget
-        if budget is None:
-            sharing = 1 if self.device.type == "cuda" else self.ranks.size  # one machine's memory
-            budget = free_memory(self.device) / (4 * sharing) if keep else 0.0
-        kept: dict[int, Derivatives] = {}
-        used = count = 0
-        size = 0 if differentiate is loss_alone else self.size
-        gradient = torch.zeros(size, dtype=self.dtype, device=self.device)
-        proves_mean = self._proof.is_due("mean")
-        pieces: list[Any] = []
-        with self.ranks.summed((2,), torch.float64, self.device) as sums:
-            for index, batch_loss, nbytes in self._losses(point):
-                watching = nullcontext() if count else self._proof.watching(point)
-                count += 1
-                if proves_mean:
-                    pieces = see(batch_loss.batch, pieces)
-                metering = AllocationMeter() if keep else nullcontext()
-                with metering as meter, point.at(batch_loss.seed), watching:
-                    found = differentiate(batch_loss, point)
-                weight = found.weight
-                sums.add_(torch.stack([weighted(found.loss.double(), weight), weight]))
-                if size:
-                    self.parameters.add_(gradient, found.gradient, weight)
-                    found.gradient = ()  # it has been added up, and is held no longer
-                if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
-                    used += held
-                    kept[index] = found
-                del found, batch_loss  # before the graph of the next one is built
-            if pieces:
-                self._proof.mean(point, pieces)
-        total, N = sums.tolist()
-        if N == 0:
-            raise ArgumentError("data", "of no examples", "at least one example of weight above 0")
-        if getattr(self._batch_loss, "summed", False):
-            N = 1.0  # of all data together: the matrix is that of the sum
-        loss = total / N if N > 0 else math.nan
-        if not math.isfinite(loss):
-            message = (
-                f"The mean loss over the data is {loss} (weight {N:g}), so it has no "
-                "curvature. Lower the learning rate, or look for NaN in parameters and data."
-            )
-            self._batches.forget()  # they may be mended
-            raise NonFiniteError(message)
         try:
-            point.check_loss(loss)
+            self._passes.run(point, differentiate, keep=keep)
         except DataChangedError:
             self._forget()
             raise
-        self._proof.done("mean")
-        point.loss, point.weight = loss, N
-        if size:
-            self.stats.gradients += 1
-            point.gradient = self.ranks.sum_(gradient).div_(N)
-        if keep:
-            point.kept, point.streamed = kept, count - len(kept)
-            self.stats.graphs_kept, self.stats.graphs_streamed = len(kept), point.streamed
-            self.stats.graph_bytes = used
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs cannot be copied, and a copy has parameters of its own.
@@ -390,6 +365,7 @@ class MeanLossOperator(CurvatureOperator):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         operator = type(self).__new__(type(self))
         memo[id(self)] = operator
-        memo[id(self._batches)] = self._batches  # data are read only: the copies share them
+        batches = self._passes.parts.batches
+        memo[id(batches)] = batches  # data are read only: the copies share them
         operator.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return operator

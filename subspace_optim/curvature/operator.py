@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +21,8 @@ class OperatorStats:
     """What an operator has cost so far, and how it works at present.
 
     Attributes:
-        products: products with a vector.
+        products: products with a vector, over all of the data or a sample.
+        full_products: the same, each counted as the share of the data that it was over.
         gradients: gradients over all of the data; those that a kept graph begins with, and the
             two of a finite difference, included.
         passes: readings of the data.
@@ -34,6 +35,7 @@ class OperatorStats:
     """
 
     products: int = 0
+    full_products: float = 0.0
     gradients: int = 0
     passes: int = 0
     graphs_kept: int = 0
@@ -103,6 +105,34 @@ class CurvatureOperator(ABC):
     @abstractmethod
     def matmat(self, vectors: Tensor) -> Tensor:
         """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``."""
+
+    @property
+    def examples(self) -> tuple[int, int] | None:
+        """Of a sample, how many examples it holds, and how many there are; ``None`` of all data."""
+        return None
+
+    def sample(self, examples: int, *, seed: int) -> CurvatureOperator | None:  # noqa: ARG002
+        """Returns the matrix of a sample of the data; ``None`` where they cannot be divided.
+
+        It is an estimate of this one. Samples of one seed hold one another; ``stats`` are shared.
+
+        Args:
+            examples: how many, at least; they are drawn without replacement.
+            seed: of the draw.
+        """
+        return None
+
+    def batch_matmat(self, vectors: Tensor, see: Callable[[Tensor], object]) -> Tensor:
+        """Returns the products as ``matmat`` does, and shows what each batch adds to them.
+
+        Args:
+            vectors: ``(j, P)``.
+            see: is called with ``n_b A_b v / N``, ``(j, P)``, of each batch of this rank; it may
+                not keep it.
+        """
+        products = self.matmat(vectors)
+        see(products)
+        return products
 
     @abstractmethod
     def gradient(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -86,6 +86,31 @@ class ResidualOperator(CurvatureOperator):
                 self._compare_losses()
         return products
 
+    @property
+    def examples(self) -> tuple[int, int] | None:
+        """Those of the Hessian."""
+        return self.hessian.examples
+
+    def sample(self, examples: int, *, seed: int) -> ResidualOperator | None:
+        """Returns the difference of the two on a sample of their data, if there is one."""
+        hessian = self.hessian.sample(examples, seed=seed)
+        gauss_newton = self.gauss_newton.sample(examples, seed=seed)
+        if hessian is None or gauss_newton is None:
+            return None
+        view = copy.copy(self)
+        view.hessian, view.gauss_newton = hessian, gauss_newton
+        return view
+
+    def batch_matmat(self, vectors: Tensor, see: Callable[[Tensor], object]) -> Tensor:
+        """Returns the products as ``matmat`` does, and shows what each batch adds to them."""
+        parts: list[Tensor] = []
+        with self._counted():
+            products = self.hessian.batch_matmat(vectors, lambda part: parts.append(part.clone()))
+            others = iter(parts)
+            return products.sub_(
+                self.gauss_newton.batch_matmat(vectors, lambda part: see(next(others).sub_(part)))
+            )
+
     def gradient(self) -> Tensor:
         """Returns the gradient of the mean loss over all of the data, ``(P,)``."""
         with self._counted():
@@ -136,6 +161,7 @@ class ResidualOperator(CurvatureOperator):
         finally:
             for of, was in zip(both, before, strict=True):
                 stats.products += of.products - was.products
+                stats.full_products += of.full_products - was.full_products
                 stats.gradients += of.gradients - was.gradients
                 stats.passes += of.passes - was.passes
             stats.graphs_kept = sum(of.graphs_kept for of in both)

@@ -20,6 +20,7 @@ from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.step_count import StepCount
 from subspace_optim.subspaces.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.subspaces.eigenpairs import names_in_state
+from subspace_optim.subspaces.on_sample import OnSample
 from subspace_optim.subspaces.refresh import ByAngle, EveryNSteps, is_finite
 from subspace_optim.subspaces.rule import RefreshRule, Situation, SubspaceStats
 
@@ -78,6 +79,7 @@ class DominantSubspace:
         refresh: int | Literal["auto"] | RefreshRule = "auto",
         max_angle: float = 0.05,
         tol: float = 1e-3,
+        sample: int | Literal["auto"] | None = None,
         seed: int = 0,
     ) -> None:
         if not isinstance(operator, CurvatureOperator):
@@ -87,7 +89,7 @@ class DominantSubspace:
         with self._ranks.all_or_none():
             remedy = f"The operator has {operator.size} parameters."
             self.k = check_integer("k", k, minimum=1, maximum=operator.size, remedy=remedy)
-            rule = _rule(refresh, max_angle)
+            rule = _rule(refresh, max_angle, sample)
             check_number("tol", tol, exclusive=True)
             self.seed = check_integer("seed", seed, minimum=0)
             self.tol = float(tol)
@@ -207,8 +209,9 @@ class DominantSubspace:
         finally:
             operator.release()
             stats.seconds += time.perf_counter() - start
-            stats.products += operator.stats.products - before["products"]
-            stats.gradients += operator.stats.gradients - before["gradients"]
+            for name in ("products", "full_products", "gradients"):
+                spent = getattr(operator.stats, name) - before[name]
+                setattr(stats, name, getattr(stats, name) + spent)
         if failure is None:
             self.rule.warn()
             return
@@ -302,9 +305,14 @@ class _Seen(NamedTuple):
 _NOTHING_SEEN = _Seen(State(0), 0)
 
 
-def _rule(refresh: Any, max_angle: float) -> RefreshRule:
-    """Returns the rule that an argument stands for."""
+def _rule(refresh: Any, max_angle: float, sample: Any) -> RefreshRule:
+    """Returns the rule that the arguments stand for."""
     by_angle = ByAngle(max_angle)  # an angle that cannot be is told of, used or not
+    if sample is not None:
+        if refresh != "auto":
+            remedy = "A basis that is renewed by another rule is of all data."
+            raise ArgumentError("sample", sample, "None, unless refresh is 'auto'", remedy)
+        return OnSample(max_angle, sample)
     if isinstance(refresh, RefreshRule):
         return refresh
     return by_angle if isinstance(refresh, str) and refresh == "auto" else EveryNSteps(refresh)

@@ -148,12 +148,16 @@ class ByAngle(RefreshRule):
             self.probe(drifted=False)
         self._improve()
 
-    def refresh(self) -> None:
-        """Refines the basis without a probe before, and does the same."""
+    def refresh(self, *, drifted: bool = True) -> None:
+        """Refines the basis without a probe before, and does the same.
+
+        Args:
+            drifted: as of ``probe``.
+        """
         if self.gapless:
             self.solve()
             return
-        self.refine()
+        self.refine(drifted=drifted)
         self._improve()
 
     def _improve(self) -> None:
@@ -201,7 +205,7 @@ class ByAngle(RefreshRule):
             guarded=guarded,
         )
 
-    def refine(self, *, verify: bool = False) -> None:
+    def refine(self, *, verify: bool = False, drifted: bool = True) -> None:
         """Refines the basis by one step of subspace iteration.
 
         One that turns by a large angle is not taken: the estimate is then 1.
@@ -209,6 +213,7 @@ class ByAngle(RefreshRule):
         Args:
             verify: probe what has become of it, also where the bound of subspace iteration would
                 do: that one takes the smallest eigenvalue to be no lower than it was last seen.
+            drifted: as of ``probe``: only then does it teach how fast a basis becomes stale.
         """
         pairs = self._present()
         result = refine(
@@ -217,7 +222,8 @@ class ByAngle(RefreshRule):
         if result.sine > _REFINABLE:  # too far, or the guard has changed places: nothing to keep
             self.stats.bound = self.stats.estimate = 1.0
             return
-        self._staleness = self._staleness.before_refinement(self._drift(), result.before)
+        if drifted:
+            self._staleness = self._staleness.before_refinement(self._drift(), result.before)
         self.settle(replace(pairs, basis=result.basis, guard=result.guard))
         if self.gapless:
             return

@@ -30,8 +30,12 @@ class SubspaceStats:
             with a probability of at most 5 %.
         estimate: of that sine at the last update: measured there, or carried forward since. Both
             are known for ``refresh="auto"`` alone, and are 1 where there is no gap.
+        sampling_error: what of the estimate is due to a sample: the sine, as expected with a margin,
+            of the largest angle between its subspace and that of all data.
+        examples: of the sample that the basis is of; ``None`` where that is all of the data.
         failures: refreshes and probes that failed, and left the last basis in use.
         products: curvature products of all refreshes and probes.
+        full_products: the same, each counted as the share of the data that it was over.
         gradients: gradients over the data that the kept graphs of all of these began with.
         seconds: wall time of all of these.
     """
@@ -41,8 +45,11 @@ class SubspaceStats:
     probes: int = 0
     bound: float | None = None
     estimate: float | None = None
+    sampling_error: float = 0.0
+    examples: int | None = None
     failures: int = 0
     products: int = 0
+    full_products: float = 0.0
     gradients: int = 0
     seconds: float = 0.0
 
@@ -176,7 +183,7 @@ class RefreshRule(ABC):
     def fingerprint(self) -> int:
         """Returns a number that ranks which hold the same basis have in common."""
         values = None if self.pairs is None else self.pairs.basis.eigenvalues
-        stats = replace(self.stats, products=0, gradients=0, seconds=0.0)
+        stats = replace(self.stats, products=0, full_products=0.0, gradients=0, seconds=0.0)
         return checksum(self.numbers() | {"eigenvalues": values, "stats": asdict(stats)})
 
     def numbers(self) -> dict[str, Any]:
@@ -224,10 +231,14 @@ def _loaded_stats(state: SavedState) -> SubspaceStats:
     """
     stats = state.inside("stats", [field.name for field in fields(SubspaceStats)])
     counts = ("refreshes", "cold", "probes", "failures", "products", "gradients")
+    examples = stats.optional("examples", minimum=0)
     loaded = SubspaceStats(
         **{name: stats.count(name) for name in counts},
         bound=stats.optional("bound", minimum=0, maximum=1),
         estimate=stats.optional("estimate", minimum=0, maximum=1),
+        sampling_error=stats.number("sampling_error", minimum=0, maximum=1),
+        examples=None if examples is None else int(examples),
+        full_products=stats.number("full_products", minimum=0),
         seconds=stats.number("seconds", minimum=0),
     )
     if loaded.cold > loaded.refreshes:

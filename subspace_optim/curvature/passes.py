@@ -1,0 +1,186 @@
+"""Passes over the data of an operator: all of them, or a sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace_optim._progress import Progress
+from subspace_optim._validation import ArgumentError, NonFiniteError
+from subspace_optim.curvature.batches import Batches
+from subspace_optim.curvature.evaluation import (
+    Derivatives,
+    Point,
+    loss_alone,
+    loss_and_gradient,
+)
+from subspace_optim.curvature.memory import AllocationMeter, free_memory
+from subspace_optim.curvature.objective import BatchLoss, Supervised
+from subspace_optim.curvature.parameters import weighted
+from subspace_optim.curvature.process_group import Ranks
+from subspace_optim.curvature.proof import Proof, see
+from subspace_optim.curvature.report import Parts
+from subspace_optim.curvature.samples import drawn, size_of
+
+Differentiate = Callable[[BatchLoss, Point], Derivatives]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Reads the data batch by batch, and adds up what they are differentiated to.
+
+    Attributes:
+        parts: of the operator.
+        ranks: that are summed over.
+        proof: of the operator.
+        memory_budget: bytes for what is kept; ``None``: a quarter of what is free.
+        examples: of a sample, how many it holds, and how many there are; ``None`` of all data.
+    """
+
+    parts: Parts
+    ranks: Ranks
+    proof: Proof
+    memory_budget: int | None = None
+    examples: tuple[int, int] | None = None
+
+    @property
+    def share(self) -> float:
+        """The share of all data that these are."""
+        return 1.0 if self.examples is None else self.examples[0] / self.examples[1]
+
+    def losses(
+        self, point: Point, skip: Collection[int] = ()
+    ) -> Iterator[tuple[int, BatchLoss, int]]:
+        """Yields the index of each batch of a pass, its loss, and its bytes."""
+        parts = self.parts
+        parts.stats.passes += 1
+        progress = Progress("pass over the data")
+        for index, batch, nbytes in self._read(point):
+            progress.tick(lambda index=index: f"batch {index}")  # type: ignore[misc]
+            if index not in skip:
+                # Batches that the ranks take in turn have the masks that one process gives them.
+                seed = parts.seed + index * self.ranks.size + self.ranks.rank
+                yield index, BatchLoss(parts.model, parts.batch_loss, batch, seed), nbytes
+
+    def _read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
+        return self.parts.batches.read(self.parts.space.device, upcast=point.upcast)
+
+    def run(self, point: Point, differentiate: Differentiate, *, keep: bool = False) -> None:
+        """One pass over the data: loss, gradient, and what of it is kept for products.
+
+        Data or a loss that are others than in an earlier pass raise ``DataChangedError``.
+
+        Args:
+            point: where; loss, gradient and what is kept are added to it.
+            differentiate: how; ``loss_alone`` for no gradient.
+            keep: keeps what products need, as long as it fits the budget.
+
+        Raises:
+            ArgumentError: the data have no examples.
+            NonFiniteError: the loss or a weight is not finite.
+        """
+        space, stats, device = self.parts.space, self.parts.stats, self.parts.space.device
+        budget: float | None = self.memory_budget
+        if budget is None:
+            sharing = 1 if device.type == "cuda" else self.ranks.size  # one machine's memory
+            budget = free_memory(device) / (4 * sharing) if keep else 0.0
+        kept: dict[int, Derivatives] = {}
+        used = count = 0
+        size = 0 if differentiate is loss_alone else space.size
+        gradient = torch.zeros(size, dtype=space.dtype, device=device)
+        mean = "mean" if self.examples is None else "mean of a sample"
+        proves_mean = self.proof.is_due(mean)
+        pieces: list[Any] = []
+        with self.ranks.summed((2,), torch.float64, device) as sums:
+            for index, batch_loss, nbytes in self.losses(point):
+                watching = nullcontext() if count else self.proof.watching(point)
+                count += 1
+                if proves_mean:
+                    pieces = see(batch_loss.batch, pieces)
+                metering = AllocationMeter() if keep else nullcontext()
+                with metering as meter, point.at(batch_loss.seed), watching:
+                    found = differentiate(batch_loss, point)
+                weight = found.weight
+                sums.add_(torch.stack([weighted(found.loss.double(), weight), weight]))
+                if size:
+                    space.add_(gradient, found.gradient, weight)
+                    found.gradient = ()  # it has been added up, and is held no longer
+                if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
+                    used += held
+                    kept[index] = found
+                del found, batch_loss  # before the graph of the next one is built
+            if pieces:
+                self.proof.mean(point, pieces)
+        total, N = sums.tolist()
+        if N == 0:
+            raise ArgumentError("data", "of no examples", "at least one example of weight above 0")
+        if getattr(self.parts.batch_loss, "summed", False):
+            N = self.share  # of all data together: the matrix is that of the sum
+        loss = total / N if N > 0 else math.nan
+        if not math.isfinite(loss):
+            message = (
+                f"The mean loss over the data is {loss} (weight {N:g}), so it has no "
+                "curvature. Lower the learning rate, or look for NaN in parameters and data."
+            )
+            self.parts.batches.forget()  # they may be mended
+            raise NonFiniteError(message)
+        point.check_loss(loss)
+        self.proof.done(mean)
+        point.loss, point.weight = loss, N
+        if size:
+            stats.gradients += 1
+            point.gradient = self.ranks.sum_(gradient).div_(N)
+        if keep:
+            point.kept, point.streamed = kept, count - len(kept)
+            stats.graphs_kept, stats.graphs_streamed = len(kept), point.streamed
+            stats.graph_bytes = used
+
+    def sample(self, point: Point, examples: int, seed: int) -> list[Passes] | None:
+        """Returns passes over a sample, and over the same in pieces that tell how it scatters.
+
+        They are the same passes where the pieces are the user's own batches. ``None`` where the
+        data are one batch that cannot be cut.
+
+        Args:
+            point: where it is seen whether one can.
+            examples: how many, at least, of all ranks together.
+            seed: of the draw.
+        """
+        parts, space = self.parts, self.parts.space
+
+        def batches() -> Iterator[Any]:
+            return (batch for _, batch, _ in self._read(point))
+
+        def differentiate(batch: Any) -> tuple[Tensor, Tensor]:
+            loss = BatchLoss(parts.model, parts.batch_loss, batch, parts.seed)
+            with point.at(parts.seed):
+                found = loss_and_gradient(loss, point)
+            gradient = torch.zeros(space.size, dtype=space.dtype, device=space.device)
+            space.add_(gradient, found.gradient, torch.ones_like(found.weight))
+            return found.weight, gradient
+
+        def count(number: int) -> int:
+            return int(self.ranks.sum_(torch.tensor([number], device=space.device)))
+
+        with self.ranks.all_or_none():
+            sizes = [size_of(batch) for batch in batches()]
+        total = count(sum(sizes))
+        own_seed = seed * self.ranks.size + self.ranks.rank
+        with self.ranks.all_or_none():
+            found = drawn(batches, sizes, examples / total, own_seed, differentiate)
+        if self.ranks.any(lambda: found is None):
+            return None
+        assert found is not None  # noqa: S101 (on no rank)
+        counts = count(sum(map(size_of, found.batches))), total
+        pairs = isinstance(parts.batch_loss, Supervised)
+        each = [found.batches] if found.pieces is found.batches else list(found)
+        return [
+            replace(self, parts=replace(parts, batches=Batches(own, pairs=pairs)), examples=counts)
+            for own in each
+        ]

@@ -1,0 +1,95 @@
+"""Operators of samples: how they are drawn, and corrected to agree with another on a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.curvature.process_group import Ranks
+from subspace_optim.linalg.control_variate import ControlVariate
+
+
+class Corrected(CurvatureOperator):
+    """A sample's operator, with products that are corrected by a control variate.
+
+    Args:
+        sample: the operator of the sample.
+        rows: ``(j, P)``, orthonormal.
+        offset: ``(j, P)``, what its products with them have too much.
+    """
+
+    def __init__(self, sample: CurvatureOperator, rows: Tensor, offset: Tensor) -> None:
+        self.sample_operator = sample
+        self.parameters, self.stats = sample.parameters, sample.stats
+        self._products = ControlVariate(sample.matmat, rows, offset)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the sample's operator."""
+        return self.sample_operator.ranks
+
+    @property
+    def accuracy(self) -> float:
+        """That of the sample's operator."""
+        return self.sample_operator.accuracy
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``."""
+        return self._products(vectors)
+
+    def gradient(self) -> Tensor:
+        """Returns the gradient of the sample's mean loss, ``(P,)``."""
+        return self.sample_operator.gradient()
+
+    def loss(self) -> float:
+        """Returns the sample's mean loss."""
+        return self.sample_operator.loss()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Promises that the parameters do not change inside."""
+        with self.sample_operator.frozen():
+            yield
+
+    def release(self) -> None:
+        """Frees what is kept for further products at the present parameters."""
+        self.sample_operator.release()
+
+
+class Samples:
+    """The operators of samples of one seed, each drawn once.
+
+    Args:
+        operator: of all the data.
+        seed: of the draws.
+    """
+
+    def __init__(self, operator: CurvatureOperator, seed: int) -> None:
+        self._operator, self._seed = operator, seed
+        self._drawn: dict[int, CurvatureOperator] = {}
+
+    def of(self, examples: int) -> CurvatureOperator | None:
+        """Returns the operator of a sample; ``None`` where the data cannot be divided."""
+        if examples not in self._drawn:
+            view = self._operator.sample(examples, seed=self._seed)
+            if view is None:
+                return None
+            self._drawn[examples] = view
+        return self._drawn[examples]
+
+    def keep(self, *examples: int | None) -> None:
+        """Forgets the samples of other sizes than these."""
+        self._drawn = {n: view for n, view in self._drawn.items() if n in examples}
+
+
+@contextmanager
+def at_work(*operators: CurvatureOperator) -> Iterator[None]:
+    """Looks at the parameters on entry only, and frees what the operators have kept."""
+    with ExitStack() as stack:
+        for operator in operators:
+            stack.callback(operator.release)
+            stack.enter_context(operator.frozen())
+        yield
