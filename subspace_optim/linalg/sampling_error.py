@@ -34,9 +34,12 @@ from torch import Tensor
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.rows import gram
 
-MARGIN = 1.25
-"""What the expected sine is multiplied by. The true one scatters about it by a tenth, of a sample
-of a few hundred examples by a fifth."""
+_BUCKETS = 1024
+"""Length of the sketches by which it is seen in how many dimensions the error varies."""
+_FIRST_ORDER = 0.5
+"""The sine up to which first order tells anything: what is expected to be larger may be any."""
+_FEW = 4
+"""From fewer batches it cannot be seen: one dimension is the worst case."""
 
 
 class Scatter:
@@ -44,69 +47,127 @@ class Scatter:
 
     Args:
         basis: k eigenpairs of the sample's matrix, or nearly.
-        below: ``λ_{k+1}``.
+        guard: the pair that comes next; of no rows if k = P.
         seed: of the error that is drawn.
-
-    Attributes:
-        batches: how many were seen.
     """
 
-    def __init__(self, basis: EigenBasis, below: float, seed: int) -> None:
-        self.basis, self.below, self.batches = basis, below, 0
-        self._generator = torch.Generator("cpu").manual_seed(seed)
+    def __init__(self, basis: EigenBasis, guard: EigenBasis, seed: int) -> None:
+        self._basis, self._guard = basis, guard
         vectors = basis.vectors
-        options = {"dtype": torch.float64, "device": vectors.device}
-        self._overlaps = torch.zeros(basis.k, basis.k, **options)
-        self._error = torch.zeros_like(vectors[0])
-        # The error that is drawn weighs rows as the sine does.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        below = guard.eigenvalues[:1].sum()
         gaps = (basis.eigenvalues - below).clamp_min(1e-3 * float(basis.largest))
-        self._weights = 1 / gaps
+        draws = torch.randn(basis.k, generator=generator, device="cpu").to(vectors)
+        # A combination of the rows that weighs them as the sine does, and a draw for each batch.
+        self._combination = draws / gaps
+        self._generator = generator
+        self._error = torch.zeros_like(vectors[0])
+        shape, options = (basis.k, basis.k), {"dtype": torch.float64, "device": vectors.device}
+        self._overlaps = torch.zeros(shape, **options)  # type: ignore[call-overload]
+        self._sketches: list[Tensor] = []
+        self._signs = torch.randint(2, (basis.size,), generator=generator, device="cpu")
+        self._counts = torch.zeros(4, **options)  # type: ignore[call-overload]
+        self._gaps = torch.zeros(2, basis.k, **options)  # type: ignore[call-overload]
 
     def see(self, products: Tensor) -> None:
-        """Adds what one batch adds to the products with the basis; further rows are left out."""
-        part = products[: self.basis.k]
-        self.batches += 1
+        """Adds what one batch adds to the products with basis and guard, ``(k + 1, P)``."""
+        part = products[: self._basis.k]
+        gap = torch.linalg.vecdot(part, self._basis.vectors)
+        gap = gap - torch.linalg.vecdot(products[self._basis.k :], self._guard.vectors).sum()
+        self._gaps += torch.stack([gap, gap.square()])
         self._overlaps += self._outside(part)
-        draws = torch.randn(len(part), generator=self._generator, device="cpu").to(part)
-        self._error.addmv_(part.T, draws * self._weights)
+        combined = self._basis.project_out(self._combination @ part)
+        draw = float(torch.randn((), generator=self._generator, device="cpu"))
+        self._error.add_(combined, alpha=draw)
+        signed = combined * (2 * self._signs.to(combined) - 1)
+        padded = torch.nn.functional.pad(signed, (0, -len(signed) % _BUCKETS))
+        self._sketches.append(padded.view(-1, _BUCKETS).sum(0).double())
 
     def _outside(self, part: Tensor) -> Tensor:
-        inside = gram(part, self.basis.vectors)
+        inside = gram(part, self._basis.vectors)
         return gram(part, part) - inside @ inside.T
 
     def gather(self, sum_: Callable[[Tensor], Tensor]) -> None:
-        """Adds up what several processes have seen, each of batches of its own."""
-        sum_(self._overlaps)
-        sum_(self._error)
-        count = torch.tensor([self.batches], device=self._error.device)
-        self.batches = int(sum_(count))
-
-    def sine(self, products: Tensor, matmat: Callable[[Tensor], Tensor]) -> float:
-        r"""Returns the expected sine of the largest angle, with a margin, for ``f = 0``.
-
-        It is proportional to ``(1 − f)^½``, and infinite where it is not defined: from a single
-        batch, or without a gap.
+        """Adds up what all processes have seen, each of batches of its own; once, at the end.
 
         Args:
-            products: with the basis, the sum of all that was seen.
-            matmat: products with the sample's matrix, here with one row.
+            sum_: sums a tensor over the processes, in place.
         """
-        m, values = self.batches, self.basis.eigenvalues.double().cpu().numpy()
-        if m < 2 or values.min() <= self.below:
-            return math.inf
-        covariance = self._overlaps - self._outside(products[: self.basis.k]) / m
-        covariance = covariance.cpu().numpy() * m / (m - 1)
-        e = self.basis.project_out(self._error)
-        length = torch.linalg.vector_norm(e)
+        sketches = torch.stack(self._sketches)
+        m = len(sketches)
+        sketches = sketches - sketches.mean(0)
+        inner = sketches @ sketches.T
+        squares = inner.square().sum() - inner.diagonal().square().sum()
+        pairs = torch.tensor([m, m * (m - 1)], device=inner.device)
+        self._counts = torch.stack([*pairs, inner.diagonal().sum(), squares]).double()
+        for tensor in (self._overlaps, self._error, self._counts, self._gaps):
+            sum_(tensor)
+
+    @property
+    def dimensions(self) -> float:
+        """In how many dimensions the error varies: ``(tr C)²/tr C²`` of its covariance C."""
+        m, pairs, trace, squares = self._counts.tolist()
+        if m < _FEW or not trace > 0:
+            return 1.0
+        # Inner products of differences from a mean have squares of (1 − 2/m + 2/m²) tr C² +
+        # (tr C)²/m² in the mean: Wick's formula, for normal ones.
+        size = trace / (m - 1)
+        own = (squares / pairs - (size / m) ** 2) / (1 - 2 / m + 2 / m**2)
+        return max(1.0, size**2 / own) if own > 0 else float(_BUCKETS)
+
+    @property
+    def margin(self) -> float:
+        """What the expected sine is multiplied by: the true one scatters about it.
+
+        By a tenth where the error varies in hundreds of dimensions, as of real networks, and by a
+        factor of two in a handful. Measured on both kinds: 95 % of true sines are below.
+        """
+        return 1.2 + 2 / math.sqrt(self.dimensions)
+
+    def sine(
+        self,
+        products: Tensor,
+        matmat: Callable[[Tensor], Tensor],
+        eigenvalues: Tensor,
+        below: float,
+        share: float,
+    ) -> float:
+        r"""Returns the expected sine of the largest angle, with a margin.
+
+        The gaps are estimates too, and are taken to be smaller by their standard errors. It is 1
+        where first order does not tell: from a single batch, without a gap, or if it is large.
+
+        Args:
+            products: with basis and guard, the sum of all that was seen.
+            matmat: products with the sample's matrix, here with one row.
+            eigenvalues: ``(k,)``, as far as they are known by now.
+            below: ``λ_{k+1}``, likewise.
+            share: f, of what the sample stands for.
+        """
+        m = float(self._counts[0])
+        if share >= 1:
+            return 0.0
+        if m < 2:
+            return 1.0
+        part = products[: self._basis.k]
+        unsampled = (1 - share) * m / (m - 1)
+        total, squares = self._gaps
+        errors = (unsampled * (squares - total.square() / m).clamp_min(0)).sqrt()
+        values = (eigenvalues.double() - errors).cpu().numpy()
+        if values.min() <= below:
+            return 1.0
+        length = torch.linalg.vector_norm(self._error)
         if not length > 0:
             return 0.0
-        e /= length
-        product = self.basis.project_out(matmat(e[None])[0])
+        covariance = unsampled * (self._overlaps - self._outside(part) / m).cpu().numpy()
+        e = self._error / length
+        product = self._basis.project_out(matmat(e[None])[0])
         mean, square = torch.stack([e @ product, product @ product]).double().tolist()
-        factors = np.sqrt([_radau(mean, square, value, self.below) for value in values])
+        factors = np.sqrt([_radau(mean, square, value, below) for value in values])
         sines = covariance * factors[:, None] * factors
         largest = float(np.linalg.eigvalsh((sines + sines.T) / 2)[-1])
-        return MARGIN * math.sqrt(max(0.0, largest))
+        sine = self.margin * math.sqrt(max(0.0, largest))
+        return sine if sine <= _FIRST_ORDER else 1.0
 
 
 def _radau(mean: float, square: float, value: float, below: float) -> float:
