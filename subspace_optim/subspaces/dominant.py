@@ -306,7 +306,11 @@ _NOTHING_SEEN = _Seen(State(0), 0)
 
 
 def _rule(refresh: Any, max_angle: float, sample: Any) -> RefreshRule:
-    """Returns the rule that the arguments stand for."""
+    """Returns the rule that the arguments stand for.
+
+    Raises:
+        ArgumentError: they do not go together.
+    """
     by_angle = ByAngle(max_angle)  # an angle that cannot be is told of, used or not
     if sample is not None:
         if refresh != "auto":

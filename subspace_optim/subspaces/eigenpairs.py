@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from subspace_optim._validation import (
     ArgumentError,
@@ -47,6 +49,16 @@ class TopPairs:
         if self.guard.k == 0:
             return None
         return float(self.basis.eigenvalues[-1] - self.guard.eigenvalues[0])
+
+    @property
+    def below(self) -> float:
+        """``λ_{k+1}``; of nothing if k = P."""
+        return float(self.guard.eigenvalues[0]) if self.guard.k else -math.inf
+
+    @property
+    def rows(self) -> Tensor:
+        """``(k + 1, P)``: the eigenvectors, and that of the guard."""
+        return torch.cat([self.basis.vectors, self.guard.vectors])
 
 
 def solve(

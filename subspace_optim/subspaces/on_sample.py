@@ -21,62 +21,42 @@ Where there is no gap the sampling error shows it, and all of the data are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from subspace_optim._validation import ArgumentError, check_integer
-from subspace_optim.subspaces.checkpoints import SavedState
+from subspace_optim._validation import check_integer
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.linalg.rows import largest_sine
 from subspace_optim.linalg.sampling_error import Scatter
 from subspace_optim.subspaces import eigenpairs
-from subspace_optim.subspaces.corrected import Corrected
+from subspace_optim.subspaces.checkpoints import SavedState
 from subspace_optim.subspaces.eigenpairs import TopPairs
 from subspace_optim.subspaces.refresh import ByAngle
 from subspace_optim.subspaces.rule import RefreshRule, Situation
+from subspace_optim.subspaces.samples import Anchor, Corrected, Measured, Samples, at_work
 
 _SMALL = 256
 """Examples of the small sample, to begin with."""
-_NOISY = 0.3
+_NOISY = 0.25
 """The sine of its basis to that of all data above which the small sample grows fourfold."""
 _MOST = 0.7
 """The share of the data from which on a sample saves too little, and all of them are taken."""
 _SHARES = {"staleness": 0.7, "noise": 0.5, "sampling error": 0.5}
 """Of ``max_angle``: their squares add up to less than 1. Without sampling error, the others
 stretch to fill its place."""
-_CAUTION = 1.5
-"""What the noise is multiplied by, since it is known of one turn and used for another."""
-_ROUGH = 1e-2
+_COSTS = 2.5
+"""A refresh on the small sample takes some 14 products, and an anchor k + 1 on the reference. Their
+costs in the long run are least together where the sample has a share of ``1/(2.5 r)`` of the
+reference, r the refreshes between two anchors: these become rarer like the square root of it."""
+_SLACK = 0.8
+"""A reference that is as large as this share of what is wanted, or the inverse, stays."""
+_CASTS = 3
+"""Anchors of one solve, at most: the first is at the small sample's basis, which may be far off."""
+_ROUGH = 5e-2
 """The relative residual of a solve on the small sample, which is far less accurate itself."""
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """What is known since the latest pass over the reference.
-
-    Attributes:
-        rows: ``(k + 1, P)``, basis and guard there.
-        offset: ``(k + 1, P)``, what the small sample's products with them had too much.
-        noise: the sine of the small sample's basis to the reference's, as expected.
-        sampling: the sine of the reference's basis to that of all data, as expected.
-        turned: the sine by which the basis has turned since.
-    """
-
-    rows: Tensor
-    offset: Tensor
-    noise: float
-    sampling: float
-    turned: float = 0.0
-
-    @property
-    def drifted(self) -> float:
-        """The sine that the noise accounts for at present."""
-        return _CAUTION * self.noise * self.turned
 
 
 class OnSample(RefreshRule):
@@ -101,14 +81,14 @@ class OnSample(RefreshRule):
         self.by_angle = ByAngle(max_angle)
         super().__init__()
         self.max_angle = self.by_angle.max_angle
-        if not isinstance(sample, str) or sample != "auto":
+        self.sample: int | Literal["auto"] = "auto"
+        if sample != "auto":
             remedy = "Or 'auto', for as many as the angle asks for; None for all."
-            sample = check_integer("sample", sample, minimum=2, remedy=remedy)
-        self.sample = sample
-        self.small, self.whole = _SMALL, False
+            self.sample = check_integer("sample", sample, minimum=2, remedy=remedy)
+        self.small = self._least = _SMALL if self.sample == "auto" else min(_SMALL, self.sample)
+        self.whole = False
         self._reference: int | None = None  # examples of it; None: all
         self._anchor: Anchor | None = None
-        self._drawn: dict[int, CurvatureOperator] = {}
 
     @property
     def pairs(self) -> TopPairs | None:
@@ -123,6 +103,7 @@ class OnSample(RefreshRule):
         """Takes what it is to find."""
         super().attach(operator, k, tol=tol, seed=seed)
         self.by_angle.attach(operator, k, tol=tol, seed=seed)
+        self._samples = Samples(operator, seed)
 
     def options(self) -> dict[str, Any]:
         """Returns the limit and the size."""
@@ -174,14 +155,14 @@ class OnSample(RefreshRule):
         self._on_present("refresh")
 
     def _on_present(self, plan: str) -> None:
-        small = None if self._anchor is None else self._draw(self.small)
+        small = None if self._anchor is None else self._samples.of(self.small)
         if self._anchor is None or small is None:  # on all of the data
             if self.by_angle.gapless:
                 self.solve()
             else:
                 getattr(self.by_angle, plan)()
             return
-        with self._working(small):
+        with at_work(small):
             self._correct(small, self._anchor)
             getattr(self.by_angle, plan)()
             if not self.by_angle.gapless:
@@ -196,13 +177,27 @@ class OnSample(RefreshRule):
         assert anchor is not None  # noqa: S101 (asked for by the caller)
         assert basis is not None  # noqa: S101 (a solve came first)
         turned = largest_sine(anchor.rows[: self.k], basis.vectors)
-        self._anchor = anchor = replace(anchor, turned=turned)
-        if anchor.drifted > self._limit("noise"):
+        self._anchor = anchor = replace(anchor, turned=turned, served=anchor.served + 1)
+        if self._has_turned():
+            self._balance(anchor.served)
             self._cast()
+
+    def _has_turned(self) -> bool:
+        """Whether the basis has turned too far from where the corrected matrix is exact."""
+        return self._anchor is not None and self._anchor.drifted > self._limit("noise")
+
+    def _balance(self, served: int) -> None:
+        """Doubles or halves the small sample, by the refreshes that the latest anchor served."""
+        reference = self.stats.examples or 0
+        best = reference / (_COSTS * served)
+        if best >= 2 * self.small <= reference / 2:
+            self.small *= 2
+        elif best <= self.small / 2:
+            self.small = max(self._least, self.small // 2)
 
     def solve(self) -> None:
         """Solves on the small sample, anchors that basis on the reference, and refines it."""
-        self._drawn, self._anchor = {}, None
+        self._samples, self._anchor = Samples(self.operator, self.seed), None
         if not (self.whole and self.by_angle.gapless) and self._solve_on_samples():
             self.whole = False
         else:
@@ -219,25 +214,33 @@ class OnSample(RefreshRule):
         """Returns whether samples were of use."""
         by_angle = self.by_angle
         while True:
-            small = self._draw(self.small)
+            small = self._samples.of(self.small)
             if small is None or small.examples is None or small.examples[0] > self._most(small):
                 return False
-            with self._working(small):
+            with at_work(small):
                 by_angle.operator, by_angle.max_angle = small, self._limit("staleness")
                 self.stats.cold += 1
                 by_angle.settle(self._rough_pairs(small))
                 if by_angle.gapless:
                     return False
-                found = self._measured(small, self._rows())
+                found = self._measured(small)
                 drawn, total = small.examples
-                noise = found[1] * math.sqrt(1 - drawn / total)
-                if noise <= _NOISY:
-                    self._reference = self._wanted(noise, drawn, total)
+                noise = self._sine(found, small, drawn / total)
+                if noise <= _NOISY or drawn >= self._asked:
                     self._cast(found)
+                    for _ in range(_CASTS - 1):
+                        if by_angle.gapless or not self._has_turned():
+                            break
+                        self._cast()
                     return not by_angle.gapless
-            self.small = 4 * drawn
+            self.small = int(min(4 * drawn, self._asked))
             if self.small > self._most(small):
                 return False
+
+    @property
+    def _asked(self) -> float:
+        """The examples that the user has asked for."""
+        return math.inf if self.sample == "auto" else self.sample
 
     def _most(self, view: CurvatureOperator) -> float:
         return _MOST * view.examples[1] if view.examples else 0.0
@@ -246,8 +249,39 @@ class OnSample(RefreshRule):
         tol = max(self.tol, _ROUGH)
         return eigenpairs.solve(small, self.k, tol=tol, seed=self.seed, max_angle=_NOISY / 3)
 
-    def _wanted(self, noise: float, drawn: int, total: int) -> int | None:
-        """Returns how many examples the reference needs; ``None`` for all.
+    def _cast(self, found: Measured | None = None) -> None:
+        """Passes over the reference, corrects the small sample's matrix, and refines the basis.
+
+        Args:
+            found: what is known of the small sample, if it is.
+        """
+        small, pairs = self._samples.of(self.small), self._present()
+        assert small is not None  # noqa: S101 (it was drawn for the solve)
+        assert small.examples is not None  # noqa: S101 (it is a sample)
+        drawn, total = small.examples
+        with at_work(small):
+            own = found or self._measured(small)
+            self._resize(self._sine(own, small, drawn / total), drawn, total)
+            reference = self._samples.of(self._reference) if self._reference else self.operator
+            assert reference is not None  # noqa: S101 (as the small one)
+            with at_work(reference):
+                theirs = self._measured(reference)
+            offset = own.products - theirs.products
+            self._anchor = anchor = Anchor(pairs.rows, offset, 1.0, 1.0)
+            self._correct(small, anchor)
+            self.by_angle.refresh(drifted=False)
+            if self.by_angle.gapless:
+                return
+            of = reference.examples[0] if reference.examples else total
+            noise = self._sine(own, small, drawn / of)
+            sampling = self._sine(theirs, small, of / total)
+            turned = largest_sine(anchor.rows[: self.k], self._present().basis.vectors)
+            self._anchor = Anchor(pairs.rows, offset, noise, sampling, turned)
+            self.stats.examples = of
+            self._samples.keep(self.small, self._reference)
+
+    def _resize(self, noise: float, drawn: int, total: int) -> None:
+        """Lets the reference have as many examples as it needs; small changes are not made.
 
         The square of a sampling error falls like ``1/n − 1/N``.
 
@@ -257,63 +291,37 @@ class OnSample(RefreshRule):
             total: N.
         """
         if self.sample != "auto":
-            return max(int(self.sample), drawn) if int(self.sample) < total else None
+            self._reference = max(self.sample, drawn) if self.sample < total else None
+            return
         target = self.max_angle * _SHARES["sampling error"]
         shrunk = min(1.0, target / noise) if noise else 1.0
         wanted = math.ceil(1 / (1 / total + (1 / drawn - 1 / total) * shrunk**2))
-        return wanted if wanted <= _MOST * total else None
-
-    def _cast(self, found: tuple[Tensor, float] | None = None) -> None:
-        """Passes over the reference, corrects the small sample's matrix, and refines the basis.
-
-        Args:
-            found: what ``_measured`` returns of the small sample, if it is known.
-        """
-        small, rows = self._draw(self.small), self._rows()
-        reference = self.operator if self._reference is None else self._draw(self._reference)
-        assert small is not None  # noqa: S101 (it was drawn for the solve)
-        assert reference is not None  # noqa: S101 (as the small one)
-        assert small.examples is not None  # noqa: S101 (it is a sample)
-        with self._working(small, reference):
-            offset, sine = found or self._measured(small, rows)
-            drawn, total = small.examples
-            sampling, of = 0.0, total
-            if reference.examples is None:
-                offset -= reference.matmat(rows)
-            else:
-                of = reference.examples[0]
-                products, sine_of_reference = self._measured(reference, rows)
-                sampling = min(1.0, sine_of_reference * math.sqrt(1 - of / total))
-                offset -= products
-            noise = min(1.0, sine * math.sqrt(max(0.0, 1 - drawn / of)))
-            self.stats.examples = of
-            self._anchor = anchor = Anchor(rows, offset, noise, sampling)
-            self._correct(small, anchor)
-            self.by_angle.refresh(drifted=False)
-            if not self.by_angle.gapless:
-                turned = largest_sine(rows[: self.k], self._present().basis.vectors)
-                self._anchor = replace(anchor, turned=turned)
+        present = self._reference
+        if wanted > _MOST * total:
+            self._reference = None
+        elif present is None or not _SLACK * present <= wanted <= present / _SLACK:
+            self._reference = wanted
 
     def _correct(self, small: CurvatureOperator, anchor: Anchor) -> None:
         """Hands the corrected matrix of the small sample to the rule for what is stale there."""
         self.by_angle.operator = Corrected(small, anchor.rows, anchor.offset)
         self.by_angle.max_angle = self._limit("staleness")
 
-    def _measured(self, view: CurvatureOperator, rows: Tensor) -> tuple[Tensor, float]:
-        """Returns the products of a sample's matrix, and the sine by which samples like it are off.
-
-        It is ``(1 − f)^½`` times as much for one that is a share f of what it stands for.
-        """
+    def _measured(self, operator: CurvatureOperator) -> Measured:
+        """Multiplies basis and guard, and sees how the products of the batches scatter."""
         pairs = self._present()
-        below = float(pairs.guard.eigenvalues[0]) if pairs.guard.k else -math.inf
-        scatter = Scatter(pairs.basis, below, self.seed)
-        products = view.batch_matmat(rows, scatter.see)
+        scatter = Scatter(pairs.basis, pairs.guard, self.seed)
+        if operator.examples is None:  # all of the data: nothing is estimated
+            return Measured(operator.matmat(pairs.rows), scatter)
+        products = operator.batch_matmat(pairs.rows, scatter.see)
         scatter.gather(self.operator.ranks.sum_)
-        return products, scatter.sine(products, view.matmat)
+        return Measured(products, scatter)
 
-    def _rows(self) -> Tensor:
-        pairs = self._present()
-        return torch.cat([pairs.basis.vectors, pairs.guard.vectors])
+    def _sine(self, measured: Measured, small: CurvatureOperator, share: float) -> float:
+        """Returns the sine by which the basis of a sample is off that of what it is a share of."""
+        pairs, (products, scatter) = self._present(), measured
+        known = pairs.basis.eigenvalues, pairs.below
+        return scatter.sine(products, small.matmat, *known, share)
 
     def _limit(self, part: str) -> float:
         """Returns what one part of the angle may take of ``max_angle``."""
@@ -326,26 +334,6 @@ class OnSample(RefreshRule):
         assert self.pairs is not None  # noqa: S101 (a solve comes first)
         return self.pairs
 
-    # --- samples --------------------------------------------------------------------------------
-
-    def _draw(self, examples: int) -> CurvatureOperator | None:
-        """Returns the matrix of a sample; the same one until the next solve."""
-        if examples not in self._drawn:
-            view = self.operator.sample(examples, seed=self.seed)
-            if view is None:
-                return None
-            self._drawn = self._drawn | {examples: view}
-        return self._drawn[examples]
-
-    @contextmanager
-    def _working(self, *views: CurvatureOperator) -> Iterator[None]:
-        """Looks at the parameters on entry only, and frees what the samples have kept."""
-        with ExitStack() as stack:
-            for view in views:
-                stack.callback(view.release)
-                stack.enter_context(view.frozen())
-            yield
-
     def warn(self) -> None:
         """Warns, once, where there is no gap."""
         self.by_angle.warn()
@@ -355,9 +343,15 @@ class OnSample(RefreshRule):
     def numbers(self) -> dict[str, Any]:
         """Returns what is known of the angle, and of the samples."""
         anchor = self._anchor
-        own = {"small": self.small, "whole": self.whole, "anchored": anchor is not None}
+        own: dict[str, Any] = {
+            "small": self.small,
+            "whole": self.whole,
+            "anchored": anchor is not None,
+        }
         own["reference"] = self._reference or 0
-        own["off"] = [anchor.noise, anchor.sampling, anchor.turned] if anchor else [0.0, 0.0, 0.0]
+        off = [anchor.noise, anchor.sampling, anchor.turned] if anchor else [0.0, 0.0, 0.0]
+        own["served"] = anchor.served if anchor else 0
+        own["off"] = off
         return own | self.by_angle.numbers()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -381,9 +375,9 @@ class OnSample(RefreshRule):
         )
         self.small, self.whole = saved.count("small"), saved.flag("whole")
         self._reference = saved.count("reference") or None
-        off = saved.numbers("off", 3, minimum=0, maximum=1)
-        self._anchor = Anchor(rows, offset, *off) if saved.flag("anchored") else None
-        self._drawn = {}
+        noise, sampling, turned = saved.numbers("off", 3, minimum=0, maximum=1)
+        anchor = Anchor(rows, offset, noise, sampling, turned, saved.count("served"))
+        self._anchor = anchor if saved.flag("anchored") else None
 
     def adopt(self) -> None:
         """Leaves the basis of another rule out."""

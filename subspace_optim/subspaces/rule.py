@@ -30,9 +30,10 @@ class SubspaceStats:
             with a probability of at most 5 %.
         estimate: of that sine at the last update: measured there, or carried forward since. Both
             are known for ``refresh="auto"`` alone, and are 1 where there is no gap.
-        sampling_error: what of the estimate is due to a sample: the sine, as expected with a margin,
-            of the largest angle between its subspace and that of all data.
-        examples: of the sample that the basis is of; ``None`` where that is all of the data.
+        sampling_error: what a sample adds to the estimate: the sine, as expected with a margin, of
+            the largest angle between its subspace and that of all data.
+        examples: of the sample that the basis is of; ``None`` without ``sample=``, or where that is
+            all of the data.
         failures: refreshes and probes that failed, and left the last basis in use.
         products: curvature products of all refreshes and probes.
         full_products: the same, each counted as the share of the data that it was over.

@@ -1,15 +1,51 @@
-"""Operators of samples: how they are drawn, and corrected to agree with another on a few rows."""
+"""Operators of samples: drawn, measured, and corrected to agree with another on a few rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.linalg.control_variate import ControlVariate
+from subspace_optim.linalg.sampling_error import Scatter
+
+
+class Measured(NamedTuple):
+    """The products of an operator with basis and guard, and how those of its batches scatter."""
+
+    products: Tensor
+    scatter: Scatter
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What is known since the latest pass over the reference.
+
+    Attributes:
+        rows: ``(k + 1, P)``, basis and guard there.
+        offset: ``(k + 1, P)``, what the small sample's products with them had too much.
+        noise: the sine of the small sample's basis to the reference's, as expected.
+        sampling: the sine of the reference's basis to that of all data, as expected.
+        turned: the sine by which the basis has turned since.
+        served: the refreshes since.
+    """
+
+    rows: Tensor
+    offset: Tensor
+    noise: float
+    sampling: float
+    turned: float = 0.0
+    served: int = 0
+
+    @property
+    def drifted(self) -> float:
+        """The sine that the noise accounts for at present."""
+        return self.noise * self.turned
 
 
 class Corrected(CurvatureOperator):
