@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
-from tests.dense import make_problem, projector
+from subspace_optim.linalg.rows import largest_sine
+from tests.dense import dense_curvature, make_problem, projector, supervised
 from tests.distributed import worker
 from tests.processes import together
 
@@ -77,6 +78,22 @@ def test_the_subspace_is_that_of_all_the_data(ranks):
     assert (found["eigenvalues"] - values[-3:].flip(0)).abs().max() <= 1e-5 * largest
     expected = projector(vectors[:, -3:].T)
     assert (projector(found["vectors"]) - expected).abs().max() <= 1e-4
+
+
+def test_a_sampled_subspace_is_the_same_on_all_ranks_and_certified(ranks):
+    found = alike(ranks, "sample")
+    model, x, y = worker.clustered()
+    for step, (vectors, stats) in enumerate(zip(found["vectors"], found["stats"], strict=True)):
+        if step:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.03)
+        dense = dense_curvature(model, supervised(worker.of_classes), [(x, y)])
+        top = torch.linalg.eigh(dense.hessian).eigenvectors.T.flip(0)[:3].contiguous()
+        estimate, sampling_error, examples, _ = stats
+        assert largest_sine(vectors, top) <= estimate <= 0.15
+        assert 0 < sampling_error < estimate
+        assert 256 < examples < len(x)
 
 
 def test_wrapped_models_train_as_in_one_process(ranks):

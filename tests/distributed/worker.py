@@ -114,6 +114,40 @@ def subspace() -> dict[str, Any]:
     return {"eigenvalues": basis.eigenvalues, "vectors": basis.vectors}
 
 
+def clustered() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network with three outliers in its spectrum, and examples in no order."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    y = torch.randint(3, (4000,), generator=generator)
+    means = 2 * torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    noise = torch.randn(4000, 6, generator=generator, dtype=torch.float64)
+    return model, means[y] + 0.3 * noise, y
+
+
+def of_classes(output: Tensor, target: Tensor) -> Tensor:
+    return (output - F.one_hot(target, 3)).square().sum(1).mean() / 2
+
+
+def sample() -> dict[str, Any]:
+    """A basis of a sample, while the parameters move; each rank has rows of its own."""
+    model, x, y = clustered()
+    own = slice(dist.get_rank(), None, dist.get_world_size())
+    hessian = so.HessianOperator(model, of_classes, (x[own], y[own]), process_group=group())
+    subspace = so.DominantSubspace(hessian, 3, sample="auto", max_angle=0.15)
+    found: dict[str, Any] = {"vectors": [], "stats": []}
+    for step in range(4):
+        if step:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.03)
+        found["vectors"].append(subspace.update().vectors.clone())
+        stats = subspace.stats
+        found["stats"].append([stats.estimate, stats.sampling_error, stats.examples, stats.cold])
+    return found
+
+
 def training() -> dict[str, Any]:
     """Three steps of a wrapped model, each with a basis of its own."""
     p = make_problem("mlp", sizes=(4, 4, 4, 4))
@@ -259,6 +293,7 @@ SCENARIOS = [
     weights,
     dropout,
     subspace,
+    sample,
     training,
     collectives,
     knowledge,
