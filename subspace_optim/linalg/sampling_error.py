@@ -9,7 +9,7 @@ and the sine of the largest angle is ``λ_max(D)^½``, ``D_ij = ⟨d_i, d_j⟩``
 expect of both factors:
 
 - how the products ``A_b v_i`` of its m batches scatter about their mean ``ā_i`` estimates the error
-  of their sum (Cochran 1977, *Sampling Techniques*, 2.6; ``1 − f`` of it if the sample is a share f
+  of their sum (Cochran 1977; ``1 − f`` of it if the sample is a share f
   of all, drawn without replacement),
 
   .. math:: \mathbb{E} \langle E v_i, E v_j \rangle \approx \frac{m}{m - 1}
@@ -18,8 +18,8 @@ expect of both factors:
 - and how much the resolvent lengthens it is ``∫ (λ_i − μ)^{-2} dα(μ)``, α being how the error is
   spread over the spectrum below. Its first moments ``⟨e, He⟩`` and ``‖He‖²`` cost one product with
   one error ``e`` drawn at random. No measure with these moments and no weight above ``λ_{k+1}``
-  gives more than the Gauss-Radau rule with a node there (Golub & Meurant 2010, *Matrices, Moments
-  and Quadrature*, 6.2: all derivatives of the integrand are positive).
+  gives more than the Gauss-Radau rule with a node there (Golub & Meurant 1994): the third
+  derivative of the integrand is positive.
 """
 
 from __future__ import annotations

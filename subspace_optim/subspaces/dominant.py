@@ -56,8 +56,11 @@ class DominantSubspace:
         max_angle: the sine up to which ``"auto"`` keeps a basis.
         tol: relative residual of the eigenpairs of a solve: ``‖Hu − λu‖ ≤ tol · max|λ_i|`` over the
             k pairs, down to the floor of the dtype.
-        seed: of the random vectors of solves and probes. With ``refresh=n`` the basis is a
-            function of parameters and seed.
+        sample: of how many examples the basis is: ``None``, of all; n, of so many; ``"auto"``, of
+            as many as keep it within ``max_angle`` of that of all data (``OnSample``). The estimate
+            is of the angle to the subspace of all data in any case.
+        seed: of the random vectors of solves and probes, and of samples. With ``refresh=n`` the
+            basis is a function of parameters and seed.
 
     Attributes:
         operator: as given.

@@ -178,6 +178,20 @@ def test_equal_batches_have_no_error():
     assert sine_of(symmetric(8, 3).expand(4, 8, 8), 2) <= 1e-7
 
 
+def test_what_a_rough_basis_is_off_by_is_no_scatter():
+    matrix = symmetric(12, 4)
+    exact, guard = top(matrix, 2)
+    turned = torch.linalg.qr((exact.vectors + 0.2 * orthonormal(2, 12, 5)).T).Q.T.contiguous()
+    basis = EigenBasis(exact.eigenvalues, turned, exact.residuals)
+    rows = torch.cat([turned, guard.vectors])
+    scatter = Scatter(basis, guard, 0)
+    for _ in range(8):
+        scatter.see(rows @ matrix / 8)
+    scatter.gather(lambda tensor: tensor)
+    known = exact.eigenvalues, float(guard.eigenvalues)
+    assert scatter.sine(rows @ matrix, lambda v: v @ matrix, *known, 0.0) <= 1e-6
+
+
 def test_processes_see_what_one_does():
     # With one direction to err along, the error that is drawn is the same whatever is drawn.
     population = Population(16, 3, 2, 0.3, 1)
