@@ -26,7 +26,7 @@ _SUBSPACES = {
     *_ARITHMETIC,
     *_VALUES,
     ".curvature",
-    ".step_count",
+    ".step_hooks",
     ".subspaces",
 }
 _OPTIM = {"._validation", *_VALUES, ".curvature", ".subspaces", ".step_hooks", ".optim._checks"}
@@ -39,15 +39,14 @@ ALLOWED: dict[str, set[str]] = {
     ".linalg.low_rank": {"._validation", *_ARITHMETIC, ".linalg.eigenbasis"},
     ".linalg": {"._validation", "._progress", *_ARITHMETIC, *_VALUES, ".linalg"},
     ".curvature": {"._validation", "._progress", ".curvature"},
-    ".step_hooks": {"._validation", ".curvature"},
-    ".step_count": {".curvature", ".step_hooks"},
+    ".step_hooks": {"._validation", ".curvature", ".step_hooks"},
     ".subspaces": _SUBSPACES,
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.
     ".optim._checks": {"._validation", ".curvature"},
     ".optim._base": _OPTIM,
     ".optim": {*_OPTIM, ".optim._base"},
     ".optim.__init__": {".optim._base", ".optim"},
-    ".diagnostics": {*_SUBSPACES, ".step_hooks", ".diagnostics"},
+    ".diagnostics": {*_SUBSPACES, ".diagnostics"},
     ".__init__": {"._validation", ".linalg", ".curvature", ".subspaces", ".optim", ".diagnostics"},
     "benchmarks": {
         ".",

@@ -21,8 +21,13 @@ from subspace_optim._validation import (
 from subspace_optim.diagnostics.logs import logs
 from subspace_optim.diagnostics.measures.dominant import COLUMNS, Before, Dominant
 from subspace_optim.diagnostics.table import Table
-from subspace_optim.step_count import StepCount, StepTeller
-from subspace_optim.step_hooks import JointSteps, optimizers_of, owners_of
+from subspace_optim.step_hooks import (
+    JointSteps,
+    StepCount,
+    StepTeller,
+    optimizers_of,
+    owners_of,
+)
 from subspace_optim.subspaces import Subspace, check_subspace
 
 if TYPE_CHECKING:

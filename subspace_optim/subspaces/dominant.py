@@ -17,7 +17,7 @@ from subspace_optim._validation import (
 from subspace_optim.curvature.operator import CurvatureOperator, State
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.step_count import StepCount
+from subspace_optim.step_hooks import StepCount
 from subspace_optim.subspaces.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.subspaces.eigenpairs import names_in_state
 from subspace_optim.subspaces.on_sample import OnSample

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.curvature.parameters import digest, times_written
-from subspace_optim.step_hooks import in_two_calls, parameters_of
+from subspace_optim.step_hooks.optimizers import in_two_calls, parameters_of
 
 
 class StepCount:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import subspace_optim as so
-from subspace_optim.step_count import StepCount
+from subspace_optim.step_hooks import StepCount
 from tests.optim.naive import DenseOperator, Quartic
 
 A, B, C = 11, 22, 33  # digests of states
