@@ -26,7 +26,7 @@ class ControlVariate:
     Args:
         matmat: products with the cheap matrix ``S``.
         rows: ``(j, P)``, orthonormal.
-        offset: ``(j, P)``, what the products of ``S`` with the rows have too much.
+        offset: ``(j, P)``, the products of ``S`` with the rows less those of ``H``.
     """
 
     def __init__(self, matmat: Callable[[Tensor], Tensor], rows: Tensor, offset: Tensor) -> None:

@@ -39,7 +39,7 @@ _BUCKETS = 1024
 _FIRST_ORDER = 0.5
 """The sine up to which first order tells anything: what is expected to be larger may be any."""
 _FEW = 4
-"""From fewer batches it cannot be seen: one dimension is the worst case."""
+"""With fewer batches the dimensions are unknown; one is assumed, the worst case."""
 
 
 class Scatter:

@@ -10,9 +10,9 @@ The angle to the subspace of all data has three parts, which add up like random 
 squares:
 
 - *staleness*: of the basis for the corrected matrix, by the rules of ``ByAngle``;
-- *noise*: the corrected matrix is exact at the anchor. From there the basis turns, and of what it
-  turns by the small sample tells with a relative error as large as the sine by which its own basis
-  is off the reference's;
+- *noise*: at the anchor the corrected matrix is exact on the rows. As the basis turns away from
+  there, the small sample misjudges the turn, by a share equal to the sine between its own basis and
+  the reference's;
 - *sampling error*: of the reference's basis for that of all data (``linalg.sampling_error``).
 
 Where there is no gap the sampling error shows it, and all of the data are used.
@@ -45,12 +45,11 @@ _NOISY = 0.25
 _MOST = 0.7
 """The share of the data from which on a sample saves too little, and all of them are taken."""
 _SHARES = {"staleness": 0.7, "noise": 0.5, "sampling error": 0.5}
-"""Of ``max_angle``: their squares add up to less than 1. Without sampling error, the others
-stretch to fill its place."""
+"""Of ``max_angle``: their squares add up to 0.99. On all data the other two are scaled up."""
 _COSTS = 2.5
-"""A refresh on the small sample takes some 14 products, and an anchor k + 1 on the reference. Their
-costs in the long run are least together where the sample has a share of ``1/(2.5 r)`` of the
-reference, r the refreshes between two anchors: these become rarer like the square root of it."""
+"""Cheapest in the long run is a small sample of ``1/(2.5 r)`` of the reference, r the refreshes
+between two anchors. A refresh takes some 14 products on the one, an anchor k + 1 on the other, and
+r grows like the square root of the small sample."""
 _SLACK = 0.8
 """A reference that is as large as this share of what is wanted, or the inverse, stays."""
 _CASTS = 3
@@ -70,7 +69,7 @@ class OnSample(RefreshRule):
 
     Attributes:
         by_angle: the rule for what is stale on the small sample, or on all data.
-        small: examples of the small sample.
+        small_size: examples of the small sample.
         whole: works on all of the data at present.
 
     Raises:
@@ -85,7 +84,9 @@ class OnSample(RefreshRule):
         if sample != "auto":
             remedy = "Or 'auto', for as many as the angle asks for; None for all."
             self.sample = check_integer("sample", sample, minimum=2, remedy=remedy)
-        self.small = self._least = _SMALL if self.sample == "auto" else min(_SMALL, self.sample)
+        self.small_size = self._least = (
+            _SMALL if self.sample == "auto" else min(_SMALL, self.sample)
+        )
         self.whole = False
         self._reference: int | None = None  # examples of it; None: all
         self._anchor: Anchor | None = None
@@ -107,7 +108,7 @@ class OnSample(RefreshRule):
 
     def options(self) -> dict[str, Any]:
         """Returns the limit and the size."""
-        return self.by_angle.options() | {"sample": self.sample}
+        return {"refresh": "auto", "max_angle": self.max_angle, "sample": self.sample}
 
     def trial(self) -> OnSample:
         """Returns a copy to work on."""
@@ -135,7 +136,7 @@ class OnSample(RefreshRule):
         stats.sampling_error = anchor.sampling if anchor else 0.0
         if anchor is None:
             return
-        others = math.hypot(anchor.drifted, anchor.sampling)
+        others = math.hypot(anchor.misjudged, anchor.sampling)
         for name in ("bound", "estimate"):
             staleness = getattr(stats, name)
             setattr(stats, name, min(1.0, math.hypot(staleness, others)))
@@ -155,7 +156,7 @@ class OnSample(RefreshRule):
         self._on_present("refresh")
 
     def _on_present(self, plan: str) -> None:
-        small = None if self._anchor is None else self._samples.of(self.small)
+        small = None if self._anchor is None else self._samples.of(self.small_size)
         if self._anchor is None or small is None:  # on all of the data
             if self.by_angle.gapless:
                 self.solve()
@@ -180,20 +181,20 @@ class OnSample(RefreshRule):
         self._anchor = anchor = replace(anchor, turned=turned, served=anchor.served + 1)
         if self._has_turned():
             self._balance(anchor.served)
-            self._cast()
+            self._set_anchor()
 
     def _has_turned(self) -> bool:
         """Whether the basis has turned too far from where the corrected matrix is exact."""
-        return self._anchor is not None and self._anchor.drifted > self._limit("noise")
+        return self._anchor is not None and self._anchor.misjudged > self._limit("noise")
 
     def _balance(self, served: int) -> None:
         """Doubles or halves the small sample, by the refreshes that the latest anchor served."""
         reference = self.stats.examples or 0
         best = reference / (_COSTS * served)
-        if best >= 2 * self.small <= reference / 2:
-            self.small *= 2
-        elif best <= self.small / 2:
-            self.small = max(self._least, self.small // 2)
+        if best >= 2 * self.small_size <= reference / 2:
+            self.small_size *= 2
+        elif best <= self.small_size / 2:
+            self.small_size = max(self._least, self.small_size // 2)
 
     def solve(self) -> None:
         """Solves on the small sample, anchors that basis on the reference, and refines it."""
@@ -214,7 +215,7 @@ class OnSample(RefreshRule):
         """Returns whether samples were of use."""
         by_angle = self.by_angle
         while True:
-            small = self._samples.of(self.small)
+            small = self._samples.of(self.small_size)
             if small is None or small.examples is None or small.examples[0] > self._most(small):
                 return False
             with at_work(small):
@@ -227,14 +228,14 @@ class OnSample(RefreshRule):
                 drawn, total = small.examples
                 noise = self._sine(found, small, drawn / total)
                 if noise <= _NOISY or drawn >= self._asked:
-                    self._cast(found)
+                    self._set_anchor(found)
                     for _ in range(_CASTS - 1):
                         if by_angle.gapless or not self._has_turned():
                             break
-                        self._cast()
+                        self._set_anchor()
                     return not by_angle.gapless
-            self.small = int(min(4 * drawn, self._asked))
-            if self.small > self._most(small):
+            self.small_size = int(min(4 * drawn, self._asked))
+            if self.small_size > self._most(small):
                 return False
 
     @property
@@ -249,13 +250,13 @@ class OnSample(RefreshRule):
         tol = max(self.tol, _ROUGH)
         return eigenpairs.solve(small, self.k, tol=tol, seed=self.seed, max_angle=_NOISY / 3)
 
-    def _cast(self, found: Measured | None = None) -> None:
+    def _set_anchor(self, found: Measured | None = None) -> None:
         """Passes over the reference, corrects the small sample's matrix, and refines the basis.
 
         Args:
             found: what is known of the small sample, if it is.
         """
-        small, pairs = self._samples.of(self.small), self._present()
+        small, pairs = self._samples.of(self.small_size), self._present()
         assert small is not None  # noqa: S101 (it was drawn for the solve)
         assert small.examples is not None  # noqa: S101 (it is a sample)
         drawn, total = small.examples
@@ -278,7 +279,7 @@ class OnSample(RefreshRule):
             turned = largest_sine(anchor.rows[: self.k], self._present().basis.vectors)
             self._anchor = Anchor(pairs.rows, offset, noise, sampling, turned)
             self.stats.examples = of
-            self._samples.keep(self.small, self._reference)
+            self._samples.keep(self.small_size, self._reference)
 
     def _resize(self, noise: float, drawn: int, total: int) -> None:
         """Lets the reference have as many examples as it needs; small changes are not made.
@@ -344,7 +345,7 @@ class OnSample(RefreshRule):
         """Returns what is known of the angle, and of the samples."""
         anchor = self._anchor
         own: dict[str, Any] = {
-            "small": self.small,
+            "small": self.small_size,
             "whole": self.whole,
             "anchored": anchor is not None,
         }
@@ -373,7 +374,7 @@ class OnSample(RefreshRule):
             saved.tensor(f"anchor_{name}", shape, operator.dtype, operator.device)
             for name in ("rows", "offset")
         )
-        self.small, self.whole = saved.count("small"), saved.flag("whole")
+        self.small_size, self.whole = saved.count("small"), saved.flag("whole")
         self._reference = saved.count("reference") or None
         noise, sampling, turned = saved.numbers("off", 3, minimum=0, maximum=1)
         anchor = Anchor(rows, offset, noise, sampling, turned, saved.count("served"))

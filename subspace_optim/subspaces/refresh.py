@@ -1,8 +1,8 @@
-"""When a basis is renewed, and how: the two rules of ``DominantSubspace``, each with its state.
+"""When a basis is renewed, and how: rules of ``DominantSubspace``, each with its state.
 
 ``EveryNSteps`` counts training steps. ``ByAngle`` follows the angle between the basis and the true
-subspace; how it is estimated is in ``staleness``, and what a rule is, also one of your own, in
-``rule``.
+subspace; how it is estimated is in ``staleness``, what a rule is, also one of your own, in
+``rule``, and how a basis of a sample is followed in ``on_sample``.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Anchor:
 
     Attributes:
         rows: ``(k + 1, P)``, basis and guard there.
-        offset: ``(k + 1, P)``, what the small sample's products with them had too much.
+        offset: ``(k + 1, P)``, the small sample's products with these rows less the reference's.
         noise: the sine of the small sample's basis to the reference's, as expected.
         sampling: the sine of the reference's basis to that of all data, as expected.
         turned: the sine by which the basis has turned since.
@@ -43,8 +43,8 @@ class Anchor:
     served: int = 0
 
     @property
-    def drifted(self) -> float:
-        """The sine that the noise accounts for at present."""
+    def misjudged(self) -> float:
+        """The sine by which the small sample has misjudged how far the basis has turned."""
         return self.noise * self.turned
 
 
@@ -54,7 +54,7 @@ class Corrected(CurvatureOperator):
     Args:
         sample: the operator of the sample.
         rows: ``(j, P)``, orthonormal.
-        offset: ``(j, P)``, what its products with them have too much.
+        offset: ``(j, P)``, its products with these rows less those that are right.
     """
 
     def __init__(self, sample: CurvatureOperator, rows: Tensor, offset: Tensor) -> None:

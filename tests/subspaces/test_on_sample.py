@@ -244,6 +244,14 @@ def test_a_mode_that_changes_draws_and_solves_anew():
     assert torch.equal(training.subspace.update().vectors, plain.update().vectors)
 
 
+def test_the_options_are_those_that_were_given():
+    training = Training(seed=3)
+    given = training.subspace.rule.options()
+    training.subspace.update()
+    assert training.subspace.rule.options() == given
+    assert given == {"refresh": "auto", "max_angle": MAX_ANGLE, "sample": "auto"}
+
+
 @pytest.mark.parametrize("sample", [1, 0, -5, 2.5, True, "all"])
 def test_a_sample_that_cannot_be(sample):
     with pytest.raises(so.ArgumentError, match=r"`?sample`?.*(integer|at least).*auto"):
