@@ -52,8 +52,8 @@ between two anchors. A refresh takes some 14 products on the one, an anchor k + 
 r grows like the square root of the small sample."""
 _SLACK = 0.8
 """A reference that is as large as this share of what is wanted, or the inverse, stays."""
-_CASTS = 3
-"""Anchors of one solve, at most: the first is at the small sample's basis, which may be far off."""
+_ANCHORS = 3
+"""Anchors at one parameter state, at most: the first may be at a basis that is far off."""
 _ROUGH = 5e-2
 """The relative residual of a solve on the small sample, which is far less accurate itself."""
 
@@ -179,13 +179,17 @@ class OnSample(RefreshRule):
         assert basis is not None  # noqa: S101 (a solve came first)
         turned = largest_sine(anchor.rows[: self.k], basis.vectors)
         self._anchor = anchor = replace(anchor, turned=turned, served=anchor.served + 1)
-        if self._has_turned():
+        if self._is_poor():
             self._balance(anchor.served)
-            self._set_anchor()
+            self._set_anchors()
 
-    def _has_turned(self) -> bool:
-        """Whether the basis has turned too far from where the corrected matrix is exact."""
-        return self._anchor is not None and self._anchor.misjudged > self._limit("noise")
+    def _is_poor(self) -> bool:
+        """Whether the basis has turned too far from its anchor, or that is of too few examples."""
+        anchor = self._anchor
+        assert anchor is not None  # noqa: S101 (asked for by the callers)
+        most = self._limit("sampling error") / _SLACK
+        too_few = self.sample == "auto" and anchor.sampling > most
+        return too_few or anchor.misjudged > self._limit("noise")
 
     def _balance(self, served: int) -> None:
         """Doubles or halves the small sample, by the refreshes that the latest anchor served."""
@@ -228,11 +232,7 @@ class OnSample(RefreshRule):
                 drawn, total = small.examples
                 noise = self._sine(found, small, drawn / total)
                 if noise <= _NOISY or drawn >= self._asked:
-                    self._set_anchor(found)
-                    for _ in range(_CASTS - 1):
-                        if by_angle.gapless or not self._has_turned():
-                            break
-                        self._set_anchor()
+                    self._set_anchors(found)
                     return not by_angle.gapless
             self.small_size = int(min(4 * drawn, self._asked))
             if self.small_size > self._most(small):
@@ -250,7 +250,15 @@ class OnSample(RefreshRule):
         tol = max(self.tol, _ROUGH)
         return eigenpairs.solve(small, self.k, tol=tol, seed=self.seed, max_angle=_NOISY / 3)
 
-    def _set_anchor(self, found: Measured | None = None) -> None:
+    def _set_anchors(self, found: Measured | None = None) -> None:
+        """Anchors the basis until it is good, or ``_ANCHORS`` times."""
+        for _ in range(_ANCHORS):
+            self._set_anchor(found)
+            if self.by_angle.gapless or not self._is_poor():
+                return
+            found = None
+
+    def _set_anchor(self, found: Measured | None) -> None:
         """Passes over the reference, corrects the small sample's matrix, and refines the basis.
 
         Args:
@@ -280,14 +288,15 @@ class OnSample(RefreshRule):
             self._anchor = Anchor(pairs.rows, offset, noise, sampling, turned)
             self.stats.examples = of
             self._samples.keep(self.small_size, self._reference)
+            self._resize(sampling, of, total)
 
-    def _resize(self, noise: float, drawn: int, total: int) -> None:
+    def _resize(self, error: float, drawn: int, total: int) -> None:
         """Lets the reference have as many examples as it needs; small changes are not made.
 
         The square of a sampling error falls like ``1/n − 1/N``.
 
         Args:
-            noise: the sampling error of the small sample.
+            error: the sampling error of a sample.
             drawn: its size.
             total: N.
         """
@@ -295,12 +304,14 @@ class OnSample(RefreshRule):
             self._reference = max(self.sample, drawn) if self.sample < total else None
             return
         target = self.max_angle * _SHARES["sampling error"]
-        shrunk = min(1.0, target / noise) if noise else 1.0
-        wanted = math.ceil(1 / (1 / total + (1 / drawn - 1 / total) * shrunk**2))
+        if drawn >= total:
+            return
+        scaled = (1 / drawn - 1 / total) * (target / max(error, target / 4)) ** 2
+        wanted = math.ceil(1 / (1 / total + scaled))
         present = self._reference
         if wanted > _MOST * total:
             self._reference = None
-        elif present is None or not _SLACK * present <= wanted <= present / _SLACK:
+        elif present is None or not present / 2 <= wanted <= present / _SLACK:
             self._reference = wanted
 
     def _correct(self, small: CurvatureOperator, anchor: Anchor) -> None:

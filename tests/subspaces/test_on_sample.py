@@ -91,19 +91,20 @@ def test_the_true_sine_is_at_most_the_estimate_and_the_estimate_the_limit(name):
         training = Training(seed=seed)
         training.train(*TRAININGS[name])
         training.step(20)
+        good.append(True)
         for _ in range(12):
             training.step(2)
             sine, stats = training.true_sine(), training.subspace.stats
-            good.append(sine <= stats.estimate)
+            good[-1] &= sine <= stats.estimate
             kept.append(sine <= MAX_ANGLE)
             ratios.append(stats.estimate / sine)
-            assert stats.sampling_error <= stats.estimate
+            assert stats.sampling_error <= stats.estimate <= MAX_ANGLE
         sampled += (stats.examples or N) < N
         assert (stats.sampling_error > 0) == ((stats.examples or N) < N)
         moved += stats.refreshes
     assert sampled >= 1
     assert moved > 12  # the bases were not kept for nothing happening
-    assert np.mean(good) >= 0.95
+    assert sum(good) >= 3  # of 4 draws, of which 95 % are promised
     assert np.mean(kept) == 1
     assert np.median(ratios) <= 4
 
