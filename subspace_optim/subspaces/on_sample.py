@@ -48,12 +48,12 @@ _SHARES = {"staleness": 0.7, "noise": 0.5, "sampling error": 0.5}
 """Of ``max_angle``: their squares add up to 0.99. On all data the other two are scaled up."""
 _COSTS = 2.5
 """Cheapest in the long run is a small sample of ``1/(2.5 r)`` of the reference, r the refreshes
-between two anchors. A refresh takes some 14 products on the one, an anchor k + 1 on the other, and
-r grows like the square root of the small sample."""
+between two anchors: these cost k + 1 products, those 14, and r grows like its square root."""
 _SLACK = 0.8
 """A reference that is as large as this share of what is wanted, or the inverse, stays."""
 _ANCHORS = 3
 """Anchors at one parameter state, at most: the first may be at a basis that is far off."""
+_NUMBERS = ("noise", "sampling", "gap", "shrunk", "turned")
 _ROUGH = 5e-2
 """The relative residual of a solve on the small sample, which is far less accurate itself."""
 
@@ -123,21 +123,21 @@ class OnSample(RefreshRule):
         """Returns whether the basis is stale; noise grows at refreshes alone."""
         self.by_angle.stats = self.stats
         due = self.by_angle.is_due(seen)
-        self._add_up()
+        self._add_up("estimate")
         return due
 
     def plan(self, seen: Situation, *, forced: bool) -> str:
         """Returns the name of the method that fits what has changed."""
         return self.by_angle.plan(seen, forced=forced)
 
-    def _add_up(self) -> None:
+    def _add_up(self, *names: str) -> None:
         """Adds what the sample is off by to what is known of the staleness."""
         stats, anchor = self.stats, self._anchor
-        stats.sampling_error = anchor.sampling if anchor else 0.0
+        stats.sampling_error = anchor.sampled if anchor else 0.0
         if anchor is None:
             return
-        others = math.hypot(anchor.misjudged, anchor.sampling)
-        for name in ("bound", "estimate"):
+        others = math.hypot(anchor.misjudged, anchor.sampled)
+        for name in names:
             staleness = getattr(stats, name)
             setattr(stats, name, min(1.0, math.hypot(staleness, others)))
 
@@ -168,28 +168,35 @@ class OnSample(RefreshRule):
             getattr(self.by_angle, plan)()
             if not self.by_angle.gapless:
                 self._follow()
-        if self.by_angle.gapless:
+        if self.by_angle.gapless or self._is_blind():
             self.solve()
-        self._add_up()
+        else:
+            self._add_up("bound", "estimate")
 
     def _follow(self) -> None:
         """Notes how far the basis has turned, and anchors it anew where that is too far."""
-        anchor, basis = self._anchor, self.by_angle.basis
-        assert anchor is not None  # noqa: S101 (asked for by the caller)
-        assert basis is not None  # noqa: S101 (a solve came first)
-        turned = largest_sine(anchor.rows[: self.k], basis.vectors)
-        self._anchor = anchor = replace(anchor, turned=turned, served=anchor.served + 1)
+        anchor, pairs = self._anchored(), self._present()
+        turned = largest_sine(anchor.rows[: self.k], pairs.basis.vectors)
+        shrunk = min(1.0, (pairs.gap or 1.0) / anchor.gap)
+        self._anchor = replace(anchor, turned=turned, shrunk=shrunk, served=anchor.served + 1)
         if self._is_poor():
-            self._balance(anchor.served)
+            self._balance(anchor.served + 1)
             self._set_anchors()
 
     def _is_poor(self) -> bool:
         """Whether the basis has turned too far from its anchor, or that is of too few examples."""
-        anchor = self._anchor
-        assert anchor is not None  # noqa: S101 (asked for by the callers)
+        anchor = self._anchored()
         most = self._limit("sampling error") / _SLACK
-        too_few = self.sample == "auto" and anchor.sampling > most
+        too_few = self.sample == "auto" and anchor.sampled > most
         return too_few or anchor.misjudged > self._limit("noise")
+
+    def _anchored(self) -> Anchor:
+        assert self._anchor is not None  # noqa: S101 (asked for where there is one)
+        return self._anchor
+
+    def _is_blind(self) -> bool:
+        """Whether the small sample hardly shows the gap that it is to follow the basis by."""
+        return self._anchor is not None and self._anchor.noise > 2 * _NOISY
 
     def _balance(self, served: int) -> None:
         """Doubles or halves the small sample, by the refreshes that the latest anchor served."""
@@ -207,7 +214,7 @@ class OnSample(RefreshRule):
             self.whole = False
         else:
             self._solve_on_all()
-        self._add_up()
+        self._add_up("bound", "estimate")
 
     def _solve_on_all(self) -> None:
         self.whole, self._anchor = True, None
@@ -217,7 +224,7 @@ class OnSample(RefreshRule):
 
     def _solve_on_samples(self) -> bool:
         """Returns whether samples were of use."""
-        by_angle = self.by_angle
+        by_angle, asked = self.by_angle, math.inf if self.sample == "auto" else self.sample
         while True:
             small = self._samples.of(self.small_size)
             if small is None or small.examples is None or small.examples[0] > self._most(small):
@@ -231,24 +238,20 @@ class OnSample(RefreshRule):
                 found = self._measured(small)
                 drawn, total = small.examples
                 noise = self._sine(found, small, drawn / total)
-                if noise <= _NOISY or drawn >= self._asked:
+                if noise <= _NOISY or drawn >= asked:
                     self._set_anchors(found)
-                    return not by_angle.gapless
-            self.small_size = int(min(4 * drawn, self._asked))
+                    if by_angle.gapless or not self._is_blind():
+                        return not by_angle.gapless
+            self.small_size = int(min(4 * drawn, asked))
             if self.small_size > self._most(small):
                 return False
-
-    @property
-    def _asked(self) -> float:
-        """The examples that the user has asked for."""
-        return math.inf if self.sample == "auto" else self.sample
 
     def _most(self, view: CurvatureOperator) -> float:
         return _MOST * view.examples[1] if view.examples else 0.0
 
     def _rough_pairs(self, small: CurvatureOperator) -> TopPairs:
-        tol = max(self.tol, _ROUGH)
-        return eigenpairs.solve(small, self.k, tol=tol, seed=self.seed, max_angle=_NOISY / 3)
+        options: Any = {"tol": max(self.tol, _ROUGH), "max_angle": _NOISY / 3}
+        return eigenpairs.solve(small, self.k, seed=self.seed, **options)
 
     def _set_anchors(self, found: Measured | None = None) -> None:
         """Anchors the basis until it is good, or ``_ANCHORS`` times."""
@@ -276,7 +279,7 @@ class OnSample(RefreshRule):
             with at_work(reference):
                 theirs = self._measured(reference)
             offset = own.products - theirs.products
-            self._anchor = anchor = Anchor(pairs.rows, offset, 1.0, 1.0)
+            self._anchor = anchor = Anchor(pairs.rows, offset, 1.0, 1.0, 1.0)
             self._correct(small, anchor)
             self.by_angle.refresh(drifted=False)
             if self.by_angle.gapless:
@@ -284,8 +287,10 @@ class OnSample(RefreshRule):
             of = reference.examples[0] if reference.examples else total
             noise = self._sine(own, small, drawn / of)
             sampling = self._sine(theirs, small, of / total)
-            turned = largest_sine(anchor.rows[: self.k], self._present().basis.vectors)
-            self._anchor = Anchor(pairs.rows, offset, noise, sampling, turned)
+            refined = self._present()
+            turned = largest_sine(anchor.rows[: self.k], refined.basis.vectors)
+            gap = refined.gap or 1.0
+            self._anchor = Anchor(pairs.rows, offset, noise, sampling, gap, turned=turned)
             self.stats.examples = of
             self._samples.keep(self.small_size, self._reference)
             self._resize(sampling, of, total)
@@ -337,10 +342,8 @@ class OnSample(RefreshRule):
 
     def _limit(self, part: str) -> float:
         """Returns what one part of the angle may take of ``max_angle``."""
-        if self._reference is None:
-            rest = math.sqrt(1 - _SHARES["sampling error"] ** 2)
-            return self.max_angle * _SHARES[part] / rest
-        return self.max_angle * _SHARES[part]
+        rest = 1.0 if self._reference else math.sqrt(1 - _SHARES["sampling error"] ** 2)
+        return self.max_angle * _SHARES[part] / rest
 
     def _present(self) -> TopPairs:
         assert self.pairs is not None  # noqa: S101 (a solve comes first)
@@ -358,13 +361,12 @@ class OnSample(RefreshRule):
         own: dict[str, Any] = {
             "small": self.small_size,
             "whole": self.whole,
+            "reference": self._reference or 0,
             "anchored": anchor is not None,
+            "served": anchor.served if anchor else 0,
         }
-        own["reference"] = self._reference or 0
-        off = [anchor.noise, anchor.sampling, anchor.turned] if anchor else [0.0, 0.0, 0.0]
-        own["served"] = anchor.served if anchor else 0
-        own["off"] = off
-        return own | self.by_angle.numbers()
+        values = [getattr(anchor, name, 0.0) for name in _NUMBERS]
+        return own | {"anchor_numbers": values} | self.by_angle.numbers()
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the parameters of the last refresh, and the products of the last anchor."""
@@ -387,8 +389,9 @@ class OnSample(RefreshRule):
         )
         self.small_size, self.whole = saved.count("small"), saved.flag("whole")
         self._reference = saved.count("reference") or None
-        noise, sampling, turned = saved.numbers("off", 3, minimum=0, maximum=1)
-        anchor = Anchor(rows, offset, noise, sampling, turned, saved.count("served"))
+        numbers = saved.numbers("anchor_numbers", len(_NUMBERS), minimum=0)
+        own = dict(zip(_NUMBERS, numbers, strict=True))
+        anchor = Anchor(rows, offset, **own, served=saved.count("served"))
         self._anchor = anchor if saved.flag("anchored") else None
 
     def adopt(self) -> None:

@@ -29,8 +29,10 @@ class Anchor:
     Attributes:
         rows: ``(k + 1, P)``, basis and guard there.
         offset: ``(k + 1, P)``, the small sample's products with these rows less the reference's.
-        noise: the sine of the small sample's basis to the reference's, as expected.
-        sampling: the sine of the reference's basis to that of all data, as expected.
+        noise: the sine of the small sample's basis to the reference's, as expected there.
+        sampling: the sine of the reference's basis to that of all data, likewise.
+        gap: ``λ_k − λ_{k+1}`` there.
+        shrunk: the gap at present over that, at most 1: what is expected grows as it shrinks.
         turned: the sine by which the basis has turned since.
         served: the refreshes since.
     """
@@ -39,13 +41,20 @@ class Anchor:
     offset: Tensor
     noise: float
     sampling: float
+    gap: float
+    shrunk: float = 1.0
     turned: float = 0.0
     served: int = 0
 
     @property
+    def sampled(self) -> float:
+        """The sine that is due to the sampling of the reference, at present."""
+        return min(1.0, self.sampling / self.shrunk)
+
+    @property
     def misjudged(self) -> float:
         """The sine by which the small sample has misjudged how far the basis has turned."""
-        return self.noise * self.turned
+        return self.noise * self.turned / self.shrunk
 
 
 class Corrected(CurvatureOperator):

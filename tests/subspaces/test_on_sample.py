@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import subspace_optim as so
 from subspace_optim.linalg.rows import largest_sine
+from subspace_optim.subspaces.rule import Situation
 from tests.checkpoints import through_a_file
 from tests.dense import dense_curvature, supervised
 
@@ -243,6 +244,16 @@ def test_a_mode_that_changes_draws_and_solves_anew():
     assert training.subspace.stats.examples is None
     plain = so.DominantSubspace(training.subspace.operator, K, max_angle=MAX_ANGLE)
     assert torch.equal(training.subspace.update().vectors, plain.update().vectors)
+
+
+def test_what_is_told_does_not_grow_by_asking():
+    training = Training(seed=3)
+    training.subspace.update()
+    rule, state = training.subspace.rule, training.subspace.operator.state()
+    told = rule.stats.bound, rule.stats.estimate
+    for _ in range(3):
+        rule.is_due(Situation(state, state, 0))
+    assert (rule.stats.bound, rule.stats.estimate) == told
 
 
 def test_the_options_are_those_that_were_given():
