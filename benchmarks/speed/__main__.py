@@ -35,13 +35,14 @@ from benchmarks.speed import (
     observation,
     products,
     runs,
+    sampling,
     scaling,
     step,
     synchronisations,
     warm,
 )
 from benchmarks.speed.peers import RECIPE
-from benchmarks.speed.picture import picture
+from benchmarks.speed.picture import picture, sampling_picture
 from benchmarks.speed.problems import PROBLEMS, Problem, problem
 from benchmarks.speed.tables import TABLES
 
@@ -77,7 +78,7 @@ PER_MODEL: Final = (
     "estimates",
 )
 _DEFAULT: Final = PER_MODEL[:-1]  # without the estimates, which take longer than all the rest
-GLOBAL: Final = ("apply", "step", "scaling")
+GLOBAL: Final = ("apply", "step", "scaling", "sampling")
 _ALL: Final = {name: scenario.steps for name, scenario in runs.SCENARIOS.items()}
 _FEW: Final = {"late": 30, "early": 10}
 PLANS: Final = {
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-root", help="folder of data sets (default: $SUBSPACE_OPTIM_DATA, else the hub)")
     add("--output", type=Path, default=Path("results/speed.json"))
     add("--picture", type=Path, default=Path("docs/speed.png"), help="not drawn with --quick")
+    add("--sampling-picture", type=Path, default=Path("docs/sampling.png"), help="likewise")
     add("--peers", type=Path, default=environment.ROOT / ".venv-peers", help="where they live")
     add("--here", action="store_true", help="stay in this environment, with the peers it has")
     return parser
@@ -265,16 +267,21 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         "apply": lambda: apply.measure(size, 10, rounds, options.device),
         "step": lambda: step.measure(size, 10, rounds, options.device),
         "scaling": lambda: scaling.measure(options.data_root, options.device, quick=options.quick),
+        "sampling": lambda: sampling.measure(options.data_root, quick=options.quick),
     }
     for section in (s for s in GLOBAL if s in chosen):
         with doing(section):
             outcome = parts[section]()
         keep(results.data, section, "", outcome)
-    figure = None if options.quick else picture(results.data)
-    if figure is not None:
-        with replacing(options.picture) as partly:
-            figure.savefig(partly, dpi=130, format=options.picture.suffix[1:] or "png")
-        console.print(f"Drawn: {options.picture}")
+    for path, draw in (
+        (options.picture, picture),
+        (options.sampling_picture, sampling_picture),
+    ):
+        figure = None if options.quick else draw(results.data)
+        if figure is not None:
+            with replacing(path) as partly:
+                figure.savefig(partly, dpi=130, format=path.suffix[1:] or "png")
+            console.print(f"Drawn: {path}")
     results.data["finished"] = True
     results.write()
     console.print(f"Written: {options.output}")

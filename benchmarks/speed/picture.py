@@ -1,4 +1,4 @@
-"""The picture for the docs: cold solves, whole runs, and what the estimate is worth."""
+"""The pictures for the docs: cold solves, whole runs, what estimates are worth, and samples."""
 
 from __future__ import annotations
 
@@ -101,5 +101,77 @@ def picture(result: dict[str, Any]) -> Figure | None:
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
         draw(axes, models)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _expected(axes: Axes, samples: list[dict[str, Any]]) -> None:
+    models = list(dict.fromkeys(row["model"] for row in samples))
+    for model, marker, colour in zip(models, _MARKERS, _COLOURS.values(), strict=False):
+        rows = [row for row in samples if row["model"] == model and row["estimate"] < 1]
+        axes.plot(
+            [row["estimate"] for row in rows],
+            [row["true_sine"] for row in rows],
+            marker,
+            color=colour,
+            markersize=3,
+            alpha=0.5,
+            label=model,
+        )
+    axes.axline((1e-2, 1e-2), (1, 1), color="black", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="sine expected of the sample", ylabel="true sine")
+    axes.set_title("(a) the sampling error, and the truth", fontsize=10, loc="left")
+    axes.legend(fontsize=8)
+
+
+def _needed(axes: Axes, samples: list[dict[str, Any]]) -> None:
+    """What the expected sine would have to be multiplied by, and what it is multiplied by."""
+    told = [row for row in samples if row["estimate"] < 1]
+    dimensions = [row["dimensions"] for row in told]
+    needed = [row["true_sine"] / row["estimate"] * row["margin"] for row in told]
+    axes.plot(dimensions, needed, "o", color=BULK, markersize=3, alpha=0.3, label="true / expected")
+    pairs = sorted(zip(dimensions, (row["margin"] for row in told), strict=True))
+    axes.plot(*zip(*pairs, strict=True), color=DOMINANT, label="the margin")
+    axes.set(xscale="log", yscale="log", xlabel="dimensions that the error varies in")
+    axes.set_title("(b) what the margin covers", fontsize=10, loc="left")
+    axes.legend(fontsize=8)
+
+
+def _cost(axes: Axes, problems: list[dict[str, Any]]) -> None:
+    """Example-products over the number of examples."""
+    for problem, marker in zip(problems, _MARKERS, strict=False):
+        for sample, colour, style in (("auto", DOMINANT, "-"), (None, BULK, "--")):
+            rows = [row for row in problem["rows"] if row["sample"] == sample]
+            axes.plot(
+                [row["N"] for row in rows],
+                [row["example_products"] for row in rows],
+                style,
+                marker=marker,
+                color=colour,
+                label=f"{problem['title']}, {'all data' if sample is None else 'sample=auto'}",
+            )
+    axes.set(xscale="log", yscale="log", xlabel="examples N", ylabel="products of one example")
+    axes.set_title("(c) a basis certified to 0.05", fontsize=10, loc="left")
+    axes.legend(fontsize=7)
+
+
+def sampling_picture(result: dict[str, Any]) -> Figure | None:
+    """Draws what has been measured of samples.
+
+    Args:
+        result: as it is written to JSON.
+
+    Returns:
+        The figure; ``None`` where there is nothing to draw.
+    """
+    found = result.get("sampling")
+    if found is None:
+        return None
+    figure = Figure(figsize=(13.8, 4.4), layout="constrained")
+    expected, needed, cost = figure.subplots(1, 3)
+    _expected(expected, found["coverage"]["samples"])
+    _needed(needed, found["coverage"]["samples"])
+    _cost(cost, found["growth"])
+    for axes in (expected, needed, cost):
         axes.grid(alpha=0.3)
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from benchmarks.speed.timing import spread
@@ -231,7 +232,55 @@ def scaling(_: str, result: dict[str, Any]) -> Table:
     return table
 
 
-TABLES: Final[dict[str, Callable[[str, dict[str, Any]], Table]]] = {
+def sampling(_: str, result: dict[str, Any]) -> Group:
+    """How often the expected error covers the true one; and costs beside sizes."""
+    return Group(_coverage(result["coverage"]), *map(_growth, result["growth"]))
+
+
+def _coverage(result: dict[str, Any]) -> Table:
+    columns = (
+        "samples of",
+        "drawn",
+        "covered",
+        "told",
+        "covered",
+        "told / true",
+        "margin (needed)",
+    )
+    table = _table("True sines of bases of samples, beside what is expected", *columns)
+    groups = {"": {f"all {_bar(result['met'])}": result["all"]}, **result["groups"]}
+    for group, rows in groups.items():
+        table.add_section()
+        for name, row in rows.items():
+            shares = (row["covered_told"], row["median_ratio"], row["margin"], row["margin_needed"])
+            told, ratio, margin, needed = ("-" if v is None else f"{v:.3g}" for v in shares)
+            counts = (str(row["samples"]), f"{row['covered']:.3f}", str(row["told"]))
+            table.add_row(f"{group} {name}", *counts, told, ratio, f"{margin} ({needed})")
+    return table
+
+
+def _growth(result: dict[str, Any]) -> Table:
+    columns = ("N", "sample", "examples", "CPU s", "gradients", "example-products", "sine", "told")
+    table = _table(f"A basis at its first certificate: {result['title']}", *columns)
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['N']:,}",
+            row["sample"] or "all",
+            f"{row['examples']:,.0f}",
+            f"{row['seconds']:.3g}",
+            f"{row['gradients']:.3g}",
+            f"{row['example_products']:,.0f}",
+            f"{row['true_sine']:.2g}",
+            f"{row['estimate']:.2g}",
+        )
+    for key, growth in result["growth"].items():
+        if growth is not None:
+            what = f"{key.replace('_', ' ')}: largest over smallest of the large sizes"
+            table.add_row(what, "", "", f"{growth:.2f} {_bar(result['met'][key])}")
+    return table
+
+
+TABLES: Final[dict[str, Callable[[str, dict[str, Any]], RenderableType]]] = {
     "products": products,
     "cold": cold,
     "warm": warm,
@@ -244,4 +293,5 @@ TABLES: Final[dict[str, Callable[[str, dict[str, Any]], Table]]] = {
     "apply": apply,
     "step": step,
     "scaling": scaling,
+    "sampling": sampling,
 }
