@@ -30,6 +30,8 @@ from subspace_optim.subspaces import eigenpairs
 SHARES: Final = (1 / 20, 1 / 10, 1 / 5, 1 / 3, 1 / 2)
 STAGES: Final = {"early": 20, "late": 500}
 """Steps of SGD."""
+MISSING: Final = {"mse": 0, "ce": 1}
+"""How many fewer outliers there are than classes: a softmax does not see a shift of all logits."""
 BARS: Final = {"covered": 0.95, "median_ratio": 3.0}
 _TOL, _EXACT = 1e-3, 1e-5
 
@@ -127,7 +129,8 @@ def coverage(case: Case, loss: str, seed: int, root: str | None) -> list[dict[st
     Returns:
         For each sample the expected sine, the true one, and what they may depend on.
     """
-    model, x, y, k = case.data(seed, root)
+    model, x, y, classes = case.data(seed, root)
+    k = classes - MISSING[loss]
     data = (x, y) if case.batch is None else in_batches(x, y, case.batch)
     sgd = torch.optim.SGD(model.parameters(), lr=default_lr(case.dataset, loss))
     rows, done = [], 0
@@ -141,6 +144,7 @@ def coverage(case: Case, loss: str, seed: int, root: str | None) -> list[dict[st
             "dataset": case.dataset,
             "batch": case.batch,
             "loss": loss,
+            "k": k,
             "stage": stage,
             "seed": seed,
             "gap": 1 - exact.below / float(exact.basis.eigenvalues[-1]),
@@ -210,7 +214,7 @@ def _bins(edges: Sequence[float], value: float) -> str:
 
 GROUPS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "model": lambda row: f"{row['model']}, {row['dataset']}",
-    "loss": lambda row: row["loss"],
+    "loss": lambda row: f"{row['loss']}, k = {row['k']}",
     "stage": lambda row: row["stage"],
     "share": lambda row: f"{row['share']:g}",
     "given as": lambda row: f"batches of {row['batch']}" if row["batch"] else "one batch",

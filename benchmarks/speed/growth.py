@@ -66,7 +66,9 @@ def _half_square(output: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (output - target).square().mean()
 
 
-def trained_mlp(root: str | None, steps: int) -> Callable[[int], tuple[Any, Any, Any]]:
+def trained_mlp(
+    root: str | None, steps: int, dataset: str = "mnist-5k"
+) -> Callable[[int], tuple[Any, Any, Any]]:
     """Returns how the paper's MLP is made with so many MNIST images.
 
     It is trained once, on all of them: the parameters are the same, and only the data grow.
@@ -74,10 +76,11 @@ def trained_mlp(root: str | None, steps: int) -> Callable[[int], tuple[Any, Any,
     Args:
         root: folder of the data sets.
         steps: of SGD.
+        dataset: ``"mnist-5k"``, or ``"mnist"`` for more images.
     """
-    data = load("mnist-5k", root=root)
+    data = load(dataset, root=root)
     model = build("mlp", data, num_outputs=data.num_classes, seed=0).eval()
-    sgd = torch.optim.SGD(model.parameters(), lr=default_lr("mnist-5k", "mse"))
+    sgd = torch.optim.SGD(model.parameters(), lr=default_lr(dataset, "mse"))
     train(model, mse, data.x_train, data.y_train, sgd, range(steps), 0)
 
     def make(examples: int) -> tuple[Any, Any, Any]:

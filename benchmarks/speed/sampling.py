@@ -44,6 +44,7 @@ def problems(root: str | None, *, quick: bool = False) -> list[Growing]:
         root: folder of the data sets.
         quick: with few examples.
     """
+    steps = 20 if quick else _LATE
     images, rows = (
         ((100, 200), (1000, 4000))
         if quick
@@ -52,8 +53,11 @@ def problems(root: str | None, *, quick: bool = False) -> list[Growing]:
             (10_000, 30_000, 100_000),
         )
     )
-    mlp = growth.trained_mlp(root, 20 if quick else _LATE)
-    return [
-        Growing("the paper's MLP on MNIST images", images, mlp),
+    few = [
+        Growing("the paper's MLP on MNIST images", images, growth.trained_mlp(root, steps)),
         Growing("least squares, rows of a known spectrum", rows, growth.linear, rounds=3),
     ]
+    if quick:
+        return few
+    more = growth.trained_mlp(root, steps, "mnist")
+    return [*few, Growing("the paper's MLP on more of MNIST", (10_000, 30_000), more)]

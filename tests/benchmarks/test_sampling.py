@@ -43,7 +43,14 @@ def top(matrix, k):
 
 
 def row(estimate, true, **about):
-    fixed = {"model": "mlp", "dataset": "digits", "loss": "mse", "stage": "late", "share": 0.1}
+    fixed = {
+        "model": "mlp",
+        "dataset": "digits",
+        "loss": "mse",
+        "k": 10,
+        "stage": "late",
+        "share": 0.1,
+    }
     fixed |= {"gap": 0.3, "batch": None, "dimensions": 12.0, "margin": 2.0}
     return fixed | {"estimate": estimate, "true_sine": true} | about
 
@@ -122,8 +129,8 @@ def test_the_bars(rows, met):
 def test_groups_have_all_samples_of_their_kind():
     rows = [row(0.2, 0.1), row(0.2, 0.3, loss="ce", gap=0.05), row(0.04, 0.01, dimensions=80.0)]
     groups = covered(rows)["groups"]
-    assert groups["loss"]["mse"] == summary([rows[0], rows[2]])
-    assert groups["loss"]["ce"]["covered"] == 0
+    assert groups["loss"]["mse, k = 10"] == summary([rows[0], rows[2]])
+    assert groups["loss"]["ce, k = 10"]["covered"] == 0
     assert set(groups["gap"]) == {"below 0.1", "0.2 to 0.4"}
     assert groups["dimensions"]["from 40"] == summary([rows[2]])
     assert set(groups["estimate"]) == {"below 0.05", "0.2 to 0.5"}
