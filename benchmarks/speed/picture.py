@@ -132,7 +132,7 @@ def _needed(axes: Axes, samples: list[dict[str, Any]]) -> None:
     axes.plot(dimensions, needed, "o", color=BULK, markersize=3, alpha=0.3, label="true / expected")
     pairs = sorted(zip(dimensions, (row["margin"] for row in told), strict=True))
     axes.plot(*zip(*pairs, strict=True), color=DOMINANT, label="the margin")
-    axes.set(xscale="log", yscale="log", xlabel="dimensions that the error varies in")
+    axes.set(xlabel="dimensions that the error varies in", xlim=(0, None), ylim=(0, None))
     axes.set_title("(b) what the margin covers", fontsize=10, loc="left")
     axes.legend(fontsize=8)
 
