@@ -36,12 +36,22 @@ from subspace_optim.subspaces.checkpoints import SavedState
 from subspace_optim.subspaces.eigenpairs import TopPairs
 from subspace_optim.subspaces.refresh import ByAngle
 from subspace_optim.subspaces.rule import RefreshRule, Situation
-from subspace_optim.subspaces.samples import Anchor, Corrected, Measured, Samples, at_work
+from subspace_optim.subspaces.samples import (
+    ANCHOR_NUMBERS,
+    Anchor,
+    Corrected,
+    Measured,
+    Samples,
+    at_work,
+    examples_needed,
+)
 
 _SMALL = 256
 """Examples of the small sample, to begin with."""
 _NOISY = 0.25
 """The sine of its basis to that of all data above which the small sample grows fourfold."""
+_MANY = 8
+"""With fewer examples than this many small samples a solve on all of them is cheaper."""
 _MOST = 0.7
 """The share of the data from which on a sample saves too little, and all of them are taken."""
 _SHARES = {"staleness": 0.7, "noise": 0.5, "sampling error": 0.5}
@@ -53,7 +63,6 @@ _SLACK = 0.8
 """A reference that is as large as this share of what is wanted, or the inverse, stays."""
 _ANCHORS = 3
 """Anchors at one parameter state, at most: the first may be at a basis that is far off."""
-_NUMBERS = ("noise", "sampling", "gap", "shrunk", "turned")
 _ROUGH = 5e-2
 """The relative residual of a solve on the small sample, which is far less accurate itself."""
 
@@ -210,14 +219,14 @@ class OnSample(RefreshRule):
     def solve(self) -> None:
         """Solves on the small sample, anchors that basis on the reference, and refines it."""
         self._samples, self._anchor = Samples(self.operator, self.seed), None
-        if not (self.whole and self.by_angle.gapless) and self._solve_on_samples():
-            self.whole = False
-        else:
+        known = self.whole and self.by_angle.gapless  # that a sample is of no use
+        self.whole = known or not self._solve_on_samples()
+        if self.whole:
             self._solve_on_all()
         self._add_up("bound", "estimate")
 
     def _solve_on_all(self) -> None:
-        self.whole, self._anchor = True, None
+        self._anchor = None
         self.by_angle.operator, self.by_angle.max_angle = self.operator, self.max_angle
         self.by_angle.solve()
         self.stats.examples = None
@@ -227,7 +236,7 @@ class OnSample(RefreshRule):
         by_angle, asked = self.by_angle, math.inf if self.sample == "auto" else self.sample
         while True:
             small = self._samples.of(self.small_size)
-            if small is None or small.examples is None or small.examples[0] > self._most(small):
+            if small is None or self._is_too_large(small):
                 return False
             with at_work(small):
                 by_angle.operator, by_angle.max_angle = small, self._limit("staleness")
@@ -236,22 +245,23 @@ class OnSample(RefreshRule):
                 if by_angle.gapless:
                     return False
                 found = self._measured(small)
-                drawn, total = small.examples
+                drawn, total = small.examples or (1, 1)
                 noise = self._sine(found, small, drawn / total)
                 if noise <= _NOISY or drawn >= asked:
                     self._set_anchors(found)
                     if by_angle.gapless or not self._is_blind():
                         return not by_angle.gapless
             self.small_size = int(min(4 * drawn, asked))
-            if self.small_size > self._most(small):
-                return False
 
-    def _most(self, view: CurvatureOperator) -> float:
-        return _MOST * view.examples[1] if view.examples else 0.0
+    def _is_too_large(self, small: CurvatureOperator) -> bool:
+        """Whether a small sample is too much of the data to save anything."""
+        drawn, total = small.examples or (1, 1)
+        few = self.sample == "auto" and total < _MANY * _SMALL
+        return few or drawn > _MOST * total
 
     def _rough_pairs(self, small: CurvatureOperator) -> TopPairs:
-        options: Any = {"tol": max(self.tol, _ROUGH), "max_angle": _NOISY / 3}
-        return eigenpairs.solve(small, self.k, seed=self.seed, **options)
+        tol = max(self.tol, _ROUGH)
+        return eigenpairs.solve(small, self.k, tol=tol, seed=self.seed, max_angle=_NOISY / 3)
 
     def _set_anchors(self, found: Measured | None = None) -> None:
         """Anchors the basis until it is good, or ``_ANCHORS`` times."""
@@ -269,8 +279,7 @@ class OnSample(RefreshRule):
         """
         small, pairs = self._samples.of(self.small_size), self._present()
         assert small is not None  # noqa: S101 (it was drawn for the solve)
-        assert small.examples is not None  # noqa: S101 (it is a sample)
-        drawn, total = small.examples
+        drawn, total = small.examples or (1, 1)
         with at_work(small):
             own = found or self._measured(small)
             self._resize(self._sine(own, small, drawn / total), drawn, total)
@@ -296,28 +305,16 @@ class OnSample(RefreshRule):
             self._resize(sampling, of, total)
 
     def _resize(self, error: float, drawn: int, total: int) -> None:
-        """Lets the reference have as many examples as it needs; small changes are not made.
-
-        The square of a sampling error falls like ``1/n − 1/N``.
-
-        Args:
-            error: the sampling error of a sample.
-            drawn: its size.
-            total: N.
-        """
+        """Lets the reference have as many examples as it needs; small changes are not made."""
         if self.sample != "auto":
             self._reference = max(self.sample, drawn) if self.sample < total else None
-            return
-        target = self.max_angle * _SHARES["sampling error"]
-        if drawn >= total:
-            return
-        scaled = (1 / drawn - 1 / total) * (target / max(error, target / 4)) ** 2
-        wanted = math.ceil(1 / (1 / total + scaled))
-        present = self._reference
-        if wanted > _MOST * total:
-            self._reference = None
-        elif present is None or not present / 2 <= wanted <= present / _SLACK:
-            self._reference = wanted
+        elif drawn < total:
+            target = self.max_angle * _SHARES["sampling error"]
+            wanted, present = examples_needed(error, target, drawn, total), self._reference
+            if wanted > _MOST * total:
+                self._reference = None
+            elif present is None or not present / 2 <= wanted <= present / _SLACK:
+                self._reference = wanted
 
     def _correct(self, small: CurvatureOperator, anchor: Anchor) -> None:
         """Hands the corrected matrix of the small sample to the rule for what is stale there."""
@@ -363,9 +360,9 @@ class OnSample(RefreshRule):
             "whole": self.whole,
             "reference": self._reference or 0,
             "anchored": anchor is not None,
-            "served": anchor.served if anchor else 0,
+            "served": getattr(anchor, "served", 0),
         }
-        values = [getattr(anchor, name, 0.0) for name in _NUMBERS]
+        values = [getattr(anchor, name, 0.0) for name in ANCHOR_NUMBERS]
         return own | {"anchor_numbers": values} | self.by_angle.numbers()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -389,8 +386,8 @@ class OnSample(RefreshRule):
         )
         self.small_size, self.whole = saved.count("small"), saved.flag("whole")
         self._reference = saved.count("reference") or None
-        numbers = saved.numbers("anchor_numbers", len(_NUMBERS), minimum=0)
-        own = dict(zip(_NUMBERS, numbers, strict=True))
+        numbers = saved.numbers("anchor_numbers", len(ANCHOR_NUMBERS), minimum=0)
+        own = dict(zip(ANCHOR_NUMBERS, numbers, strict=True))
         anchor = Anchor(rows, offset, **own, served=saved.count("served"))
         self._anchor = anchor if saved.flag("anchored") else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ class Measured(NamedTuple):
 
     products: Tensor
     scatter: Scatter
+
+
+ANCHOR_NUMBERS = ("noise", "sampling", "gap", "shrunk", "turned")
+"""What of an anchor is a number, in a state dict."""
 
 
 @dataclass(frozen=True)
@@ -138,3 +143,18 @@ def at_work(*operators: CurvatureOperator) -> Iterator[None]:
             stack.callback(operator.release)
             stack.enter_context(operator.frozen())
         yield
+
+
+def examples_needed(error: float, target: float, drawn: int, total: int) -> int:
+    """Returns how many examples have a sampling error of ``target``.
+
+    Its square falls like ``1/n − 1/N``.
+
+    Args:
+        error: the sampling error of a sample.
+        target: what it is to be.
+        drawn: the size of that sample.
+        total: N.
+    """
+    scaled = (1 / drawn - 1 / total) * (target / max(error, target / 4)) ** 2
+    return math.ceil(1 / (1 / total + scaled))
