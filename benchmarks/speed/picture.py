@@ -152,7 +152,7 @@ def _cost(axes: Axes, problems: list[dict[str, Any]]) -> None:
             )
     axes.set(xscale="log", yscale="log", xlabel="examples N", ylabel="products of one example")
     axes.set_title("(c) a basis certified to 0.05", fontsize=10, loc="left")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 
 
 def sampling_picture(result: dict[str, Any]) -> Figure | None:
