@@ -31,8 +31,7 @@ def norm(v: Tensor) -> Tensor:
     Squares of float32 overflow from 1e19 on, and vanish below 1e-22.
     """
     if v.device.type != "cpu":
-        length: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64)
-        return length
+        return torch.linalg.vector_norm(v, dtype=torch.float64)
     # The same would make a copy of all of it on a CPU, which takes five times as long.
     pieces = (v[columns].double() for columns in column_blocks(len(v)))
     squares: Tensor = torch.stack([piece.dot(piece) for piece in pieces]).sum()
