@@ -34,8 +34,7 @@ def norm(v: Tensor) -> Tensor:
         return torch.linalg.vector_norm(v, dtype=torch.float64)
     # The same would make a copy of all of it on a CPU, which takes five times as long.
     pieces = (v[columns].double() for columns in column_blocks(len(v)))
-    squares: Tensor = torch.stack([piece.dot(piece) for piece in pieces]).sum()
-    return squares.sqrt()
+    return torch.stack([piece.dot(piece) for piece in pieces]).sum().sqrt()
 
 
 @own_precision
