@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
         ".",
         "._validation",
         ".linalg",
+        ".linalg.rows",
         *_VALUES,
         ".curvature",
         ".subspaces",

@@ -325,8 +325,11 @@ def _rule(refresh: Any, max_angle: float, sample: Any) -> RefreshRule:
     return by_angle if isinstance(refresh, str) and refresh == "auto" else EveryNSteps(refresh)
 
 
+_CERTIFICATE = ("bound", "estimate", "sampling_error", "examples")
+
+
 def _checksum(state: Mapping[str, Any]) -> int:
     """Of all that decides; what the basis has cost does not, and differs between ranks."""
-    certificate = {name: state["stats"][name] for name in ("bound", "estimate")}
+    certificate = {name: state["stats"][name] for name in _CERTIFICATE}
     others = {"version", "stats", "checksum"}
     return checksum({n: value for n, value in state.items() if n not in others} | certificate)
