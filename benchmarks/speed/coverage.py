@@ -20,6 +20,7 @@ from benchmarks.data import load
 from benchmarks.experiment import minibatch
 from benchmarks.losses import LOSSES
 from benchmarks.models import build, default_lr
+from benchmarks.optimizers import step_together
 from benchmarks.progress import counted
 from benchmarks.speed.problems import BATCH_SIZE
 from subspace_optim.curvature.operator import CurvatureOperator
@@ -174,9 +175,7 @@ def train(
     """Takes steps of SGD on minibatches of their numbers, which are a function of the seed."""
     for step in steps:
         rows = minibatch(len(x), BATCH_SIZE, step, seed=seed)
-        sgd.zero_grad()
-        loss(model(x[rows]), y[rows]).backward()
-        sgd.step()
+        step_together([sgd], lambda rows=rows: loss(model(x[rows]), y[rows]))  # type: ignore[misc]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from subspace_optim.curvature.averages import concatenated
 from subspace_optim.curvature.evaluation import Point
 from subspace_optim.curvature.objective import Supervised
 from subspace_optim.curvature.report import Parts, Report
+from subspace_optim.curvature.samples import rows_of, taken
 from subspace_optim.curvature.stopped_gradients import copied
 from subspace_optim.curvature.trial import TransformError, Trial
 
@@ -241,13 +242,7 @@ class Proof:
 
 def head(batch: Any, examples: int) -> Any:
     """Returns the first examples of a batch that has more, ``None`` of one that cannot be cut."""
-    leaves = tree_leaves(batch)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    plain = all(isinstance(leaf, Tensor | int | float | str | None) for leaf in leaves)
-    lengths = {len(t) if t.dim() and t.layout == torch.strided else 0 for t in tensors}
-    if not plain or len(lengths) != 1 or lengths.pop() <= examples:
-        return None
-    return tree_map(lambda leaf: leaf[:examples] if isinstance(leaf, Tensor) else leaf, batch)
+    return taken(batch, slice(examples)) if rows_of(batch) > examples else None
 
 
 def see(batch: Any, pieces: list[Any]) -> list[Any]:

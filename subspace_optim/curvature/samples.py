@@ -62,11 +62,11 @@ def some_batches(sizes: list[int], share: float, seed: int) -> list[int]:
 
 def some_rows(batch: Any, share: float, seed: int) -> Drawn:
     """Returns a sample of the rows of a batch that can be cut: together, and dealt to pieces."""
-    size = _rows(batch)
+    size = rows_of(batch)
     wanted = min(size, max(_LEAST * PIECES, math.ceil(share * size)))
     rows = torch.randperm(size, generator=_generator(seed))[:wanted]
-    pieces = [_taken(batch, part) for part in rows.tensor_split(PIECES)]
-    return Drawn([_taken(batch, rows)], pieces)
+    pieces = [taken(batch, part) for part in rows.tensor_split(PIECES)]
+    return Drawn([taken(batch, rows)], pieces)
 
 
 def can_be_cut(batch: Any, differentiate: Callable[[Any], tuple[Tensor, Tensor]]) -> bool:
@@ -76,12 +76,11 @@ def can_be_cut(batch: Any, differentiate: Callable[[Any], tuple[Tensor, Tensor]]
         batch: of the data.
         differentiate: returns the weight of a batch, and the gradient of its mean loss.
     """
-    size = _rows(batch)
-    if size < max(_LEAST * PIECES, sum(_FEW)):
+    if rows_of(batch) < max(_LEAST * PIECES, sum(_FEW)):
         return False
     ends = (0, _FEW[0], sum(_FEW))
-    parts = [_taken(batch, torch.arange(*part)) for part in pairwise(ends)]
-    whole = _taken(batch, torch.arange(ends[-1]))
+    parts = [taken(batch, slice(*part)) for part in pairwise(ends)]
+    whole = taken(batch, slice(ends[-1]))
     try:
         (weight, gradient), *others = map(differentiate, (whole, *parts))
     except Exception:  # noqa: BLE001 (a loss of batches of one size only)
@@ -94,8 +93,8 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def _rows(batch: Any) -> int:
-    """The one length of all tensors in a batch, 0 if they have none in common."""
+def rows_of(batch: Any) -> int:
+    """Returns the one length of all tensors in a batch; 0 of one that has no rows."""
     leaves = tree_leaves(batch)
     if not all(isinstance(leaf, Tensor | int | float | str | None) for leaf in leaves):
         return 0
@@ -104,9 +103,13 @@ def _rows(batch: Any) -> int:
     return lengths.pop() if len(lengths) == 1 else 0
 
 
-def _taken(batch: Any, rows: Tensor) -> Any:
+def taken(batch: Any, rows: Tensor | slice) -> Any:
+    """Returns some rows of a batch: copies of those of a tensor of indices, a view of a slice."""
+
     def of(leaf: Any) -> Any:
-        return leaf[rows.to(leaf.device)] if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf[rows if isinstance(rows, slice) else rows.to(leaf.device)]
 
     return tree_map(of, batch)
 

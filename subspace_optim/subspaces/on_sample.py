@@ -286,7 +286,7 @@ class OnSample(RefreshRule):
             reference = self._samples.of(self._reference) if self._reference else self.operator
             assert reference is not None  # noqa: S101 (as the small one)
             with at_work(reference):
-                theirs = self._measured(reference)
+                theirs = own if reference is small else self._measured(reference)
             offset = own.products - theirs.products
             self._anchor = anchor = Anchor(pairs.rows, offset, 1.0, 1.0, 1.0)
             self._correct(small, anchor)
@@ -324,9 +324,9 @@ class OnSample(RefreshRule):
     def _measured(self, operator: CurvatureOperator) -> Measured:
         """Multiplies basis and guard, and sees how the products of the batches scatter."""
         pairs = self._present()
+        if operator.examples is None:
+            return Measured(operator.matmat(pairs.rows), None)
         scatter = Scatter(pairs.basis, pairs.guard, self.seed)
-        if operator.examples is None:  # all of the data: nothing is estimated
-            return Measured(operator.matmat(pairs.rows), scatter)
         products = operator.batch_matmat(pairs.rows, scatter.see)
         scatter.gather(self.operator.ranks.sum_)
         return Measured(products, scatter)
@@ -334,6 +334,8 @@ class OnSample(RefreshRule):
     def _sine(self, measured: Measured, small: CurvatureOperator, share: float) -> float:
         """Returns the sine by which the basis of a sample is off that of what it is a share of."""
         pairs, (products, scatter) = self._present(), measured
+        if scatter is None:
+            return 0.0
         known = pairs.basis.eigenvalues, pairs.below
         return scatter.sine(products, small.matmat, *known, share)
 
@@ -341,10 +343,6 @@ class OnSample(RefreshRule):
         """Returns what one part of the angle may take of ``max_angle``."""
         rest = 1.0 if self._reference else math.sqrt(1 - _SHARES["sampling error"] ** 2)
         return self.max_angle * _SHARES[part] / rest
-
-    def _present(self) -> TopPairs:
-        assert self.pairs is not None  # noqa: S101 (a solve comes first)
-        return self.pairs
 
     def warn(self) -> None:
         """Warns, once, where there is no gap."""

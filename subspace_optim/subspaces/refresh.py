@@ -290,10 +290,6 @@ class ByAngle(RefreshRule):
     def _has_room(self) -> bool:
         return self._estimate <= _ROOM * self.max_angle
 
-    def _present(self) -> TopPairs:
-        assert self.pairs is not None  # noqa: S101 (a solve comes first)
-        return self.pairs
-
     def _drift(self) -> Drift:
         return self._staleness.drift(self._present().basis, self.operator.parameters)
 

@@ -32,8 +32,7 @@ class SubspaceStats:
             are known for ``refresh="auto"`` alone, and are 1 where there is no gap.
         sampling_error: what a sample adds to the estimate: the sine, as expected with a margin, of
             the largest angle between its subspace and that of all data.
-        examples: of the sample that the basis is of; ``None`` without ``sample=``, or where that is
-            all of the data.
+        examples: that the basis is of; ``None`` where no sample has had a part in it.
         failures: refreshes and probes that failed, and left the last basis in use.
         products: curvature products of all refreshes and probes.
         full_products: the same, each counted as the share of the data that it was over.
@@ -148,6 +147,10 @@ class RefreshRule(ABC):
     def basis(self) -> EigenBasis | None:
         """The basis of the last refresh; ``None`` before the first."""
         return None if self.pairs is None else self.pairs.basis
+
+    def _present(self) -> TopPairs:
+        assert self.pairs is not None  # noqa: S101 (a solve comes first)
+        return self.pairs
 
     def carry_out(self, plan: str) -> None:
         """Calls the method that ``plan`` has named.

@@ -17,10 +17,13 @@ from subspace_optim.linalg.sampling_error import Scatter
 
 
 class Measured(NamedTuple):
-    """The products of an operator with basis and guard, and how those of its batches scatter."""
+    """The products of an operator with basis and guard, and how those of its batches scatter.
+
+    Of all data there is nothing to estimate, and no scatter.
+    """
 
     products: Tensor
-    scatter: Scatter
+    scatter: Scatter | None
 
 
 ANCHOR_NUMBERS = ("noise", "sampling", "gap", "shrunk", "turned")
@@ -65,6 +68,8 @@ class Anchor:
 class Corrected(CurvatureOperator):
     """A sample's operator, with products that are corrected by a control variate.
 
+    Who works with it freezes and releases that of the sample (``at_work``).
+
     Args:
         sample: the operator of the sample.
         rows: ``(j, P)``, orthonormal.
@@ -97,16 +102,6 @@ class Corrected(CurvatureOperator):
     def loss(self) -> float:
         """Returns the sample's mean loss."""
         return self.sample_operator.loss()
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Promises that the parameters do not change inside."""
-        with self.sample_operator.frozen():
-            yield
-
-    def release(self) -> None:
-        """Frees what is kept for further products at the present parameters."""
-        self.sample_operator.release()
 
 
 class Samples:
