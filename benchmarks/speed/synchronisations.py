@@ -19,7 +19,7 @@ def measure(problem: Problem, k: int) -> dict[str, Any]:
         k: how many pairs.
 
     Returns:
-        How many there were, beside restarts and products.
+        How many there were, beside Rayleigh-Ritz steps and products.
     """
     hessian = problem.hessian()
     with hessian.frozen(), warnings.catch_warnings(record=True) as caught:
@@ -34,6 +34,6 @@ def measure(problem: Problem, k: int) -> dict[str, Any]:
             torch.cuda.set_sync_debug_mode("default")
     return {
         "synchronisations": sum("synchroniz" in str(warning.message) for warning in caught),
-        "restarts": solution.restarts,
+        "ritz_steps": solution.ritz_steps,
         "products": solution.products,
     }

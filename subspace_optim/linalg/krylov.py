@@ -19,7 +19,7 @@ from subspace_optim._progress import Progress
 from subspace_optim._validation import NonFiniteError
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.products import not_finite
-from subspace_optim.linalg.rows import column_blocks, orthonormalise_
+from subspace_optim.linalg.rows import column_blocks, norm, orthonormalise_
 from subspace_optim.linalg.start_vectors import SmallProblem, StartVectors
 
 START = 2
@@ -27,10 +27,13 @@ START = 2
 _SMALL = 256
 """Up to this size, and up to 4k + 12, all rows are kept: they take little memory, and end in exact
 pairs."""
-_ROUNDED = 0.9
-"""A remainder with a part as long as this in the rows that it remains outside of is rounding."""
 _LARGE = 1 << 12
-"""From this size on, random vectors are nearly orthogonal to a few rows, and cost time to draw."""
+"""From this size on, random vectors are nearly orthogonal to the few rows that there are."""
+
+
+def _perhaps(condition: Tensor) -> bool:
+    """Whether a condition may hold; it is looked up where that does not wait for a device."""
+    return condition.device.type != "cpu" or bool(condition)
 
 
 class KrylovRows:
@@ -44,17 +47,35 @@ class KrylovRows:
         k = len(self.head)
         return self.head[j] if j < k else self.tail[j - k]
 
-    def coefficients(self, v: Tensor, n: int) -> Tensor:
-        """Returns ``⟨q_i, v⟩`` for the first ``n`` rows."""
-        k = len(self.head)
-        return torch.cat([self.head[:n] @ v, self.tail[: max(n - k, 0)] @ v])
+    def several(self, numbers: list[int]) -> Tensor:
+        """Returns some rows as one tensor: no copy where they lie side by side."""
+        first, end = numbers[0], numbers[0] + len(numbers)
+        blocks = [rows for rows in self._blocks(first, end) if len(rows)]
+        if numbers == list(range(first, end)) and len(blocks) == 1:
+            return blocks[0]
+        return torch.stack([self[j] for j in numbers])
 
-    def subtract_(self, v: Tensor, coefficients: Tensor) -> None:
-        """Subtracts ``Σ_i c_i q_i`` from ``v``, in place."""
-        k, n = len(self.head), len(coefficients)
-        v.addmv_(self.head[:n].T, coefficients[:k], alpha=-1)
-        if n > k:
-            v.addmv_(self.tail[: n - k].T, coefficients[k:], alpha=-1)
+    def share_memory_with(self, tensor: Tensor) -> bool:
+        """Whether to write to ``tensor`` would change a row."""
+        own = {rows.untyped_storage().data_ptr() for rows in (self.head, self.tail)}
+        return tensor.untyped_storage().data_ptr() in own
+
+    def _blocks(self, first: int, end: int) -> list[Tensor]:
+        """Returns the rows from ``first`` to ``end`` in their two blocks; one may be empty."""
+        k = len(self.head)
+        return [self.head[first:end], self.tail[max(first - k, 0) : max(end - k, 0)]]
+
+    def project_out_(self, v: Tensor, first: int, end: int) -> Tensor:
+        """Subtracts from ``v`` its part in the rows from ``first`` to ``end``, in place.
+
+        Returns:
+            What it was, ``⟨q_j, v⟩`` of these rows.
+        """
+        blocks = [rows for rows in self._blocks(first, end) if len(rows)]
+        parts = [rows @ v for rows in blocks]
+        for rows, part in zip(blocks, parts, strict=True):
+            v.addmv_(rows.T, part, alpha=-1)
+        return torch.cat(parts) if parts else v[:0]
 
     def rotate_(self, rotation: NDArray[np.float64]) -> None:
         """Replaces the first ``n`` rows by ``p`` combinations of them; ``rotation`` is ``(p, n)``.
@@ -63,9 +84,12 @@ class KrylovRows:
         """
         k, (p, n) = len(self.head), rotation.shape
         weights = torch.from_numpy(rotation.copy()).to(self.head)
+        blocks = self._blocks(0, n)
+        parts = weights.split([len(rows) for rows in blocks], dim=1)
         for columns in column_blocks(self.head.shape[1]):
-            rows = torch.cat([self.head[:n, columns], self.tail[: max(n - k, 0), columns]])
-            rotated = weights @ rows
+            rotated = parts[0] @ blocks[0][:, columns]
+            if len(blocks[1]):
+                rotated.addmm_(parts[1], blocks[1][:, columns])
             self.head[:p, columns] = rotated[:k]
             self.tail[: max(p - k, 0), columns] = rotated[k:]
 
@@ -81,6 +105,9 @@ class Krylov:
 
     the residual of a Ritz pair ``(θ, y)`` of ``T_MM`` is ``‖T_DM y‖``. One pending row is the
     classic Lanczos recurrence; several are a band (Ruhe 1979).
+
+    Args:
+        known: orthonormal rows to begin with, in the place of random ones; fewer than ``START``.
     """
 
     def __init__(
@@ -93,6 +120,7 @@ class Krylov:
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        known: Tensor | None = None,
     ):
         self.matmat, self.size, self.k = matmat, size, k
         self.max_products = max(max_products, k)  # without k products there are no k pairs
@@ -108,14 +136,18 @@ class Krylov:
         # Directions that a restart had no room for: their part in the product of each Ritz row.
         self.lost: NDArray[np.float64] = np.zeros((0, 0))
         self.products = 0
-        self.restarts = 0
+        self.ritz_steps = 0
         self.progress = Progress(f"top {k} eigenpairs")
         self.asymmetry = 0.0
-        for _ in range(min(START, size)):
+        # Of each pending row, the first one whose product has a part in it.
+        self.since: dict[int, int] = {}
+        for row in () if known is None else known:
+            self._add_row(row, 1.0, self.count)
+        begun = self.count
+        for _ in range(min(START, size) - begun):
             self.add_random_row()
-        self.spare = self._random()
         self.starts = StartVectors(size, self.epsilon)
-        self.first = list(self.pending)  # the rows that a solve or restart began with
+        self.first = self.pending[begun:]  # random rows, or those that a restart began with
 
     @property
     def complete(self) -> bool:
@@ -123,75 +155,75 @@ class Krylov:
         return len(self.multiplied) == self.size
 
     def _random(self) -> Tensor:
+        """Returns a random direction outside the rows, of length 1."""
         v = torch.randn(
             self.size,
             generator=self.generator,
             dtype=self.projected.dtype,
             device=self.projected.device,
         )
+        for _ in range(1 if self.size >= _LARGE else 2):
+            v.div_(torch.linalg.vector_norm(v))
+            self.rows.project_out_(v, 0, self.count)
         return v.div_(torch.linalg.vector_norm(v))
 
-    def _add_row(self, row: Tensor) -> None:
-        self.rows[self.count].copy_(row)
+    def _add_row(self, v: Tensor, length: Tensor | float, since: int) -> None:
+        """Adds ``v`` over its length to the pending rows."""
+        torch.div(v, length, out=self.rows[self.count])
         self.pending.append(self.count)
+        self.since[self.count] = since
         self.count += 1
 
     def add_random_row(self) -> None:
         """Adds a random direction outside the rows to the pending ones."""
-        v = self._random()
-        for _ in range(2):
-            self.rows.subtract_(v, self.rows.coefficients(v, self.count))
-            v.div_(torch.linalg.vector_norm(v))
-        self._add_row(v)
+        self._add_row(self._random(), 1.0, self.count)
 
     def multiply(self, block: list[int]) -> None:
         """Takes the products with some pending rows, and adds what remains of each as a new one.
 
-        No value leaves the device. A remainder that is no more than rounding is replaced by a
-        random direction: an invariant subspace is then complete, and the search goes on outside.
+        No value leaves the device, unless that is the host. A remainder that is no more than
+        rounding is replaced by a random direction: an invariant subspace is then complete, and the
+        search goes on outside.
         """
-        products = self.matmat(torch.stack([self.rows[j] for j in block])).contiguous()
+        products = self.matmat(self.rows.several(block)).contiguous()
+        if self.rows.share_memory_with(products):
+            products = products.clone()
         for j, product in zip(block, products, strict=True):
             self._expand(j, product)
         self.progress.tick(lambda: f"{self.products} products")
 
     def _expand(self, j: int, w: Tensor) -> None:
-        """Expands the product ``w`` with row ``j`` in all rows; what remains is a new row."""
+        """Expands the product ``w`` with row ``j`` in all rows; what remains is a new row.
+
+        In two passes. A symmetric matrix has parts in the rows of its recurrence alone: those that
+        are pending, and those that were multiplied since ``j`` was found. The first pass is over
+        these few, and what it leaves in any row is so little that the second is enough (Giraud et
+        al. 2005).
+        """
         n = self.count
+        # A direction that a restart has lost was in none of the rows that are beside the kept ones.
+        recurrence = 0 if len(self.lost) else min(self.since[j], *self.pending)
         self.products += 1
         self.pending.remove(j)
         self.multiplied.append(j)
-        h = self.rows.coefficients(w, n)
-        self.rows.subtract_(w, h)
-        self.projected[:n, j] = h
+        for other in self.pending:
+            self.since[other] = min(self.since[other], j)
+        column = self.projected[:n, j]
+        column[recurrence:] = self.rows.project_out_(w, recurrence, n)
+        again = self.rows.project_out_(w, 0, n)
+        column += again
         if n == self.size:
             return
-        # In float64: squares of float32 overflow from 1e19 on, and vanish below 1e-22.
-        norm = torch.linalg.vector_norm(w, dtype=torch.float64)
         # Beside the largest product so far: that of a row in the kernel is rounding altogether.
-        length = torch.linalg.vector_norm(h, dtype=torch.float64)
-        self.longest = torch.maximum(self.longest, length)
-        direction = w.div_(torch.where(norm > 0, norm, 1.0))
-        again = self.rows.coefficients(direction, n)
-        # ... or lies in the rows once more: what rounding has left there.
-        broke_down = norm <= 4 * self.epsilon * self.longest
-        broke_down |= torch.linalg.vector_norm(again) > _ROUNDED
-        # Another one at each product: the same again would be in the rows already.
-        other = self.spare.roll(self.products) if self.size >= _LARGE else self._random()
-        direction = torch.where(broke_down, other, direction)
-        again = torch.where(broke_down, self.rows.coefficients(other, n), again)
-        norm = torch.where(broke_down, 0.0, norm)
-        # Twice is enough (Giraud et al. 2005), but for random vectors of few dimensions.
-        for repeated in (False,) if self.size >= _LARGE else (False, True):
-            if repeated:
-                again = self.rows.coefficients(direction, n)
-            self.rows.subtract_(direction, again)
-            self.projected[:n, j] += norm * again
-            length = torch.linalg.vector_norm(direction)
-            direction.div_(length)
-            norm = norm * length
-        self._add_row(direction)
-        self.projected[n, j] = norm
+        self.longest = torch.maximum(self.longest, norm(column))
+        length = coupling = norm(w)
+        broke_down = length <= 4 * self.epsilon * self.longest
+        if _perhaps(broke_down):
+            w = torch.where(broke_down, self._random(), w)
+            length = torch.where(broke_down, 1.0, length)
+            coupling = torch.where(broke_down, 0.0, coupling)
+        self._add_row(w, length, j)
+        self.projected[n, j] = coupling
 
     def extend(self, steps: int) -> None:
         """Takes ``steps`` products, the oldest pending row first, and solves the small problem."""
@@ -222,7 +254,7 @@ class Krylov:
         projected = self.projected.to("cpu", torch.float64).numpy()
         if not np.isfinite(projected).all():
             raise NonFiniteError(not_finite(self.products))
-        if self.restarts == 0:  # zᵀHz of random unit vectors has the mean tr H / P
+        if self.ritz_steps == 0:  # zᵀHz of random unit vectors has the mean tr H / P
             self.mean = float(np.diagonal(projected)[:START].mean())
         # Every product was expanded in all rows of its time, and a later row is in it as its
         # remainder, or not at all: both triangles are known. The upper one is the measured one.
@@ -235,7 +267,7 @@ class Krylov:
         self.coupling = projected[np.ix_(self.pending, self.multiplied)] @ self.ritz
         unknown = len(self.multiplied) - self.lost.shape[1]
         self.lost = np.pad(self.lost, ((0, 0), (0, unknown)))
-        self.restarts += 1
+        self.ritz_steps += 1
 
     @property
     def scale(self) -> float:
@@ -285,6 +317,7 @@ class Krylov:
         self.lost = lost[np.abs(lost).max(axis=1) > self.epsilon * self.scale]
         self.multiplied = list(range(keep))
         self.pending = list(range(keep, keep + stay))
+        self.since = dict.fromkeys(self.pending, 0)
         self.first = list(self.pending)
         self.count = keep + stay
 

@@ -55,7 +55,7 @@ class EigenSolution:
     Attributes:
         basis: the top eigenpairs.
         products: products with the matrix that were used.
-        restarts: Rayleigh-Ritz steps, each with the solve's only synchronisation with the host.
+        ritz_steps: Rayleigh-Ritz steps, each with the solve's only synchronisation with the host.
         converged: every residual is as small as was asked for, and no pair is known to be missing.
         guard: the pair that comes next, ``(λ_{k+1}, u_{k+1})``, as the solve left it: an eigenvalue
             from below, with its residual. Of no rows if k = P.
@@ -69,7 +69,7 @@ class EigenSolution:
 
     basis: EigenBasis
     products: int
-    restarts: int
+    ritz_steps: int
     converged: bool
     guard: EigenBasis
     lowest: float
@@ -320,7 +320,7 @@ def top_eigenpairs(
     return EigenSolution(
         basis,
         solver.products,
-        solver.restarts,
+        solver.ritz_steps,
         converged,
         guard,
         lowest,

@@ -25,6 +25,21 @@ def column_blocks(size: int) -> list[slice]:
 
 
 @own_precision
+def norm(v: Tensor) -> Tensor:
+    """Returns the length of a vector, in float64.
+
+    Squares of float32 overflow from 1e19 on, and vanish below 1e-22.
+    """
+    if v.device.type != "cpu":
+        length: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64)
+        return length
+    # The same would make a copy of all of it on a CPU, which takes five times as long.
+    pieces = (v[columns].double() for columns in column_blocks(len(v)))
+    squares: Tensor = torch.stack([piece.dot(piece) for piece in pieces]).sum()
+    return squares.sqrt()
+
+
+@own_precision
 def gram(first: Tensor, second: Tensor) -> Tensor:
     """Returns the inner products of the rows, summed up in float64 from blocks of columns."""
     result = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)

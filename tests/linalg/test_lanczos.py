@@ -63,7 +63,8 @@ def check(solution: EigenSolution, matrix: Matrix, k: int, tol: float) -> None:
     values, vectors = matrix.eigh()
     scale, basis = values.abs().max(), solution.basis
     epsilon = torch.finfo(basis.dtype).eps
-    rounding = 50 * epsilon * scale  # the floor of the dtype
+    # The floor of the dtype; below its smallest normal number rounding is absolute.
+    rounding = 50 * epsilon * (scale + torch.finfo(basis.dtype).tiny)
     accuracy = max(tol * values[:k].abs().max(), rounding)
 
     assert solution.converged
@@ -554,17 +555,19 @@ def test_the_memory_is_that_of_a_few_vectors_beside_twice_the_basis(size, k):
     diagonal = torch.cat([torch.arange(k, 0, -1), torch.linspace(-0.4, 0.4, size - k)])
     with _Watch() as watch:
         solution = top_eigenpairs(lambda v: diagonal * v, size, k)
-    assert solution.restarts > 3  # more rows than are kept were made
+    assert solution.ritz_steps > 3  # more rows than are kept were made
     assert watch.peak <= (2 * k + 12) * 4 * size
 
 
 @pytest.mark.parametrize("size", [100, RESTARTING])
-def test_the_host_is_visited_once_a_restart_and_never_in_a_product(size):
+def test_the_host_is_visited_once_a_ritz_step_and_never_in_a_product(size, monkeypatch):
+    """On a device. A CPU is the host: what it looks up there costs nothing, and saves passes."""
+    monkeypatch.setattr(krylov, "_perhaps", lambda _: True)
     matrix = Matrix(SPECTRA["decaying"](size).float())
     with _Watch() as watch:
         solution = top_eigenpairs(matrix, size, 5, tol=1e-5)
-    assert watch.to_host == solution.restarts
-    assert solution.restarts < solution.products
+    assert watch.to_host == solution.ritz_steps
+    assert solution.ritz_steps < solution.products
 
 
 @pytest.mark.parametrize("size", [11, 300, 5000])
@@ -595,7 +598,7 @@ def test_a_solve_that_takes_long_says_how_many_products_it_has_taken(monkeypatch
     matrix = Matrix(SPECTRA["decaying"](RESTARTING))
     with caplog.at_level(logging.INFO, logger="subspace_optim"):
         solution = solve(matrix, 5, 1e-6, torch.float64)
-    assert solution.restarts > 3
+    assert solution.ritz_steps > 3
     told = [int(re.search(r"(\d+) products", line).group(1)) for line in caplog.messages]
     assert told == sorted(told)
     assert told[-1] == solution.products

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.linalg.rows import check_orthonormal, exact_gram, orthonormalise_
+from subspace_optim.linalg.rows import check_orthonormal, exact_gram, norm, orthonormalise_
 from tests.dense import DTYPES
 
 
@@ -94,3 +94,14 @@ def test_the_gram_matrix_of_float32_rows_is_that_of_float64(k, size, seed):
     rows = rows_of("normal", k, size, torch.float32, seed)
     expected = rows.double() @ rows.double().T
     torch.testing.assert_close(exact_gram(rows), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1.0, 1e20, 1e34])
+@pytest.mark.parametrize("size", [1, 7, 200_000])
+def test_a_length_neither_overflows_nor_vanishes(size, scale, dtype):
+    """Of entries whose squares would, in float32; and it is no less exact for being long."""
+    v = (scale * rows_of("positive", 1, size, torch.float64, 0)[0]).to(dtype)
+    expected = math.sqrt(math.fsum(x * x for x in v.double().tolist()))
+    assert norm(v).dtype == torch.float64
+    assert float(norm(v)) == pytest.approx(expected, rel=1e-12)
