@@ -28,6 +28,7 @@ from benchmarks.progress import doing, shown
 from benchmarks.speed import (
     apply,
     cold,
+    drift,
     environment,
     estimates,
     memory,
@@ -78,7 +79,7 @@ PER_MODEL: Final = (
     "estimates",
 )
 _DEFAULT: Final = PER_MODEL[:-1]  # without the estimates, which take longer than all the rest
-GLOBAL: Final = ("apply", "step", "scaling", "sampling")
+GLOBAL: Final = ("apply", "step", "scaling", "sampling", "drift")
 _ALL: Final = {name: scenario.steps for name, scenario in runs.SCENARIOS.items()}
 _FEW: Final = {"late": 30, "early": 10}
 PLANS: Final = {
@@ -268,6 +269,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         "step": lambda: step.measure(size, 10, rounds, options.device),
         "scaling": lambda: scaling.measure(options.data_root, options.device, quick=options.quick),
         "sampling": lambda: sampling.measure(options.data_root, quick=options.quick),
+        "drift": lambda: drift.measure(3 if options.quick else drift.RUNS),
     }
     for section in (s for s in GLOBAL if s in chosen):
         with doing(section):

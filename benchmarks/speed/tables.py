@@ -280,6 +280,38 @@ def _growth(result: dict[str, Any]) -> Table:
     return table
 
 
+def drift(_: str, result: dict[str, Any]) -> Table:
+    """How often a kept basis was not what it was said to be."""
+    columns = (
+        "trainings",
+        "runs",
+        "steps",
+        "above",
+        "kept beyond",
+        "by",
+        "told / true",
+        "products",
+    )
+    table = _table("Kept bases beside dense Hessians, at every step of small trainings", *columns)
+    groups = {"": {"all": result["all"]}, **result["groups"]}
+    for group, rows in groups.items():
+        table.add_section()
+        for name, row in rows.items():
+            shares = [
+                "-" if row[key] is None else f"{row[key]:{form}} {_bar(row['met'][key])}"
+                for key, form in (
+                    ("above_estimate", ".2%"),
+                    ("kept_beyond", ".2%"),
+                    ("worst_excess", ".2g"),
+                )
+            ]
+            ratio = row["median_estimate_over_true"]
+            told = "-" if ratio is None else f"{ratio:.3g}"
+            counts = (str(row["runs"]), f"{row['steps']:,}")
+            table.add_row(f"{group} {name}", *counts, *shares, told, f"{row['products']:,}")
+    return table
+
+
 TABLES: Final[dict[str, Callable[[str, dict[str, Any]], RenderableType]]] = {
     "products": products,
     "cold": cold,
@@ -294,4 +326,5 @@ TABLES: Final[dict[str, Callable[[str, dict[str, Any]], RenderableType]]] = {
     "step": step,
     "scaling": scaling,
     "sampling": sampling,
+    "drift": drift,
 }

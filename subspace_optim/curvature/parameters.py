@@ -115,6 +115,11 @@ class ParameterSpace:
         return self.tensors[0].device
 
     @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Returns whether every parameter is."""
+        return bool(torch.isfinite(nn.utils.get_total_norm(self.tensors, torch.inf)))
+
+    @torch.no_grad()
     def flatten(self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
         """Returns one tensor a parameter as a new vector ``(P,)``; zeros stand for ``None``."""
         flat = torch.empty(self.size, dtype=dtype or self.dtype, device=self.device)

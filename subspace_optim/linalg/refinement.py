@@ -27,7 +27,7 @@ from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.products import not_finite, own_precision
 from subspace_optim.linalg.rows import column_blocks, gram, largest_sine, orthonormalise_
 
-FAILURE_PROBABILITY = 0.05
+FAILURE_PROBABILITY = 0.04
 """How likely the bound of a probe is to be too small."""
 SCATTER = 0.25
 """Standard deviation of the square of a probe, relative to its mean, that is good enough."""

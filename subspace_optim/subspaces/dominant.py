@@ -21,7 +21,7 @@ from subspace_optim.step_hooks import StepCount
 from subspace_optim.subspaces.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.subspaces.eigenpairs import names_in_state
 from subspace_optim.subspaces.on_sample import OnSample
-from subspace_optim.subspaces.refresh import ByAngle, EveryNSteps, is_finite
+from subspace_optim.subspaces.refresh import ByAngle, EveryNSteps
 from subspace_optim.subspaces.rule import RefreshRule, Situation, SubspaceStats
 
 _FAILURES_IN_A_ROW = 3
@@ -223,7 +223,7 @@ class DominantSubspace:
         if self.basis is None or self._failures >= _FAILURES_IN_A_ROW:
             raise failure
         # Once at a state; where training has diverged, at each update.
-        if is_finite(self.parameters.tensors):
+        if self.parameters.is_finite():
             self._attempted = hash(state)
         message = (
             f"The refresh at step {self.clock} failed ({failure}). The basis of step "

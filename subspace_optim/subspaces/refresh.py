@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from subspace_optim._validation import ArgumentError, NoGapWarning, check_integer, check_number
 from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.linalg.outside import MISS_PROBABILITY, look_outside
 from subspace_optim.linalg.refinement import (
     Probe,
     probe,
@@ -30,6 +30,7 @@ from subspace_optim.subspaces.checkpoints import SavedState
 from subspace_optim.subspaces.eigenpairs import TopPairs
 from subspace_optim.subspaces.rule import RefreshRule, Situation
 from subspace_optim.subspaces.staleness import Drift, Staleness
+from subspace_optim.subspaces.unseen import Unseen
 
 
 class EveryNSteps(RefreshRule):
@@ -56,7 +57,7 @@ class EveryNSteps(RefreshRule):
 
     def is_due(self, seen: Situation) -> bool:
         """Returns whether the basis has served for n steps."""
-        return seen.steps >= self.n or not is_finite(self.operator.parameters.tensors)
+        return seen.steps >= self.n or not self.operator.parameters.is_finite()
 
 
 _ROOM = 0.8
@@ -65,6 +66,10 @@ _REFINABLE = 0.5
 """The sine above which a cold solve costs no more than refinements."""
 _SHRUNK = 0.5
 """Gaps that are less than this times what they were: the eigenvalues are no longer known."""
+_FALLEN = 0.75
+"""Gaps less than this times what they were: in the mean, so that one of them may be gone."""
+_FURTHER = 2.0
+"""Times the drift of a probe, or after a refresh the longest that is known, where one is due."""
 _REFINEMENTS = 2
 """Refinements at one parameter state, at most; a cold solve comes after them."""
 
@@ -72,15 +77,17 @@ _REFINEMENTS = 2
 class ByAngle(RefreshRule):
     """A basis is kept while its angle to the true subspace is small: ``refresh="auto"``.
 
-    The sine of the largest angle is estimated from the drift of the parameters. Once the estimate
-    is above ``max_angle / 2`` after a refresh, and ``max_angle`` after a probe, or the drift has
-    doubled since the probe, the basis is
+    The sine of the largest angle is estimated from the drift of the parameters. The basis is due
+    once that is above ``max_angle`` (half of it, if no probe has come since the refresh), or the
+    drift is twice as long as those at which the estimate was checked. Then it is
 
     1. *probed*: two products tell how stale it is, and whether a direction of the bulk has come to
        the top;
     2. *refined*, if it has too little room below ``max_angle``: one step of subspace iteration,
        k + 1 products, twice at most;
-    3. *solved* for anew, if that is not enough.
+    3. *looked around*, where something outside may have come to the top (``unseen``): five to ten
+       products from a random vector;
+    4. *solved* for anew, if that is not enough.
 
     Where something else than the parameters has changed that the loss depends on, no drift tells
     of it: the basis is probed at once, and solved for where a mode has changed, which makes
@@ -105,6 +112,7 @@ class ByAngle(RefreshRule):
         self.gapless = False
         self._probe_at = (0.0, math.inf)  # the estimate and the drift from which on it is probed
         self._warned = False
+        self._unseen = Unseen()
 
     def attach(self, operator: CurvatureOperator, k: int, *, tol: float, seed: int) -> None:
         """Takes what it is to find."""
@@ -138,15 +146,11 @@ class ByAngle(RefreshRule):
 
     def renew(self) -> None:
         """Probes the basis; refines it, or solves for it, until it has room below ``max_angle``."""
-        if not self.gapless:
-            self.probe(drifted=True)
-        self._improve()
+        self._probe_and_improve(drifted=True)
 
     def reconsider(self) -> None:
         """Does the same where something else than the parameters has changed."""
-        if not self.gapless:
-            self.probe(drifted=False)
-        self._improve()
+        self._probe_and_improve(drifted=False)
 
     def refresh(self, *, drifted: bool = True) -> None:
         """Refines the basis without a probe before, and does the same.
@@ -160,15 +164,58 @@ class ByAngle(RefreshRule):
         self.refine(drifted=drifted)
         self._improve()
 
+    def _probe_and_improve(self, *, drifted: bool) -> None:
+        if not self.gapless:
+            shrunk = self.probe(drifted=drifted)
+            if shrunk < _FALLEN and self._estimate <= _REFINABLE:
+                self.refine(verify=True, drifted=drifted)
+        self._improve()
+
     def _improve(self) -> None:
+        self._refine_until_good()
+        if not self.gapless and self._has_room() and self._unseen.is_due:
+            self.look()
+            self._refine_until_good()
+        if not self._has_room():
+            self.solve()
+        if self._unseen.refined:
+            self.stats.bound = 1.0
+
+    def _refine_until_good(self) -> None:
         for _ in range(_REFINEMENTS):
             if self.gapless or self._estimate > _REFINABLE or self._has_room():
                 break
             self.refine(verify=True)
-        if not self._has_room():
-            self.solve()
 
-    def probe(self, *, drifted: bool) -> None:
+    def look(self) -> None:
+        """Looks for directions outside of the basis that have come to the top.
+
+        The estimate is 1 where one has, or where none could be ruled out. Else it is corrected:
+        the eigenvalue that comes next is known better than it was.
+        """
+        pairs = self._present()
+        self.stats.looks += 1
+        found = look_outside(
+            self.operator.matmat,
+            pairs.basis,
+            pairs.guard,
+            lowest=pairs.lowest,
+            seed=self.seed + self.stats.looks,
+        )
+        self.pairs = looked = replace(pairs, guard=found.guard)
+        gap, before = looked.gap, pairs.gap
+        if gap is None or before is None:  # no bulk
+            return
+        if found.missed > MISS_PROBABILITY or gap <= 0:
+            self.stats.bound = self.stats.estimate = 1.0
+            return
+        self._unseen = self._unseen.looked()
+        if gap < before:
+            self._staleness = self._staleness.narrowed(gap / before)
+            self.stats.estimate = min(1.0, self._estimate * before / gap)
+            self.stats.bound = min(1.0, (self.stats.bound or 0.0) * before / gap)
+
+    def probe(self, *, drifted: bool) -> float:
         """Estimates the angle: 1 where the pairs are others than were known.
 
         They are if a direction of the bulk has come to the top, or the gaps have shrunk to less
@@ -176,9 +223,15 @@ class ByAngle(RefreshRule):
 
         Args:
             drifted: all of the staleness came with the drift of the parameters.
+
+        Returns:
+            The gaps over those that were known.
         """
         pairs, drift = self._present(), self._drift()
         found = self._probed(guarded=True)
+        self._unseen = self._unseen.probed(
+            drift, found.staleness, self._vectors + 1, fallen=found.shrunk < _FALLEN
+        )
         self.pairs = replace(pairs, guard=found.guard)
         self._staleness = self._staleness.probed(drift, found, drifted=drifted)
         sine = self._staleness.sine(drift) if math.isfinite(found.staleness) else 1.0
@@ -188,8 +241,9 @@ class ByAngle(RefreshRule):
         self.stats.estimate = 1.0 if entered else sine
         # Next at twice the drift, at the latest: rates change, and what enters from the bulk is in
         # no estimate. Sooner where the gaps shrink to half before.
-        further = min(2.0, (1 - _SHRUNK) / max(1 - found.shrunk, 1e-12))
+        further = min(_FURTHER, (1 - _SHRUNK) / max(1 - found.shrunk, 1e-12))
         self._probe_at = self.max_angle, max(1.0, further) * drift.length
+        return found.shrunk
 
     def _probed(self, *, guarded: bool) -> Probe:
         pairs = self._present()
@@ -201,7 +255,7 @@ class ByAngle(RefreshRule):
             lowest=pairs.lowest,
             mean=pairs.mean,
             seed=self.seed + self.stats.probes,
-            vectors=vectors_needed(self.k, self._staleness.effective_rank),
+            vectors=self._vectors,
             guarded=guarded,
         )
 
@@ -222,9 +276,12 @@ class ByAngle(RefreshRule):
         if result.sine > _REFINABLE:  # too far, or the guard has changed places: nothing to keep
             self.stats.bound = self.stats.estimate = 1.0
             return
+        drift = self._drift()
+        self._unseen = self._unseen.turned_by(drift, result.before, self.k + 1, drifted=drifted)
         if drifted:
-            self._staleness = self._staleness.before_refinement(self._drift(), result.before)
-        self.settle(replace(pairs, basis=result.basis, guard=result.guard))
+            self._staleness = self._staleness.before_refinement(drift, result.before)
+        refined = replace(pairs, basis=result.basis, guard=result.guard)
+        self._settle(refined)
         if self.gapless:
             return
         after, bound = result.after, result.after
@@ -234,7 +291,7 @@ class ByAngle(RefreshRule):
             bound = measured.bound if measured.staleness > after else min(after, measured.bound)
             after = measured.staleness
         self._staleness = self._staleness.refined(result, after)
-        self._certify(after, bound=bound)
+        self._certify(after, bound=bound, until=_half_gap(pairs, refined, drift))
 
     def solve(self) -> None:
         """Finds the top k eigenpairs at the present parameters, by a cold solve."""
@@ -242,13 +299,18 @@ class ByAngle(RefreshRule):
             self.operator, self.k, tol=self.tol, max_angle=self.max_angle / 2, seed=self.seed
         )
         self.stats.cold += 1
+        until = math.inf if self.pairs is None else _half_gap(self.pairs, pairs, self._drift())
         self.settle(pairs)
         if not self.gapless:
             left = total_staleness(pairs.basis, pairs.guard)
-            self._certify(left, bound=left)
+            self._certify(left, bound=left, until=until)
 
     def settle(self, pairs: TopPairs) -> None:
-        """Takes new pairs, of the present parameters: a refresh."""
+        """Takes new pairs, of the present parameters, that a solve has found: a refresh."""
+        self._unseen = self._unseen.looked()
+        self._settle(pairs)
+
+    def _settle(self, pairs: TopPairs) -> None:
         super().settle(pairs)
         space = self.operator.parameters
         self._staleness = replace(self._staleness, anchor=space.flatten(space.tensors))
@@ -261,12 +323,14 @@ class ByAngle(RefreshRule):
         if self.gapless:
             self.stats.bound = self.stats.estimate = 1.0
 
-    def _certify(self, left: float, *, bound: float) -> None:
-        """Notes how stale a new basis is still."""
+    def _certify(self, left: float, *, bound: float, until: float) -> None:
+        """Notes how stale a new basis is still, and the drift to probe it at, at the latest."""
         self._staleness = self._staleness.refreshed(left)
         self.stats.bound = min(1.0, bound)
         self.stats.estimate = self._staleness.sine_at_refresh
-        self._probe_at = self.max_angle / 2, math.inf
+        # What is known of a drift says little of one that is far longer.
+        longest = _FURTHER * self._staleness.rates.longest
+        self._probe_at = self.max_angle / 2, min(longest, until)
 
     def warn(self) -> None:
         """Warns, once, where ``λ_k`` and ``λ_{k+1}`` cannot be told apart."""
@@ -284,6 +348,11 @@ class ByAngle(RefreshRule):
         warnings.warn(message, NoGapWarning, stacklevel=5)
 
     @property
+    def _vectors(self) -> int:
+        """Of a probe."""
+        return vectors_needed(self.k, self._staleness.effective_rank)
+
+    @property
     def _estimate(self) -> float:
         return 1.0 if self.stats.estimate is None else self.stats.estimate
 
@@ -298,7 +367,7 @@ class ByAngle(RefreshRule):
     def numbers(self) -> dict[str, Any]:
         """Returns what is known of the angle."""
         own = {"gapless": self.gapless, "probe_at": list(self._probe_at)}
-        return own | self._staleness.numbers()
+        return own | {"unseen": self._unseen.numbers()} | self._staleness.numbers()
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the parameters of the last refresh."""
@@ -314,6 +383,7 @@ class ByAngle(RefreshRule):
         estimate, distance = saved.numbers("probe_at", 2, minimum=0, infinite=True)
         self._staleness = self._staleness.loaded(saved, anchor)
         self._probe_at = min(estimate, self.max_angle), distance
+        self._unseen = Unseen.loaded(saved)
         self.gapless = saved.flag("gapless")
 
     def adopt(self) -> None:
@@ -322,8 +392,8 @@ class ByAngle(RefreshRule):
         self.pairs = None
 
 
-@torch.no_grad()
-def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Returns whether every element is finite."""
-    largest = nn.utils.get_total_norm(tensors, torch.inf)
-    return bool(torch.isfinite(largest))
+def _half_gap(before: TopPairs, now: TopPairs, drift: Drift) -> float:
+    """Returns the drift at which half of the gap is left, if it goes on to shrink as it did."""
+    if before.gap is None or now.gap is None or not before.gap > now.gap:
+        return math.inf
+    return (1 - _SHRUNK) * now.gap / (before.gap - now.gap) * drift.length

@@ -25,9 +25,10 @@ class SubspaceStats:
         refreshes: times that it was made anew.
         cold: those of them that were cold solves; the others refined the basis that was there.
         probes: looks at it that did not change it.
+        looks: at what is outside of it, for directions that have come to the top.
         bound: of the sine of the largest angle between the basis and the true subspace, to first
-            order in the staleness, at the last refresh or probe. After a probe it is too small
-            with a probability of at most 5 %.
+            order in the staleness, at the last refresh or probe. It is too small with a probability
+            of at most 5 %; 1 where the basis was refined and nobody has looked outside since.
         estimate: of that sine at the last update: measured there, or carried forward since. Both
             are known for ``refresh="auto"`` alone, and are 1 where there is no gap.
         sampling_error: what a sample adds to the estimate: the sine, as expected with a margin, of
@@ -43,6 +44,7 @@ class SubspaceStats:
     refreshes: int = 0
     cold: int = 0
     probes: int = 0
+    looks: int = 0
     bound: float | None = None
     estimate: float | None = None
     sampling_error: float = 0.0
@@ -234,7 +236,7 @@ def _loaded_stats(state: SavedState) -> SubspaceStats:
         ArgumentError: one is none.
     """
     stats = state.inside("stats", [field.name for field in fields(SubspaceStats)])
-    counts = ("refreshes", "cold", "probes", "failures", "products", "gradients")
+    counts = ("refreshes", "cold", "probes", "looks", "failures", "products", "gradients")
     examples = stats.optional("examples", minimum=0)
     loaded = SubspaceStats(
         **{name: stats.count(name) for name in counts},

@@ -87,6 +87,11 @@ class Rates:
         trust = (1 + staleness / fitted) / 2 if fitted > 0 else 1.0
         return replace(self, observed=observed, trust=trust)
 
+    @property
+    def longest(self) -> float:
+        """The longest drift that was observed; infinite before there is one."""
+        return max((math.hypot(i, o) for i, o, _ in self.observed), default=math.inf)
+
     def refreshed(self, start: float) -> Rates:
         """Returns the same rates, for a new basis of staleness ``start``."""
         return replace(self, start=start, trust=1.0)
@@ -206,6 +211,10 @@ class Staleness:
     def refreshed(self, left: float) -> Staleness:
         """Returns what is known of a new basis, of which a staleness of ``left`` remains."""
         return replace(self, rates=self.rates.refreshed(left))
+
+    def narrowed(self, share: float) -> Staleness:
+        """Returns what is known once the gaps are seen to be that share of what they were."""
+        return replace(self, rates=replace(self.rates, start=self.rates.start / share))
 
     # --- checkpoints -----------------------------------------------------------------------------
 

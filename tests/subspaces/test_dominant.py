@@ -1029,7 +1029,7 @@ def refusal(subspace: so.DominantSubspace, state: Any) -> str | None:
     return None
 
 
-COSTS = {"refreshes", "cold", "probes", "failures", "products", "full_products"}
+COSTS = {"refreshes", "cold", "probes", "looks", "failures", "products", "full_products"}
 COSTS |= {"gradients", "seconds"}
 
 
