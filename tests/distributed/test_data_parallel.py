@@ -115,8 +115,8 @@ def test_wrapped_models_train_as_in_one_process(ranks):
 def test_each_block_of_products_is_one_sum_whatever_a_rank_keeps(ranks):
     found = alike(ranks, "collectives")
     P = found["size"]
-    # Loss and weight, the gradient, the products; before each, six numbers of who has failed.
-    assert found["first product"] == [6, 2, 6, P, 6, P]
+    # Loss, weight and examples, the gradient, the products; before each six numbers, of who failed.
+    assert found["first product"] == [6, 3, 6, P, 6, P]
     assert found["block of products"] == [6, 5 * P]
     assert found["gradient and loss"] == []
     assert found["product outside of frozen"] == [6, 6, P]  # the parameters are compared first
