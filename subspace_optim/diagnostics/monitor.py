@@ -113,8 +113,8 @@ class Monitor:
         preconditioned: record ``preconditioned_sharpness``, a solve for one eigenvalue at each
             row, for Adam and AdamW.
         sample: of how many examples loss and gradient are: ``"auto"``, of as many as the basis is
-            of, which are all but for ``DominantSubspace(..., sample=...)``; n, of so many; ``None``,
-            of all.
+            of, which are all without ``DominantSubspace(..., sample=...)``; n, of so many;
+            ``None``, of all.
         log: where rows go as they come: a path that ends in .csv or .jsonl, an object with
             ``add_scalar`` such as TensorBoard's ``SummaryWriter``, or a callable that takes a row
             as a dict, such as ``wandb.log``; or a sequence of these. A row is in its file before

@@ -122,8 +122,7 @@ class SampledGradient:
     def alignment(self) -> Sampled:
         r"""Returns ``χ_k = ‖P_k ∇L‖ / ‖∇L‖``, at most 1."""
         value, error = self._groups.root(self._square_inside / self._square)
-        seen = self._square[0] > 0
-        return Sampled(torch.where(seen, value.clamp(max=1.0), torch.nan), error)
+        return _if(self._square[0] > 0, value.clamp(max=1.0), error)
 
     def dom_lr(self, update: Tensor) -> Sampled:
         """Returns the effective learning rate of an update in the subspace."""
@@ -144,5 +143,9 @@ class SampledGradient:
             squares: of the component.
         """
         value, error = self._groups.estimate(-self._groups.means(along) / squares)
-        seen = squares[0] > self._rounding * self._square[0].abs()
-        return Sampled(torch.where(seen, value, torch.nan), torch.where(seen, error, torch.nan))
+        return _if(squares[0] > self._rounding * self._square[0].abs(), value, error)
+
+
+def _if(seen: Tensor, value: Tensor, error: Tensor) -> Sampled:
+    """Returns an estimate, or NaN where nothing is seen."""
+    return Sampled(torch.where(seen, value, torch.nan), torch.where(seen, error, torch.nan))
