@@ -80,6 +80,20 @@ def test_the_subspace_is_that_of_all_the_data(ranks):
     assert (projector(found["vectors"]) - expected).abs().max() <= 1e-4
 
 
+def test_a_monitor_on_a_sample_tells_the_same_on_all_ranks(ranks):
+    found = alike(ranks, "monitored")
+    for form, (row, whole) in found.items():
+        assert whole["examples"] == 4000
+        # Whole batches, and 8 of them: that 4 are too few is seen by a pass over these.
+        few = form == "few batches"
+        assert row["examples"] == (1600 if few else 800)
+        assert row["gradients"] == pytest.approx(0.2 + 0.4 if few else 0.2)
+        for column in ("loss", "gradient_norm", "chi_gradient", "dom_lr", "bulk_lr"):
+            error = row[f"{column}_error"]
+            assert 0 < error < 0.3 * abs(whole[column])
+            assert abs(row[column] - whole[column]) < 4 * error
+
+
 def test_a_sampled_subspace_is_the_same_on_all_ranks_and_certified(ranks):
     found = alike(ranks, "sample")
     model, x, y = worker.clustered()
