@@ -200,7 +200,7 @@ class Passes:
         filled = weights > 0
         if not filled.all():
             weights, totals, gradients = weights[filled], totals[filled], gradients[filled]
-        gradients.div_(weights[:, None])
+        gradients.div_(weights[:, None].to(gradients.dtype))
         return GroupMeans(weights, totals / weights, gradients)
 
     def sample(self, point: Point, examples: int, seed: int, pieces: int) -> list[Passes] | None:

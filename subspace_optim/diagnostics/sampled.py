@@ -107,8 +107,8 @@ class SampledGradient:
         self._basis, self._groups = basis, Groups(weights, share)
         self._inside = basis.coefficients(gradients).double()
         self._outside = gradients.to(basis.dtype)
-        for row in self._outside:  # twice, as in ``bulk_lr``; one by one, for the memory
-            basis.project_out(basis.project_out(row, out=row), out=row)
+        for _ in range(2):  # twice, as in ``bulk_lr``
+            basis.project_out(self._outside, out=self._outside)
         self._square_inside = self._groups.squares(self._inside @ self._inside.T)
         self._square_outside = self._groups.squares(exact_gram(self._outside))
         self._square = self._square_inside + self._square_outside
