@@ -155,7 +155,7 @@ class Gradients:
         if examples is None:
             return OfAllData(operator, basis)
         wanted = examples, operator.state().modes
-        if wanted != self._drawn_for:
+        if operator.ranks.any(lambda: wanted != self._drawn_for):  # all of them draw, or none
             self._view = operator.sample(examples, seed=self._seed(), pieces=GROUPS)
             self._drawn_for = wanted
         while (drawn := self._of_view()) is not None:
