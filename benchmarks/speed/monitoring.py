@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 
 import subspace_optim as so
+from benchmarks.progress import counted
+from benchmarks.speed.monitor_errors import coverage
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.products import gradient_seconds
-from benchmarks.speed.timing import now, ratios, spread, timed
+from benchmarks.speed.timing import now, processor_timed, ratios, spread, timed
 
 BARS: Final = {"over_columns": 1.15, "row_gradients": 4.0, "unrecorded": 1.02}
 SLOWDOWN: Final = 1.25
 """How much longer the training may take for the ``every`` that is recommended."""
 SPACINGS: Final = (1, 10, 100, 1000, 3000, 10_000)
+WATCHING: Final[dict[str, dict[str, Any]]] = {
+    "all data": {"sample": None},
+    "auto": {"sample": "auto"},
+    "auto, an angle of 0.1": {"sample": "auto", "max_angle": 0.1},
+    "1,000 examples": {"sample": 1000},
+}
+"""What the basis is of, and so loss and gradient: options of ``DominantSubspace``."""
 _BLOCK: Final = 25
 _TURNS: Final = 20
 _FURTHER: Final = 8
@@ -54,10 +64,7 @@ def measure(problem: Problem, k: int, rounds: int, late: int, steps: int = 200) 
     row = [a / run["gradient"] / steps for a, run in zip(added, runs, strict=True)]
     with_it, without = _unrecorded(problem, k, late, max(rounds, 2))
     unrecorded = ratios(with_it, without)
-    spaced = {
-        every: _spaced(problem, k, late, every, rows=5)
-        for every in (SPACINGS if steps > 100 else (1, 3))
-    }
+    spacings = SPACINGS if steps > 100 else (1, 3)
     return {
         "steps": steps,
         "runs": runs,
@@ -65,9 +72,8 @@ def measure(problem: Problem, k: int, rounds: int, late: int, steps: int = 200) 
         "row_gradients": row,
         "unrecorded_seconds": {"with": with_it, "without": without},
         "unrecorded": unrecorded,
-        "spaced": spaced,
-        "slowdown": SLOWDOWN,
-        "every": next((n for n, row in spaced.items() if row["slowdown"] <= SLOWDOWN), None),
+        **spaced(problem, k, late, spacings),
+        "coverage": coverage(problem, k, late, draws=500 if steps > 100 else 2),
         "bars": BARS,
         "met": {
             "over_columns": spread(over).median <= BARS["over_columns"],
@@ -137,35 +143,69 @@ def _timed_step(problem: Problem, optimizer: torch.optim.Optimizer, step: int) -
     return timed(lambda: problem.step(optimizer, step))[0]
 
 
-def _spaced(problem: Problem, k: int, late: int, every: int, rows: int) -> dict[str, float]:
-    """The mean cost columns of rows so far apart, after the first, and what they slow down to.
+def spaced(
+    problem: Problem, k: int, late: int, spacings: Sequence[int], rows: int = 5
+) -> dict[str, Any]:
+    """What rows so far apart slow a training down to, for all that ``WATCHING`` names in turn.
 
     The more steps lie between two rows, the staler the basis is, and the more a row costs.
+
+    Args:
+        problem: what to train.
+        k: dimension of the subspace.
+        late: steps of SGD before.
+        spacings: values of ``every``.
+        rows: after the first, whose cold solve does not count.
+
+    Returns:
+        ``spaced``: for each spacing and name the mean cost columns, and by how much longer the
+        training takes; ``every``: the first spacing that keeps it within ``SLOWDOWN``, by name.
     """
+    found: dict[int, dict[str, Any]] = {}
+    for every in spacings:
+        names = counted(f"rows {every} steps apart", list(WATCHING), unit="way")
+        found[every] = {name: _apart(problem, k, late, every, rows, name) for name in names}
+    within = {
+        name: next((n for n in spacings if found[n][name]["slowdown"] <= SLOWDOWN), None)
+        for name in WATCHING
+    }
+    return {"spaced": found, "slowdown": SLOWDOWN, "every": within}
+
+
+def _apart(problem: Problem, k: int, late: int, every: int, rows: int, name: str) -> dict[str, Any]:
+    """Trains with a monitor. On the CPU its own seconds count, for others are at work too."""
+    clock = timed if problem.x.is_cuda else processor_timed
     problem.move_to(late)
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=problem.lr)
-    monitor = so.Monitor(optimizer, so.DominantSubspace(problem.hessian(), k), every=every)
-    plain = []
-    for step in range(rows * every + 1):
-        before = len(monitor.history["step"])
-        seconds = _timed_step(problem, optimizer, late + step)
-        if len(monitor.history["step"]) == before:
-            plain.append(seconds)
+    hessian = problem.hessian()
+    subspace = so.DominantSubspace(hessian, k, **WATCHING[name])
+    monitor = so.Monitor(optimizer, subspace, every=every)
+    seconds = [
+        clock(lambda step=step: problem.step(optimizer, late + step))[0]  # type: ignore[misc]
+        for step in range(rows * every + 1)
+    ]
     monitor.detach()
-    unit = _units(problem)
-    gradients, products = (
-        statistics.fmean(monitor.history[column][1:]) for column in ("gradients", "products")
-    )
-    row = gradients * unit["gradient"] + products * unit["product"]
-    step_seconds = statistics.median(plain) if plain else _step_seconds(problem, late)
+    hessian.release()
+    recorded = [seconds[step] for step in monitor.history["step"][1:]]
+    plain = [
+        clock(lambda step=step: problem.step(optimizer, late + step))[0]  # type: ignore[misc]
+        for step in range(50)
+    ]
+    if every > 1:
+        plain = [s for step, s in enumerate(seconds) if step % every]
+    one = statistics.median(plain)
+    history = {column: values[1:] for column, values in monitor.history.items()}
+    unit = gradient_seconds(problem) if problem.x.is_cuda else _gradient_on_cpu(problem)
     return {
-        "gradients": gradients,
-        "products": products,
-        "row_in_gradients": row / unit["gradient"],
-        "slowdown": 1 + row / (every * step_seconds),
+        "gradients": statistics.fmean(history["gradients"]),
+        "products": statistics.fmean(history["products"]),
+        "examples": history["examples"],
+        "row_seconds": recorded,
+        "row_in_gradients": statistics.fmean(recorded) / unit,
+        "step_seconds": one,
+        "slowdown": 1 + (statistics.fmean(recorded) - one) / (every * one),
     }
 
 
-def _step_seconds(problem: Problem, late: int) -> float:
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=problem.lr)
-    return statistics.median(_timed_step(problem, optimizer, late + i) for i in range(50))
+def _gradient_on_cpu(problem: Problem) -> float:
+    return min(processor_timed(problem.gradient)[0] for _ in range(3))

@@ -197,8 +197,14 @@ def step(_: str, result: dict[str, Any]) -> Table:
     return table
 
 
-def monitor(name: str, result: dict[str, Any]) -> Table:
-    """Overheads."""
+def monitor(name: str, result: dict[str, Any]) -> Group:
+    """Overheads, what rows cost far apart, and whether the errors of samples are the true ones."""
+    return Group(
+        _monitor_overheads(name, result), _spaced(name, result), _errors(result["coverage"])
+    )
+
+
+def _monitor_overheads(name: str, result: dict[str, Any]) -> Table:
     table = _table(f"{name}: a monitor of SGD late, {result['steps']} steps", "what", "", "target")
     what = {
         "over_columns": "time of rows, over the gradients and products that they report",
@@ -208,9 +214,29 @@ def monitor(name: str, result: dict[str, Any]) -> Table:
     for key, text in what.items():
         bar = f"{result['bars'][key]:g} {_bar(result['met'][key])}"
         table.add_row(text, str(spread(result[key])), bar)
-    for every, row in result["spaced"].items():
-        text = f"every={every}: a row in gradients, by its columns; times the training time"
-        table.add_row(text, f"{row['row_in_gradients']:.1f}; {row['slowdown']:.3g}", "")
+    return table
+
+
+def _spaced(name: str, result: dict[str, Any]) -> Table:
+    columns = ("every", "basis and gradient of", "examples", "a row, in gradients", "slowdown")
+    table = _table(f"{name}: rows far apart", *columns)
+    for every, ways in result["spaced"].items():
+        table.add_section()
+        for way, row in ways.items():
+            examples = f"{max(row['examples']):,.0f}"
+            cost = (f"{row['row_in_gradients']:.1f}", f"{row['slowdown']:.3g}")
+            table.add_row(f"{every:,}", way, examples, *cost)
+    return table
+
+
+def _errors(result: dict[str, Any]) -> Table:
+    title = f"What {result['draws']} samples tell {_bar(result['met'])}"
+    columns = ("step", "share", "column", "truth", "mean", "deviation", "error", "told", "covered")
+    table = _table(title, *columns)
+    for row in result["rows"]:
+        numbers = [row[key] for key in ("truth", "mean", "deviation", "error", "told", "covered")]
+        shown = ["-" if number is None else f"{number:.3g}" for number in numbers]
+        table.add_row(str(row["state"]), f"{row['share']:.0%}", row["column"], *shown)
     return table
 
 

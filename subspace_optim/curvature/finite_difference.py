@@ -135,6 +135,7 @@ class FiniteDifferenceHessian(MeanLossHessian):
     def _count(self, products: int) -> None:
         super()._count(products)
         self.stats.gradients += 2 * products
+        self.stats.full_gradients += 2 * products * self._passes.share
 
     def _linearize(self, batch_loss: BatchLoss, point: Point) -> Derivatives:
         leaves = point.leaves

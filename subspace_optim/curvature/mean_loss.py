@@ -29,12 +29,13 @@ from subspace_optim.curvature.objective import (
     check_batch_loss,
     unwrapped,
 )
-from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
+from subspace_optim.curvature.operator import CurvatureOperator, GroupMeans, OperatorStats, State
 from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
 from subspace_optim.curvature.passes import Differentiate, Passes
 from subspace_optim.curvature.process_group import Ranks, warn_without_group
 from subspace_optim.curvature.proof import Proof
 from subspace_optim.curvature.report import Parts, Products, Report
+from subspace_optim.curvature.samples import PIECES
 from subspace_optim.curvature.surroundings import ALONE, Surroundings
 
 
@@ -126,18 +127,25 @@ class MeanLossOperator(CurvatureOperator):
         """Of a sample, how many examples it holds, and how many there are; ``None`` of all data."""
         return self._passes.examples
 
-    def sample(self, examples: int, *, seed: int) -> Self | None:
+    def sample(self, examples: int, *, seed: int, pieces: int = PIECES) -> Self | None:
         """Returns the matrix of a sample; ``None`` where the data are a batch that cannot be cut.
 
         Whole batches, or rows where the data are one batch. It trusts what was proved of all data.
         """
         with self._fixed(products=True) as point:
-            passes = self._passes.sample(point, examples, seed)
+            passes = self._passes.sample(point, examples, seed, pieces)
         if passes is None:
             return None
-        whole, *pieces = (self._over(of) for of in passes)
-        vars(whole)["_in_pieces"] = pieces[0] if pieces else None
+        whole, *others = (self._over(of) for of in passes)
+        vars(whole)["_in_pieces"] = others[0] if others else None
         return whole
+
+    def group_means(self, groups: int, *, seed: int) -> GroupMeans:
+        """Returns loss and gradient of groups of the batches, or of the pieces of a single one."""
+        if self._in_pieces is not None:
+            return self._in_pieces.group_means(groups, seed=seed)
+        with self._fixed() as point:
+            return self._passes.group_means(point, groups, seed)
 
     def _over(self, passes: Passes) -> Self:
         """Returns the same matrix over other data."""

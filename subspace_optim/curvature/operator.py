@@ -14,6 +14,7 @@ from torch import Tensor
 
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.process_group import Ranks
+from subspace_optim.curvature.samples import PIECES
 
 
 @dataclass
@@ -23,8 +24,10 @@ class OperatorStats:
     Attributes:
         products: products with a vector, over all of the data or a sample.
         full_products: the same, each counted as the share of the data that it was over.
-        gradients: gradients over all of the data; those that a kept graph begins with, and the
-            two of a finite difference, included.
+        gradients: gradients over all of the data or a sample; those that a kept graph begins
+            with, and the two of a finite difference, included.
+        full_gradients: the same, each counted as the share of the data that it was over.
+        examples: of all data, as the latest pass over them has counted; 0 before there was one.
         passes: readings of the data.
         graphs_kept: batches whose gradient graph is held, or was when it was last needed; for
             finite differences, batches that are held.
@@ -37,12 +40,28 @@ class OperatorStats:
     products: int = 0
     full_products: float = 0.0
     gradients: int = 0
+    full_gradients: float = 0.0
+    examples: int = 0
     passes: int = 0
     graphs_kept: int = 0
     graphs_streamed: int = 0
     graph_bytes: int = 0
     verification: int = 0
     engine: str = ""
+
+
+class GroupMeans(NamedTuple):
+    """Loss and gradient of groups that the batches of a sample were dealt to at random.
+
+    Attributes:
+        weights: ``(J,)``, what each group's mean is over, in float64.
+        losses: ``(J,)``, the mean loss of each, in float64.
+        gradients: ``(J, P)``, its gradient.
+    """
+
+    weights: Tensor
+    losses: Tensor
+    gradients: Tensor
 
 
 class State(NamedTuple):
@@ -111,7 +130,13 @@ class CurvatureOperator(ABC):
         """Of a sample, how many examples it holds, and how many there are; ``None`` of all data."""
         return None
 
-    def sample(self, examples: int, *, seed: int) -> CurvatureOperator | None:  # noqa: ARG002
+    def sample(
+        self,
+        examples: int,  # noqa: ARG002
+        *,
+        seed: int,  # noqa: ARG002
+        pieces: int = PIECES,  # noqa: ARG002
+    ) -> CurvatureOperator | None:
         """Returns the matrix of a sample of the data; ``None`` where they cannot be divided.
 
         It is an estimate of this one. Samples of one seed hold one another; ``stats`` are shared.
@@ -119,6 +144,19 @@ class CurvatureOperator(ABC):
         Args:
             examples: how many, at least; they are drawn without replacement.
             seed: of the draw.
+            pieces: to tell how they scatter, the examples of a single batch are dealt to so many.
+        """
+        return None
+
+    def group_means(self, groups: int, *, seed: int) -> GroupMeans | None:  # noqa: ARG002
+        """Returns loss and gradient of groups of a sample's batches, by one pass over it.
+
+        The groups scatter as samples of their size do, which tells how exact their mean is.
+        ``None`` from an operator that cannot tell.
+
+        Args:
+            groups: how many, at most: there are no more than batches, or pieces of a batch.
+            seed: of the deal.
         """
         return None
 

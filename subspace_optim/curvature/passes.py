@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +22,12 @@ from subspace_optim.curvature.evaluation import (
 )
 from subspace_optim.curvature.memory import AllocationMeter, free_memory
 from subspace_optim.curvature.objective import BatchLoss, Supervised
+from subspace_optim.curvature.operator import GroupMeans
 from subspace_optim.curvature.parameters import weighted
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.proof import Proof, see
 from subspace_optim.curvature.report import Parts
-from subspace_optim.curvature.samples import drawn, size_of
+from subspace_optim.curvature.samples import dealt, drawn, size_of
 
 Differentiate = Callable[[BatchLoss, Point], Derivatives]
 
@@ -74,16 +75,13 @@ class Passes:
     def run(self, point: Point, differentiate: Differentiate, *, keep: bool = False) -> None:
         """One pass over the data: loss, gradient, and what of it is kept for products.
 
-        Data or a loss that are others than in an earlier pass raise ``DataChangedError``.
+        Other data or another loss than in an earlier pass raise ``DataChangedError``, data without
+        examples ``ArgumentError``, and a loss or weight that is not finite ``NonFiniteError``.
 
         Args:
             point: where; loss, gradient and what is kept are added to it.
             differentiate: how; ``loss_alone`` for no gradient.
             keep: keeps what products need, as long as it fits the budget.
-
-        Raises:
-            ArgumentError: the data have no examples.
-            NonFiniteError: the loss or a weight is not finite.
         """
         space, stats, device = self.parts.space, self.parts.stats, self.parts.space.device
         budget: float | None = self.memory_budget
@@ -92,12 +90,13 @@ class Passes:
             budget = free_memory(device) / (4 * sharing) if keep else 0.0
         kept: dict[int, Derivatives] = {}
         used = count = 0
+        examples = 0.0
         size = 0 if differentiate is loss_alone else space.size
         gradient = torch.zeros(size, dtype=space.dtype, device=device)
         mean = "mean" if self.examples is None else "mean of a sample"
         proves_mean = self.proof.is_due(mean)
         pieces: list[Any] = []
-        with self.ranks.summed((2,), torch.float64, device) as sums:
+        with self.ranks.summed((3,), torch.float64, device) as sums:
             for index, batch_loss, nbytes in self.losses(point):
                 watching = nullcontext() if count else self.proof.watching(point)
                 count += 1
@@ -107,7 +106,9 @@ class Passes:
                 with metering as meter, point.at(batch_loss.seed), watching:
                     found = differentiate(batch_loss, point)
                 weight = found.weight
-                sums.add_(torch.stack([weighted(found.loss.double(), weight), weight]))
+                own = torch.stack([weighted(found.loss.double(), weight), weight])
+                sums[:2].add_(own)
+                examples += _examples(batch_loss.batch)
                 if size:
                     space.add_(gradient, found.gradient, weight)
                     found.gradient = ()  # it has been added up, and is held no longer
@@ -115,13 +116,46 @@ class Passes:
                     used += held
                     kept[index] = found
                 del found, batch_loss  # before the graph of the next one is built
+            sums[2] = examples
             if pieces:
                 self.proof.mean(point, pieces)
-        total, N = sums.tolist()
-        if N == 0:
+        total, N, examples = sums.tolist()
+        if self.examples is None and math.isfinite(examples):
+            stats.examples = int(examples)
+        # Of all data together, if the matrix is that of the sum.
+        N = self._checked_weight(total, N, self.share if self._summed else N)
+        loss = total / N
+        point.check_loss(loss)
+        self.proof.done(mean)
+        point.loss, point.weight = loss, N
+        if size:
+            stats.gradients += 1
+            stats.full_gradients += self.share
+            point.gradient = self.ranks.sum_(gradient).div_(N)
+        if keep:
+            point.kept, point.streamed = kept, count - len(kept)
+            stats.graphs_kept, stats.graphs_streamed = len(kept), point.streamed
+            stats.graph_bytes = used
+
+    @property
+    def _summed(self) -> bool:
+        """Whether the loss is a sum over examples."""
+        return bool(getattr(self.parts.batch_loss, "summed", False))
+
+    def _checked_weight(self, total: float, found: float, N: float) -> float:
+        """Returns what the loss is a mean over.
+
+        Args:
+            total: the sum of the losses.
+            found: of the weights.
+            N: what the sum is to be divided by.
+
+        Raises:
+            ArgumentError: the data have no examples.
+            NonFiniteError: the loss or a weight is not finite.
+        """
+        if found == 0:
             raise ArgumentError("data", "of no examples", "at least one example of weight above 0")
-        if getattr(self.parts.batch_loss, "summed", False):
-            N = self.share  # of all data together: the matrix is that of the sum
         loss = total / N if N > 0 else math.nan
         if not math.isfinite(loss):
             message = (
@@ -130,18 +164,46 @@ class Passes:
             )
             self.parts.batches.forget()  # they may be mended
             raise NonFiniteError(message)
-        point.check_loss(loss)
-        self.proof.done(mean)
-        point.loss, point.weight = loss, N
-        if size:
-            stats.gradients += 1
-            point.gradient = self.ranks.sum_(gradient).div_(N)
-        if keep:
-            point.kept, point.streamed = kept, count - len(kept)
-            stats.graphs_kept, stats.graphs_streamed = len(kept), point.streamed
-            stats.graph_bytes = used
+        return N
 
-    def sample(self, point: Point, examples: int, seed: int) -> list[Passes] | None:
+    def group_means(self, point: Point, groups: int, seed: int) -> GroupMeans:
+        """One pass over the data: loss and gradient of groups of batches, dealt at random.
+
+        A group has batches of each rank that has enough of them.
+
+        Args:
+            point: where.
+            groups: at most.
+            seed: of the deal.
+        """
+        space, ranks, device = self.parts.space, self.ranks, self.parts.space.device
+        with ranks.all_or_none():
+            count = sum(1 for _ in self._read(point))
+            gradients = torch.zeros(groups, space.size, dtype=space.dtype, device=device)
+        own_seed = seed * ranks.size + ranks.rank
+        group_of = dealt(count, groups, own_seed, first=ranks.rank * count)
+        with ranks.summed((groups, 3), torch.float64, device) as sums:
+            for index, batch_loss, _ in self.losses(point):
+                with point.at(batch_loss.seed):
+                    found = loss_and_gradient(batch_loss, point)
+                group, weight = group_of[index], found.weight.double()
+                size = torch.full_like(weight, size_of(batch_loss.batch))
+                sums[group] += torch.stack([weighted(found.loss.double(), weight), weight, size])
+                space.add_(gradients[group], found.gradient, found.weight)
+        ranks.sum_(gradients)
+        totals, weights, sizes = sums.T
+        if self._summed:  # the loss of all data, as each group would have it alone
+            weights = sizes * (self.share / sizes.sum())
+        self._checked_weight(float(totals.sum()), float(weights.sum()), float(weights.sum()))
+        self.parts.stats.gradients += 1
+        self.parts.stats.full_gradients += self.share
+        filled = weights > 0
+        if not filled.all():
+            weights, totals, gradients = weights[filled], totals[filled], gradients[filled]
+        gradients.div_(weights[:, None].to(gradients.dtype))
+        return GroupMeans(weights, totals / weights, gradients)
+
+    def sample(self, point: Point, examples: int, seed: int, pieces: int) -> list[Passes] | None:
         """Returns passes over a sample, and over the same in pieces that tell how it scatters.
 
         They are the same passes where the pieces are the user's own batches. ``None`` where the
@@ -151,6 +213,7 @@ class Passes:
             point: where it is seen whether one can.
             examples: how many, at least, of all ranks together.
             seed: of the draw.
+            pieces: that the rows of a single batch are dealt to.
         """
         parts, space = self.parts, self.parts.space
 
@@ -173,7 +236,7 @@ class Passes:
         total = count(sum(sizes))
         own_seed = seed * self.ranks.size + self.ranks.rank
         with self.ranks.all_or_none():
-            found = drawn(batches, sizes, examples / total, own_seed, differentiate)
+            found = drawn(batches, sizes, examples / total, own_seed, differentiate, pieces)
         if self.ranks.any(lambda: found is None):
             return None
         assert found is not None  # noqa: S101 (on no rank)
@@ -184,3 +247,10 @@ class Passes:
             replace(self, parts=replace(parts, batches=Batches(own, pairs=pairs)), examples=counts)
             for own in each
         ]
+
+
+def _examples(batch: Any) -> float:
+    """Returns the number of examples of a batch; NaN where that cannot be told."""
+    with suppress(ArgumentError):
+        return size_of(batch)
+    return math.nan

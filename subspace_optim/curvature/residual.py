@@ -12,8 +12,9 @@ from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.gauss_newton import GaussNewtonOperator
-from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
+from subspace_optim.curvature.operator import CurvatureOperator, GroupMeans, OperatorStats, State
 from subspace_optim.curvature.process_group import Ranks
+from subspace_optim.curvature.samples import PIECES
 
 
 class ResidualOperator(CurvatureOperator):
@@ -91,15 +92,20 @@ class ResidualOperator(CurvatureOperator):
         """Those of the Hessian."""
         return self.hessian.examples
 
-    def sample(self, examples: int, *, seed: int) -> ResidualOperator | None:
+    def sample(self, examples: int, *, seed: int, pieces: int = PIECES) -> ResidualOperator | None:
         """Returns the difference of the two on a sample of their data, if there is one."""
-        hessian = self.hessian.sample(examples, seed=seed)
-        gauss_newton = self.gauss_newton.sample(examples, seed=seed)
+        hessian = self.hessian.sample(examples, seed=seed, pieces=pieces)
+        gauss_newton = self.gauss_newton.sample(examples, seed=seed, pieces=pieces)
         if hessian is None or gauss_newton is None:
             return None
         view = copy.copy(self)
         view.hessian, view.gauss_newton = hessian, gauss_newton
         return view
+
+    def group_means(self, groups: int, *, seed: int) -> GroupMeans | None:
+        """Returns loss and gradient of groups of a sample's batches: those of the Hessian."""
+        with self._counted():
+            return self.hessian.group_means(groups, seed=seed)
 
     def batch_matmat(self, vectors: Tensor, see: Callable[[Tensor], object]) -> Tensor:
         """Returns the products as ``matmat`` does, and shows what each batch adds to them."""
@@ -163,7 +169,9 @@ class ResidualOperator(CurvatureOperator):
                 stats.products += of.products - was.products
                 stats.full_products += of.full_products - was.full_products
                 stats.gradients += of.gradients - was.gradients
+                stats.full_gradients += of.full_gradients - was.full_gradients
                 stats.passes += of.passes - was.passes
+            stats.examples = both[0].examples
             stats.graphs_kept = sum(of.graphs_kept for of in both)
             stats.graphs_streamed = sum(of.graphs_streamed for of in both)
             stats.graph_bytes = sum(of.graph_bytes for of in both)

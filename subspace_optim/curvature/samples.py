@@ -60,13 +60,30 @@ def some_batches(sizes: list[int], share: float, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def some_rows(batch: Any, share: float, seed: int) -> Drawn:
+def some_rows(batch: Any, share: float, seed: int, pieces: int) -> Drawn:
     """Returns a sample of the rows of a batch that can be cut: together, and dealt to pieces."""
     size = rows_of(batch)
-    wanted = min(size, max(_LEAST * PIECES, math.ceil(share * size)))
+    wanted = min(size, max(_LEAST * pieces, math.ceil(share * size)))
     rows = torch.randperm(size, generator=_generator(seed))[:wanted]
-    pieces = [taken(batch, part) for part in rows.tensor_split(PIECES)]
-    return Drawn([taken(batch, rows)], pieces)
+    parts = [taken(batch, part) for part in rows.tensor_split(min(pieces, wanted))]
+    return Drawn([taken(batch, rows)], parts)
+
+
+def dealt(count: int, groups: int, seed: int, first: int = 0) -> list[int]:
+    """Returns the group of each of so many batches, at random and in groups of like numbers.
+
+    At random, because data may come in an order: groups of every ``groups``-th batch would be more
+    alike than what is drawn is.
+
+    Args:
+        count: of batches.
+        groups: at most.
+        seed: of the deal.
+        first: the group that is dealt to first.
+    """
+    order = torch.randperm(count, generator=_generator(seed))
+    found: list[int] = ((order + first) % groups).tolist()
+    return found
 
 
 def can_be_cut(batch: Any, differentiate: Callable[[Any], tuple[Tensor, Tensor]]) -> bool:
@@ -120,6 +137,7 @@ def drawn(
     share: float,
     seed: int,
     differentiate: Callable[[Any], tuple[Tensor, Tensor]],
+    pieces: int = PIECES,
 ) -> Drawn | None:
     """Returns a sample; ``None`` of one batch that cannot be cut.
 
@@ -129,10 +147,11 @@ def drawn(
         share: of the examples, at least.
         seed: of the draw.
         differentiate: returns the weight of a batch, and the gradient of its mean loss.
+        pieces: that rows of one batch are dealt to.
     """
     if len(sizes) > 1:
         chosen = set(some_batches(sizes, share, seed))
         kept = [batch for index, batch in enumerate(batches()) if index in chosen]
         return Drawn(kept, kept)
     only = next(batches())
-    return some_rows(only, share, seed) if can_be_cut(only, differentiate) else None
+    return some_rows(only, share, seed, pieces) if can_be_cut(only, differentiate) else None

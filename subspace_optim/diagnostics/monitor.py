@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch.distributed as dist
 from torch.optim import Optimizer
@@ -38,7 +38,7 @@ class Monitor:
     r"""Records the diagnostics of any ``torch.optim.Optimizer``, one row a recorded step.
 
     A row of step t tells of the update :math:`\theta_{t+1} - \theta_t` and of loss, gradient and
-    Hessian at :math:`\theta_t`, over all data of the subspace's operator:
+    Hessian at :math:`\theta_t`, over the data of the subspace's operator, or a sample of them:
 
     ============================ ===================================================================
     ``step``                     t, counted from the attachment
@@ -66,11 +66,25 @@ class Monitor:
     ``gradients``                what the row took: gradients over all data, one of them a forward
                                  and a backward pass ...
     ``products``                 ... and curvature products, each a backward pass through the
-                                 gradient's graph
+                                 gradient's graph; those over a sample count as its share
+    ``examples``                 how many loss and gradient are of; NaN where nobody knows
+    ``loss_error``               standard error of the loss; 0 where it is of all data
+    ``gradient_norm_error``      the same of ``gradient_norm``
+    ``chi_gradient_error``       the same of ``chi_gradient``
+    ``dom_lr_error``             the same of ``dom_lr``
+    ``bulk_lr_error``            the same of ``bulk_lr``
     ============================ ===================================================================
 
     What does not apply is NaN. The cost is of the row alone, with the refresh of a shared basis
     if the monitor was the first to ask for it.
+
+    On a sample, squares are estimated without the noise that they hold (``diagnostics.sampled``):
+    norm, χ_k and rates of a small gradient are not those of the noise. Where a square comes out as
+    zero or less, what is made of it is NaN: the sample is too small to tell. The sample is of whole
+    batches, 8 at least, or of rows where the data are one batch; it is drawn once, apart from that
+    of the basis, and kept, with 16 gradients from the beginning of a recorded step to its end. A
+    batch that cannot be divided, as where batch norm couples its examples, is measured whole. The
+    eigenvalues are the basis's; ``next_k`` and ``preconditioned`` take all data.
 
     Any subspace with an orthonormal basis can be measured in. What is made of the update alone
     (``update_norm``, ``chi_update``, ``distance``), and the thresholds, are there for each. The
@@ -98,6 +112,9 @@ class Monitor:
             ``k + next_k`` pairs, which leaves the subspace's basis as it is.
         preconditioned: record ``preconditioned_sharpness``, a solve for one eigenvalue at each
             row, for Adam and AdamW.
+        sample: of how many examples loss and gradient are: ``"auto"``, of as many as the basis is
+            of, which are all without ``DominantSubspace(..., sample=...)``; n, of so many;
+            ``None``, of all.
         log: where rows go as they come: a path that ends in .csv or .jsonl, an object with
             ``add_scalar`` such as TensorBoard's ``SummaryWriter``, or a callable that takes a row
             as a dict, such as ``wandb.log``; or a sequence of these. A row is in its file before
@@ -119,6 +136,7 @@ class Monitor:
         every: int | Callable[[int], bool] = 1,
         next_k: int = 0,
         preconditioned: bool = False,
+        sample: int | Literal["auto"] | None = "auto",
         log: Any = None,
         append: bool = False,
     ) -> None:
@@ -129,8 +147,10 @@ class Monitor:
             every = check_integer("every", every, minimum=1, remedy=remedy)
         self.every = every
         self.subspace = subspace
-        self._measure = Dominant(subspace, optimizers, next_k=next_k, preconditioned=preconditioned)
-        self._options = next_k, preconditioned
+        self._measure = Dominant(
+            subspace, optimizers, next_k=next_k, preconditioned=preconditioned, sample=sample
+        )
+        self._options = next_k, preconditioned, sample
         self._table = Table(COLUMNS, self._measure.lists)
         self._steps = 0
         count = getattr(subspace, "steps", None)

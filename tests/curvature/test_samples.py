@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import subspace_optim as so
+from subspace_optim.curvature.samples import dealt
 from tests.dense import dense_curvature, probes, supervised
 
 N = 120
@@ -255,3 +256,100 @@ def test_finite_differences_have_samples():
     vectors = probes(view.size)
     expected = vectors @ dense.hessian
     torch.testing.assert_close(view.matmat(vectors), expected, rtol=1e-6, atol=1e-6)
+
+
+# Groups of a sample.
+
+
+def dense_groups(view: Any, model: nn.Module, loss: Any, parts: list[Any]) -> None:
+    """The groups of a sample are these parts, in some order."""
+    found = view.group_means(len(parts), seed=5)
+    losses = [float(loss(model(x), y).detach()) for x, y in parts]
+    order = [losses.index(pytest.approx(float(own), rel=1e-9)) for own in found.losses]
+    assert sorted(order) == list(range(len(parts)))
+    for i, own in zip(order, found.gradients, strict=True):
+        dense = dense_curvature(model, supervised(loss), [parts[i]])
+        torch.testing.assert_close(own, dense.gradient)
+
+
+def test_the_groups_of_rows_are_pieces_of_the_sample():
+    model, x, y = problem()
+    hessian = so.HessianOperator(model, F.cross_entropy, (x, y))
+    view = hessian.sample(50, seed=3, pieces=16)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(3))[:50]
+    assert sorted(order.tolist()) == examples_of((x, y), 50, 3)
+    dense_groups(view, model, F.cross_entropy, [(x[r], y[r]) for r in order.tensor_split(16)])
+    found = view.group_means(16, seed=5)
+    assert sorted(found.weights.tolist()) == [3.0] * 14 + [4.0] * 2
+    mean = found.weights @ found.gradients / found.weights.sum()
+    torch.testing.assert_close(mean, view.gradient())
+    assert float(found.weights @ found.losses) / 50 == pytest.approx(view.loss())
+
+
+def test_groups_weigh_what_their_losses_are_a_mean_over():
+    model, x, y = problem()
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 3.0], dtype=torch.float64))
+    view = so.HessianOperator(model, loss, (x, y)).sample(40, seed=0)
+    found = view.group_means(8, seed=0)
+    assert float(found.weights.sum()) == pytest.approx(
+        float(loss.weight[y[examples_of((x, y), 40, 0)]].sum())
+    )
+    mean = found.weights @ found.gradients / found.weights.sum()
+    torch.testing.assert_close(mean, view.gradient())
+
+
+def test_each_group_of_a_sum_estimates_the_sum_of_all():
+    model, x, y = problem()
+    total = nn.CrossEntropyLoss(reduction="sum")
+    view = so.HessianOperator(model, total, (x, y)).sample(40, seed=0)
+    found = view.group_means(8, seed=0)
+    mean = so.HessianOperator(model, F.cross_entropy, (x, y)).sample(40, seed=0)
+    expected = mean.group_means(8, seed=0)
+    torch.testing.assert_close(found.gradients, N * expected.gradients)
+    torch.testing.assert_close(found.losses, N * expected.losses)
+    torch.testing.assert_close(found.weights.sum().item(), view.examples[0] / N)
+
+
+@pytest.mark.parametrize("groups", [2, 5, 8, 12])
+def test_batches_are_dealt_to_groups_of_like_numbers(groups):
+    model, x, y = problem(Coupled())
+    data = in_batches(x, y, "list")
+    view = so.HessianOperator(model, F.cross_entropy, data).sample(75, seed=0)
+    found = view.group_means(groups, seed=1)
+    counts = (found.weights / 10).tolist()
+    assert len(counts) == min(groups, 8)
+    assert sum(counts) == 8
+    assert max(counts) - min(counts) <= 1
+    mean = found.weights @ found.gradients / found.weights.sum()
+    torch.testing.assert_close(mean, view.gradient())
+
+
+def test_the_order_of_the_data_is_not_that_of_the_deal():
+    """Every J-th batch of ordered data makes groups that are more alike than samples are."""
+    deals = {tuple(dealt(12, 4, seed)) for seed in range(50)}
+    assert len(deals) == 50
+    assert all(sorted(deal) == sorted([0, 1, 2, 3] * 3) for deal in deals)
+    together = sum(deal[0] == deal[4] for deal in deals) / 50
+    assert 0.02 < together < 0.4  # 2/11; every fourth would always be
+
+
+def test_gradients_are_counted_by_their_share():
+    model, x, y = problem()
+    hessian = so.HessianOperator(model, F.cross_entropy, (x, y))
+    hessian.gradient()
+    view = hessian.sample(30, seed=0)
+    view.group_means(8, seed=0)
+    view.gradient()
+    assert hessian.stats.gradients == 3
+    assert hessian.stats.full_gradients == 1 + 2 * 30 / N
+    assert hessian.stats.examples == N
+
+
+def test_the_residual_has_the_groups_of_the_hessian():
+    model, x, y = problem()
+    hessian = so.HessianOperator(model, F.cross_entropy, (x, y))
+    gauss_newton = so.GaussNewtonOperator(model, F.cross_entropy, (x, y))
+    residual = so.ResidualOperator(hessian, gauss_newton).sample(40, seed=2)
+    found, own = residual.group_means(8, seed=0), hessian.sample(40, seed=2).group_means(8, seed=0)
+    assert all(map(torch.equal, found, own))
+    assert residual.stats.full_gradients == pytest.approx(40 / N)

@@ -48,6 +48,12 @@ COLUMNS = [
     "angle_estimate",
     "gradients",
     "products",
+    "examples",
+    "loss_error",
+    "gradient_norm_error",
+    "chi_gradient_error",
+    "dom_lr_error",
+    "bulk_lr_error",
 ]
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8}
 dtypes = pytest.mark.parametrize("dtype", CLOSE, ids=str)

@@ -16,7 +16,8 @@ from subspace_optim.linalg import EigenBasis
 from tests.optim.naive import DenseOperator, Quartic, dense_eigenbasis, flat
 
 ALWAYS = ("update_norm", "chi_update", "distance")
-BY_THE_OPERATOR = ("loss", "gradient_norm", "chi_gradient", "dom_lr", "bulk_lr")
+MEASURED = ("loss", "gradient_norm", "chi_gradient", "dom_lr", "bulk_lr")
+BY_THE_OPERATOR = (*MEASURED, *(f"{name}_error" for name in MEASURED))
 COSTS = ("gradients", "products")
 BY_EIGENPAIRS = ("sharpness", "gap", "angle_estimate")
 
@@ -79,7 +80,7 @@ def test_of_vectors_alone_a_row_tells_what_the_update_tells(kind: str) -> None:
         assert row["distance"] == pytest.approx(float((theta - start).norm()))
         assert row["threshold"] == pytest.approx(380)
         assert row["step"] == t
-    unknown = {*BY_THE_OPERATOR, *COSTS, *BY_EIGENPAIRS, *NEVER_HERE, "eigenvalues"}
+    unknown = {*BY_THE_OPERATOR, *COSTS, *BY_EIGENPAIRS, *NEVER_HERE, "eigenvalues", "examples"}
     assert missing(monitor) == unknown
     assert monitor.history["eigenvalues"] == [[]] * 4
 
@@ -101,7 +102,9 @@ def test_with_an_operator_it_tells_of_the_gradient() -> None:
         assert row["dom_lr"] == pytest.approx(float(-(update @ dominant) / (dominant @ dominant)))
         assert row["bulk_lr"] == pytest.approx(float(-(update @ bulk) / (bulk @ bulk)))
         assert (row["gradients"], row["products"]) == (1, 0)
-    assert missing(monitor) == {*BY_EIGENPAIRS, *NEVER_HERE, "eigenvalues"}
+        assert all(row[f"{name}_error"] == 0 for name in MEASURED)
+    # A matrix that was written down is of no examples.
+    assert missing(monitor) == {*BY_EIGENPAIRS, *NEVER_HERE, "eigenvalues", "examples"}
 
 
 def test_an_operator_of_another_model_is_refused() -> None:
@@ -172,6 +175,7 @@ def test_what_is_no_projector_is_a_row_of_nan() -> None:
     [
         ({"next_k": 1}, "^next_k is 1, but must be .* More takes a DominantSubspace"),
         ({"preconditioned": True}, "^preconditioned is True, but must be False for a subspace wi"),
+        ({"sample": 20}, "^sample is 20, but must be 'auto' or None for a subspace without an op"),
     ],
 )
 def test_what_takes_an_operator_is_refused_without_one(

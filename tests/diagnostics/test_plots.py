@@ -582,6 +582,41 @@ def test_the_band_is_the_gap(more: int) -> None:
     np.testing.assert_allclose(band(axes), expected, rtol=1e-12)
 
 
+def bands(axes: Axes) -> list[np.ndarray]:
+    """The corners of the areas that are filled between curves, without those of a gap."""
+    return [
+        path.vertices
+        for area in axes.collections
+        if not str(area.get_label()).startswith("gap")
+        for path in area.get_paths()
+    ]
+
+
+ERRORS = {"loss": 0.03, "chi_gradient": 0.02, "dom_lr": 0.001, "bulk_lr": 0.01}
+
+
+def test_bands_are_two_standard_errors() -> None:
+    table = history() | {f"{name}_error": [error] * 30 for name, error in ERRORS.items()}
+    panels = plots.dashboard(table).axes
+    where = {"loss": 0, "chi_gradient": 3, "dom_lr": 4, "bulk_lr": 4}
+    for name, error in ERRORS.items():
+        values, found = np.array(table[name]), bands(panels[where[name]])
+        low = values - 2 * error
+        if name == "loss":  # the scale is logarithmic
+            low = np.maximum(low, values / 10)
+        edges = {(s, round(v, 9)) for s, v in zip(table["step"], low, strict=True)}
+        edges |= {(s, round(v + 2 * error, 9)) for s, v in zip(table["step"], values, strict=True)}
+        corners = [{(s, round(v, 9)) for s, v in band.tolist()} for band in found]
+        assert any(edges <= band for band in corners), name
+    limits = [panel.get_ylim() for panel in plots.dashboard(history()).axes[3:5]]
+    assert [panel.get_ylim() for panel in panels[3:5]] == limits
+
+
+def test_of_all_data_there_are_no_bands() -> None:
+    table = history() | {f"{name}_error": [0.0] * 29 + [nan] for name in ERRORS}
+    assert not any(bands(panel) for panel in plots.dashboard(table).axes)
+
+
 def test_a_gap_to_below_zero_ends_at_the_edge_of_a_logarithmic_scale() -> None:
     (axes,) = plots.eigenvalue_history(history(k=8, more=0) | {"gap": [100.0] * 30}).axes
     assert axes.get_yscale() == "log"

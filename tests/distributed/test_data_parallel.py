@@ -80,6 +80,20 @@ def test_the_subspace_is_that_of_all_the_data(ranks):
     assert (projector(found["vectors"]) - expected).abs().max() <= 1e-4
 
 
+def test_a_monitor_on_a_sample_tells_the_same_on_all_ranks(ranks):
+    found = alike(ranks, "monitored")
+    for form, (row, whole) in found.items():
+        assert whole["examples"] == 4000
+        # Whole batches, and 8 of them: that 4 are too few is seen by a pass over these.
+        few = form == "few batches"
+        assert row["examples"] == (1600 if few else 800)
+        assert row["gradients"] == pytest.approx(0.2 + 0.4 if few else 0.2)
+        for column in ("loss", "gradient_norm", "chi_gradient", "dom_lr", "bulk_lr"):
+            error = row[f"{column}_error"]
+            assert 0 < error < 0.3 * abs(whole[column])
+            assert abs(row[column] - whole[column]) < 4 * error
+
+
 def test_a_sampled_subspace_is_the_same_on_all_ranks_and_certified(ranks):
     found = alike(ranks, "sample")
     model, x, y = worker.clustered()
@@ -115,8 +129,8 @@ def test_wrapped_models_train_as_in_one_process(ranks):
 def test_each_block_of_products_is_one_sum_whatever_a_rank_keeps(ranks):
     found = alike(ranks, "collectives")
     P = found["size"]
-    # Loss and weight, the gradient, the products; before each, six numbers of who has failed.
-    assert found["first product"] == [6, 2, 6, P, 6, P]
+    # Loss, weight and examples, the gradient, the products; before each six numbers, of who failed.
+    assert found["first product"] == [6, 3, 6, P, 6, P]
     assert found["block of products"] == [6, 5 * P]
     assert found["gradient and loss"] == []
     assert found["product outside of frozen"] == [6, 6, P]  # the parameters are compared first

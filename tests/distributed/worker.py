@@ -1,6 +1,7 @@
 """What each rank does: every scenario in turn, its results in a file for the test to compare."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -145,6 +146,32 @@ def sample() -> dict[str, Any]:
         found["vectors"].append(subspace.update().vectors.clone())
         stats = subspace.stats
         found["stats"].append([stats.estimate, stats.sampling_error, stats.examples, stats.cold])
+    return found
+
+
+def monitored() -> dict[str, Any]:
+    """A monitor on a sample, to which each rank adds rows of its own, or batches of its own."""
+    found = {}
+    for form in ("rows", "batches", "few batches"):
+        model, x, y = clustered()
+        own = slice(dist.get_rank(), None, dist.get_world_size())
+        x, y = x[own], y[own]
+        size = {"batches": 20, "few batches": 200}.get(form)
+        data: Any = (x, y)
+        if size is not None:
+            data = list(zip(x.split(size), y.split(size), strict=True))
+        hessian = so.HessianOperator(model, of_classes, data, process_group=group())
+        subspace = so.FixedSubspace(model, torch.eye(hessian.size, dtype=torch.float64)[:6])
+        subspace.operator = hessian
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = so.Monitor(optimizer, subspace, sample=800)
+        whole = so.Monitor(optimizer, subspace, sample=None)
+        with torch.no_grad():  # the same update on all ranks
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+        rows = [each.rows()[0] for each in (monitor, whole)]
+        found[form] = [{c: v for c, v in row.items() if not math.isnan(v)} for row in rows]
     return found
 
 
@@ -294,6 +321,7 @@ SCENARIOS = [
     dropout,
     subspace,
     sample,
+    monitored,
     training,
     collectives,
     knowledge,

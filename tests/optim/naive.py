@@ -90,6 +90,7 @@ class DenseOperator(CurvatureOperator):
 
     def matmat(self, vectors: Tensor) -> Tensor:
         self.stats.products += len(vectors)
+        self.stats.full_products += len(vectors)
         if isinstance(self.failure, Exception):
             raise self.failure
         if self.failure is not None:
@@ -98,6 +99,7 @@ class DenseOperator(CurvatureOperator):
 
     def gradient(self) -> Tensor:
         self.stats.gradients += 1
+        self.stats.full_gradients += 1
         return self.parameters.model.gradient(self._theta()).to(self.dtype)
 
     def loss(self) -> float:

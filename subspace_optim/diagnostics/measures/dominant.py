@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.optim import Adam, AdamW
 from subspace_optim._validation import ArgumentError, check_integer
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.diagnostics.alignment import alignment
-from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
+from subspace_optim.diagnostics.effective_lr import distance
+from subspace_optim.diagnostics.measures.gradients import Gradient, Gradients
 from subspace_optim.diagnostics.stability import preconditioned_sharpness, thresholds
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.step_hooks import Followed
@@ -42,6 +43,12 @@ COLUMNS = (
     "angle_estimate",
     "gradients",
     "products",
+    "examples",
+    "loss_error",
+    "gradient_norm_error",
+    "chi_gradient_error",
+    "dom_lr_error",
+    "bulk_lr_error",
 )
 
 
@@ -51,7 +58,7 @@ class Before:
 
     theta: Tensor
     basis: EigenBasis
-    gradient: Tensor | None  # without an operator there is none
+    gradient: Gradient | None  # without an operator there is none
     row: dict[str, Any]  # what is known already
 
 
@@ -67,6 +74,7 @@ class Dominant:
         optimizers: whose steps these are.
         next_k: further eigenvalues, by a solve of their own.
         preconditioned: whether Adam's sharpness is solved for.
+        sample: of how many examples loss and gradient are, as of ``Gradients``.
 
     Attributes:
         lists: of the columns with lists, how long these are.
@@ -83,6 +91,7 @@ class Dominant:
         *,
         next_k: int,
         preconditioned: bool,
+        sample: int | Literal["auto"] | None,
     ) -> None:
         self.subspace = subspace
         self.operator = operator_of(subspace)
@@ -98,6 +107,7 @@ class Dominant:
             allowed = "False for a subspace without an operator"
             raise ArgumentError("preconditioned", True, allowed, "Use a DominantSubspace.")
         self._preconditioned = preconditioned
+        self._gradients = Gradients(subspace, self.operator, sample)
         self._next: DominantSubspace | None = None
         if next_k and self.operator is not None:
             self._next = DominantSubspace(
@@ -121,11 +131,10 @@ class Dominant:
         spent = None if operator is None else replace(operator.stats)
         basis = projector_of(subspace)
         row: dict[str, Any] = {}
-        gradient, norm = None, math.nan
-        if operator is not None:
-            gradient = operator.gradient()
-            norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-            row |= {"loss": operator.loss(), "gradient_norm": norm}
+        gradient, norm = self._gradients.at(basis), math.nan
+        if gradient is not None:
+            row |= gradient.known()
+            norm = gradient.norm
         # Now: a scheduler may change the rate before several optimizers have all stepped.
         row |= thresholds(self._with_thresholds, norm)
         known = {
@@ -141,8 +150,8 @@ class Dominant:
                     operator, self._optimizers, **self._solver_options()
                 )
         if operator is not None and spent is not None:
-            row["gradients"] = operator.stats.gradients - spent.gradients
-            row["products"] = operator.stats.products - spent.products
+            row["gradients"] = operator.stats.full_gradients - spent.full_gradients
+            row["products"] = operator.stats.full_products - spent.full_products
         space = subspace.parameters
         return Before(space.flatten(space.tensors), basis, gradient, row)
 
@@ -171,12 +180,8 @@ class Dominant:
             "distance": distance(before.theta, self.start),
         }
         if gradient is not None:
-            measured |= {
-                "chi_gradient": alignment(gradient, basis),
-                "dom_lr": dom_lr(update, gradient, basis),
-                "bulk_lr": bulk_lr(update, gradient, basis),
-            }
-        values = torch.stack(list(measured.values())).tolist()
+            measured |= gradient.of_update(update)
+        values = torch.stack([value.double() for value in measured.values()]).tolist()
         return before.row | dict(zip(measured, values, strict=True))
 
 

@@ -47,7 +47,8 @@ def dashboard(
     Loss; sharpness, with the thresholds of stability that apply; the eigenvalues, with the gap
     below the k-th; χ_k of gradient and update; the effective learning rates; the distance from
     the start and the size of the updates. Loss, sharpness, eigenvalues and norms have logarithmic
-    scales where they are positive and span a decade.
+    scales where they are positive and span a decade. What was estimated from a sample has a band
+    of two standard errors to either side.
 
     The limits of the effective rates come from their medians, and from the median distance to
     these: one small gradient makes a rate of any size, which would flatten all the others. Rates
@@ -63,13 +64,13 @@ def dashboard(
     """
     look, table = theme_of(theme), _Table(history)
     panels = panels_of(axes, look, (10.5, 6.0), 2, 3)
-    _curves(panels[0], look, table, [_Curve(table["loss"], "loss", look.ink)], "training loss")
+    _curves(panels[0], look, table, [_of(table, "loss", "loss", look.ink)], "training loss")
     sharpness = _Curve(table["sharpness"], r"$\lambda_{1}$", look.dominant, width=1.8)
     lines = [sharpness, *_thresholds(look, table), *_preconditioned(look, table)]
     _curves(panels[1], look, table, lines, r"sharpness $\lambda_1$")
     _eigenvalues(panels[2], look, table)
     chi = [
-        _Curve(table["chi_gradient"], "gradient", look.dominant),
+        _of(table, "chi_gradient", "gradient", look.dominant),
         _Curve(table["chi_update"], "update", look.bulk, "dashed"),
     ]
     _curves(panels[3], look, table, chi, r"alignment $\chi_k$", limits=(-0.02, 1.02))
@@ -121,6 +122,12 @@ class _Curve:
     color: str
     line: str = "solid"
     width: float = 1.4
+    errors: Array | None = None  # standard errors of values (n,)
+
+
+def _of(table: _Table, column: str, label: str, color: str, line: str = "solid") -> _Curve:
+    """A column with its standard errors."""
+    return _Curve(table[column], label, color, line, errors=table[f"{column}_error"])
 
 
 class _Table:
@@ -184,6 +191,7 @@ def _curves(
     if powers:
         axes.set_yscale("log")
     for curve in curves:
+        _band(axes, table.steps, curve, positive=powers)
         for i, column in enumerate(curve.values.reshape(len(table.steps), -1).T):
             shown = np.where(column > 0, column, np.nan) if powers else column
             _line(axes, table.steps, shown, curve, curve.label if i == 0 else "_")
@@ -192,6 +200,16 @@ def _curves(
     elif powers:
         label_powers(axes.yaxis, *axes.get_ylim())
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+
+
+def _band(axes: Axes, steps: Array, curve: _Curve, *, positive: bool) -> None:
+    """Draws two standard errors to either side; on a logarithmic scale a decade at most."""
+    if curve.errors is None or not (curve.errors > 0).any():
+        return
+    low, high = curve.values - 2 * curve.errors, curve.values + 2 * curve.errors
+    low = np.maximum(low, curve.values / 10) if positive else low
+    style: dict[str, Any] = {"color": curve.color, "alpha": 0.2, "linewidth": 0, "zorder": 0.6}
+    axes.fill_between(steps, low, high, **style)
 
 
 def _spans_a_decade(values: Array) -> bool:
@@ -260,8 +278,8 @@ def _range_of_eigenvalues(first: int, last: int) -> str:
 def _rates(axes: Axes, look: Theme, table: _Table) -> None:
     """Draws the effective learning rates within limits that no spike moves."""
     curves = [
-        _Curve(table["dom_lr"], "Dom-LR", look.dominant),
-        _Curve(table["bulk_lr"], "Bulk-LR", look.bulk, "dashed"),
+        _of(table, "dom_lr", "Dom-LR", look.dominant),
+        _of(table, "bulk_lr", "Bulk-LR", look.bulk, "dashed"),
     ]
     low, high = _limits([curve.values for curve in curves])
     _curves(axes, look, table, curves, "effective learning rate", limits=(low, high))
