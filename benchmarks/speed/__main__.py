@@ -43,7 +43,7 @@ from benchmarks.speed import (
 )
 from benchmarks.speed.peers import RECIPE
 from benchmarks.speed.picture import picture, sampling_picture
-from benchmarks.speed.problems import PROBLEMS, Problem, problem
+from benchmarks.speed.problems import DECODERS, PROBLEMS, Problem, problem
 from benchmarks.speed.tables import TABLES
 
 
@@ -87,6 +87,9 @@ PLANS: Final = {
     "cnn-5k": Plan(500, 1, 2, _FEW),
     "transformer": Plan(500, 1, 2, _FEW),
     "resnet18": Plan(500, 5, 4, _FEW, _DEFAULT),
+    "vit": Plan(500, 3, 2, _FEW),
+    "language": Plan(500, 1, 2, {}, ("products", "cold")),
+    "phrases": Plan(500, 1, 2, {}, ("products", "cold")),
     "gpt2": Plan(50, 3, 2, {}, _DEFAULT),
 }
 _QUICK: Final = Plan(20, 1, 2, dict.fromkeys(_ALL, 4), PER_MODEL)
@@ -121,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     default = ["mlp", "cnn", "transformer"]
-    add("--models", nargs="+", choices=tuple(PROBLEMS), default=default, metavar="MODEL")
+    add("--models", nargs="+", choices=(*PROBLEMS, *DECODERS), default=default, metavar="MODEL")
     every = ", ".join(PER_MODEL + GLOBAL)
     sections = f"of {every} (default: all but estimates of the MLP, fewer of the others)"
     add("--sections", nargs="+", choices=PER_MODEL + GLOBAL, metavar="SECTION", help=sections)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any, Final
@@ -13,7 +14,7 @@ from benchmarks.speed.peers import EIGENTHINGS, OURS, RECIPE, SOLVERS, Answer, s
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.products import gradient_seconds
 from benchmarks.speed.reference import Check, Reference
-from benchmarks.speed.timing import ratios, spread, timed
+from benchmarks.speed.timing import Timer, ratios, spread, timed
 
 RESIDUAL: Final = 1e-3
 BARS: Final = {EIGENTHINGS: 0.65, RECIPE: 0.25}
@@ -58,7 +59,14 @@ def _left_out(name: str, gradient: float, limit: float) -> str:
 
 
 def measure(
-    problem: Problem, k: int, rounds: int, limit: float, console: Console
+    problem: Problem,
+    k: int,
+    rounds: int,
+    limit: float,
+    console: Console,
+    *,
+    solvers: Sequence[str] = tuple(SOLVERS),
+    timer: Timer = timed,
 ) -> dict[str, Any]:
     """Times the solvers in turn at the problem's present parameters, and checks every answer.
 
@@ -69,6 +77,8 @@ def measure(
         limit: seconds; solvers that would take longer are left out, and the result says so. After a
             tenth of it no further setting is tried.
         console: is told of the tuning.
+        solvers: keys of ``SOLVERS``, ours among them.
+        timer: of the seconds.
 
     Returns:
         ``gradient_seconds``, the reference's own residual, and for each solver its setting, raw
@@ -76,9 +86,9 @@ def measure(
     """
     reference = Reference(problem, k)
     checked = _Checked(reference)
-    gradient = gradient_seconds(problem)
+    gradient = gradient_seconds(problem, timer=timer)
     table: dict[str, dict[str, Any]] = {}
-    for name in SOLVERS:
+    for name in solvers:
         reason = _left_out(name, gradient, limit)
         if reason:
             table[name] = {"left_out": reason}
@@ -93,13 +103,13 @@ def measure(
         table[name] = {"setting": setting, "seconds": [], "checks": []}
     gradients: list[float] = []
     for turn in range(rounds):
-        gradients.append(gradient_seconds(problem))
+        gradients.append(gradient_seconds(problem, timer=timer))
         for name, row in table.items():
             if "left_out" in row or (turn and row["seconds"][0] > _SLOW):
                 continue
             with doing(name, rounds, unit="round") as task:
                 task.at(turn + 1)
-                seconds, answer = timed(
+                seconds, answer = timer(
                     lambda name=name, row=row: solve(name, problem, k, row["setting"])  # type: ignore[misc]
                 )
                 row["seconds"].append(seconds)
@@ -121,6 +131,6 @@ def measure(
         "met": {
             name: spread(table[name]["ours_over_this"]).median <= bar
             for name, bar in BARS.items()
-            if "left_out" not in table[name]
+            if "left_out" not in table.get(name, {"left_out": "not asked for"})
         },
     }

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from benchmarks.losses import mse
 from benchmarks.speed.problems import Problem, twice_differentiable
 from benchmarks.speed.recipe import flat
 
@@ -54,7 +53,7 @@ class Reference:
         x = problem.x.double() if problem.x.is_floating_point() else problem.x
         self._parameters = list(model.parameters())
         with twice_differentiable():
-            loss = mse(model(x), problem.y)
+            loss = problem.loss(model(x), problem.y)
             self._slopes = torch.autograd.grad(loss, self._parameters, create_graph=True)
         self._device = x.device
         size = problem.size
