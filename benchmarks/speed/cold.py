@@ -10,7 +10,16 @@ from typing import Any, Final
 from rich.console import Console
 
 from benchmarks.progress import doing
-from benchmarks.speed.peers import EIGENTHINGS, OURS, RECIPE, SOLVERS, Answer, solve, tune
+from benchmarks.speed.peers import (
+    EIGENTHINGS,
+    OURS,
+    PYHESSIAN,
+    RECIPE,
+    SOLVERS,
+    Answer,
+    solve,
+    tune,
+)
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.products import gradient_seconds
 from benchmarks.speed.reference import Check, Reference
@@ -21,10 +30,10 @@ BARS: Final = {EIGENTHINGS: 0.65, RECIPE: 0.25}
 _SLOW: Final = 10.0
 """Seconds: a solver that takes longer runs once, after it was tuned."""
 
-_MODULES: Final = {
+MODULES: Final = {
     EIGENTHINGS: "hessian_eigenthings",
     "curvlinops-for-pytorch": "curvlinops",
-    "pyhessian": "pyhessian",
+    PYHESSIAN: "pyhessian",
 }
 
 
@@ -50,7 +59,7 @@ class _Checked:
 def _left_out(name: str, gradient: float, limit: float) -> str:
     """Why a solver does not take part; empty where it does."""
     package = SOLVERS[name].package
-    if package is not None and find_spec(_MODULES[package]) is None:
+    if package is not None and find_spec(MODULES[package]) is None:
         return f"{package} is not installed"
     expected = SOLVERS[name].gradients * gradient
     if name != OURS and expected > limit:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 import subspace_optim as so
 from benchmarks.speed.problems import Problem, twice_differentiable
 from benchmarks.speed.recipe import flat, recipe
-from benchmarks.speed.reference import Check, Reference
+from benchmarks.speed.reference import Check, Residuals
 from benchmarks.speed.timing import now
 
 OURS: Final = "subspace_optim"
 EIGENTHINGS: Final = "hessian-eigenthings"
 CURVLINOPS: Final = "curvlinops + eigsh"
+PYHESSIAN: Final = "pyhessian"
 RECIPE: Final = "edge-of-stability recipe"
 
 
@@ -188,8 +189,8 @@ SOLVERS: Final[dict[str, Solver]] = {
     ),
     RECIPE: Solver(_recipe, None, 200),
     f"{RECIPE}, single precision": Solver(_recipe_in_single_precision, None, 150),
-    "pyhessian": Solver(
-        _pyhessian, _pyhessian_settings, 300, "pyhessian", "(iterations, tol) of each pair"
+    PYHESSIAN: Solver(
+        _pyhessian, _pyhessian_settings, 300, PYHESSIAN, "(iterations, tol) of each pair"
     ),
 }
 
@@ -201,7 +202,7 @@ def solve(name: str, problem: Problem, k: int, setting: Any) -> Answer:
 
 
 def tune(
-    name: str, problem: Problem, k: int, reference: Reference, residual: float, limit: float
+    name: str, problem: Problem, k: int, reference: Residuals, residual: float, limit: float
 ) -> tuple[Any, Check | None]:
     """Finds the cheapest setting that reaches a residual.
 
