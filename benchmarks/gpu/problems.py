@@ -55,7 +55,9 @@ def _mlp(size: Size, examples: int, root: str | None) -> Problem:
 
 def _resnet18(size: Size, examples: int, root: str | None) -> Problem:
     x, y = _images("cifar10-5k", examples, root)
-    model = drawn(0, lambda: ResNet18(_CLASSES, width=64 if size == "full" else 4))
+    if size == "tiny":
+        x = x[..., ::2, ::2]
+    model = drawn(0, lambda: ResNet18(_CLASSES, width=64 if size == "full" else 2))
     return Problem("resnet18", model, x, y, _K[size], 0.001)
 
 

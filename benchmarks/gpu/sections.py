@@ -95,7 +95,7 @@ def run(
         except OutOfTimeError as error:
             outcome["status"] = str(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the next section has its turn
-            outcome["status"] = f"failed: {type(error).__name__}: {first_line(error)}"
+            outcome["status"] = f"failed: {first_line(error)}"
         outcome["seconds"] = time.time() - began
         write()
         tell(f"{section.name}: {outcome['status']}, {outcome['seconds']:.1f} s")

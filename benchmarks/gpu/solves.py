@@ -40,7 +40,7 @@ def measure(problem: Problem, k: int, rounds: int, limit: float, rows: dict[str,
         try:
             rows[name] = _solver(name, problem, k, rounds, limit, exact)
         except Exception as error:  # noqa: BLE001 - a peer may fail in any way
-            rows[name] = {"left_out": f"failed: {type(error).__name__}: {first_line(error)}"}
+            rows[name] = {"left_out": f"failed: {first_line(error)}"}
             continue
         row, ours = rows[name], rows[OURS].get("seconds", [])
         row["gradients"] = [seconds / gradient for seconds in row["seconds"]]
