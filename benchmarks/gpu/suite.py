@@ -34,7 +34,7 @@ def measure(device: str, seconds: float, rows: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder) / "report.xml", Path(folder) / "log"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "--device", device, "-v"]
-        command += ["-p", "no:cacheprovider", "-n", "0", f"--junitxml={report}"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
         command += [str(path) for path in files(ROOT / "tests")]
         try:
             with log.open("w", encoding="utf-8") as output:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from rich.console import Console
@@ -31,6 +31,7 @@ from benchmarks.speed import (
     environment,
     estimates,
     memory,
+    models,
     monitoring,
     observation,
     products,
@@ -39,12 +40,14 @@ from benchmarks.speed import (
     scaling,
     step,
     synchronisations,
+    trajectories,
     warm,
 )
 from benchmarks.speed.peers import RECIPE
 from benchmarks.speed.picture import picture, sampling_picture
 from benchmarks.speed.problems import DECODERS, PROBLEMS, Problem, problem
 from benchmarks.speed.tables import TABLES
+from benchmarks.speed.timing import processor_timed, timed
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,11 @@ PER_MODEL: Final = (
     "observation",
     "monitor",
     "synchronisations",
+    "models",
     "estimates",
+    "trajectories",
 )
-_DEFAULT: Final = PER_MODEL[:-1]  # without the estimates, which take longer than all the rest
+_DEFAULT: Final = PER_MODEL[:-3]  # without the last, which take longer than all the rest
 GLOBAL: Final = ("apply", "step", "scaling", "sampling")
 _ALL: Final = {name: scenario.steps for name, scenario in runs.SCENARIOS.items()}
 _FEW: Final = {"late": 30, "early": 10}
@@ -126,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     default = ["mlp", "cnn", "transformer"]
     add("--models", nargs="+", choices=(*PROBLEMS, *DECODERS), default=default, metavar="MODEL")
     every = ", ".join(PER_MODEL + GLOBAL)
-    sections = f"of {every} (default: all but estimates of the MLP, fewer of the others)"
+    sections = f"of {every} (default: of the MLP all but the three longest, fewer of the others)"
     add("--sections", nargs="+", choices=PER_MODEL + GLOBAL, metavar="SECTION", help=sections)
     add("--scenarios", nargs="+", choices=tuple(_ALL), help="of the runs (default: the plan's)")
     add("--k", type=int, help="dimension of the subspace (default: the classes)")
@@ -177,6 +182,19 @@ def _runs(
     return result
 
 
+def _modes(
+    made: Problem, k: int, rounds: int, options: argparse.Namespace, console: Console
+) -> dict[str, Any]:
+    """A cold solve in eval mode, and in training mode where that is another function."""
+    normed = any(True for _ in made.model.buffers())  # the running statistics of batch norm
+    timer = timed if made.x.is_cuda else processor_timed
+    modes: tuple[Literal["eval", "train"], ...] = ("eval", "train") if normed else ("eval",)
+    return {
+        mode: models.measure(made, k, rounds, mode, console, limit=options.limit, timer=timer)
+        for mode in modes
+    }
+
+
 def _sections(
     made: Problem,
     again: Callable[..., Problem],
@@ -208,6 +226,10 @@ def _sections(
             made, k, rounds, plan.late, 8 if plan is _QUICK else 200
         ),
         "synchronisations": lambda: synchronisations.measure(made, k) if made.x.is_cuda else None,
+        "models": late(lambda: _modes(made, k, rounds, options, console)),
+        "trajectories": lambda: trajectories.measure(
+            again(), k, 6 if plan is _QUICK else 2000, 2 if plan is _QUICK else options.samples
+        ),
         "estimates": lambda: estimates.measure(
             again,
             k,

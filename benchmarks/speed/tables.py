@@ -131,6 +131,39 @@ def estimates(name: str, result: dict[str, Any]) -> Table:
     return table
 
 
+def models(name: str, result: dict[str, Any]) -> Group:
+    """Where a solve spends its time in each mode, and the solvers side by side."""
+    columns = ("mode", "products", "graph", "products' share", "arithmetic", "target", "peer")
+    table = _table(f"{name}: where a cold solve spends its time", *columns, "target")
+    for mode, row in result.items():
+        parts, over = row["parts"], row["ours_over_faster_peer"]
+        table.add_row(
+            mode,
+            str(parts["products"]),
+            *(
+                f"{100 * parts['share'][part]:.0f} %"
+                for part in ("graph", "products", "arithmetic")
+            ),
+            f"{parts['bar']:g} {_bar(parts['met'])}",
+            "-" if over is None else f"{over:.2f}",
+            f"{row['bar']:g} {_bar(row['met'])}",
+        )
+    return Group(table, *(cold(f"{name}, {mode}", row["cold"]) for mode, row in result.items()))
+
+
+def trajectories(name: str, result: dict[str, Any]) -> Table:
+    """The true sine beside its estimate, along a trajectory."""
+    stats, steps = result["stats"], result["steps"]
+    title = f"{name}: {steps} steps of SGD, {stats['products']} products"
+    table = _table(title, "step", "true sine", "estimate", "λ_k", "λ_k+1")
+    for row in result["samples"]:
+        sines = (f"{row['true_sine']:.4f}", f"{row['estimate']:.4f}")
+        beyond = row["next_eigenvalue"]
+        last = f"{row['last_eigenvalue']:.3g}", "-" if beyond is None else f"{beyond:.3g}"
+        table.add_row(str(row["step"]), *sines, *last)
+    return table
+
+
 def memory(name: str, result: dict[str, Any]) -> Table:
     """Peaks in vectors."""
     columns = ("graphs", "peak MiB", "graph MiB", "vectors of P", "beyond one product", "target")
@@ -287,7 +320,9 @@ TABLES: Final[dict[str, Callable[[str, dict[str, Any]], RenderableType]]] = {
     "runs": runs,
     "memory": memory,
     "synchronisations": synchronisations,
+    "models": models,
     "estimates": estimates,
+    "trajectories": trajectories,
     "observation": observation,
     "monitor": monitor,
     "apply": apply,

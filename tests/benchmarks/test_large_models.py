@@ -1,5 +1,7 @@
 """Where the time of a solve goes, and long trajectories: what they compute beside times."""
 
+import io
+
 import pytest
 import torch
 from rich.console import Console
@@ -9,6 +11,8 @@ import subspace_optim as so
 from benchmarks.speed.models import in_mode, measure, parts
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.runs import Sample
+from benchmarks.speed.tables import models as models_table
+from benchmarks.speed.tables import trajectories as trajectories_table
 from benchmarks.speed.trajectories import follow, true_sine
 from benchmarks.speed.trajectories import measure as measure_trajectory
 
@@ -25,6 +29,12 @@ def problem():
     made = Problem("small", model, x, y, 3, 0.01)
     made.states[0] = made.theta()
     return made
+
+
+def console_text(table):
+    console = Console(width=150, record=True, quiet=False, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
 
 
 def ticking(function):
@@ -74,8 +84,10 @@ def test_training_mode_is_another_matrix_and_peers_are_left_out_where_they_are_n
             assert found["ours_over_faster_peer"] is found["met"] is None
         return found
 
-    for mode in ("eval", "train"):
-        largest(mode)
+    both = {mode: largest(mode) for mode in ("eval", "train")}
+    shown = console_text(models_table("small", both))
+    assert "where a cold solve spends its time" in shown
+    assert shown.count("subspace_optim") == 2
 
 
 def test_the_true_sine_of_a_turned_basis(problem):
@@ -110,3 +122,5 @@ def test_what_a_trajectory_tells_follows_from_its_rows(problem):
     assert found["above_estimate"] == sum(r["true_sine"] > r["estimate"] for r in rows)
     assert found["largest_sine"] == max(r["true_sine"] for r in rows)
     assert found["stats"]["products"] > 0
+    shown = console_text(trajectories_table("small", found))
+    assert all(f"{row['true_sine']:.4f}" in shown for row in rows)
