@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -53,7 +54,7 @@ def cold(name: str, result: dict[str, Any]) -> Table:
             str(spread(row["gradients"])),
             str(row["products"] or "-"),
             f"{worst['residual']:.1e}" + ("" if row["reached"] else " (not reached)"),
-            f"{worst['sine']:.1e}",
+            "-" if math.isnan(worst["sine"]) else f"{worst['sine']:.1e}",
             str(spread(row["ours_over_this"])),
             "" if bar is None else f"{bar:g} {_bar(result['met'][solver])}",
         )
