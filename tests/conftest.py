@@ -25,6 +25,8 @@ settings.load_profile("subspace_optim")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "where tests marked gpu run; on cpu none of them is skipped (default: cuda, if any)"
+    parser.addoption("--device", choices=("cuda", "cpu"), help=help)
     help = "shuffle the files, and the tests in each: no test may need another before it"
     parser.addoption("--order-seed", type=int, metavar="N", help=help)
 
@@ -50,11 +52,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seed = config.getoption("--order-seed")
     if seed is not None:
         items[:] = shuffled(items, seed)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or config.getoption("--device") is not None:
         return
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test that is marked gpu runs: a GPU, or what ``--device`` says."""
+    return torch.device(request.config.getoption("--device") or "cuda")
 
 
 # The problems of the tests are small. Where cores are shared, threads wait far longer for each

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from rich.console import Console
@@ -32,6 +32,7 @@ from benchmarks.speed import (
     environment,
     estimates,
     memory,
+    models,
     monitoring,
     observation,
     products,
@@ -40,12 +41,14 @@ from benchmarks.speed import (
     scaling,
     step,
     synchronisations,
+    trajectories,
     warm,
 )
 from benchmarks.speed.peers import RECIPE
 from benchmarks.speed.picture import picture, sampling_picture
-from benchmarks.speed.problems import PROBLEMS, Problem, problem
+from benchmarks.speed.problems import DECODERS, PROBLEMS, Problem, problem
 from benchmarks.speed.tables import TABLES
+from benchmarks.speed.timing import processor_timed, timed
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,11 @@ PER_MODEL: Final = (
     "observation",
     "monitor",
     "synchronisations",
+    "models",
     "estimates",
+    "trajectories",
 )
-_DEFAULT: Final = PER_MODEL[:-1]  # without the estimates, which take longer than all the rest
+_DEFAULT: Final = PER_MODEL[:-3]  # without the last, which take longer than all the rest
 GLOBAL: Final = ("apply", "step", "scaling", "sampling", "drift")
 _ALL: Final = {name: scenario.steps for name, scenario in runs.SCENARIOS.items()}
 _FEW: Final = {"late": 30, "early": 10}
@@ -88,6 +93,9 @@ PLANS: Final = {
     "cnn-5k": Plan(500, 1, 2, _FEW),
     "transformer": Plan(500, 1, 2, _FEW),
     "resnet18": Plan(500, 5, 4, _FEW, _DEFAULT),
+    "vit": Plan(500, 3, 2, _FEW),
+    "language": Plan(500, 1, 2, {}, ("products", "cold")),
+    "phrases": Plan(500, 1, 2, {}, ("products", "cold")),
     "gpt2": Plan(50, 3, 2, {}, _DEFAULT),
 }
 _QUICK: Final = Plan(20, 1, 2, dict.fromkeys(_ALL, 4), PER_MODEL)
@@ -122,9 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     default = ["mlp", "cnn", "transformer"]
-    add("--models", nargs="+", choices=tuple(PROBLEMS), default=default, metavar="MODEL")
+    add("--models", nargs="+", choices=(*PROBLEMS, *DECODERS), default=default, metavar="MODEL")
     every = ", ".join(PER_MODEL + GLOBAL)
-    sections = f"of {every} (default: all but estimates of the MLP, fewer of the others)"
+    sections = f"of {every} (default: of the MLP all but the three longest, fewer of the others)"
     add("--sections", nargs="+", choices=PER_MODEL + GLOBAL, metavar="SECTION", help=sections)
     add("--scenarios", nargs="+", choices=tuple(_ALL), help="of the runs (default: the plan's)")
     add("--k", type=int, help="dimension of the subspace (default: the classes)")
@@ -175,6 +183,19 @@ def _runs(
     return result
 
 
+def _modes(
+    made: Problem, k: int, rounds: int, options: argparse.Namespace, console: Console
+) -> dict[str, Any]:
+    """A cold solve in eval mode, and in training mode where that is another function."""
+    normed = any(True for _ in made.model.buffers())  # the running statistics of batch norm
+    timer = timed if made.x.is_cuda else processor_timed
+    modes: tuple[Literal["eval", "train"], ...] = ("eval", "train") if normed else ("eval",)
+    return {
+        mode: models.measure(made, k, rounds, mode, console, limit=options.limit, timer=timer)
+        for mode in modes
+    }
+
+
 def _sections(
     made: Problem,
     again: Callable[..., Problem],
@@ -206,6 +227,10 @@ def _sections(
             made, k, rounds, plan.late, 8 if plan is _QUICK else 200
         ),
         "synchronisations": lambda: synchronisations.measure(made, k) if made.x.is_cuda else None,
+        "models": late(lambda: _modes(made, k, rounds, options, console)),
+        "trajectories": lambda: trajectories.measure(
+            again(), k, 6 if plan is _QUICK else 2000, 2 if plan is _QUICK else options.samples
+        ),
         "estimates": lambda: estimates.measure(
             again,
             k,

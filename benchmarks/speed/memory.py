@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
-from benchmarks.losses import mse
 from benchmarks.speed.problems import Problem
 
 
@@ -72,7 +71,7 @@ def measure(problem: Problem, k: int, *, batches: int = 10) -> dict[str, Any]:
     probe = torch.ones(problem.size, device=problem.x.device)
 
     def operator(data: Any, budget: int | None) -> so.HessianOperator:
-        return so.HessianOperator(problem.model, mse, data, memory_budget=budget)
+        return so.HessianOperator(problem.model, problem.loss, data, memory_budget=budget)
 
     one_batch = operator(split[0], None)
     one_batch.matvec(probe)

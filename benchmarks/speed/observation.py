@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import subspace_optim as so
-from benchmarks.losses import mse
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.timing import in_turn, ratios, spread
 
@@ -35,7 +34,7 @@ def measure(problem: Problem, rounds: int) -> dict[str, Any]:
 
     def gradient() -> None:
         problem.model.zero_grad()
-        mse(problem.model(x), y).backward()
+        problem.loss(problem.model(x), y).backward()
 
     def loop() -> list[Tensor]:
         logits = problem.model(x)

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 import subspace_optim as so
-from benchmarks.losses import mse
 from benchmarks.speed.problems import Problem, twice_differentiable
 from benchmarks.speed.recipe import flat, recipe
-from benchmarks.speed.reference import Check, Reference
+from benchmarks.speed.reference import Check, Residuals
 from benchmarks.speed.timing import now
 
 OURS: Final = "subspace_optim"
 EIGENTHINGS: Final = "hessian-eigenthings"
+CURVLINOPS: Final = "curvlinops + eigsh"
+PYHESSIAN: Final = "pyhessian"
 RECIPE: Final = "edge-of-stability recipe"
 
 
@@ -98,7 +99,9 @@ def _ours(problem: Problem, k: int, _: None) -> Answer:
 def _eigenthings(problem: Problem, k: int, steps: int) -> Answer:
     from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
 
-    operator = HessianOperator(problem.model, [(problem.x, problem.y)], supervised_loss(mse))
+    operator = HessianOperator(
+        problem.model, [(problem.x, problem.y)], supervised_loss(problem.loss)
+    )
     found = lanczos(operator, k=k, max_iter=steps, reorthogonalize=True, which="LA", seed=0)
     return Answer(found.eigenvalues, found.eigenvectors, found.iterations)
 
@@ -108,8 +111,12 @@ class _Criterion(nn.Module):
 
     reduction = "mean"
 
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+
     def forward(self, output: Tensor, labels: Tensor) -> Tensor:
-        return mse(output, labels)
+        return self.loss(output, labels)
 
 
 def _curvlinops(problem: Problem, k: int, steps: int) -> Answer:
@@ -119,7 +126,7 @@ def _curvlinops(problem: Problem, k: int, steps: int) -> Answer:
 
     operator = HessianLinearOperator(
         problem.model,
-        _Criterion(),
+        _Criterion(problem.loss),
         list(problem.model.parameters()),
         [(problem.x, problem.y)],
         check_deterministic=False,  # it would cost two gradients and two products
@@ -159,7 +166,7 @@ def _pyhessian(problem: Problem, k: int, setting: tuple[int, float]) -> Answer:
     with warnings.catch_warnings():
         # Gradients that hold their own graph: they are dropped below.
         warnings.filterwarnings("ignore", message="Using backward.. with create_graph")
-        operator = hessian(problem.model, mse, data=data, cuda=problem.x.is_cuda)
+        operator = hessian(problem.model, problem.loss, data=data, cuda=problem.x.is_cuda)
     values, vectors = operator.eigenvalues(maxIter=iterations, tol=tol, top_n=k)
     problem.model.zero_grad()
     rows = torch.stack([flat(v) for v in vectors])
@@ -167,23 +174,23 @@ def _pyhessian(problem: Problem, k: int, setting: tuple[int, float]) -> Answer:
 
 
 def _recipe(problem: Problem, k: int, _: None) -> Answer:
-    return Answer(*recipe(problem.model, problem.x, problem.y, k))
+    return Answer(*recipe(problem, k))
 
 
 def _recipe_in_single_precision(problem: Problem, k: int, _: None) -> Answer:
-    return Answer(*recipe(problem.model, problem.x, problem.y, k, single=True))
+    return Answer(*recipe(problem, k, single=True))
 
 
 SOLVERS: Final[dict[str, Solver]] = {
     OURS: Solver(_ours, None, 60),
     EIGENTHINGS: Solver(_eigenthings, _lanczos_steps, 70, EIGENTHINGS, "Lanczos steps"),
-    "curvlinops + eigsh": Solver(
+    CURVLINOPS: Solver(
         _curvlinops, _sweep_lengths, 130, "curvlinops-for-pytorch", "ncv of one sweep"
     ),
     RECIPE: Solver(_recipe, None, 200),
     f"{RECIPE}, single precision": Solver(_recipe_in_single_precision, None, 150),
-    "pyhessian": Solver(
-        _pyhessian, _pyhessian_settings, 300, "pyhessian", "(iterations, tol) of each pair"
+    PYHESSIAN: Solver(
+        _pyhessian, _pyhessian_settings, 300, PYHESSIAN, "(iterations, tol) of each pair"
     ),
 }
 
@@ -195,7 +202,7 @@ def solve(name: str, problem: Problem, k: int, setting: Any) -> Answer:
 
 
 def tune(
-    name: str, problem: Problem, k: int, reference: Reference, residual: float, limit: float
+    name: str, problem: Problem, k: int, reference: Residuals, residual: float, limit: float
 ) -> tuple[Any, Check | None]:
     """Finds the cheapest setting that reaches a residual.
 

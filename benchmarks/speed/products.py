@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import subspace_optim as so
-from benchmarks.losses import mse
 from benchmarks.speed.problems import Problem
-from benchmarks.speed.timing import now, ratios, spread, timed
+from benchmarks.speed.timing import Timer, now, ratios, spread, timed
 
 BAR = 1.6
 _FURTHER = 8
@@ -43,15 +42,15 @@ class MeteredHessian(so.HessianOperator):
         return self._metered(super().matmat, vectors)
 
 
-def gradient_seconds(problem: Problem, repetitions: int = 5) -> float:
+def gradient_seconds(problem: Problem, repetitions: int = 5, timer: Timer = timed) -> float:
     """Returns the median time of one gradient over the data, now."""
-    return statistics.median(timed(problem.gradient)[0] for _ in range(repetitions))
+    return statistics.median(timer(problem.gradient)[0] for _ in range(repetitions))
 
 
 def _solve_average(problem: Problem, k: int, budget: int | None) -> tuple[float, int]:
     """Seconds for each product of a cold solve, and their number."""
     data = (problem.x, problem.y)
-    hessian = MeteredHessian(problem.model, mse, data, memory_budget=budget)
+    hessian = MeteredHessian(problem.model, problem.loss, data, memory_budget=budget)
     so.DominantSubspace(hessian, k).refresh()
     return hessian.seconds / hessian.stats.products, hessian.stats.products
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.losses import mse
+from benchmarks.speed.problems import Problem
 
 _BATCH: Final = 1000
 
@@ -30,23 +30,19 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def recipe(
-    model: nn.Module, x: Tensor, y: Tensor, k: int, *, single: bool = False
-) -> tuple[Tensor, Tensor, int]:
+def recipe(problem: Problem, k: int, *, single: bool = False) -> tuple[Tensor, Tensor, int]:
     """Returns k eigenpairs of largest magnitude of the Hessian of the mean loss.
 
     Args:
-        model: its parameters are those of the Hessian.
-        x: all inputs.
-        y: all class numbers.
+        problem: at its present parameters.
         k: how many pairs.
         single: SciPy works in single precision, as it does where no dtype is named.
 
     Returns:
         Eigenvalues ``(k,)`` descending, eigenvectors ``(k, P)`` as rows, products.
     """
+    model, x, y, size = problem.model, problem.x, problem.y, problem.size
     parameters = list(model.parameters())
-    size = sum(p.numel() for p in parameters)
     products = 0
 
     def product(vector: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -55,7 +51,7 @@ def recipe(
         v = torch.tensor(vector.ravel(), dtype=torch.float32, device=x.device)
         total = torch.zeros_like(v)
         for inputs, labels in zip(x.split(_BATCH), y.split(_BATCH), strict=True):
-            loss = mse(model(inputs), labels) * (len(inputs) / len(x))
+            loss = problem.loss(model(inputs), labels) * (len(inputs) / len(x))
             slopes = torch.autograd.grad(loss, parameters, create_graph=True)
             slope = flat(slopes) @ v
             rows = torch.autograd.grad(slope, parameters, materialize_grads=True)

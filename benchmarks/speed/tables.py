@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -53,7 +54,7 @@ def cold(name: str, result: dict[str, Any]) -> Table:
             str(spread(row["gradients"])),
             str(row["products"] or "-"),
             f"{worst['residual']:.1e}" + ("" if row["reached"] else " (not reached)"),
-            f"{worst['sine']:.1e}",
+            "-" if math.isnan(worst["sine"]) else f"{worst['sine']:.1e}",
             str(spread(row["ours_over_this"])),
             "" if bar is None else f"{bar:g} {_bar(result['met'][solver])}",
         )
@@ -128,6 +129,39 @@ def estimates(name: str, result: dict[str, Any]) -> Table:
             *("-" if v is None else f"{v:.3g}" for v in (agree["true_below_estimate"], *shown)),
             _bar(row.get("met")),
         )
+    return table
+
+
+def models(name: str, result: dict[str, Any]) -> Group:
+    """Where a solve spends its time in each mode, and the solvers side by side."""
+    columns = ("mode", "products", "graph", "products' share", "arithmetic", "target", "peer")
+    table = _table(f"{name}: where a cold solve spends its time", *columns, "target")
+    for mode, row in result.items():
+        parts, over = row["parts"], row["ours_over_faster_peer"]
+        table.add_row(
+            mode,
+            str(parts["products"]),
+            *(
+                f"{100 * parts['share'][part]:.0f} %"
+                for part in ("graph", "products", "arithmetic")
+            ),
+            f"{parts['bar']:g} {_bar(parts['met'])}",
+            "-" if over is None else f"{over:.2f}",
+            f"{row['bar']:g} {_bar(row['met'])}",
+        )
+    return Group(table, *(cold(f"{name}, {mode}", row["cold"]) for mode, row in result.items()))
+
+
+def trajectories(name: str, result: dict[str, Any]) -> Table:
+    """The true sine beside its estimate, along a trajectory."""
+    stats, steps = result["stats"], result["steps"]
+    title = f"{name}: {steps} steps of SGD, {stats['products']} products"
+    table = _table(title, "step", "true sine", "estimate", "λ_k", "λ_k+1")
+    for row in result["samples"]:
+        sines = (f"{row['true_sine']:.4f}", f"{row['estimate']:.4f}")
+        beyond = row["next_eigenvalue"]
+        last = f"{row['last_eigenvalue']:.3g}", "-" if beyond is None else f"{beyond:.3g}"
+        table.add_row(str(row["step"]), *sines, *last)
     return table
 
 
@@ -345,7 +379,9 @@ TABLES: Final[dict[str, Callable[[str, dict[str, Any]], RenderableType]]] = {
     "runs": runs,
     "memory": memory,
     "synchronisations": synchronisations,
+    "models": models,
     "estimates": estimates,
+    "trajectories": trajectories,
     "observation": observation,
     "monitor": monitor,
     "apply": apply,

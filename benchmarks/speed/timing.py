@@ -6,13 +6,20 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from benchmarks.progress import doing
 
 T = TypeVar("T")
+
+
+class Timer(Protocol):
+    """Calls a function, and returns the seconds that it took, and what it returned."""
+
+    def __call__(self, function: Callable[[], T], /) -> tuple[float, T]:
+        """As the class says."""
 
 
 @dataclass(frozen=True)

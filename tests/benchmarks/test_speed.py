@@ -85,7 +85,7 @@ def test_check_tells_residual_sine_and_eigenvalue_error_of_a_rotated_answer(prob
 
 def test_recipe_finds_the_pairs_of_largest_magnitude(problem):
     matrix, values, _ = dense(problem)
-    found, vectors, products = recipe(problem.model, problem.x, problem.y, 3)
+    found, vectors, products = recipe(problem, 3)
     largest = values[values.abs().argsort(descending=True)[:3]].sort(descending=True).values
     np.testing.assert_allclose(found, largest, rtol=1e-4)
     images = vectors.double() @ matrix
@@ -94,9 +94,9 @@ def test_recipe_finds_the_pairs_of_largest_magnitude(problem):
 
 
 def test_recipe_takes_the_mean_over_all_batches(problem, monkeypatch):
-    whole = recipe(problem.model, problem.x, problem.y, 2)[0]
+    whole = recipe(problem, 2)[0]
     monkeypatch.setattr("benchmarks.speed.recipe._BATCH", 7)
-    torch.testing.assert_close(recipe(problem.model, problem.x, problem.y, 2)[0], whole)
+    torch.testing.assert_close(recipe(problem, 2)[0], whole)
 
 
 def test_states_are_those_of_sgd_and_come_back(problem):

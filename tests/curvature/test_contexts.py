@@ -193,7 +193,9 @@ def test_settings_that_follow_a_general_one_still_do_afterwards():
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("settings_put_back")
-def test_tf32_is_off_inside_and_back_outside_on_a_gpu():
+def test_tf32_is_off_inside_and_back_outside_on_a_gpu(device):
+    if device.type != "cuda":
+        pytest.skip("only CUDA has TF32")
     problem = make_problem(dtype=torch.float32)
     model, inside = problem.model.cuda(), Seen()
     model.register_forward_hook(lambda *_: inside.append(torch.backends.cuda.matmul.fp32_precision))

@@ -131,13 +131,13 @@ def test_every_model_and_loss_has_its_dense_hessian(model, loss):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", MODELS)
-def test_products_are_taken_where_the_parameters_live(model):
+def test_products_are_taken_where_the_parameters_live(model, device):
     problem = make_problem(model, dtype=torch.float32)
     dense = problem.dense()
-    problem.model.cuda()
+    problem.model.to(device)
     operator = operator_of(problem)  # the batches are still on the host
-    rows = operator.matmat(torch.eye(operator.size, device="cuda"))
-    assert rows.device.type == "cuda"
+    rows = operator.matmat(torch.eye(operator.size, device=device))
+    assert rows.device.type == device.type
     torch.testing.assert_close(rows.double().cpu(), dense.hessian, rtol=0, atol=2e-5)
 
 

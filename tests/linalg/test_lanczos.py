@@ -159,11 +159,11 @@ def test_large_matrices_of_every_kind_of_spectrum(spectrum, k, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
-def test_the_device_that_is_named_holds_the_vectors(spectrum):
-    matrix = Matrix(spectrum(RESTARTING).to("cuda", torch.float32))
-    solution = solve(matrix, 3, TIGHT[torch.float32], torch.float32, device="cuda")
+def test_the_device_that_is_named_holds_the_vectors(spectrum, device):
+    matrix = Matrix(spectrum(RESTARTING).to(device, torch.float32))
+    solution = solve(matrix, 3, TIGHT[torch.float32], torch.float32, device=device)
     basis = solution.basis
-    assert basis.device.type == basis.eigenvalues.device.type == "cuda"
+    assert basis.device.type == basis.eigenvalues.device.type == device.type
     on_host = EigenBasis(basis.eigenvalues.cpu(), basis.vectors.cpu(), basis.residuals.cpu())
     on_host_too = Matrix(matrix.entries.cpu(), matrix.calls)
     check(dataclasses.replace(solution, basis=on_host), on_host_too, 3, TIGHT[torch.float32])

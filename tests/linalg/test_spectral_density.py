@@ -441,12 +441,12 @@ def test_the_host_is_visited_once_a_probe_and_never_in_a_product():
 
 
 @pytest.mark.gpu
-def test_the_device_that_is_named_holds_the_vectors():
+def test_the_device_that_is_named_holds_the_vectors(device):
     entries = symmetric(uniform(-1, 1, 60))
-    matrix = Matrix(entries.cuda())
-    found = matrix.quadrature(probes=2, steps=10, device="cuda")
+    matrix = Matrix(entries.to(device))
+    found = matrix.quadrature(probes=2, steps=10, device=device)
     assert found.nodes.device.type == found.weights.device.type == "cpu"
     assert abs(found.moment(1).value) <= 6 * found.moment(1).standard_error
-    estimate = matrix.trace(30, device="cuda")
+    estimate = matrix.trace(30, device=device)
     assert abs(estimate.value) <= 6 * estimate.standard_error
-    assert {v.device.type for v in matrix.seen} == {"cuda"}
+    assert {v.device.type for v in matrix.seen} == {device.type}

@@ -1,0 +1,1 @@
+"""What only a GPU can tell, in minutes: ``make gpu``. It runs on a CPU in miniature."""
