@@ -212,7 +212,7 @@ class DominantSubspace:
         finally:
             operator.release()
             stats.seconds += time.perf_counter() - start
-            for name in ("products", "full_products", "gradients"):
+            for name in ("products", "full_products", "gradients", "full_gradients"):
                 spent = getattr(operator.stats, name) - before[name]
                 setattr(stats, name, getattr(stats, name) + spent)
         if failure is None:

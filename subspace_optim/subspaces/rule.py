@@ -38,6 +38,7 @@ class SubspaceStats:
         products: curvature products of all refreshes and probes.
         full_products: the same, each counted as the share of the data that it was over.
         gradients: gradients over the data that the kept graphs of all of these began with.
+        full_gradients: the same, each counted as the share of the data that it was over.
         seconds: wall time of all of these.
     """
 
@@ -53,6 +54,7 @@ class SubspaceStats:
     products: int = 0
     full_products: float = 0.0
     gradients: int = 0
+    full_gradients: float = 0.0
     seconds: float = 0.0
 
 
@@ -189,7 +191,8 @@ class RefreshRule(ABC):
     def fingerprint(self) -> int:
         """Returns a number that ranks which hold the same basis have in common."""
         values = None if self.pairs is None else self.pairs.basis.eigenvalues
-        stats = replace(self.stats, products=0, full_products=0.0, gradients=0, seconds=0.0)
+        spent = dict.fromkeys(("products", "full_products", "gradients", "full_gradients"), 0)
+        stats = replace(self.stats, **spent, seconds=0.0)
         return checksum(self.numbers() | {"eigenvalues": values, "stats": asdict(stats)})
 
     def numbers(self) -> dict[str, Any]:
@@ -245,6 +248,7 @@ def _loaded_stats(state: SavedState) -> SubspaceStats:
         sampling_error=stats.number("sampling_error", minimum=0, maximum=1),
         examples=None if examples is None else int(examples),
         full_products=stats.number("full_products", minimum=0),
+        full_gradients=stats.number("full_gradients", minimum=0),
         seconds=stats.number("seconds", minimum=0),
     )
     if loaded.cold > loaded.refreshes:

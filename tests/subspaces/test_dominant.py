@@ -1030,7 +1030,7 @@ def refusal(subspace: so.DominantSubspace, state: Any) -> str | None:
 
 
 COSTS = {"refreshes", "cold", "probes", "looks", "failures", "products", "full_products"}
-COSTS |= {"gradients", "seconds"}
+COSTS |= {"gradients", "full_gradients", "seconds"}
 
 
 @pytest.mark.parametrize("refresh", ["auto", 2])

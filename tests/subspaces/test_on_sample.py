@@ -119,7 +119,10 @@ def test_a_sample_costs_less_than_all_data():
         for _ in range(20):
             training.subspace.update()
             training.step()
-        costs[sample] = training.subspace.stats.full_products
+        stats = training.subspace.stats
+        costs[sample] = stats.full_products
+        shares = stats.full_gradients / stats.gradients
+        assert shares == 1 if sample is None else shares < 0.7
     assert costs["auto"] < 0.7 * costs[None]
 
 
