@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, Literal
 
 import torch
 from scipy.stats import spearmanr
@@ -35,6 +35,7 @@ class Scenario:
         jump: what the rate is multiplied by in the middle, and remains at.
         spike: what it is multiplied by at three quarters, for one step.
         bar: of our cost over the recipe's, where there is one.
+        sample: of the subspace.
     """
 
     title: str
@@ -45,15 +46,24 @@ class Scenario:
     jump: float = 1.0
     spike: float = 1.0
     bar: float | None = None
+    sample: Literal["auto"] | None = None
 
 
-SCENARIOS: Final[dict[str, Scenario]] = {
+_ON_ALL_DATA: Final = {
     "late": Scenario("BulkSGD, late", None, 200, "bulk", bar=1 / 300),
     "early": Scenario("BulkSGD, from the start", 0, 40, "bulk", bar=1 / 10),
     "edge": Scenario("Monitor of gradient descent at the edge of stability", None, 120, "gd"),
     "jump": Scenario("Monitor of SGD, rate times 5 in the middle", None, 120, "sgd", jump=5.0),
     "adam": Scenario("Monitor of Adam", None, 60, "adam", lr=1e-3),
 }
+_SAMPLED_BARS: Final = {"late": 1 / 1500, "edge": 1 / 40, "jump": 1 / 40, "adam": 1 / 25}
+_ON_A_SAMPLE: Final = {
+    f"{name}-sampled": replace(
+        _ON_ALL_DATA[name], title=f"{_ON_ALL_DATA[name].title}, on a sample", bar=bar, sample="auto"
+    )
+    for name, bar in _SAMPLED_BARS.items()
+}
+SCENARIOS: Final[dict[str, Scenario]] = _ON_ALL_DATA | _ON_A_SAMPLE
 
 
 @dataclass
@@ -211,7 +221,9 @@ def measure(
     sampled = [scenario.steps - 1 - i * scenario.steps // samples for i in range(samples)]
     with_it, plain = [], []
     for turn in range(rounds):
-        subspace = so.DominantSubspace(problem.hessian(), k, refresh="auto", max_angle=MAX_ANGLE)
+        subspace = so.DominantSubspace(
+            problem.hessian(), k, max_angle=MAX_ANGLE, sample=scenario.sample
+        )
         with_it.append(train(problem, scenario, start, lr, subspace, () if turn else sampled))
         plain.append(train(problem, scenario, start, lr, None))
     added = [a.seconds - b.seconds for a, b in zip(with_it, plain, strict=True)]

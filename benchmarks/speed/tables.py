@@ -104,7 +104,7 @@ def runs(name: str, result: dict[str, Any]) -> Table:
             str(row["scenario"]["steps"]),
             str(spread(row["added_seconds"])),
             f"{spread(row['added_gradients']).median:.0f}",
-            str(stats["products"]),
+            f"{stats['full_products']:.0f}",
             f"{stats['refreshes']} ({stats['cold']})",
             str(stats["probes"]),
             str(inverse),
