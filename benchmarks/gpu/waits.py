@@ -52,7 +52,7 @@ def measure(problem: Problem, k: int, rows: dict[str, Any]) -> None:
         counted = waits(solve, device)
         rows["solve"] = {
             "waits": counted,
-            "restarts": found[0].restarts,
+            "ritz_steps": found[0].ritz_steps,
             "products": found[0].products,
         }
     hessian.release()

@@ -64,32 +64,32 @@ class SavedState:
         """
         value = self._state[name]
         if not isinstance(value, str):
-            raise ArgumentError(self._label(name), value, "a string")
+            raise ArgumentError(self.label(name), value, "a string")
         return value
 
     def flag(self, name: str) -> bool:
         """Returns an entry that is True or False."""
-        check_flag(self._label(name), self._state[name])
+        check_flag(self.label(name), self._state[name])
         return bool(self._state[name])
 
     def count(self, name: str, *, maximum: int | None = None, remedy: str = "") -> int:
         """Returns an entry that is an integer of at least 0."""
         value = self._state[name]
-        return check_integer(self._label(name), value, minimum=0, maximum=maximum, remedy=remedy)
+        return check_integer(self.label(name), value, minimum=0, maximum=maximum, remedy=remedy)
 
     def digest(self, name: str) -> int | None:
         """Returns an entry that is a 64-bit integer, or ``None``."""
         value = self._state[name]
-        return None if value is None else _digest(self._label(name), value)
+        return None if value is None else _digest(self.label(name), value)
 
     def digests(self, name: str, length: int) -> list[int]:
         """Returns an entry that is a list of so many 64-bit integers."""
-        items = _items(self._label(name), self._state[name], length)
+        items = _items(self.label(name), self._state[name], length)
         return [_digest(label, item) for label, item in items]
 
     def number(self, name: str, **limits: Any) -> float:
         """Returns an entry that is a number; ``limits`` are those of ``check_number``."""
-        return _number(self._label(name), self._state[name], limits)
+        return _number(self.label(name), self._state[name], limits)
 
     def optional(self, name: str, **limits: Any) -> float | None:
         """Returns an entry that is a number, or ``None``."""
@@ -97,12 +97,12 @@ class SavedState:
 
     def numbers(self, name: str, length: int | None = None, **limits: Any) -> list[float]:
         """Returns an entry that is a list of numbers, of a given length."""
-        items = _items(self._label(name), self._state[name], length)
+        items = _items(self.label(name), self._state[name], length)
         return [_number(label, item, limits) for label, item in items]
 
     def rows(self, name: str, length: int, **limits: Any) -> list[list[float]]:
         """Returns an entry that is a list of lists of so many numbers."""
-        rows = _items(self._label(name), self._state[name], None)
+        rows = _items(self.label(name), self._state[name], None)
         return [
             [_number(label, item, limits) for label, item in _items(of_row, row, length)]
             for of_row, row in rows
@@ -123,7 +123,7 @@ class SavedState:
         Raises:
             ArgumentError: it is none, of another kind or shape, not finite or below ``minimum``.
         """
-        value, label = self._state[name], self._label(name)
+        value, label = self._state[name], self.label(name)
         kind = "real" if dtype.is_floating_point else "integer"
         if not isinstance(value, Tensor):
             raise ArgumentError(label, type(value).__name__, f"a tensor of {kind} numbers")
@@ -162,9 +162,10 @@ class SavedState:
                 "`state_dict()` returned."
             )
             allowed = f"{found}, as its other entries have it"
-            raise ArgumentError(self._label("checksum"), self._state["checksum"], allowed, remedy)
+            raise ArgumentError(self.label("checksum"), self._state["checksum"], allowed, remedy)
 
-    def _label(self, name: str) -> str:
+    def label(self, name: str) -> str:
+        """Returns what an entry is called in messages."""
         return f"the loaded {self._path}{name}"
 
 

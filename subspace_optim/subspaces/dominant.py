@@ -165,12 +165,14 @@ class DominantSubspace:
                 return False
             return rule.is_due(self._situation(seen))
 
-        estimate = self.stats.estimate
+        before = rule.trial()
         try:
             due = self._ranks.any(is_due)
-        except BaseException:  # perhaps another rank's: that one has none
-            self.stats.estimate = estimate
+        except BaseException:  # perhaps another rank's: that one has decided nothing
+            self._take(before)
             raise
+        if rule.basis is not before.basis:  # another one of those that are held
+            self._attempted = None
         state = hash(seen.state)
         self.steps.look(state)
         if due:

@@ -180,10 +180,10 @@ def _loaded_pairs(
         return EigenBasis(values[:0], vectors[:0], residuals[:0])
     in_order = values.tolist()
     if in_order != sorted(in_order, reverse=True):
-        raise ArgumentError(f"the loaded {prefix}eigenvalues", in_order, "in descending order")
+        raise ArgumentError(state.label(f"{prefix}eigenvalues"), in_order, "in descending order")
     dtype = state.dtype(f"{prefix}vectors")
     accuracy = max(torch.finfo(d).eps for d in (dtype, vectors.dtype))
-    check_orthonormal(f"the loaded {prefix}vectors", vectors, _ROOM * accuracy)
+    check_orthonormal(state.label(f"{prefix}vectors"), vectors, _ROOM * accuracy)
     if vectors.dtype != dtype:
         orthonormalise_(vectors)
     return EigenBasis(values, vectors, residuals)

@@ -130,9 +130,9 @@ class OnSample(RefreshRule):
 
     def is_due(self, seen: Situation) -> bool:
         """Returns whether the basis is stale; noise grows at refreshes alone."""
-        self.by_angle.stats = self.stats
+        self.by_angle.stats, before = self.stats, self.pairs
         due = self.by_angle.is_due(seen)
-        self._add_up("estimate")
+        self._add_up("estimate", *(() if self.pairs is before else ("bound",)))
         return due
 
     def plan(self, seen: Situation, *, forced: bool) -> str:
@@ -186,6 +186,8 @@ class OnSample(RefreshRule):
         """Notes how far the basis has turned, and anchors it anew where that is too far."""
         anchor, pairs = self._anchored(), self._present()
         turned = largest_sine(anchor.rows[: self.k], pairs.basis.vectors)
+        if self.by_angle.holds_two:
+            turned = max(turned, anchor.turned)
         shrunk = min(1.0, (pairs.gap or 1.0) / anchor.gap)
         self._anchor = replace(anchor, turned=turned, shrunk=shrunk, served=anchor.served + 1)
         if self._is_poor():

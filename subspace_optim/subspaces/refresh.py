@@ -25,9 +25,10 @@ from subspace_optim.linalg.refinement import (
     total_staleness,
     vectors_needed,
 )
-from subspace_optim.subspaces import eigenpairs
+from subspace_optim.subspaces import eigenpairs, put_aside
 from subspace_optim.subspaces.checkpoints import SavedState
 from subspace_optim.subspaces.eigenpairs import TopPairs
+from subspace_optim.subspaces.put_aside import Aside, are_back
 from subspace_optim.subspaces.rule import RefreshRule, Situation
 from subspace_optim.subspaces.staleness import Drift, Staleness
 from subspace_optim.subspaces.unseen import Unseen
@@ -113,6 +114,9 @@ class ByAngle(RefreshRule):
         self._probe_at = (0.0, math.inf)  # the estimate and the drift from which on it is probed
         self._warned = False
         self._unseen = Unseen()
+        self._aside: Aside | None = None  # a second basis, where parameters jump to and fro
+        self._earlier: Tensor | None = None  # the parameters of the refresh before the last
+        self._exchanged = False  # the one that was put aside is the nearer one, and is due too
 
     def attach(self, operator: CurvatureOperator, k: int, *, tol: float, seed: int) -> None:
         """Takes what it is to find."""
@@ -126,16 +130,43 @@ class ByAngle(RefreshRule):
     # --- when -----------------------------------------------------------------------------------
 
     def is_due(self, seen: Situation) -> bool:
-        """Carries the estimate forward, and returns whether it is too large to go by."""
-        drift = self._drift()
-        estimate = 1.0 if self.gapless else self._staleness.sine(drift)
-        self.stats.estimate = estimate
-        largest, distance = self._probe_at
-        serves = estimate <= largest and drift.length <= distance
-        return not serves or seen.now[1:] != seen.then[1:]
+        """Carries the estimate forward, and returns whether it is too large to go by.
+
+        A basis that was put aside takes the place of one that is due, if it serves or is nearer.
+        """
+        self._exchanged = False
+        same, drift = seen.now[1:] == seen.then[1:], self._drift()
+        serves = self._serves(drift)
+        if same and not serves and self._aside is not None:
+            self._exchange(self._aside)
+            other = self._drift()
+            serves = self._serves(other)
+            self._exchanged = not serves and other.length < drift.length
+            if not serves and not self._exchanged:  # the one that was there is the nearer one
+                self._exchange(self._aside)
+                self._serves(drift)
+        return not serves or not same
+
+    def _serves(self, drift: Drift) -> bool:
+        self.stats.estimate = 1.0 if self.gapless else self._staleness.sine(drift)
+        estimate, distance = self._probe_at
+        return self.stats.estimate <= estimate and drift.length <= distance
+
+    def _exchange(self, other: Aside) -> None:
+        self._aside = self._current(self._probe_at)
+        other = other.taught_by(self._staleness)
+        self.pairs, self._staleness, self._unseen = other.pairs, other.staleness, other.unseen
+        self._probe_at, self.stats.bound = other.probe_at, other.bound
+
+    def _current(self, probe_at: tuple[float, float]) -> Aside:
+        pairs, bound = self._present(), self.stats.bound
+        bound = 1.0 if bound is None else bound
+        return Aside(pairs, self._staleness, self._unseen, probe_at, bound)
 
     def plan(self, seen: Situation, *, forced: bool) -> str:
         """Returns the name of the method that fits what has changed."""
+        if seen.now[1:] != seen.then[1:]:
+            self._keep_none()
         if seen.now.modes != seen.then.modes:
             return "solve"
         if forced:
@@ -280,6 +311,8 @@ class ByAngle(RefreshRule):
         self._unseen = self._unseen.turned_by(drift, result.before, self.k + 1, drifted=drifted)
         if drifted:
             self._staleness = self._staleness.before_refinement(drift, result.before)
+        else:
+            self._keep_none()
         refined = replace(pairs, basis=result.basis, guard=result.guard)
         self._settle(refined)
         if self.gapless:
@@ -299,7 +332,8 @@ class ByAngle(RefreshRule):
             self.operator, self.k, tol=self.tol, max_angle=self.max_angle / 2, seed=self.seed
         )
         self.stats.cold += 1
-        until = math.inf if self.pairs is None else _half_gap(self.pairs, pairs, self._drift())
+        known = self.pairs if self.fits() else None
+        until = math.inf if known is None else _half_gap(known, pairs, self._drift())
         self.settle(pairs)
         if not self.gapless:
             left = total_staleness(pairs.basis, pairs.guard)
@@ -311,9 +345,11 @@ class ByAngle(RefreshRule):
         self._settle(pairs)
 
     def _settle(self, pairs: TopPairs) -> None:
-        super().settle(pairs)
         space = self.operator.parameters
-        self._staleness = replace(self._staleness, anchor=space.flatten(space.tensors))
+        theta = space.flatten(space.tensors)
+        self._put_aside(theta)
+        super().settle(pairs)
+        self._staleness = replace(self._staleness, anchor=theta)
         if pairs.gap is None:
             return
         largest = pairs.basis.largest
@@ -322,15 +358,40 @@ class ByAngle(RefreshRule):
         self.gapless = pairs.gap <= accuracy
         if self.gapless:
             self.stats.bound = self.stats.estimate = 1.0
+            self._keep_none()
+
+    def _keep_none(self) -> None:
+        """Forgets the basis that was put aside: it is of another matrix than the present one."""
+        self._aside = self._earlier = None
+
+    def _put_aside(self, theta: Tensor) -> None:
+        """Keeps the basis that is replaced, where the parameters have come back to those before."""
+        before = self._staleness.anchor if self.fits() else None
+        if before is not None and torch.equal(theta, before):
+            return  # the basis of this state is only made better
+        if not self._exchanged:  # else that which served at the last step is aside already
+            back = are_back(theta, before, self._earlier)
+            self._aside = self._current(self._soon) if back and not self.gapless else None
+        self._earlier, self._exchanged = before, False
+
+    @property
+    def holds_two(self) -> bool:
+        """Whether a second basis was put aside."""
+        return self._aside is not None
+
+    @property
+    def _soon(self) -> tuple[float, float]:
+        """When a basis is probed for the first time after its refresh, at the latest."""
+        # What is known of a drift says little of one that is far longer.
+        return self.max_angle / 2, _FURTHER * self._staleness.rates.longest
 
     def _certify(self, left: float, *, bound: float, until: float) -> None:
         """Notes how stale a new basis is still, and the drift to probe it at, at the latest."""
         self._staleness = self._staleness.refreshed(left)
         self.stats.bound = min(1.0, bound)
         self.stats.estimate = self._staleness.sine_at_refresh
-        # What is known of a drift says little of one that is far longer.
-        longest = _FURTHER * self._staleness.rates.longest
-        self._probe_at = self.max_angle / 2, min(longest, until)
+        estimate, distance = self._soon
+        self._probe_at = estimate, min(distance, until)
 
     def warn(self) -> None:
         """Warns, once, where ``λ_k`` and ``λ_{k+1}`` cannot be told apart."""
@@ -366,25 +427,40 @@ class ByAngle(RefreshRule):
 
     def numbers(self) -> dict[str, Any]:
         """Returns what is known of the angle."""
-        own = {"gapless": self.gapless, "probe_at": list(self._probe_at)}
-        return own | {"unseen": self._unseen.numbers()} | self._staleness.numbers()
+        return {
+            "gapless": self.gapless,
+            "probe_at": list(self._probe_at),
+            "unseen": self._unseen.numbers(),
+            "aside_known": put_aside.numbers(self._aside, self.k),
+            "came_back": self._earlier is not None,
+        } | self._staleness.numbers()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the parameters of the last refresh."""
-        operator, anchor = self.operator, self._staleness.anchor
-        if anchor is None:
-            anchor = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
-        return {"anchor": anchor.clone()}
+    def tensors(self) -> dict[str, Any]:
+        """Returns the parameters of the last refreshes, and the basis that was put aside."""
+        operator = self.operator
+        none = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
+        # Copies, each of its own: a checkpoint is loaded into them in place.
+        last, earlier = (
+            (none if anchor is None else anchor).clone()
+            for anchor in (self._staleness.anchor, self._earlier)
+        )
+        own = {"anchor": last, "earlier": earlier}
+        return own | {"aside": put_aside.saved(self._aside, operator, self.k)}
 
     def take(self, saved: SavedState) -> None:
         """Takes what ``numbers`` and ``tensors`` gave."""
         operator = self.operator
-        anchor = saved.tensor("anchor", (operator.size,), operator.dtype, operator.device)
+        anchor, earlier = (
+            saved.tensor(name, (operator.size,), operator.dtype, operator.device)
+            for name in ("anchor", "earlier")
+        )
         estimate, distance = saved.numbers("probe_at", 2, minimum=0, infinite=True)
         self._staleness = self._staleness.loaded(saved, anchor)
         self._probe_at = min(estimate, self.max_angle), distance
         self._unseen = Unseen.loaded(saved)
         self.gapless = saved.flag("gapless")
+        self._earlier = earlier if saved.flag("came_back") else None
+        self._aside = put_aside.loaded(saved, operator, self.k)
 
     def adopt(self) -> None:
         """Leaves the basis of another rule out: how stale it is is not known, so a solve is due."""

@@ -79,7 +79,8 @@ class RunsOut(TorchDispatchMode):
 def state(subspace: so.DominantSubspace) -> dict[str, Any]:
     """All but the costs: of an attempt that failed, the ranks have done more and less."""
     found = subspace.state_dict()
-    costs = dict.fromkeys(("seconds", "products", "gradients"), 0)
+    counts = ("products", "full_products", "gradients", "full_gradients")
+    costs = dict.fromkeys(("seconds", *counts), 0)
     return found | {"stats": found["stats"] | costs}
 
 
