@@ -43,7 +43,9 @@ class DominantSubspace:
     true subspace is estimated to be at most ``max_angle``. The estimate follows the drift of the
     parameters, and is checked by probes of two products. A stale basis is refined by one step of
     subspace iteration, k + 1 products, and solved for anew where that is not enough; its
-    eigenvalues are those of the last refresh. If ``λ_k`` and ``λ_{k+1}`` cannot be told apart there
+    eigenvalues are those of the last refresh. Now and then it is made sure that no other direction
+    has come to the top. Where the parameters jump to and fro, as at an edge of stability, a second
+    basis is held: twice the memory. If ``λ_k`` and ``λ_{k+1}`` cannot be told apart there
     is one warning, and each parameter state gets a solve to ``tol``. The rules are in
     ``subspaces/refresh.py``; one of your own is a ``RefreshRule``.
 
