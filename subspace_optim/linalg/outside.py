@@ -23,6 +23,8 @@ from subspace_optim.linalg.rows import orthonormalise_
 
 MISS_PROBABILITY = 0.01
 """How likely a look that is done is to have missed a direction above the basis."""
+_BELOW = 0.01
+"""How far below the spectrum the basis is sent, in units of its largest values."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def look_outside(
     if guard.k == 0:
         return Outside(guard, 0.0)
     last = float(basis.eigenvalues[-1])
-    least = min(lowest, last, float(guard.eigenvalues[0]))
+    # Strictly below all that is outside, also where that is one eigenvalue.
+    least = min(lowest, last, float(guard.eigenvalues[0])) - _BELOW * max(abs(last), abs(lowest))
 
     def outside(rows: Tensor) -> Tensor:
         # What rounding leaves inside of the basis is sent to the lower end, where nobody looks.

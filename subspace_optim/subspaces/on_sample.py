@@ -130,9 +130,9 @@ class OnSample(RefreshRule):
 
     def is_due(self, seen: Situation) -> bool:
         """Returns whether the basis is stale; noise grows at refreshes alone."""
-        self.by_angle.stats, before = self.stats, self.pairs
+        self.by_angle.stats = self.stats
         due = self.by_angle.is_due(seen)
-        self._add_up("estimate", *(() if self.pairs is before else ("bound",)))
+        self._add_up("estimate")
         return due
 
     def plan(self, seen: Situation, *, forced: bool) -> str:

@@ -33,14 +33,12 @@ class Aside:
         staleness: since it was made.
         unseen: since somebody looked outside of it.
         probe_at: the estimate and the drift from which on it is probed.
-        bound: of its sine, at its last refresh or probe.
     """
 
     pairs: TopPairs
     staleness: Staleness
     unseen: Unseen
     probe_at: tuple[float, float]
-    bound: float
 
     def taught_by(self, other: Staleness) -> Aside:
         """Returns the same, with what was learned meanwhile of how fast a basis becomes stale."""
@@ -51,12 +49,12 @@ class Aside:
 
 
 def are_back(theta: Tensor, before: Tensor | None, earlier: Tensor | None) -> bool:
-    """Whether parameters are near those of the refresh before the last, and not of the last.
+    """Whether parameters are much nearer to those of an earlier refresh than to those of a later.
 
     Args:
         theta: ``(P,)``, the parameters.
-        before: those of the last refresh.
-        earlier: those of the refresh before that.
+        before: those of the later refresh; ``None`` if there was none.
+        earlier: those of the earlier one, likewise.
     """
     if before is None or earlier is None:
         return False
@@ -75,15 +73,10 @@ def saved(aside: Aside | None, operator: CurvatureOperator, k: int) -> dict[str,
 
 def numbers(aside: Aside | None, k: int) -> dict[str, Any]:
     """Returns what is known of it; of none, the same entries."""
-    staleness, unseen, probe_at, bound = Staleness(k), Unseen(), (0.0, 0.0), 1.0
+    staleness, unseen, probe_at = Staleness(k), Unseen(), (0.0, 0.0)
     if aside is not None:
-        staleness, unseen, probe_at, bound = (
-            aside.staleness,
-            aside.unseen,
-            aside.probe_at,
-            aside.bound,
-        )
-    own = {"probe_at": list(probe_at), "bound": bound, "unseen": unseen.numbers()}
+        staleness, unseen, probe_at = aside.staleness, aside.unseen, aside.probe_at
+    own = {"probe_at": list(probe_at), "unseen": unseen.numbers()}
     return own | staleness.numbers()
 
 
@@ -98,7 +91,6 @@ def loaded(state: SavedState, operator: CurvatureOperator, k: int) -> Aside | No
     anchor = tensors.tensor("anchor", (operator.size,), operator.dtype, operator.device)
     staleness, unseen = Staleness(k).loaded(known, anchor), Unseen.loaded(known)
     estimate, distance = known.numbers("probe_at", 2, minimum=0, infinite=True)
-    bound = known.number("bound", minimum=0, maximum=1)
     if pairs is None:
         return None
-    return Aside(pairs, staleness, unseen, (estimate, distance), bound)
+    return Aside(pairs, staleness, unseen, (estimate, distance))

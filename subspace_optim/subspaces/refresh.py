@@ -86,7 +86,7 @@ class ByAngle(RefreshRule):
        the top;
     2. *refined*, if it has too little room below ``max_angle``: one step of subspace iteration,
        k + 1 products, twice at most;
-    3. *looked around*, where something outside may have come to the top (``unseen``): five to ten
+    3. *looked around*, where something outside may have come to the top (``unseen``): at most 12
        products from a random vector;
     4. *solved* for anew, if that is not enough.
 
@@ -116,7 +116,6 @@ class ByAngle(RefreshRule):
         self._unseen = Unseen()
         self._aside: Aside | None = None  # a second basis, where parameters jump to and fro
         self._earlier: Tensor | None = None  # the parameters of the refresh before the last
-        self._exchanged = False  # the one that was put aside is the nearer one, and is due too
 
     def attach(self, operator: CurvatureOperator, k: int, *, tol: float, seed: int) -> None:
         """Takes what it is to find."""
@@ -132,36 +131,33 @@ class ByAngle(RefreshRule):
     def is_due(self, seen: Situation) -> bool:
         """Carries the estimate forward, and returns whether it is too large to go by.
 
-        A basis that was put aside takes the place of one that is due, if it serves or is nearer.
+        It may exchange the basis for one that was put aside, if that serves, or is nearer.
         """
-        self._exchanged = False
         same, drift = seen.now[1:] == seen.then[1:], self._drift()
         serves = self._serves(drift)
         if same and not serves and self._aside is not None:
             self._exchange(self._aside)
             other = self._drift()
             serves = self._serves(other)
-            self._exchanged = not serves and other.length < drift.length
-            if not serves and not self._exchanged:  # the one that was there is the nearer one
+            if not serves and other.length >= drift.length:
                 self._exchange(self._aside)
                 self._serves(drift)
         return not serves or not same
 
     def _serves(self, drift: Drift) -> bool:
+        """Notes the estimate, and returns whether the basis is good enough for that."""
         self.stats.estimate = 1.0 if self.gapless else self._staleness.sine(drift)
         estimate, distance = self._probe_at
         return self.stats.estimate <= estimate and drift.length <= distance
 
     def _exchange(self, other: Aside) -> None:
-        self._aside = self._current(self._probe_at)
+        self._aside = self._as_aside(self._probe_at)
         other = other.taught_by(self._staleness)
         self.pairs, self._staleness, self._unseen = other.pairs, other.staleness, other.unseen
-        self._probe_at, self.stats.bound = other.probe_at, other.bound
+        self._probe_at = other.probe_at
 
-    def _current(self, probe_at: tuple[float, float]) -> Aside:
-        pairs, bound = self._present(), self.stats.bound
-        bound = 1.0 if bound is None else bound
-        return Aside(pairs, self._staleness, self._unseen, probe_at, bound)
+    def _as_aside(self, probe_at: tuple[float, float]) -> Aside:
+        return Aside(self._present(), self._staleness, self._unseen, probe_at)
 
     def plan(self, seen: Situation, *, forced: bool) -> str:
         """Returns the name of the method that fits what has changed."""
@@ -209,7 +205,7 @@ class ByAngle(RefreshRule):
             self._refine_until_good()
         if not self._has_room():
             self.solve()
-        if self._unseen.refined:
+        if self._unseen.refined:  # and nobody has looked outside since: no bound is known
             self.stats.bound = 1.0
 
     def _refine_until_good(self) -> None:
@@ -369,10 +365,11 @@ class ByAngle(RefreshRule):
         before = self._staleness.anchor if self.fits() else None
         if before is not None and torch.equal(theta, before):
             return  # the basis of this state is only made better
-        if not self._exchanged:  # else that which served at the last step is aside already
-            back = are_back(theta, before, self._earlier)
-            self._aside = self._current(self._soon) if back and not self.gapless else None
-        self._earlier, self._exchanged = before, False
+        aside = self._aside
+        if aside is None or not are_back(theta, aside.staleness.anchor, before):
+            back = are_back(theta, before, self._earlier) and not self.gapless
+            self._aside = self._as_aside(self._first_probe_at) if back else None
+        self._earlier = before
 
     @property
     def holds_two(self) -> bool:
@@ -380,7 +377,7 @@ class ByAngle(RefreshRule):
         return self._aside is not None
 
     @property
-    def _soon(self) -> tuple[float, float]:
+    def _first_probe_at(self) -> tuple[float, float]:
         """When a basis is probed for the first time after its refresh, at the latest."""
         # What is known of a drift says little of one that is far longer.
         return self.max_angle / 2, _FURTHER * self._staleness.rates.longest
@@ -390,7 +387,7 @@ class ByAngle(RefreshRule):
         self._staleness = self._staleness.refreshed(left)
         self.stats.bound = min(1.0, bound)
         self.stats.estimate = self._staleness.sine_at_refresh
-        estimate, distance = self._soon
+        estimate, distance = self._first_probe_at
         self._probe_at = estimate, min(distance, until)
 
     def warn(self) -> None:

@@ -16,7 +16,7 @@ from subspace_optim.subspaces.staleness import Drift
 _TURNED = 1.0
 """The staleness, added up over refinements, after which it is looked at again."""
 _PRODUCTS = 150
-"""Products, after which it is in any case: a look takes five to ten."""
+"""Products, after which it is in any case: a look takes at most 12."""
 _LONGER = 3.0
 """A drift of this many times the longest of the latest is a move of a kind not seen before."""
 _MEMORY = 8

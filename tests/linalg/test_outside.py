@@ -87,6 +87,14 @@ def test_a_complement_of_few_dimensions_is_known_altogether(bulk: int) -> None:
     np.testing.assert_allclose(float(found.guard.eigenvalues), float(values[2]), rtol=1e-10)
 
 
+@pytest.mark.parametrize("flat", [0.0, 1.0, -2.0])
+def test_a_guard_of_a_flat_bulk_is_outside_of_the_basis(flat: float) -> None:
+    matrix, rows = _rotated(torch.tensor([10.0, flat, flat], dtype=torch.float64), 0)
+    found, _ = _look(matrix, rows[:1], rows[1:2], 0)
+    assert float((found.guard.vectors @ rows[0]).abs()) < 1e-12
+    np.testing.assert_allclose(float(found.guard.eigenvalues), flat, atol=1e-12)
+
+
 def test_without_a_bulk_there_is_nothing_to_miss() -> None:
     matrix, rows = _rotated(torch.tensor([2.0, 1.0], dtype=torch.float64), 0)
     found, taken = _look(matrix, rows, rows[:0], 0)

@@ -17,6 +17,18 @@ from tests.dense import dense_curvature, supervised
 K, SIZE = 3, 0.12
 
 
+class AnyDtype(nn.Module):
+    """A model that takes its input in the dtype of its parameters."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x.to(next(self.inner.parameters()).dtype))
+        return out
+
+
 class Jumping:
     """A small network whose parameters go to and fro along one direction, and drift on slowly."""
 
@@ -91,6 +103,36 @@ def test_another_matrix_has_neither() -> None:
     problem.subspace.update()
     assert not problem.subspace.rule.holds_two
     assert problem.true_sine() <= problem.subspace.stats.estimate
+
+
+def test_a_basis_of_another_dtype_does_not_come_back() -> None:
+    for steps in range(5, 9):
+        problem = Jumping(3)
+        model = AnyDtype(problem.model).float()
+        data = problem.x, problem.y
+        hessian = so.HessianOperator(model, nn.CrossEntropyLoss(), data)
+        problem.subspace = so.DominantSubspace(hessian, 2)
+        for step in range(steps):
+            problem.at(step)
+            problem.subspace.update()
+        assert problem.subspace.rule.holds_two
+        problem.model.double()
+        for step in range(steps, steps + 3):
+            problem.at(step)
+            assert problem.subspace.update().vectors.dtype == torch.float64
+
+
+def test_a_refresh_by_hand_goes_on_as_it_does_after_a_checkpoint() -> None:
+    whole, other = Jumping(1), Jumping(1)
+    for step in range(12):
+        whole.at(step)
+        whole.subspace.update()
+        other.at(step)
+        other.subspace.load_state_dict(through_a_file(whole.subspace.state_dict()))
+        whole.subspace.refresh()
+        other.subspace.refresh()
+        assert whole.subspace.stats.products == other.subspace.stats.products
+        assert whole.subspace.rule.holds_two == other.subspace.rule.holds_two
 
 
 @pytest.mark.parametrize(
