@@ -114,8 +114,8 @@ def _columns(found: dict[str, Sampled]) -> dict[str, Tensor]:
 class Gradients:
     """Measures loss and gradient on as many examples as are asked for.
 
-    A sample is drawn at the first row, which reads all data, and kept; again where its size or modes
-    of the model have changed. Between the two halves of a row there are ``GROUPS``
+    A sample is drawn at the first row, which reads all data, and kept; again where its size or the
+    modes of the model have changed. Between the two halves of a row there are ``GROUPS``
     gradients in memory.
 
     Args:
