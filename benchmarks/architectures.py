@@ -18,48 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.models import EncoderLayer
+
 __all__ = ["LanguageModel", "ResNet18", "VisionTransformer", "next_token_loss", "vit_tiny"]
 
 
 # --- transformers ------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """``h = x + attention(norm(x))``; ``h + feed_forward(norm(h))``, feed-forward width ``4 d``.
-
-    Args:
-        width: the model's dimension d.
-        heads: of attention; they divide the width.
-        causal: a position attends to itself and to those before it; otherwise to all.
-    """
-
-    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
-        """Creates the two sublayers."""
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.attention_norm = nn.LayerNorm(width)
-        self.project_in = nn.Linear(width, 3 * width)
-        self.project_out = nn.Linear(width, width)
-        self.feed_forward_norm = nn.LayerNorm(width)
-        self.widen = nn.Linear(width, 4 * width)
-        self.narrow = nn.Linear(4 * width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Returns one vector a position, ``(N, T, d)``, of as many."""
-        hidden = hidden + self._attention(self.attention_norm(hidden))
-        wide = functional.gelu(self.widen(self.feed_forward_norm(hidden)))
-        output: Tensor = hidden + self.narrow(wide)
-        return output
-
-    def _attention(self, hidden: Tensor) -> Tensor:
-        # (N, T, 3 d) -> three of (N, heads, T, d / heads)
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
-            for part in self.project_in(hidden).chunk(3, dim=-1)
-        )
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        output: Tensor = self.project_out(mixed.transpose(-3, -2).flatten(-2))
-        return output
 
 
 class LanguageModel(nn.Module):
@@ -84,11 +48,11 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(layers)))
+        self.blocks = nn.ModuleList(EncoderLayer(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                into_stream = name.endswith(("project_out.weight", "narrow.weight"))
+                into_stream = name.endswith(("project_out.weight", "feed_forward.2.weight"))
                 nn.init.normal_(parameter, std=0.02 / ((2 * layers) ** 0.5 if into_stream else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -96,8 +60,10 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns logits ``(N, T, vocabulary)`` of token ids ``(N, T)``, T at most the length."""
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
-        hidden = self.norm(self.blocks(self.tokens(tokens) + self.positions(positions)))
-        return functional.linear(hidden, self.tokens.weight)
+        hidden = self.tokens(tokens) + self.positions(positions)
+        for block in self.blocks:
+            hidden = block(hidden, causal=True)
+        return functional.linear(self.norm(hidden), self.tokens.weight)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -135,7 +101,7 @@ class VisionTransformer(nn.Module):
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(0.02 * torch.randn(1, (side // patch) ** 2 + 1, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(EncoderLayer(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, outputs)
 

@@ -251,27 +251,33 @@ class EncoderLayer(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, hidden: Tensor, keys: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, keys: Tensor | None = None, *, causal: bool = False
+    ) -> Tensor:
         """The layer's output, shaped like its input.
 
         Args:
             hidden: One vector a token, shape (N, T, width).
-            keys: True where a token may be attended to, shape (N, T).
+            keys: True where a token may be attended to, shape (N, T); else to all of them.
+            causal: A token attends to itself and to those before it; not beside `keys`.
 
         Returns:
             One vector a token, shape (N, T, width).
         """
-        hidden = hidden + self._attention(self.attention_norm(hidden), keys)
+        hidden = hidden + self._attention(self.attention_norm(hidden), keys, causal=causal)
         output: Tensor = hidden + self.feed_forward(self.feed_forward_norm(hidden))
         return output
 
-    def _attention(self, hidden: Tensor, keys: Tensor) -> Tensor:
+    def _attention(self, hidden: Tensor, keys: Tensor | None, *, causal: bool) -> Tensor:
         # (N, T, 3 width) -> three of (N, heads, T, width / heads)
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
             for part in self.project_in(hidden).chunk(3, dim=-1)
         )
-        mask = keys[..., None, None, :]  # the same for every head and every query
-        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        # The same for every head and every query.
+        mask = None if keys is None else keys[..., None, None, :]
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal
+        )
         output: Tensor = self.project_out(mixed.transpose(-3, -2).flatten(-2))
         return output

@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 from benchmarks.architectures import (
-    Block,
     LanguageModel,
     ResNet18,
     VisionTransformer,
     next_token_loss,
     vit_tiny,
 )
+from benchmarks.models import EncoderLayer
+from tests.benchmarks.torchs_layers import torchs_layer
 
 
 def size(model: nn.Module) -> int:
@@ -33,27 +34,13 @@ def test_sizes_are_those_that_were_published():
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_block_is_torchs_encoder_layer(causal):
     torch.manual_seed(0)
-    block = Block(16, 4, causal=causal).double()
+    block = EncoderLayer(16, 4).double()
     for p in block.parameters():  # norms and biases start at 1 and 0: hide no mistake
         p.data.add_(0.1 * torch.randn_like(p))
-    layer = nn.TransformerEncoderLayer(
-        16, 4, 64, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    ).double()
-    names = {
-        "self_attn.in_proj_": "project_in.",
-        "self_attn.out_proj.": "project_out.",
-        "linear1.": "widen.",
-        "linear2.": "narrow.",
-        "norm1.": "attention_norm.",
-        "norm2.": "feed_forward_norm.",
-    }
-    state = block.state_dict()
-    layer.load_state_dict(
-        {a + kind: state[b + kind] for a, b in names.items() for kind in ("weight", "bias")}
-    )
     x = torch.randn(3, 5, 16).double()
     mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=x.dtype) if causal else None
-    torch.testing.assert_close(block(x), layer(x, src_mask=mask))
+    expected = torchs_layer(block)(x, src_mask=mask)
+    torch.testing.assert_close(block(x, causal=causal), expected)
 
 
 def test_a_decoder_does_not_look_ahead_and_ties_its_embeddings():

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from torch import nn
 
 import subspace_optim as so
 from benchmarks.gpu import __main__ as command
@@ -15,23 +14,15 @@ from benchmarks.gpu import capture, problems, rows, solves, starts, suite, waits
 from benchmarks.gpu.graphs import GradientGraph
 from benchmarks.gpu.sections import NEEDS_CUDA, Section, run, time_limit
 from benchmarks.losses import mse
-from benchmarks.speed.problems import Problem
 from benchmarks.speed.reference import Residuals
 from subspace_optim.linalg import top_eigenpairs
+from tests.benchmarks.small import small_problem
 from tests.dense import dense_curvature, supervised
 
 
 @pytest.fixture
 def problem():
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator))
-    x = torch.randn(30, 6, generator=generator)
-    made = Problem("small", model, x, torch.arange(30) % 3, 3, 0.01)
-    made.states[0] = made.theta()
-    return made
+    return small_problem(y=torch.arange(30) % 3)
 
 
 @pytest.fixture

@@ -9,25 +9,18 @@ from torch import nn
 
 import subspace_optim as so
 from benchmarks.speed.models import in_mode, measure, parts
-from benchmarks.speed.problems import Problem
 from benchmarks.speed.runs import Sample
 from benchmarks.speed.tables import models as models_table
 from benchmarks.speed.tables import trajectories as trajectories_table
 from benchmarks.speed.trajectories import follow, true_sine
 from benchmarks.speed.trajectories import measure as measure_trajectory
+from tests.benchmarks.small import small_problem
 
 
 @pytest.fixture
 def problem():
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator))
-    x = torch.randn(30, 6, generator=generator)
-    y = torch.randint(3, (30,), generator=generator)
-    made = Problem("small", model, x, y, 3, 0.01)
-    made.states[0] = made.theta()
+    made = small_problem(nn.BatchNorm1d(8))
+    made.model.eval()
     return made
 
 

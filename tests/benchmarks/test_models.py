@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.data import DATASETS, Dataset
 from benchmarks.losses import LOSSES
 from benchmarks.models import CNN, DEFAULT_MODEL, FITS, MODELS, Transformer, build, default_lr, mlp
+from tests.benchmarks.torchs_layers import torchs_layer
 
 SHAPES = {
     "mnist-5k": (784,),
@@ -186,29 +187,6 @@ def test_cnn_formula(flat: bool) -> None:
     torch.testing.assert_close(module(x.flatten(1) if flat else x), hidden.flatten(1) @ w.T + b)
 
 
-def reference_layers(module: Transformer) -> list[nn.TransformerEncoderLayer]:
-    """Torch's own encoder layers with a transformer's weights."""
-    layers = []
-    for ours in module.layers:
-        layer = nn.TransformerEncoderLayer(
-            64, 8, 256, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        ).double()
-        names = {
-            "self_attn.in_proj_": "project_in.",
-            "self_attn.out_proj.": "project_out.",
-            "linear1.": "feed_forward.0.",
-            "linear2.": "feed_forward.2.",
-            "norm1.": "attention_norm.",
-            "norm2.": "feed_forward_norm.",
-        }
-        state = ours.state_dict()
-        layer.load_state_dict(
-            {a + kind: state[b + kind] for a, b in names.items() for kind in ("weight", "bias")}
-        )
-        layers.append(layer)
-    return layers
-
-
 def test_transformer_against_torchs_encoder() -> None:
     """The transformer equals torch's pre-norm encoder layers, then a norm, a mean, the head."""
     torch.manual_seed(0)
@@ -217,8 +195,8 @@ def test_transformer_against_torchs_encoder() -> None:
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     tokens = make_data("sst2-1k").x_train
     hidden = module.tokens.weight[tokens] + module.positions.weight[: tokens.shape[1]]
-    for layer in reference_layers(module):
-        hidden = layer(hidden, src_key_padding_mask=tokens == 0)
+    for ours in module.layers:
+        hidden = torchs_layer(ours)(hidden, src_key_padding_mask=tokens == 0)
     hidden = module.norm(hidden)
     means = [row[: int((t != 0).sum())].mean(0) for row, t in zip(hidden, tokens, strict=True)]
     torch.testing.assert_close(module(tokens), module.head(torch.stack(means)))
@@ -245,9 +223,11 @@ def test_every_sentence_has_a_key_to_attend_to(monkeypatch: pytest.MonkeyPatch) 
     masks: list[Tensor] = []
     attention = functional.scaled_dot_product_attention
 
-    def record(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor) -> Tensor:
+    def record(
+        query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor, is_causal: bool
+    ) -> Tensor:
         masks.append(attn_mask)
-        return attention(query, key, value, attn_mask=attn_mask)
+        return attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
     tokens = torch.tensor([[3, 4, 0], [0, 0, 0]])

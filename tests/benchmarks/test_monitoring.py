@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 
 import subspace_optim as so
 from benchmarks.losses import mse
@@ -13,20 +12,15 @@ from benchmarks.speed.monitor_errors import COLUMNS, SHARES, coverage, summary
 from benchmarks.speed.monitoring import BARS, WATCHING, spaced
 from benchmarks.speed.problems import Problem
 from benchmarks.speed.tables import TABLES
+from tests.clusters import clustered, network
 from tests.dense import dense_curvature, supervised
 
 
 @pytest.fixture
 def problem():
     """A network with three outliers in its spectrum, and examples in no order."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    y = torch.randint(3, (400,), generator=generator)
-    means = 2 * torch.randn(3, 6, generator=generator, dtype=torch.float64)
-    x = means[y] + 0.3 * torch.randn(400, 6, generator=generator, dtype=torch.float64)
-    made = Problem("small", model, x, y, 3, 0.05)
+    x, y = clustered(400)
+    made = Problem("small", network(), x, y, 3, 0.05)
     made.states[0] = made.theta()
     return made
 

@@ -5,33 +5,23 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.losses import mse
 from benchmarks.speed.__main__ import Results, _parser
 from benchmarks.speed.memory import peak_bytes
-from benchmarks.speed.problems import Problem
 from benchmarks.speed.products import MeteredHessian
 from benchmarks.speed.recipe import recipe
 from benchmarks.speed.reference import Reference
 from benchmarks.speed.runs import Scenario, agreement, train
 from benchmarks.speed.scaling import exponent
 from benchmarks.speed.timing import in_turn, ratios, spread
+from tests.benchmarks.small import small_problem
 from tests.dense import dense_curvature, supervised
 
 
 @pytest.fixture
 def problem():
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator))
-    x = torch.randn(30, 6, generator=generator)
-    y = torch.randint(3, (30,), generator=generator)
-    made = Problem("small", model, x, y, 3, 0.1)
-    made.states[0] = made.theta()
-    return made
+    return small_problem(lr=0.1)
 
 
 def dense(problem):

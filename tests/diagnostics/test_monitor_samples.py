@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import subspace_optim as so
 from subspace_optim.diagnostics.measures.gradients import GROUPS
+from tests import clusters
+from tests.clusters import clustered, one_hot_mse
 from tests.dense import dense_curvature, supervised
 from tests.diagnostics.test_sampled import written_out
 from tests.optim.naive import dense_eigenbasis, flat
@@ -31,22 +33,8 @@ COLUMNS = {"norm": "gradient_norm", "chi": "chi_gradient", "dom_lr": "dom_lr", "
 Draw = tuple[int, int]
 
 
-def data(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Classes that lie apart: three outliers in the spectrum, and a gap below them."""
-    random = torch.Generator().manual_seed(seed)
-    y = torch.randint(CLASSES, (N,), generator=random)
-    means = 2 * torch.randn(CLASSES, 4, generator=random, dtype=torch.float64)
-    return means[y] + 0.3 * torch.randn(N, 4, generator=random, dtype=torch.float64), y
-
-
-def network(*layers: nn.Module) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 6), *layers, nn.Tanh(), nn.Linear(6, CLASSES)).double()
-
-
-def one_hot_mse(output: Tensor, target: Tensor) -> Tensor:
-    return (output - F.one_hot(target, CLASSES)).square().sum(1).mean() / 2
+data = partial(clustered, N, inputs=4, classes=CLASSES)
+network = partial(clusters.network, inputs=4, hidden=6, classes=CLASSES)
 
 
 class Spied(so.HessianOperator):

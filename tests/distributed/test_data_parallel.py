@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
 from subspace_optim.linalg.rows import largest_sine
+from tests import clusters
 from tests.dense import dense_curvature, make_problem, projector, supervised
 from tests.distributed import worker
 from tests.processes import together
@@ -96,13 +97,13 @@ def test_a_monitor_on_a_sample_tells_the_same_on_all_ranks(ranks):
 
 def test_a_sampled_subspace_is_the_same_on_all_ranks_and_certified(ranks):
     found = alike(ranks, "sample")
-    model, x, y = worker.clustered()
+    model, (x, y) = clusters.network(seed=3), clusters.clustered(4000, seed=3)
     for step, (vectors, stats) in enumerate(zip(found["vectors"], found["stats"], strict=True)):
         if step:
             with torch.no_grad():
                 for p in model.parameters():
                     p.mul_(1.03)
-        dense = dense_curvature(model, supervised(worker.of_classes), [(x, y)])
+        dense = dense_curvature(model, supervised(clusters.one_hot_mse), [(x, y)])
         top = torch.linalg.eigh(dense.hessian).eigenvectors.T.flip(0)[:3].contiguous()
         estimate, sampling_error, examples, _ = stats
         assert largest_sine(vectors, top) <= estimate <= 0.15

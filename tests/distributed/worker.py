@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import subspace_optim as so
+from tests import clusters
 from tests.dense import Problem, make_problem
 
 SIZES = (3, 1, 4, 2, 5)  # examples of the batches, which the ranks take in turn
@@ -115,27 +116,13 @@ def subspace() -> dict[str, Any]:
     return {"eigenvalues": basis.eigenvalues, "vectors": basis.vectors}
 
 
-def clustered() -> tuple[nn.Module, Tensor, Tensor]:
-    """A network with three outliers in its spectrum, and examples in no order."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    y = torch.randint(3, (4000,), generator=generator)
-    means = 2 * torch.randn(3, 6, generator=generator, dtype=torch.float64)
-    noise = torch.randn(4000, 6, generator=generator, dtype=torch.float64)
-    return model, means[y] + 0.3 * noise, y
-
-
-def of_classes(output: Tensor, target: Tensor) -> Tensor:
-    return (output - F.one_hot(target, 3)).square().sum(1).mean() / 2
-
-
 def sample() -> dict[str, Any]:
     """A basis of a sample, while the parameters move; each rank has rows of its own."""
-    model, x, y = clustered()
+    model, (x, y) = clusters.network(seed=3), clusters.clustered(4000, seed=3)
     own = slice(dist.get_rank(), None, dist.get_world_size())
-    hessian = so.HessianOperator(model, of_classes, (x[own], y[own]), process_group=group())
+    hessian = so.HessianOperator(
+        model, clusters.one_hot_mse, (x[own], y[own]), process_group=group()
+    )
     subspace = so.DominantSubspace(hessian, 3, sample="auto", max_angle=0.15)
     found: dict[str, Any] = {"vectors": [], "stats": []}
     for step in range(4):
@@ -153,14 +140,14 @@ def monitored() -> dict[str, Any]:
     """A monitor on a sample, to which each rank adds rows of its own, or batches of its own."""
     found = {}
     for form in ("rows", "batches", "few batches"):
-        model, x, y = clustered()
+        model, (x, y) = clusters.network(seed=3), clusters.clustered(4000, seed=3)
         own = slice(dist.get_rank(), None, dist.get_world_size())
         x, y = x[own], y[own]
         size = {"batches": 20, "few batches": 200}.get(form)
         data: Any = (x, y)
         if size is not None:
             data = list(zip(x.split(size), y.split(size), strict=True))
-        hessian = so.HessianOperator(model, of_classes, data, process_group=group())
+        hessian = so.HessianOperator(model, clusters.one_hot_mse, data, process_group=group())
         subspace = so.FixedSubspace(model, torch.eye(hessian.size, dtype=torch.float64)[:6])
         subspace.operator = hessian
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import subspace_optim as so
 from subspace_optim.linalg.rows import largest_sine
 from subspace_optim.subspaces.rule import Situation
 from tests.checkpoints import through_a_file
+from tests.clusters import clustered, network, one_hot_mse
 from tests.dense import dense_curvature, supervised
 
 N, K = 4000, 3
 MAX_ANGLE = 0.1
 
 
-def mse(output: Tensor, target: Tensor) -> Tensor:
-    return (output - F.one_hot(target, K)).square().sum(1).mean() / 2
-
-
-def clusters(count: int = N, seed: int = 0, spread: float = 0.4) -> tuple[Tensor, Tensor]:
-    """Examples about K means, sorted by class as files often are."""
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.arange(count) * K // count
-    means = 2 * torch.randn(K, 6, generator=generator, dtype=torch.float64)
-    x = means[y] + spread * torch.randn(count, 6, generator=generator, dtype=torch.float64)
-    return x, y
-
-
-def network(seed: int = 0, *layers: nn.Module) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(6, 8), *layers, nn.Tanh(), nn.Linear(8, K))
-    return model.double()
+clusters = partial(clustered, N, classes=K, spread=0.4, sort=True)
 
 
 class Training:
@@ -55,8 +39,8 @@ class Training:
         **options: Any,
     ) -> None:
         self.x, self.y = clusters(seed=seed)
-        self.model = network(seed, *layers)
-        hessian = so.HessianOperator(self.model, mse, (self.x, self.y))
+        self.model = network(*layers, seed=seed)
+        hessian = so.HessianOperator(self.model, one_hot_mse, (self.x, self.y))
         options = {"max_angle": MAX_ANGLE} | options
         self.subspace = so.DominantSubspace(hessian, K, sample=sample, seed=draw, **options)
         self.seed, self.steps = seed, 0
@@ -69,12 +53,12 @@ class Training:
             generator = torch.Generator().manual_seed(1000 * self.seed + self.steps)
             batch = torch.randint(N, (50,), generator=generator)
             self.optimizer.zero_grad()
-            mse(self.model(self.x[batch]), self.y[batch]).backward()
+            one_hot_mse(self.model(self.x[batch]), self.y[batch]).backward()
             self.optimizer.step()
             self.steps += 1
 
     def true_sine(self) -> float:
-        dense = dense_curvature(self.model, supervised(mse), [(self.x, self.y)])
+        dense = dense_curvature(self.model, supervised(one_hot_mse), [(self.x, self.y)])
         top = torch.linalg.eigh(dense.hessian).eigenvectors.T.flip(0)[:K]
         return largest_sine(self.subspace.update().vectors, top.contiguous())
 
@@ -189,8 +173,8 @@ def test_data_that_cannot_be_divided_are_used_whole(layer):
 
 
 def test_few_examples_are_used_whole():
-    x, y = clusters(300)
-    hessian = so.HessianOperator(network(), mse, (x, y))
+    x, y = clustered(300, classes=K, spread=0.4, sort=True)
+    hessian = so.HessianOperator(network(), one_hot_mse, (x, y))
     subspace = so.DominantSubspace(hessian, K, sample="auto")
     subspace.update()
     assert subspace.stats.examples is None
@@ -203,10 +187,10 @@ def test_whole_batches_of_a_list():
     batches = list(zip(x[order].split(50), y[order].split(50), strict=True))
     model = network()
     subspace = so.DominantSubspace(
-        so.HessianOperator(model, mse, batches), K, sample="auto", max_angle=MAX_ANGLE
+        so.HessianOperator(model, one_hot_mse, batches), K, sample="auto", max_angle=MAX_ANGLE
     )
     basis = subspace.update()
-    dense = dense_curvature(model, supervised(mse), [(x, y)])
+    dense = dense_curvature(model, supervised(one_hot_mse), [(x, y)])
     top = torch.linalg.eigh(dense.hessian).eigenvectors.T.flip(0)[:K]
     assert largest_sine(basis.vectors, top.contiguous()) <= subspace.stats.estimate
     assert subspace.stats.examples % 50 == 0
@@ -224,7 +208,7 @@ def test_a_run_that_is_resumed_goes_on_alike():
             found.append(training.subspace.update().vectors.clone())
             if step == resume_at:
                 state = through_a_file(training.subspace.state_dict())
-                hessian = so.HessianOperator(training.model, mse, (training.x, training.y))
+                hessian = so.HessianOperator(training.model, one_hot_mse, (training.x, training.y))
                 training.subspace = so.DominantSubspace(
                     hessian, K, sample="auto", max_angle=MAX_ANGLE
                 )
