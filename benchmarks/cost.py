@@ -7,7 +7,6 @@ same run and in turn. The peak memory is counted on every tensor that is allocat
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from rich.table import Table
 
 import subspace_optim as so
 from benchmarks import command
-from benchmarks.files import alone, replacing
+from benchmarks.files import alone, write_json
 from benchmarks.progress import shown
 from benchmarks.report import machine, versions
 from benchmarks.speed.memory import PeakMemory
@@ -96,8 +95,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         "machine": machine(),
         "versions": versions(),
     }
-    with replacing(options.output) as partial:
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(options.output, result)
     table = Table("what", "gradients", "milliseconds", "min to max", box=None)
     for name, times in seconds.items():
         table.add_row(

@@ -56,6 +56,13 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, whole: a kill leaves the file that was there before, or this one."""
+    text = json.dumps(jsonable(value), indent=2)
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
     """Keeps other processes out, as long as it lasts; missing folders are made.

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import command, report
-from benchmarks.files import alone, first_line, jsonable, replacing
+from benchmarks.files import alone, first_line, write_json
 from benchmarks.gpu import capture, problems, rows, solves, starts, suite, waits
 from benchmarks.gpu.sections import Section, run
 from benchmarks.progress import shown
@@ -120,10 +120,8 @@ class Results:
         return float(self.data["began"]) + float(self.data["options"]["seconds"])
 
     def write(self) -> None:
-        """Writes the file whole: a kill leaves the one before or this one."""
-        text = json.dumps(jsonable(self.data), indent=2)
-        with replacing(self.path) as partial_file:
-            partial_file.write_text(text + "\n", encoding="utf-8")
+        """Writes the file."""
+        write_json(self.path, self.data)
 
 
 def _measure(options: argparse.Namespace, results: Results, console: Console) -> None:

@@ -9,7 +9,6 @@ docs. Costs are in gradients over the same data, timed in the same round.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from rich.console import Console
 
 from benchmarks import command, report
 from benchmarks.data import DataUnavailableError
-from benchmarks.files import alone, jsonable, replacing
+from benchmarks.files import alone, replacing, write_json
 from benchmarks.progress import doing, shown
 from benchmarks.speed import (
     apply,
@@ -116,10 +115,8 @@ class Results:
         }
 
     def write(self) -> None:
-        """Writes the file whole: a kill leaves that before this section, or after it."""
-        text = json.dumps(jsonable(self.data), indent=2)
-        with replacing(self.path) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
+        """Writes the file."""
+        write_json(self.path, self.data)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.samples import PIECES
+
+COSTS: Final = ("products", "full_products", "gradients", "full_gradients")
+"""The counts of ``OperatorStats`` that tell what work was done."""
 
 
 @dataclass

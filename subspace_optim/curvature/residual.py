@@ -12,7 +12,13 @@ from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.gauss_newton import GaussNewtonOperator
-from subspace_optim.curvature.operator import CurvatureOperator, GroupMeans, OperatorStats, State
+from subspace_optim.curvature.operator import (
+    COSTS,
+    CurvatureOperator,
+    GroupMeans,
+    OperatorStats,
+    State,
+)
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.samples import PIECES
 
@@ -166,11 +172,9 @@ class ResidualOperator(CurvatureOperator):
             yield
         finally:
             for of, was in zip(both, before, strict=True):
-                stats.products += of.products - was.products
-                stats.full_products += of.full_products - was.full_products
-                stats.gradients += of.gradients - was.gradients
-                stats.full_gradients += of.full_gradients - was.full_gradients
-                stats.passes += of.passes - was.passes
+                for name in (*COSTS, "passes"):
+                    spent = getattr(of, name) - getattr(was, name)
+                    setattr(stats, name, getattr(stats, name) + spent)
             stats.examples = both[0].examples
             stats.graphs_kept = sum(of.graphs_kept for of in both)
             stats.graphs_streamed = sum(of.graphs_streamed for of in both)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -78,9 +77,15 @@ def look_outside(
         products = basis.project_out(matmat(rows - within @ basis.vectors))
         return products.addmm_(within, basis.vectors, alpha=least)
 
-    options: dict[str, Any] = {"dtype": guard.dtype, "device": guard.vectors.device}
     krylov = Krylov(
-        outside, guard.size, 1, max_products=max_products, seed=seed, known=guard.vectors, **options
+        outside,
+        guard.size,
+        1,
+        max_products=max_products,
+        seed=seed,
+        dtype=guard.dtype,
+        device=guard.vectors.device,
+        known=guard.vectors,
     )
     missed, block = 1.0, krylov.pending
     while missed > MISS_PROBABILITY and not krylov.exhausted:

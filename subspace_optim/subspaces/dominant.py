@@ -14,7 +14,7 @@ from subspace_optim._validation import (
     check_integer,
     check_number,
 )
-from subspace_optim.curvature.operator import CurvatureOperator, State
+from subspace_optim.curvature.operator import COSTS, CurvatureOperator, State
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.step_hooks import StepCount
@@ -216,7 +216,7 @@ class DominantSubspace:
         finally:
             operator.release()
             stats.seconds += time.perf_counter() - start
-            for name in ("products", "full_products", "gradients", "full_gradients"):
+            for name in COSTS:
                 spent = getattr(operator.stats, name) - before[name]
                 setattr(stats, name, getattr(stats, name) + spent)
         if failure is None:

@@ -62,22 +62,41 @@ def are_back(theta: Tensor, before: Tensor | None, earlier: Tensor | None) -> bo
     return bool(torch.linalg.vector_norm(theta - earlier) < _NEAR * way)
 
 
+# In a state dict: what is known of a basis, whether it is in use or was put aside.
+
+
+def known(staleness: Staleness, unseen: Unseen, probe_at: tuple[float, float]) -> dict[str, Any]:
+    """Returns it as plain numbers."""
+    return {"probe_at": list(probe_at), "unseen": unseen.numbers()} | staleness.numbers()
+
+
+def loaded_known(
+    state: SavedState, anchor: Tensor, k: int
+) -> tuple[Staleness, Unseen, tuple[float, float]]:
+    """Returns what ``known`` was given; ``ArgumentError`` where it cannot be."""
+    estimate, distance = state.numbers("probe_at", 2, minimum=0, infinite=True)
+    return Staleness(k).loaded(state, anchor), Unseen.loaded(state), (estimate, distance)
+
+
+def copied(anchor: Tensor | None, operator: CurvatureOperator) -> Tensor:
+    """Returns a copy of its own, which a checkpoint may be loaded into; zeros of nothing."""
+    if anchor is None:
+        return torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
+    return anchor.clone()
+
+
 def saved(aside: Aside | None, operator: CurvatureOperator, k: int) -> dict[str, Any]:
     """Returns copies of its tensors; zeros of the same shapes if there is none."""
     pairs = None if aside is None else aside.pairs
     anchor = None if aside is None else aside.staleness.anchor
-    if anchor is None:
-        anchor = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
-    return eigenpairs.saved(pairs, operator, k) | {"anchor": anchor.clone()}
+    return eigenpairs.saved(pairs, operator, k) | {"anchor": copied(anchor, operator)}
 
 
 def numbers(aside: Aside | None, k: int) -> dict[str, Any]:
     """Returns what is known of it; of none, the same entries."""
-    staleness, unseen, probe_at = Staleness(k), Unseen(), (0.0, 0.0)
-    if aside is not None:
-        staleness, unseen, probe_at = aside.staleness, aside.unseen, aside.probe_at
-    own = {"probe_at": list(probe_at), "unseen": unseen.numbers()}
-    return own | staleness.numbers()
+    if aside is None:
+        return known(Staleness(k), Unseen(), (0.0, 0.0))
+    return known(aside.staleness, aside.unseen, aside.probe_at)
 
 
 def loaded(state: SavedState, operator: CurvatureOperator, k: int) -> Aside | None:
@@ -86,11 +105,7 @@ def loaded(state: SavedState, operator: CurvatureOperator, k: int) -> Aside | No
     ``ArgumentError`` if that cannot be.
     """
     tensors = state.inside("aside", {*eigenpairs.names_in_state(operator, k), "anchor"})
-    known = state.inside("aside_known", numbers(None, k))
     pairs = eigenpairs.loaded(tensors, operator, k)
     anchor = tensors.tensor("anchor", (operator.size,), operator.dtype, operator.device)
-    staleness, unseen = Staleness(k).loaded(known, anchor), Unseen.loaded(known)
-    estimate, distance = known.numbers("probe_at", 2, minimum=0, infinite=True)
-    if pairs is None:
-        return None
-    return Aside(pairs, staleness, unseen, (estimate, distance))
+    found = loaded_known(state.inside("aside_known", numbers(None, k)), anchor, k)
+    return None if pairs is None else Aside(pairs, *found)

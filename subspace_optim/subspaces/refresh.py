@@ -205,7 +205,8 @@ class ByAngle(RefreshRule):
             self._refine_until_good()
         if not self._has_room():
             self.solve()
-        if self._unseen.refined:  # and nobody has looked outside since: no bound is known
+        # Nobody has looked outside since, where there is an outside: no bound is known.
+        if self._unseen.refined and self._present().guard.k:
             self.stats.bound = 1.0
 
     def _refine_until_good(self) -> None:
@@ -424,25 +425,21 @@ class ByAngle(RefreshRule):
 
     def numbers(self) -> dict[str, Any]:
         """Returns what is known of the angle."""
-        return {
+        own = {
             "gapless": self.gapless,
-            "probe_at": list(self._probe_at),
-            "unseen": self._unseen.numbers(),
-            "aside_known": put_aside.numbers(self._aside, self.k),
             "came_back": self._earlier is not None,
-        } | self._staleness.numbers()
+            "aside_known": put_aside.numbers(self._aside, self.k),
+        }
+        return own | put_aside.known(self._staleness, self._unseen, self._probe_at)
 
     def tensors(self) -> dict[str, Any]:
         """Returns the parameters of the last refreshes, and the basis that was put aside."""
         operator = self.operator
-        none = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
-        # Copies, each of its own: a checkpoint is loaded into them in place.
-        last, earlier = (
-            (none if anchor is None else anchor).clone()
-            for anchor in (self._staleness.anchor, self._earlier)
-        )
-        own = {"anchor": last, "earlier": earlier}
-        return own | {"aside": put_aside.saved(self._aside, operator, self.k)}
+        return {
+            "anchor": put_aside.copied(self._staleness.anchor, operator),
+            "earlier": put_aside.copied(self._earlier, operator),
+            "aside": put_aside.saved(self._aside, operator, self.k),
+        }
 
     def take(self, saved: SavedState) -> None:
         """Takes what ``numbers`` and ``tensors`` gave."""
@@ -451,10 +448,8 @@ class ByAngle(RefreshRule):
             saved.tensor(name, (operator.size,), operator.dtype, operator.device)
             for name in ("anchor", "earlier")
         )
-        estimate, distance = saved.numbers("probe_at", 2, minimum=0, infinite=True)
-        self._staleness = self._staleness.loaded(saved, anchor)
-        self._probe_at = min(estimate, self.max_angle), distance
-        self._unseen = Unseen.loaded(saved)
+        self._staleness, self._unseen, probe_at = put_aside.loaded_known(saved, anchor, self.k)
+        self._probe_at = min(probe_at[0], self.max_angle), probe_at[1]
         self.gapless = saved.flag("gapless")
         self._earlier = earlier if saved.flag("came_back") else None
         self._aside = put_aside.loaded(saved, operator, self.k)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.curvature.operator import CurvatureOperator, State
+from subspace_optim.curvature.operator import COSTS, CurvatureOperator, State
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.subspaces import eigenpairs
 from subspace_optim.subspaces.checkpoints import SavedState, checksum
@@ -191,8 +191,7 @@ class RefreshRule(ABC):
     def fingerprint(self) -> int:
         """Returns a number that ranks which hold the same basis have in common."""
         values = None if self.pairs is None else self.pairs.basis.eigenvalues
-        spent = dict.fromkeys(("products", "full_products", "gradients", "full_gradients"), 0)
-        stats = replace(self.stats, **spent, seconds=0.0)
+        stats = replace(self.stats, **dict.fromkeys(COSTS, 0), seconds=0.0)
         return checksum(self.numbers() | {"eigenvalues": values, "stats": asdict(stats)})
 
     def numbers(self) -> dict[str, Any]:

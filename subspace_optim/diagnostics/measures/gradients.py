@@ -158,22 +158,23 @@ class Gradients:
         if operator.ranks.any(lambda: wanted != self._drawn_for):  # all of them draw, or none
             self._view = operator.sample(examples, seed=self._seed(), pieces=GROUPS)
             self._drawn_for = wanted
-        while (drawn := self._of_view()) is not None:
-            sampled, total = drawn
-            means = self._view.group_means(GROUPS, seed=self._seed())  # type: ignore[union-attr]
+        return self._of_sample(operator, basis) or OfAllData(operator, basis)
+
+    def _of_sample(self, operator: CurvatureOperator, basis: EigenBasis) -> OfSample | None:
+        """Returns them of the sample, enlarged if its groups are too few; ``None``: of all data."""
+        while self._view is not None and (examples := self._view.examples) is not None:
+            drawn, total = examples
+            if drawn == total:
+                break
+            means = self._view.group_means(GROUPS, seed=self._seed())
             if means is not None and len(means.weights) >= _FEWEST:
-                return OfSample(means, drawn, basis)
-            more = total if means is None else math.ceil(sampled * _FEWEST / len(means.weights))
+                return OfSample(means, examples, basis)
+            more = total if means is None else math.ceil(drawn * _FEWEST / len(means.weights))
             if more >= total:
                 break
             self._view = operator.sample(more, seed=self._seed(), pieces=GROUPS)
         self._view = None
-        return OfAllData(operator, basis)
-
-    def _of_view(self) -> tuple[int, int] | None:
-        """The examples of the sample, and of all data; ``None`` where it is all of them."""
-        drawn = None if self._view is None else self._view.examples
-        return None if drawn is None or drawn[0] == drawn[1] else drawn
+        return None
 
     def _examples(self) -> int | None:
         if self._sample != "auto":
