@@ -243,6 +243,17 @@ def test_eigenvalues_that_fall_though_no_vector_turns_are_noticed():
     assert wrong <= 8, "between two probes nothing is known"
 
 
+def test_where_there_is_no_bulk_nothing_is_uncertain():
+    model = Separable(torch.tensor([2.0, 1.0, 0.5]))
+    hessian = so.HessianOperator(model, lambda out, _: (out**4).sum() / 12, NO_DATA)
+    subspace = so.DominantSubspace(hessian, 3)
+    for _ in range(3):
+        subspace.refresh()
+        assert subspace.stats.bound == subspace.stats.estimate == 0
+        with torch.no_grad():
+            model.theta *= 1.1
+
+
 def test_a_forced_refresh_is_as_good_as_an_update_after_a_leap():
     for seed in range(4):
         problem = Problem("mlp", seed)
