@@ -137,7 +137,7 @@ class Measurements:
             rows: recorded (default: as many as of the other runs).
             batch_size: examples a step; ``None``: all.
             refresh: as of ``DominantSubspace``.
-            next_k: as of ``Monitor``.
+            next_k: of the next eigenvalues, how many are recorded.
 
         Returns:
             The run.
@@ -146,6 +146,9 @@ class Measurements:
         model = build("mlp", self.data, num_outputs=self.data.num_classes, seed=self.seed)
         hessian = so.HessianOperator(model, mse, (x, y))
         subspace = so.DominantSubspace(hessian, self.k, refresh=refresh, seed=self.seed)
+        measures = [so.measures.dominant()]
+        if next_k:
+            measures.append([so.measures.next_eigenvalues(next_k)])
         (recipe,) = recipes([spelling], settings).values()
         optimizers = recipe.build(model.parameters(), lr, subspace, self.k)
 
@@ -156,7 +159,7 @@ class Measurements:
         steps = ((rows or self.rows) - 1) * every + 1
         name = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
         with (
-            so.Monitor(optimizers, subspace, every=every, next_k=next_k) as monitor,
+            so.Monitor(optimizers, subspace, measures=measures, every=every) as monitor,
             doing(f"training with {name}", steps) as task,
         ):
             for step in range(steps):

@@ -27,7 +27,7 @@ from subspace_optim.curvature import (
     ParameterSpace,
     ResidualOperator,
 )
-from subspace_optim.diagnostics import Monitor
+from subspace_optim.diagnostics import Monitor, measures
 from subspace_optim.linalg import EigenBasis, LowRankCurvature
 from subspace_optim.optim import (
     SAM,
@@ -90,5 +90,6 @@ __all__ = [
     "Subspace",
     "UnseenStepsWarning",
     "diagnostics",
+    "measures",
     "project_updates",
 ]

@@ -31,6 +31,7 @@ class OperatorStats:
         gradients: gradients over all of the data or a sample; those that a kept graph begins
             with, and the two of a finite difference, included.
         full_gradients: the same, each counted as the share of the data that it was over.
+        full_forwards: losses alone, each counted as the share of the data that it was over.
         examples: of all data, as the latest pass over them has counted; 0 before there was one.
         passes: readings of the data.
         graphs_kept: batches whose gradient graph is held, or was when it was last needed; for
@@ -45,6 +46,7 @@ class OperatorStats:
     full_products: float = 0.0
     gradients: int = 0
     full_gradients: float = 0.0
+    full_forwards: float = 0.0
     examples: int = 0
     passes: int = 0
     graphs_kept: int = 0

@@ -132,6 +132,8 @@ class Passes:
             stats.gradients += 1
             stats.full_gradients += self.share
             point.gradient = self.ranks.sum_(gradient).div_(N)
+        else:
+            stats.full_forwards += self.share
         if keep:
             point.kept, point.streamed = kept, count - len(kept)
             stats.graphs_kept, stats.graphs_streamed = len(kept), point.streamed

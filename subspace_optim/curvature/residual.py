@@ -178,7 +178,7 @@ class ResidualOperator(CurvatureOperator):
             yield
         finally:
             for of, was in zip(both, before, strict=True):
-                for name in (*COSTS, "passes"):
+                for name in (*COSTS, "full_forwards", "passes"):
                     spent = getattr(of, name) - getattr(was, name)
                     setattr(stats, name, getattr(stats, name) + spent)
             stats.examples = both[0].examples

@@ -1,5 +1,6 @@
 """What the papers measure: pure functions of vectors and bases, and a monitor on top."""
 
+from subspace_optim.diagnostics import measures
 from subspace_optim.diagnostics.alignment import (
     alignment,
     eigenvector_fractions,
@@ -7,6 +8,8 @@ from subspace_optim.diagnostics.alignment import (
     gradient_fraction,
     hessian_gradient_overlap,
 )
+from subspace_optim.diagnostics.critical_sharpness import critical_sharpness
+from subspace_optim.diagnostics.directional_sharpness import directional_sharpness
 from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
 from subspace_optim.diagnostics.monitor import Monitor
 from subspace_optim.diagnostics.outliers import (
@@ -57,6 +60,8 @@ __all__ = [
     "chance_cosine",
     "class_gradient_cosines",
     "count_outliers",
+    "critical_sharpness",
+    "directional_sharpness",
     "distance",
     "dom_lr",
     "eigenvector_fractions",
@@ -68,6 +73,7 @@ __all__ = [
     "marchenko_pastur_atom",
     "marchenko_pastur_density",
     "marchenko_pastur_edges",
+    "measures",
     "outlier_threshold",
     "overlap_matrix",
     "preconditioned_sharpness",

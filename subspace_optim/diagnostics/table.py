@@ -68,7 +68,7 @@ class Table:
         for column, count in self._lists.items():
             if any(len(values) != count for values in history[column]):
                 allowed = f"{count} in each row"
-                remedy = "It is of another k or next_k."
+                remedy = "It is of another k, or of other measures."
                 raise ArgumentError("the loaded state", f"of other {column}", allowed, remedy)
         for column in self.history:
             self.history[column] = list(history[column])

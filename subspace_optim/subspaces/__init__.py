@@ -1,6 +1,12 @@
 """Which subspace, and when its basis is renewed."""
 
-from subspace_optim.subspaces.base import Subspace, basis_of, check_subspace, projector_of
+from subspace_optim.subspaces.base import (
+    Subspace,
+    basis_of,
+    check_subspace,
+    operator_of,
+    projector_of,
+)
 from subspace_optim.subspaces.class_gradients import ClassGradientSubspace
 from subspace_optim.subspaces.dominant import DominantSubspace
 from subspace_optim.subspaces.fixed import FixedSubspace
@@ -19,5 +25,6 @@ __all__ = [
     "SubspaceStats",
     "basis_of",
     "check_subspace",
+    "operator_of",
     "projector_of",
 ]

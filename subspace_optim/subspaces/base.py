@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
@@ -26,19 +27,20 @@ class Subspace(Protocol):
         """Returns the basis to use at the present parameters."""
 
 
-def check_subspace(subspace: Any, *, projects: bool) -> None:
+def check_subspace(subspace: Any, *, projects: bool, name: str = "subspace") -> None:
     """Checks the argument of an optimizer.
 
     Args:
         subspace: the argument.
         projects: whether its basis will be projected onto.
+        name: of the argument.
 
     Raises:
         ArgumentError: it is no subspace, or none to project onto.
     """
     if isinstance(subspace, type) or not isinstance(subspace, Subspace):
         allowed = "a subspace, such as DominantSubspace(hessian, k=10)"
-        raise ArgumentError("subspace", type(subspace).__name__, allowed)
+        raise ArgumentError(name, type(subspace).__name__, allowed)
     if projects and getattr(subspace, "orthogonal", True) is False:
         raise ArgumentError(*_no_projector(type(subspace).__name__))
 
@@ -73,3 +75,20 @@ def projector_of(subspace: Subspace) -> EigenBasis:
 def _no_projector(kind: str) -> tuple[str, str, str, str]:
     found, allowed = f"a {kind} with vectors that are not orthogonal", "one to project onto"
     return "subspace", found, allowed, "Use ClassGradientSubspace(..., orthogonal=True)."
+
+
+def operator_of(subspace: Subspace) -> CurvatureOperator | None:
+    """Returns the operator whose loss and gradient are recorded, if the subspace has one.
+
+    Raises:
+        ArgumentError: it is of other parameters.
+    """
+    operator = getattr(subspace, "operator", None)
+    if not isinstance(operator, CurvatureOperator):
+        return None
+    both = (operator.parameters.tensors, subspace.parameters.tensors)
+    ours, theirs = ([id(p) for p in tensors] for tensors in both)
+    if ours != theirs:
+        remedy = "Build both from one model, with the same params."
+        raise ArgumentError("the subspace's operator", "of other parameters", "of its own", remedy)
+    return operator

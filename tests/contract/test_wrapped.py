@@ -131,7 +131,11 @@ def test_steps_that_a_wrapper_skips_are_none() -> None:
 def test_adam_in_a_wrapper_is_adam() -> None:
     model, subspace = make()
     optimizer = Takes(torch.optim.Adam(model.parameters(), lr=0.02))
-    monitor = so.Monitor(optimizer, subspace, preconditioned=True)  # type: ignore[arg-type]
+    monitor = so.Monitor(
+        optimizer,
+        subspace,
+        measures=[so.measures.dominant(), so.measures.preconditioned_sharpness()],
+    )  # type: ignore[arg-type]
     for _ in range(2):
         by_gradients(model, optimizer)
     found = so.diagnostics.preconditioned_sharpness(subspace.operator, optimizer, tol=1e-12)  # type: ignore[arg-type]

@@ -31,29 +31,28 @@ COLUMNS = [
     "step",
     "loss",
     "gradient_norm",
+    "examples",
+    "loss_error",
+    "gradient_norm_error",
     "update_norm",
+    "distance",
     "chi_gradient",
     "chi_update",
     "dom_lr",
     "bulk_lr",
-    "distance",
     "sharpness",
     "eigenvalues",
-    "next_eigenvalues",
     "gap",
-    "threshold",
-    "sam_edge",
-    "adam_threshold",
-    "preconditioned_sharpness",
     "angle_estimate",
-    "gradients",
-    "products",
-    "examples",
-    "loss_error",
-    "gradient_norm_error",
     "chi_gradient_error",
     "dom_lr_error",
     "bulk_lr_error",
+    "threshold",
+    "sam_edge",
+    "adam_threshold",
+    "gradients",
+    "products",
+    "forwards",
 ]
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8}
 dtypes = pytest.mark.parametrize("dtype", CLOSE, ids=str)
@@ -120,7 +119,9 @@ def test_every_column_of_every_row_is_that_of_a_dense_computation(
     model, operator, subspace = make(dtype)
     optimizer = OPTIMIZERS[name](model.parameters(), subspace=subspace)
     train(model, optimizer)  # the monitor comes later: distances count from there
-    monitor = so.Monitor(optimizer, subspace, next_k=3)
+    monitor = so.Monitor(
+        optimizer, subspace, measures=[so.measures.dominant(), so.measures.next_eigenvalues(3)]
+    )
     path, products = [flat(model.parameters())], []
     for _ in range(10):
         before = operator.stats.products
@@ -128,7 +129,7 @@ def test_every_column_of_every_row_is_that_of_a_dense_computation(
         path.append(flat(model.parameters()))
         products.append(operator.stats.products - before)
     history = monitor.history
-    assert list(history) == COLUMNS
+    assert list(history) == [*COLUMNS[:-3], "next_eigenvalues", *COLUMNS[-3:]]
     assert history["step"] == list(range(10))
     assert history["products"] == products
     for t in range(10):
@@ -214,7 +215,9 @@ def test_parameters_that_the_optimizer_does_not_train_are_measured_too() -> None
     """The gradient is the operator's, over all of its parameters, not what is in `.grad`."""
     model, _, subspace = make()
     optimizer = torch.optim.SGD([model.weights[0]], lr=0.01)
-    monitor = so.Monitor(optimizer, subspace, next_k=3)
+    monitor = so.Monitor(
+        optimizer, subspace, measures=[so.measures.dominant(), so.measures.next_eigenvalues(3)]
+    )
     theta = flat(model.parameters())
     train(model, optimizer)
     row = dense_row(model, theta, flat(model.parameters()), theta, 2)
@@ -280,7 +283,9 @@ def test_two_optimizers_make_one_row_a_round() -> None:
     first, *others = model.parameters()
     sgd = torch.optim.SGD([first], lr=0.01, momentum=0.9)
     adam = torch.optim.Adam(others, lr=0.02)
-    monitor = so.Monitor([sgd, adam], subspace, next_k=3)
+    monitor = so.Monitor(
+        [sgd, adam], subspace, measures=[so.measures.dominant(), so.measures.next_eigenvalues(3)]
+    )
     path = [flat(model.parameters())]
     for order in ((sgd, adam), (adam, sgd), (sgd, adam)):
         train(model, *order)
@@ -316,7 +321,9 @@ def test_a_step_that_raised_leaves_the_next_row_right() -> None:
     """After an error in the closure the loop is resumed, from other parameters."""
     model, _, subspace = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    monitor = so.Monitor(optimizer, subspace, next_k=3)
+    monitor = so.Monitor(
+        optimizer, subspace, measures=[so.measures.dominant(), so.measures.next_eigenvalues(3)]
+    )
 
     def closure() -> float:
         raise MemoryError
@@ -402,7 +409,9 @@ def test_monitors_do_not_disturb_each_other() -> None:
 def recorded(steps: int = 3) -> so.Monitor:
     model, _, subspace = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    monitor = so.Monitor(optimizer, subspace, next_k=1)
+    monitor = so.Monitor(
+        optimizer, subspace, measures=[so.measures.dominant(), so.measures.next_eigenvalues(1)]
+    )
     for _ in range(steps):
         train(model, optimizer)
     return monitor
@@ -462,9 +471,15 @@ def test_without_pandas_the_message_says_what_to_install(monkeypatch: pytest.Mon
         ({"every": 0}, "^every is 0, but must be an integer of at least 1"),
         ({"every": 1.5}, "^every is 1.5, but must be an integer of at least 1"),
         ({"every": True}, "^every is True, but must be an integer of at least 1.* Or a function"),
-        ({"next_k": -1}, "^next_k is -1, but must be an integer from 0 to 7"),
-        ({"next_k": 8}, "^next_k is 8, but must be an integer from 0 to 7"),
-        ({"preconditioned": True}, "^preconditioned is True, but must be False, but for Adam"),
+        ({"measures": so.measures.next_eigenvalues(0)}, "^n of next_eigenvalues is 0, .* 1 to 7"),
+        ({"measures": so.measures.next_eigenvalues(8)}, "^n of next_eigenvalues is 8, .* 1 to 7"),
+        (
+            {"measures": [so.measures.preconditioned_sharpness()]},
+            r"^measures is 'preconditioned_sharpness\(\) of SGD', but must be that of Adam",
+        ),
+        ({"measures": []}, "^measures is 'empty', but must be at least one measure"),
+        ({"measures": "loss"}, "^measures is 'loss', but must be a measure of subspace_optim"),
+        ({"measures": so.measures.update}, r"^measures is 'update', .* Call the function: "),
         ({"log": 3}, "^log is 'int', but must be a path that ends in .csv or .jsonl"),
         ({"log": "run.txt"}, "^log is 'run.txt', but must be a path that ends"),
         ({"log": [print, None]}, "^log is 'NoneType', but must be a path"),
@@ -475,14 +490,14 @@ def test_without_pandas_the_message_says_what_to_install(monkeypatch: pytest.Mon
             {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)},
             "^optimizer is 'of another model', but must be .* Build operator and subspace from",
         ),
-        ({"subspace": None}, "^subspace is 'NoneType', but must be a subspace, such as Dominant"),
-        ({"subspace": nn.Linear(2, 2)}, "^subspace is 'Linear', but must be a subspace, such as"),
+        ({"source": None}, "^source is 'NoneType', but must be a subspace, such as Dominant"),
+        ({"source": nn.Linear(2, 2)}, "^source is 'Linear', but must be a subspace, such as"),
     ],
 )
 def test_a_bad_argument_is_named_and_no_hook_is_left(options: dict[str, Any], message: str) -> None:
     model, operator, subspace = make()
     own = torch.optim.SGD(model.parameters(), lr=0.1)
-    arguments = {"optimizer": own, "subspace": subspace} | options
+    arguments = {"optimizer": own, "source": subspace} | options
     with pytest.raises(so.ArgumentError, match=message):
         so.Monitor(**arguments)
     given = arguments["optimizer"]

@@ -26,7 +26,12 @@ def watched(steps: int = 0, **options: Any) -> tuple[so.Monitor, Any]:
     """A monitor of SGD, and what takes a step."""
     model, _, subspace = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    monitor = so.Monitor(optimizer, subspace, next_k=1, **options)
+    monitor = so.Monitor(
+        optimizer,
+        subspace,
+        measures=[so.measures.dominant(), so.measures.next_eigenvalues(1)],
+        **options,
+    )
 
     def step() -> None:
         train(model, optimizer)
@@ -325,8 +330,7 @@ def test_what_does_not_apply_is_nan() -> None:
     everything = so.Monitor(optimizer, subspace)
     train(model, optimizer)
     assert math.isnan(everything.history["gap"][0])
-    assert everything.history["next_eigenvalues"] == [[]]
-    for column in ("sam_edge", "adam_threshold", "preconditioned_sharpness", "angle_estimate"):
+    for column in ("sam_edge", "adam_threshold", "angle_estimate"):
         assert math.isnan(monitor.history[column][0]), column
 
 
@@ -378,7 +382,11 @@ def test_adam_s_sharpness_is_recorded_from_its_first_state_on() -> None:
     """Against the dense preconditioned Hessian, with the moments that are there before the step."""
     model, _, subspace = make()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    monitor = so.Monitor(optimizer, subspace, preconditioned=True)
+    monitor = so.Monitor(
+        optimizer,
+        subspace,
+        measures=[so.measures.dominant(), so.measures.preconditioned_sharpness()],
+    )
     train(model, optimizer)
     theta = torch.cat([p.detach().flatten() for p in model.parameters()])
     states = [optimizer.state[p] for p in model.parameters()]
@@ -444,7 +452,9 @@ def test_a_state_of_another_k_is_named() -> None:
     monitor, _ = watched(1)
     model, _, subspace = make(k=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    other = so.Monitor(optimizer, subspace, next_k=1)
+    other = so.Monitor(
+        optimizer, subspace, measures=[so.measures.dominant(), so.measures.next_eigenvalues(1)]
+    )
     train(model, optimizer)
     with pytest.raises(so.ArgumentError, match="of other eigenvalues', but must be 2 in each row"):
         monitor.load_state_dict(other.state_dict())

@@ -84,8 +84,8 @@ def test_a_row_is_that_of_dense_gradients_of_groups(weighted: bool) -> None:
         weight = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
         loss = nn.CrossEntropyLoss(weight=weight)
     hessian = Spied(model, loss, (x, y))
-    optimizer, monitor = watched(model, hessian, sample=200)
-    basis = monitor.subspace.update()
+    optimizer, monitor = watched(model, hessian, measures=so.measures.dominant(200))
+    basis = monitor.source.update()
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0x5EED))[:200]
     parts = [(x[rows], y[rows]) for rows in order.tensor_split(GROUPS)]
     dense = [dense_curvature(model, supervised(loss), [part]) for part in parts]
@@ -111,8 +111,8 @@ def test_it_is_near_the_row_of_all_data() -> None:
     hessian = so.HessianOperator(model, one_hot_mse, (x, y))
     subspace = fixed(model, hessian)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    sampled = so.Monitor(optimizer, subspace, sample=300)
-    whole = so.Monitor(optimizer, subspace, sample=None)
+    sampled = so.Monitor(optimizer, subspace, measures=so.measures.dominant(300))
+    whole = so.Monitor(optimizer, subspace, measures=so.measures.dominant(None))
     for _ in range(3):
         step(model, optimizer, x, y)
         found, true = last_row(sampled), last_row(whole)
@@ -144,11 +144,15 @@ def test_it_follows_the_subspace() -> None:
     assert by_monitor[0][0] == 150
 
 
-@pytest.mark.parametrize("options", [{}, {"sample": "auto"}, {"sample": None}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"measures": so.measures.dominant("auto")}, {"measures": so.measures.dominant(None)}],
+)
 def test_without_a_sample_all_data_are_measured(options: dict[str, Any]) -> None:
     model, (x, y) = network(), data()
     hessian = Spied(model, one_hot_mse, (x, y))
-    subspace = so.DominantSubspace(hessian, 3, sample=150 if options == {"sample": None} else None)
+    of_all = options == {"measures": so.measures.dominant(None)}
+    subspace = so.DominantSubspace(hessian, 3, sample=150 if of_all else None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     monitor = so.Monitor(optimizer, subspace, **options)
     theta = flat(model.parameters())
@@ -167,8 +171,12 @@ def test_a_number_is_of_the_monitor_alone() -> None:
     model, (x, y) = network(), data()
     hessian = so.HessianOperator(model, one_hot_mse, (x, y))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    plain = so.Monitor(optimizer, so.DominantSubspace(hessian, 3), sample=100)
-    of_sample = so.Monitor(optimizer, so.DominantSubspace(hessian, 3, sample=150), sample=100)
+    plain = so.Monitor(
+        optimizer, so.DominantSubspace(hessian, 3), measures=so.measures.dominant(100)
+    )
+    of_sample = so.Monitor(
+        optimizer, so.DominantSubspace(hessian, 3, sample=150), measures=so.measures.dominant(100)
+    )
     step(model, optimizer, x, y)
     assert last_row(plain)["examples"] == last_row(of_sample)["examples"] == 100
 
@@ -176,7 +184,7 @@ def test_a_number_is_of_the_monitor_alone() -> None:
 def test_examples_that_are_coupled_are_measured_together() -> None:
     model, (x, y) = network(nn.BatchNorm1d(6)), data()
     hessian = so.HessianOperator(model, one_hot_mse, (x, y))
-    optimizer, monitor = watched(model, hessian, sample=100)
+    optimizer, monitor = watched(model, hessian, measures=so.measures.dominant(100))
     step(model, optimizer, x, y)
     row = last_row(monitor)
     assert (row["examples"], row["loss_error"]) == (N, 0)
@@ -186,7 +194,7 @@ def test_examples_that_are_coupled_are_measured_together() -> None:
 def test_a_sample_of_all_is_all() -> None:
     model, (x, y) = network(), data()
     hessian = so.HessianOperator(model, one_hot_mse, (x, y))
-    optimizer, monitor = watched(model, hessian, sample=5 * N)
+    optimizer, monitor = watched(model, hessian, measures=so.measures.dominant(5 * N))
     step(model, optimizer, x, y)
     row = last_row(monitor)
     assert (row["examples"], row["loss_error"]) == (N, 0)
@@ -206,7 +214,7 @@ def test_batches_are_taken_whole_and_eight_of_them(
     if form == "loader":
         batches = DataLoader(TensorDataset(x, y), batch_size=size)
     hessian = so.HessianOperator(model, one_hot_mse, batches)
-    optimizer, monitor = watched(model, hessian, sample=asked)
+    optimizer, monitor = watched(model, hessian, measures=so.measures.dominant(asked))
     for _ in range(2):
         step(model, optimizer, x, y)
         row = last_row(monitor)
@@ -226,7 +234,7 @@ def test_batches_that_come_in_order_have_honest_errors() -> None:
         subspace = fixed(model, hessian)
         subspace.seed = seed
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)  # one of 0 is no step
-        monitor = so.Monitor(optimizer, subspace, sample=240)
+        monitor = so.Monitor(optimizer, subspace, measures=so.measures.dominant(240))
         step(model, optimizer, x, y)
         row = last_row(monitor)
         found.append((row["loss"] - truth, row["loss_error"]))
@@ -278,7 +286,7 @@ def test_it_is_drawn_anew_where_it_is_another() -> None:
 def test_the_cost_is_the_share_of_the_data() -> None:
     model, (x, y) = network(), data()
     hessian = so.HessianOperator(model, one_hot_mse, (x, y))
-    optimizer, monitor = watched(model, hessian, sample=150)
+    optimizer, monitor = watched(model, hessian, measures=so.measures.dominant(150))
     for _ in range(2):
         step(model, optimizer, x, y)
         row = last_row(monitor)
@@ -302,17 +310,17 @@ def test_between_the_halves_of_a_row_there_are_the_gradients_of_the_groups() -> 
     model, (x, y) = network(), data()
     size = sum(p.numel() for p in model.parameters())
     hessian = so.HessianOperator(model, one_hot_mse, (x, y))
-    optimizer, monitor = watched(model, hessian, sample=150)
+    optimizer, monitor = watched(model, hessian, measures=so.measures.dominant(150))
     held: list[int] = []
 
     def look(*_: Any) -> None:
-        parts = vars(monitor._before.gradient._gradient).values()  # type: ignore[union-attr]
+        parts = vars(monitor._step.sampled(150)._gradient).values()  # type: ignore[union-attr]
         held.extend(t.nbytes for t in parts if isinstance(t, Tensor) and t.shape[-1] == size)
 
     optimizer.register_step_pre_hook(look)
     step(model, optimizer, x, y)
     assert held == [GROUPS * size * 8]
-    assert monitor._before is None
+    assert monitor._step is None
 
 
 # --- beside the rest -----------------------------------------------------------------------------
@@ -320,7 +328,7 @@ def test_between_the_halves_of_a_row_there_are_the_gradients_of_the_groups() -> 
 
 def test_training_does_not_change_by_a_bit() -> None:
     ends = []
-    for options in (None, {}, {"sample": 100}):
+    for options in (None, {}, {"measures": so.measures.dominant(100)}):
         model, (x, y) = network(nn.Dropout(0.3)), data()
         model.eval()[1].train()
         hessian = so.HessianOperator(model, one_hot_mse, list(zip(x.split(20), y.split(20))))  # noqa: B905
@@ -346,7 +354,7 @@ def test_a_run_that_is_taken_up_again_has_the_same_rows(tmp_path: Path) -> None:
                 if monitor is not None:
                     state = monitor.state_dict()
                     monitor.detach()
-                optimizer, monitor = watched(model, hessian, sample=100)
+                optimizer, monitor = watched(model, hessian, measures=so.measures.dominant(100))
                 if state is not None:
                     monitor.load_state_dict(state)
             step(model, optimizer, x, y)
@@ -366,7 +374,7 @@ def test_a_run_that_is_taken_up_again_has_the_same_rows(tmp_path: Path) -> None:
 def test_what_diverges_is_a_row_of_nan_and_training_goes_on() -> None:
     model, (x, y) = network(), data()
     hessian = so.HessianOperator(model, one_hot_mse, (x, y))
-    optimizer, monitor = watched(model, hessian, sample=100)
+    optimizer, monitor = watched(model, hessian, measures=so.measures.dominant(100))
     step(model, optimizer, x, y)
     with torch.no_grad():
         model[0].weight[0, 0] = math.nan
@@ -383,7 +391,7 @@ def test_sizes_that_cannot_be_are_refused(value: Any) -> None:
     hessian = so.HessianOperator(model, one_hot_mse, (x, y))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     with pytest.raises(so.ArgumentError, match=r"^sample is .*Or 'auto', for as many as the basis"):
-        so.Monitor(optimizer, so.DominantSubspace(hessian, 3), sample=value)
+        so.Monitor(optimizer, so.DominantSubspace(hessian, 3), measures=so.measures.dominant(value))
     assert not optimizer._optimizer_step_pre_hooks
 
 
@@ -393,6 +401,6 @@ def test_monitors_of_other_samples_are_no_twins() -> None:
     subspace = fixed(model, hessian)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     for sample in (None, 50, 100):
-        so.Monitor(optimizer, subspace, sample=sample)
+        so.Monitor(optimizer, subspace, measures=so.measures.dominant(sample))
     with pytest.warns(so.AttachedTwiceWarning):
-        so.Monitor(optimizer, subspace, sample=100)
+        so.Monitor(optimizer, subspace, measures=so.measures.dominant(100))

@@ -18,7 +18,7 @@ from tests.optim.naive import DenseOperator, Quartic, dense_eigenbasis, flat
 ALWAYS = ("update_norm", "chi_update", "distance")
 MEASURED = ("loss", "gradient_norm", "chi_gradient", "dom_lr", "bulk_lr")
 BY_THE_OPERATOR = (*MEASURED, *(f"{name}_error" for name in MEASURED))
-COSTS = ("gradients", "products")
+COSTS = ("gradients", "products", "forwards")
 BY_EIGENPAIRS = ("sharpness", "gap", "angle_estimate")
 
 
@@ -58,7 +58,7 @@ def missing(monitor: so.Monitor) -> set[str]:
     }
 
 
-NEVER_HERE = {"next_eigenvalues", "sam_edge", "adam_threshold", "preconditioned_sharpness"}
+NEVER_HERE = {"sam_edge", "adam_threshold"}
 
 
 @pytest.mark.parametrize("kind", ["fixed", "own"])
@@ -120,10 +120,12 @@ def test_with_k_beside_it_the_eigenvalues_of_its_basis() -> None:
     subspace: Any = Own(model)
     subspace.operator, subspace.k = DenseOperator(model), 2
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    monitor = so.Monitor(optimizer, subspace, next_k=1)
+    monitor = so.Monitor(
+        optimizer, subspace, measures=[so.measures.dominant(), so.measures.next_eigenvalues(1)]
+    )
     theta, _ = train(model, optimizer)
     values = torch.linalg.eigvalsh(model.hessian(theta)).flip(0)
-    # With next_k they are solved for, and are those of the Hessian.
+    # With those that follow they are solved for, and are those of the Hessian.
     assert monitor.history["eigenvalues"] == [pytest.approx(values[:2].tolist(), rel=1e-4)]
     assert monitor.history["next_eigenvalues"] == [[pytest.approx(float(values[2]), rel=1e-2)]]
     plain = so.Monitor(optimizer, subspace)
@@ -171,20 +173,25 @@ def test_what_is_no_projector_is_a_row_of_nan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("measures", "message"),
     [
-        ({"next_k": 1}, "^next_k is 1, but must be .* More takes a DominantSubspace"),
-        ({"preconditioned": True}, "^preconditioned is True, but must be False for a subspace wi"),
-        ({"sample": 20}, "^sample is 20, but must be 'auto' or None for a subspace without an op"),
+        (
+            so.measures.next_eigenvalues(1),
+            r"next_eigenvalues\(\) of a subspace without an operator",
+        ),
+        (
+            so.measures.preconditioned_sharpness(),
+            r"_sharpness\(\) of a subspace without an operator",
+        ),
+        (so.measures.stability(), r"directional_sharpness\(\) of a subspace without an operator"),
+        (so.measures.dominant(20), "^sample is 20, .* 'auto' or None, but for a subspace with an"),
     ],
 )
-def test_what_takes_an_operator_is_refused_without_one(
-    options: dict[str, Any], message: str
-) -> None:
+def test_what_takes_an_operator_is_refused_without_one(measures: Any, message: str) -> None:
     model = Quartic()
     optimizer = torch.optim.Adam(model.parameters())
     with pytest.raises(so.ArgumentError, match=message):
-        so.Monitor(optimizer, fixed(model), **options)
+        so.Monitor(optimizer, fixed(model), measures=measures)
     assert not optimizer._optimizer_step_pre_hooks
 
 
@@ -212,7 +219,7 @@ def test_what_was_recorded_goes_out_of_the_house_and_on(tmp_path: Path) -> None:
     train(model, optimizer)
     header, row = (tmp_path / "run.csv").read_text().splitlines()
     assert "eigenvalue" not in header
-    assert len(row.split(",")) == len(header.split(",")) == len(monitor.history) - 2
+    assert len(row.split(",")) == len(header.split(",")) == len(monitor.history) - 1
     assert len(monitor.to_frame()) == 1
     assert monitor.plot().axes[3].get_lines()
     other = so.Monitor(torch.optim.SGD(model.parameters(), lr=0.01), fixed(model))

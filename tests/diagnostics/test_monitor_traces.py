@@ -138,7 +138,13 @@ def test_training_does_not_change_by_a_bit(name: str, way: str) -> None:
     assert all(norm > 0 for norm in monitor.history["update_norm"])
 
 
-@pytest.mark.parametrize("options", [{"every": 2}, {"next_k": 2}, {"preconditioned": True}])
+MORE: list[dict[str, Any]] = [
+    {"measures": [so.measures.dominant(), so.measures.next_eigenvalues(2)]},
+    {"measures": [so.measures.dominant(), so.measures.preconditioned_sharpness()]},
+]
+
+
+@pytest.mark.parametrize("options", [{"every": 2}, *MORE])
 def test_no_option_of_the_monitor_leaves_a_trace(options: dict[str, Any]) -> None:
     plain, _, _ = run("Adam", "plain", None)
     observed, _, _ = run("Adam", "plain", lambda o, s: so.Monitor(o, s, **options))
@@ -153,18 +159,19 @@ def small() -> tuple[nn.Module, so.HessianOperator, tuple[Tensor, Tensor]]:
     return model, hessian, data
 
 
-@pytest.mark.parametrize("next_k", [0, 3])
+@pytest.mark.parametrize("more", [0, 3])
 @pytest.mark.parametrize("refresh", [4, "auto"])
 @pytest.mark.parametrize("kind", ["BulkSGD", "DomSAM"])
-def test_beside_an_optimizer_on_the_same_subspace(kind: str, refresh: Any, next_k: int) -> None:
+def test_beside_an_optimizer_on_the_same_subspace(kind: str, refresh: Any, more: int) -> None:
     """The shared basis is refreshed at the same steps, whatever the monitor asks beside it."""
+    measures = [so.measures.dominant(), *([so.measures.next_eigenvalues(more)] if more else [])]
     ends = []
     for watched in (False, True):
         model, hessian, data = small()
         subspace = so.DominantSubspace(hessian, 1, refresh=refresh)
         optimizer = getattr(so, kind)(model.parameters(), lr=0.3, subspace=subspace)
         if watched:
-            so.Monitor(optimizer, subspace, next_k=next_k, every=1 if next_k else 3)
+            so.Monitor(optimizer, subspace, measures=measures, every=1 if more else 3)
         path = []
         for t in range(10):
             x, y = (part[t % 5 :: 5] for part in data)
@@ -188,7 +195,9 @@ def test_beside_an_optimizer_on_the_same_subspace(kind: str, refresh: Any, next_
     assert ends[0][1:] == ends[1][1:]
 
 
-@pytest.mark.parametrize("options", [{}, {"next_k": 2}, {"preconditioned": True, "every": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, MORE[0], MORE[1] | {"every": 3}, {"measures": so.measures.stability()}]
+)
 @pytest.mark.parametrize("refresh", [1, 4, "auto"])
 def test_the_cost_columns_are_the_passes_that_are_counted_outside(
     refresh: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -221,7 +230,8 @@ def test_the_cost_columns_are_the_passes_that_are_counted_outside(
             assert not seen
             continue
         passes = Counter(seen)
-        gradients, products = (monitor.history[c][-1] for c in ("gradients", "products"))
-        assert passes == {"forward": gradients, "backward": gradients + products}
+        costs = (monitor.history[column][-1] for column in ("gradients", "products", "forwards"))
+        gradients, products, forwards = costs
+        assert passes == {"forward": gradients + forwards, "backward": gradients + products}
         assert gradients >= 1
         assert products > 0 or refresh != 1

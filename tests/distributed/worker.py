@@ -151,8 +151,8 @@ def monitored() -> dict[str, Any]:
         subspace = so.FixedSubspace(model, torch.eye(hessian.size, dtype=torch.float64)[:6])
         subspace.operator = hessian
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        monitor = so.Monitor(optimizer, subspace, sample=800)
-        whole = so.Monitor(optimizer, subspace, sample=None)
+        monitor = so.Monitor(optimizer, subspace, measures=so.measures.dominant(800))
+        whole = so.Monitor(optimizer, subspace, measures=so.measures.dominant(None))
         with torch.no_grad():  # the same update on all ranks
             for p in model.parameters():
                 p.grad = torch.ones_like(p)

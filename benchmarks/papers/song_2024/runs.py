@@ -278,8 +278,11 @@ def at_the_edge(
         subspace = so.DominantSubspace(hessian, k, refresh=refresh, seed=job.seed)
         more = {} if kind is plain else {"subspace": subspace}
         optimizer = kind(net.parameters(), **options, **more)
-        next_k = k if kind is plain else 0
-        monitor = so.Monitor(optimizer, subspace, every=every if warm else measure, next_k=next_k)
+        measures = so.measures.dominant()
+        if kind is plain:
+            measures.append(so.measures.next_eigenvalues(k))
+        often = every if warm else measure
+        monitor = so.Monitor(optimizer, subspace, measures=measures, every=often)
         losses: list[float] = []
         train(
             job,

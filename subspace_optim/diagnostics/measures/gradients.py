@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from subspace_optim.diagnostics.effective_lr import bulk_lr, dom_lr
 from subspace_optim.diagnostics.sampled import Groups, Sampled, SampledGradient
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.subspaces import Subspace
+
+if TYPE_CHECKING:
+    from subspace_optim.diagnostics.measures.step import Step
 
 GROUPS = 16
 """That a sample is dealt to: a standard error of 15 degrees of freedom, for so many gradients."""
@@ -40,15 +43,14 @@ class OfAllData:
     """Loss and gradient of all data: nothing is estimated, and the errors are 0.
 
     Args:
-        operator: of all data.
-        basis: the subspace.
+        step: at whose beginning they are taken.
     """
 
-    def __init__(self, operator: CurvatureOperator, basis: EigenBasis) -> None:
-        self._basis, self._gradient = basis, operator.gradient()
-        self._loss = operator.loss()
-        self._examples = operator.stats.examples or math.nan
-        self.norm = float(torch.linalg.vector_norm(self._gradient, dtype=torch.float64))
+    def __init__(self, step: Step) -> None:
+        self._step, gradient = step, step.gradient
+        self._loss = step.loss
+        self._examples = step.operator.stats.examples or math.nan
+        self.norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
 
     def known(self) -> dict[str, Any]:
         """Returns loss, norm and the number of examples."""
@@ -57,7 +59,7 @@ class OfAllData:
 
     def of_update(self, update: Tensor) -> dict[str, Tensor]:
         """Returns χ_k and the effective rates."""
-        gradient, basis = self._gradient, self._basis
+        gradient, basis = self._step.gradient, self._step.basis
         found = {
             "chi_gradient": alignment(gradient, basis),
             "dom_lr": dom_lr(update, gradient, basis),
@@ -119,8 +121,8 @@ class Gradients:
     gradients in memory.
 
     Args:
-        subspace: in which the gradient is seen, with an operator or without.
-        operator: its operator.
+        subspace: in which the gradient is seen; ``None`` where it is not.
+        operator: of the loss; ``None`` where there is none.
         sample: the number of examples; ``"auto"``, as many as the basis is of; ``None``, all.
 
     Raises:
@@ -129,38 +131,34 @@ class Gradients:
 
     def __init__(
         self,
-        subspace: Subspace,
+        subspace: Subspace | None,
         operator: CurvatureOperator | None,
         sample: int | Literal["auto"] | None,
     ) -> None:
         if sample is not None and sample != "auto":
             remedy = "Or 'auto', for as many as the basis is of; None for all."
             sample = check_integer("sample", sample, minimum=2, remedy=remedy)
-            if operator is None:
-                allowed = "'auto' or None for a subspace without an operator"
+            if operator is None or subspace is None:
+                allowed = "'auto' or None, but for a subspace with an operator"
                 raise ArgumentError("sample", sample, allowed, "Use a DominantSubspace.")
         self._subspace, self._operator, self._sample = subspace, operator, sample
         self._drawn_for: tuple[int, int] | None = None
         self._view: CurvatureOperator | None = None  # None: all data
 
-    def at(self, basis: EigenBasis) -> Gradient | None:
-        """Returns loss and gradient at the present parameters; ``None`` without an operator.
-
-        Args:
-            basis: the subspace there.
-        """
+    def at(self, step: Step) -> Gradient | None:
+        """Returns loss and gradient at the beginning of a step; ``None`` without an operator."""
         operator, examples = self._operator, self._examples()
         if operator is None:
             return None
         if examples is None:
-            return OfAllData(operator, basis)
+            return OfAllData(step)
         wanted = examples, operator.state().modes
         if operator.ranks.any(lambda: wanted != self._drawn_for):  # all of them draw, or none
             self._view = operator.sample(examples, seed=self._seed(), pieces=GROUPS)
             self._drawn_for = wanted
-        return self._of_sample(operator, basis) or OfAllData(operator, basis)
+        return self._of_sample(operator, step) or OfAllData(step)
 
-    def _of_sample(self, operator: CurvatureOperator, basis: EigenBasis) -> OfSample | None:
+    def _of_sample(self, operator: CurvatureOperator, step: Step) -> OfSample | None:
         """Returns them of the sample, enlarged if its groups are too few; ``None``: of all data."""
         while self._view is not None and (examples := self._view.examples) is not None:
             drawn, total = examples
@@ -168,7 +166,7 @@ class Gradients:
                 break
             means = self._view.group_means(GROUPS, seed=self._seed())
             if means is not None and len(means.weights) >= _FEWEST:
-                return OfSample(means, examples, basis)
+                return OfSample(means, examples, step.basis)
             more = total if means is None else math.ceil(drawn * _FEWEST / len(means.weights))
             if more >= total:
                 break

@@ -1,0 +1,137 @@
+"""``Rows``: what measures tell of a step, put together into a row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.diagnostics.measures.base import Measure, Row, Training
+from subspace_optim.diagnostics.measures.step import Step
+
+Measures = Measure | Iterable["Measures"]
+_COSTS = {
+    "gradients": "full_gradients",
+    "products": "full_products",
+    "forwards": "full_forwards",
+}
+"""The columns of a row's cost, and what of ``OperatorStats`` they count."""
+
+
+def attached(measures: Measures, training: Training) -> list[Measure]:
+    """Returns copies of the measures, attached to a training; one that is there twice counts once.
+
+    Raises:
+        ArgumentError: there is none, one is no measure, or two of them have a column of one name.
+    """
+    chosen = {measure.key: measure for measure in reversed(_flat(measures))}
+    if not chosen:
+        raise ArgumentError("measures", "empty", "at least one measure")
+    owner: dict[str, Measure] = {"step": Measure()} | dict.fromkeys(_COSTS, Measure())
+    copies = []
+    for measure in reversed(chosen.values()):
+        own = copy.copy(measure)
+        own.attach(training)
+        for column in own.columns:
+            if column in owner:
+                names = f"{type(owner[column]).__name__} and {type(own).__name__}"
+                found = f"{names}, both with a column '{column}'"
+                raise ArgumentError("measures", found, "measures of different columns")
+            owner[column] = own
+        copies.append(own)
+    return copies
+
+
+def _flat(measures: Any) -> list[Measure]:
+    if isinstance(measures, Measure):
+        return [measures]
+    if isinstance(measures, Iterable) and not isinstance(measures, str | Mapping):
+        return [measure for each in measures for measure in _flat(each)]
+    remedy = "Call the function: measures.stability()." if callable(measures) else ""
+    allowed = "a measure of subspace_optim.measures, or a list of them"
+    raise ArgumentError("measures", getattr(measures, "__name__", measures), allowed, remedy)
+
+
+class Rows:
+    """Asks measures for what they know, before and after a step, and counts what it takes.
+
+    Args:
+        measures: attached ones.
+        operator: whose work is counted, if there is one.
+    """
+
+    def __init__(self, measures: Sequence[Measure], operator: CurvatureOperator | None) -> None:
+        self._measures, self._operator = measures, operator
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all columns."""
+        own = [column for measure in self._measures for column in measure.columns]
+        return ["step", *own, *_COSTS]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the rows depend on."""
+        return tuple(measure.key for measure in self._measures)
+
+    @property
+    def lists(self) -> dict[str, int]:
+        """Of the columns with lists, how long these are."""
+        return {column: n for measure in self._measures for column, n in measure.lists.items()}
+
+    def before(self, step: Step) -> dict[str, Any]:
+        """Returns what is known before the step."""
+        return self._asked(lambda measure: measure.before(step))
+
+    def after(self, step: Step, known: Row) -> dict[str, Any]:
+        """Returns the row, with what is known of it from before the step."""
+        found = self._asked(lambda measure: measure.after(step))
+        costs = {c: known[c] + found[c] for c in _COSTS if c in found}
+        return {**known, **found, **costs}
+
+    @torch.no_grad()
+    def _asked(self, ask: Callable[[Measure], Row]) -> dict[str, Any]:
+        operator = self._operator
+        spent = None if operator is None else replace(operator.stats)
+        row: dict[str, Any] = {}
+        for measure in self._measures:
+            found = ask(measure)
+            unknown = found.keys() - {*measure.columns, *measure.refines}
+            if unknown:
+                named = ", ".join(sorted(unknown))
+                allowed = f"its columns: {', '.join(measure.columns)}"
+                raise ArgumentError(f"what {type(measure).__name__} returns", named, allowed)
+            row |= found
+        row = _numbers({c: value for c, value in row.items() if c in self.columns})
+        if operator is not None and spent is not None:
+            for column, count in _COSTS.items():
+                row[column] = getattr(operator.stats, count) - getattr(spent, count)
+        return row
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Returns the state of each measure."""
+        return [measure.state_dict() for measure in self._measures]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Gives each measure its state."""
+        for measure, state in zip(self._measures, states, strict=True):
+            measure.load_state_dict(state)
+
+
+def _numbers(row: Row) -> dict[str, Any]:
+    """Returns a row with numbers in the place of scalar tensors, by one synchronisation."""
+    found = {c: value.flatten().double() for c, value in row.items() if isinstance(value, Tensor)}
+    if not found:
+        return dict(row)
+    values = torch.cat(list(found.values())).tolist()
+    numbers: dict[str, Any] = {}
+    for column, value in found.items():
+        own, values = values[: len(value)], values[len(value) :]
+        numbers[column] = own if row[column].dim() else own[0]
+    return {**row, **numbers}
