@@ -20,6 +20,7 @@ from subspace_optim._validation import (
     UnseenStepsWarning,
 )
 from subspace_optim.curvature import (
+    CurrentBatch,
     CurvatureOperator,
     FiniteDifferenceHessian,
     GaussNewtonOperator,
@@ -61,6 +62,7 @@ __all__ = [
     "ClassGradientQuasiNewton",
     "ClassGradientSubspace",
     "ConvergenceWarning",
+    "CurrentBatch",
     "CurvatureOperator",
     "DataChangedError",
     "DomSAM",
