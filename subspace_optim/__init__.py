@@ -29,6 +29,7 @@ from subspace_optim.curvature import (
     ResidualOperator,
 )
 from subspace_optim.diagnostics import Monitor
+from subspace_optim.diagnostics.schedules import every_share
 from subspace_optim.linalg import EigenBasis, LowRankCurvature
 from subspace_optim.optim import (
     SAM,
@@ -92,5 +93,6 @@ __all__ = [
     "Subspace",
     "UnseenStepsWarning",
     "diagnostics",
+    "every_share",
     "project_updates",
 ]
