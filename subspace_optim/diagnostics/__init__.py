@@ -7,6 +7,12 @@ from subspace_optim.diagnostics.alignment import (
     gradient_fraction,
     hessian_gradient_overlap,
 )
+from subspace_optim.diagnostics.batch_sharpness import (
+    BatchThresholds,
+    batch_sharpness,
+    batch_sharpness_thresholds,
+    gradient_sharpness,
+)
 from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
 from subspace_optim.diagnostics.monitor import Monitor
 from subspace_optim.diagnostics.outliers import (
@@ -46,6 +52,7 @@ from subspace_optim.linalg.spectral_density import SpectralDensity
 from subspace_optim.linalg.trace import Estimate
 
 __all__ = [
+    "BatchThresholds",
     "ClassGradientCosines",
     "Estimate",
     "Monitor",
@@ -53,6 +60,8 @@ __all__ = [
     "SpectralDensity",
     "adam_stability_threshold",
     "alignment",
+    "batch_sharpness",
+    "batch_sharpness_thresholds",
     "bulk_lr",
     "chance_cosine",
     "class_gradient_cosines",
@@ -63,6 +72,7 @@ __all__ = [
     "exact_spectrum",
     "expected_overlap",
     "gradient_fraction",
+    "gradient_sharpness",
     "hessian_gradient_overlap",
     "intersection_rank",
     "marchenko_pastur_atom",
