@@ -15,6 +15,7 @@ from subspace_optim.diagnostics.batch_sharpness import (
 )
 from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
 from subspace_optim.diagnostics.monitor import Monitor
+from subspace_optim.diagnostics.norm_sharpness import dual_norm, norm_sharpness
 from subspace_optim.diagnostics.outliers import (
     OutlierCount,
     count_outliers,
@@ -68,6 +69,7 @@ __all__ = [
     "count_outliers",
     "distance",
     "dom_lr",
+    "dual_norm",
     "eigenvector_fractions",
     "exact_spectrum",
     "expected_overlap",
@@ -78,6 +80,7 @@ __all__ = [
     "marchenko_pastur_atom",
     "marchenko_pastur_density",
     "marchenko_pastur_edges",
+    "norm_sharpness",
     "outlier_threshold",
     "overlap_matrix",
     "preconditioned_sharpness",
