@@ -13,6 +13,7 @@ from subspace_optim.diagnostics.batch_sharpness import (
     batch_sharpness_thresholds,
     gradient_sharpness,
 )
+from subspace_optim.diagnostics.block_sharpness import block_diagonal_share, block_sharpness
 from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
 from subspace_optim.diagnostics.monitor import Monitor
 from subspace_optim.diagnostics.norm_sharpness import dual_norm, norm_sharpness
@@ -63,6 +64,8 @@ __all__ = [
     "alignment",
     "batch_sharpness",
     "batch_sharpness_thresholds",
+    "block_diagonal_share",
+    "block_sharpness",
     "bulk_lr",
     "chance_cosine",
     "class_gradient_cosines",
