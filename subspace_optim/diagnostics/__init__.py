@@ -15,6 +15,13 @@ from subspace_optim.diagnostics.batch_sharpness import (
 )
 from subspace_optim.diagnostics.block_sharpness import block_diagonal_share, block_sharpness
 from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
+from subspace_optim.diagnostics.eigenvectors import (
+    chance_displacement,
+    chance_localization,
+    displacement,
+    localization,
+    lowest_eigenvalue,
+)
 from subspace_optim.diagnostics.monitor import Monitor
 from subspace_optim.diagnostics.norm_sharpness import dual_norm, norm_sharpness
 from subspace_optim.diagnostics.outliers import (
@@ -68,8 +75,11 @@ __all__ = [
     "block_sharpness",
     "bulk_lr",
     "chance_cosine",
+    "chance_displacement",
+    "chance_localization",
     "class_gradient_cosines",
     "count_outliers",
+    "displacement",
     "distance",
     "dom_lr",
     "dual_norm",
@@ -80,6 +90,8 @@ __all__ = [
     "gradient_sharpness",
     "hessian_gradient_overlap",
     "intersection_rank",
+    "localization",
+    "lowest_eigenvalue",
     "marchenko_pastur_atom",
     "marchenko_pastur_density",
     "marchenko_pastur_edges",
