@@ -57,6 +57,7 @@ from subspace_optim.diagnostics.stability import (
     sam_edge,
     stability_threshold,
 )
+from subspace_optim.diagnostics.valley import Valley, hill_share, valley
 from subspace_optim.linalg.spectral_density import SpectralDensity
 from subspace_optim.linalg.trace import Estimate
 
@@ -67,6 +68,7 @@ __all__ = [
     "Monitor",
     "OutlierCount",
     "SpectralDensity",
+    "Valley",
     "adam_stability_threshold",
     "alignment",
     "batch_sharpness",
@@ -89,6 +91,7 @@ __all__ = [
     "gradient_fraction",
     "gradient_sharpness",
     "hessian_gradient_overlap",
+    "hill_share",
     "intersection_rank",
     "localization",
     "lowest_eigenvalue",
@@ -108,4 +111,5 @@ __all__ = [
     "subspace_overlap",
     "trace",
     "trivial_eigenvalues",
+    "valley",
 ]
