@@ -22,6 +22,7 @@ from subspace_optim.diagnostics.eigenvectors import (
     localization,
     lowest_eigenvalue,
 )
+from subspace_optim.diagnostics.gradient_noise import GradientNoise, gradient_noise
 from subspace_optim.diagnostics.monitor import Monitor
 from subspace_optim.diagnostics.norm_sharpness import dual_norm, norm_sharpness
 from subspace_optim.diagnostics.outliers import (
@@ -65,6 +66,7 @@ __all__ = [
     "BatchThresholds",
     "ClassGradientCosines",
     "Estimate",
+    "GradientNoise",
     "Monitor",
     "OutlierCount",
     "SpectralDensity",
@@ -89,6 +91,7 @@ __all__ = [
     "exact_spectrum",
     "expected_overlap",
     "gradient_fraction",
+    "gradient_noise",
     "gradient_sharpness",
     "hessian_gradient_overlap",
     "hill_share",
