@@ -63,8 +63,8 @@ def gradient_noise(
 
     Each batch costs one gradient. The covariance is never written out, only the m×m inner products
     of the gradients, in float64. Memory: m + r vectors of P. Under ``process_group`` a batch is one
-    of each rank, together. What ``batch_sharpness`` refuses raises ``ArgumentError`` here too, and a gradient
-    that is NaN or infinite ``NonFiniteError``.
+    of each rank, together. What ``batch_sharpness`` refuses raises ``ArgumentError`` here too, and
+    a gradient that is NaN or infinite ``NonFiniteError``.
 
     Args:
         operator: the Hessian, of a mean loss over data.
