@@ -215,3 +215,12 @@ def test_batches_that_cannot_be_joined() -> None:
     operator = so.HessianOperator(Mean(), F.mse_loss, data)
     with pytest.raises(ArgumentError, match=r"cannot be joined.*Leave batch_size out"):
         next(operator.minibatches(6).views)
+
+
+def test_inside_of_at_they_are_at_the_other_parameters() -> None:
+    x = torch.arange(N)
+    operator = so.HessianOperator(Numbers(), lambda out, _: out.square().mean(), (x, x))
+    with operator.at(torch.full((N,), 3.0, dtype=torch.float64)):
+        view = next(operator.minibatches(4).views)
+        assert view.loss() == pytest.approx(9.0)
+    assert next(operator.minibatches(4).views).loss() == pytest.approx(1.0)
