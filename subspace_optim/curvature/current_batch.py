@@ -48,6 +48,7 @@ class CurrentBatch:
         self._accumulates = False  # gradients were there when the latest was added
         self._mark: object = None  # tells whether gradients have changed since
         self._models: list[weakref.ref[nn.Module]] = []
+        self._parameters: list[weakref.ref[Tensor]] = []  # theirs: a walk takes long at each call
         self._number = 0
         self._removals: list[Callable[[], None]] = []
         self._follows = False
@@ -160,6 +161,7 @@ class CurrentBatch:
         """
         if all(known() is not model for known in self._models):
             self._models.append(weakref.ref(model))
+        self._parameters = []  # to be looked up: some may have been added
 
     def held(self) -> list[Any]:
         """Returns the batches of the present step."""
@@ -233,8 +235,14 @@ class CurrentBatch:
         self._held = [_Held(held.batch) for held in self._held]
 
     def _gradients(self) -> list[Tensor]:
-        models = [model for model in (known() for known in self._models) if model is not None]
-        return [p.grad for model in models for p in model.parameters() if p.grad is not None]
+        parameters = [known() for known in self._parameters]
+        if not parameters or any(p is None for p in parameters):  # they have been replaced
+            parameters = [p for model in self._models_alive() for p in model.parameters()]
+            self._parameters = [weakref.ref(p) for p in parameters if p is not None]
+        return [p.grad for p in parameters if p is not None and p.grad is not None]
+
+    def _models_alive(self) -> list[nn.Module]:
+        return [model for model in (known() for known in self._models) if model is not None]
 
     def _step_ended(self, optimizer: Optimizer) -> None:
         if self._is_let_go:
@@ -242,9 +250,8 @@ class CurrentBatch:
         if not self._held or self._is_over:
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        models = [known() for known in self._models]
-        self._is_over = not models or any(
-            id(p) in stepped for model in models if model is not None for p in model.parameters()
+        self._is_over = not self._models or any(
+            id(p) in stepped for model in self._models_alive() for p in model.parameters()
         )
 
     def _listen(self, remove: Callable[[], None]) -> None:

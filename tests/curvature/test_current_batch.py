@@ -501,6 +501,20 @@ def test_of_two_models_each_follows_its_own_steps():
     assert [call.args[0] for call in batch.held()] == [x]
 
 
+def test_parameters_that_are_replaced_are_followed():
+    """By ``load_state_dict(assign=True)``, amid a training with accumulation."""
+    model = named()
+    batch = so.CurrentBatch.from_forward(model)
+    for seed in range(2):
+        (x, rest), (z, others) = inputs(3, seed=seed), inputs(2, seed=seed + 2)
+        model.zero_grad()
+        model(x, **rest).backward()
+        model(z, **others).backward()
+        assert [call.args[0] for call in batch.held()] == [x, z]
+        sgd(model).step()
+        model.load_state_dict(named(5).state_dict(), assign=True)
+
+
 def test_a_compiled_model_is_followed_by_its_wrapper():
     model = named()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
