@@ -384,21 +384,23 @@ def fresh(**options: Any) -> tuple[Setting, torch.optim.Optimizer, so.Monitor]:
     return s, optimizer, so.Monitor(optimizer, s.operator, **options)
 
 
-def test_a_resumed_run_has_the_rows_of_one_that_was_not_interrupted() -> None:
-    s, optimizer, whole = fresh()
+@pytest.mark.parametrize("several", [measures.stability(), measures.critical_sharpness()])
+def test_a_resumed_run_has_the_rows_of_one_that_was_not_interrupted(several: Any) -> None:
+    """Also where the next search depends on where the last one ended."""
+    s, optimizer, whole = fresh(measures=several)
     for t in range(6):
         if t == 3:
             saved = copy.deepcopy(
                 (s.model.state_dict(), optimizer.state_dict(), whole.state_dict())
             )
         s.step([optimizer])
-    s, optimizer, resumed = fresh()
+    s, optimizer, resumed = fresh(measures=several)
     s.model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     resumed.load_state_dict(saved[2])
     for _ in range(3):
         s.step([optimizer])
-    assert resumed.history == whole.history or str(resumed.history) == str(whole.history)
+    assert str(resumed.history) == str(whole.history)  # NaN too
 
 
 @pytest.mark.parametrize(
