@@ -15,7 +15,7 @@ from subspace_optim.curvature.operator import CurvatureOperator, rounding_at
 _WIDTH = 1 / 16
 _FORWARDS = 8
 _FASTEST = 8.0
-"""By what factor a bracket may be sought at most: what is extrapolated is not trusted further."""
+"""By what factor a bracket may be sought at first: what is extrapolated is not trusted further."""
 
 
 class CriticalMultiple(NamedTuple):
@@ -56,7 +56,9 @@ def critical_sharpness(
 
     The crossing is sought from c = 1, by doubling and bisection, where the line through the mean
     slopes ``(L(θ + c u) − L(θ)) / c`` does not point to it: that is exact on quadratics. What is
-    found is a crossing from below to above; the loss may have crossed and come back before.
+    found is a crossing from below to above; the loss may have crossed and come back before. It is
+    told within ``width``, but for losses that the passes do not suffice for, such as those that
+    explode beyond the crossing: there ``forwards`` ends the search before, with less.
 
     It costs a forward pass at θ and up to ``forwards`` others; mostly 4 or 5.
 
@@ -136,43 +138,74 @@ def critical_multiple(
     check_integer("forwards", forwards, minimum=1)
     if slope is not None and slope >= 0:
         return CriticalMultiple(0.0 if slope > 0 else math.nan, 0.0, math.inf, 0)
+    rises = dict(known)
     slopes = {} if slope is None else {0.0: slope}  # mean slopes, by the multiple
-    rises: dict[float, float] = dict(known)
     slopes |= {c: rise / c for c, rise in known.items() if math.isfinite(rise)}
-    lower, upper, trial = 0.0, math.inf, guess
+    lower, upper = _bracket(rises)
+    root = _crossing(slopes, lower, upper)
+    # Where what is known points near the guess, it is more exact than that.
+    agreed = root is not None and guess / 2 < root < 2 * guess
+    trial = _next(slopes, lower, upper, width, 0) if agreed or guess in rises else guess
     for tried in range(1, forwards + 1):
-        if trial not in rises:
-            rises[trial] = rise(trial)
-        if math.isfinite(rises[trial]):
-            slopes[trial] = rises[trial] / trial
-        upper = min((c for c, rise in rises.items() if rise > 0), default=math.inf)
-        lower = max((c for c, rise in rises.items() if c < upper and rise <= 0), default=0.0)
+        found = rise(trial)
+        rises[trial] = math.inf if math.isnan(found) else found
+        if math.isfinite(found):
+            slopes[trial] = found / trial
+        lower, upper = _bracket(rises)
         if upper <= lower * (1 + width):
             break
         trial = _next(slopes, lower, upper, width, tried)
-    resolved = any(abs(each) > noise for each in rises.values())
-    bracketed = 0 < lower < upper < math.inf and resolved
-    multiple = math.sqrt(lower * upper) if bracketed else math.nan
+    multiple = _multiple(rises, slopes, lower, upper, noise)
     return CriticalMultiple(multiple, lower, upper, len(rises) - len(known))
 
 
+def _multiple(
+    rises: Mapping[float, float],
+    slopes: Mapping[float, float],
+    lower: float,
+    upper: float,
+    noise: float,
+) -> float:
+    """Returns the crossing in a bracket; 0 where all of it is uphill; NaN where nobody can tell."""
+    if upper == math.inf:
+        return math.nan
+    if lower == 0:
+        near, far = [*sorted(slopes), 0.0, 0.0][:2]
+        if near == 0 or far == 0 or rises[near] <= noise:
+            return math.nan
+        rate = (slopes[far] - slopes[near]) / (far - near)
+        return 0.0 if slopes[near] > rate * near else math.nan  # the slope at 0 is above 0
+    root = _crossing(slopes, lower, upper)
+    crossing = root if root is not None and lower <= root <= upper else math.sqrt(lower * upper)
+    # The loss dips before it is as high again: below its rounding, or there is nothing to see.
+    dip = max(-min(rises.values()), -slopes.get(0.0, 0.0) * crossing / 4)
+    return crossing if dip > noise else math.nan
+
+
+def _bracket(rises: Mapping[float, float]) -> tuple[float, float]:
+    """Returns the smallest multiple with a rise, infinite for none, and the largest below it."""
+    upper = min((c for c, rise in rises.items() if rise > 0), default=math.inf)
+    return max((c for c, rise in rises.items() if c < upper and rise <= 0), default=0.0), upper
+
+
 def _next(
-    slopes: dict[float, float], lower: float, upper: float, width: float, tried: int
+    slopes: Mapping[float, float], lower: float, upper: float, width: float, tried: int
 ) -> float:
     """Returns where to look next: where the slopes point, or else double, half or the middle."""
     if lower and upper < math.inf and tried % 3 == 0:  # it narrows, whatever the slopes say
         return math.sqrt(lower * upper)
     root = _crossing(slopes, lower, upper)
+    fastest = _FASTEST if tried < 3 else _FASTEST**2  # as far as that has not been enough
     # To either side of the crossing, so that two looks make a bracket that is narrow enough.
     ahead, behind = math.pow(1 + width, 0.45), math.pow(1 + width, -0.45)
     if upper == math.inf:
         if root is None or not root > lower:
             return 2 * lower
-        return min(max(root * ahead, lower * (1 + width)), _FASTEST * lower)
+        return min(max(root * ahead, lower * (1 + width)), fastest * lower)
     if lower == 0:
         if root is None or not 0 < root < upper:
             return upper / 2
-        return max(min(root * behind, upper / (1 + width)), upper / _FASTEST)
+        return max(min(root * behind, upper / (1 + width)), upper / fastest)
     if root is None:
         return math.sqrt(lower * upper)
     if root * ahead < upper and upper - root > root - lower:
@@ -181,7 +214,7 @@ def _next(
     return min(max(root * behind, lower * margin), upper / margin)
 
 
-def _crossing(slopes: dict[float, float], lower: float, upper: float) -> float | None:
+def _crossing(slopes: Mapping[float, float], lower: float, upper: float) -> float | None:
     """Returns where the mean slope, taken to be linear between two multiples, is 0.
 
     The mean slope of a quadratic is linear. Of those that are known the nearest to the bracket

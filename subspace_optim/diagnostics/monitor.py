@@ -264,7 +264,8 @@ class Monitor:
             state_dict: what ``state_dict()`` returned.
 
         Raises:
-            ArgumentError: it is of another model, or no monitor's.
+            ArgumentError: it is of another model, of other measures, or no monitor's. Nothing has
+                changed then.
         """
         missing = {"history", "start", "steps", "measures"} - state_dict.keys()
         missing |= self._table.history.keys() - state_dict.get("history", {}).keys()
@@ -276,11 +277,12 @@ class Monitor:
             raise ArgumentError(
                 "the loaded state", f"of {start.numel()} parameters", f"of {len(own)}"
             )
+        rows = self._rows.loaded(state_dict["measures"])
         self._table.load(state_dict["history"])
+        self._rows = rows
         self._joint.forget()
         self._training.start = start.to(own, copy=True)
         self._steps = state_dict["steps"]
-        self._rows.load_state_dict(state_dict["measures"])
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns the history row by row, with a column for each eigenvalue."""

@@ -115,13 +115,27 @@ class Rows:
         return row
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Returns the state of each measure."""
-        return [measure.state_dict() for measure in self._measures]
+        """Returns the columns and the state of each measure."""
+        return [
+            {"columns": list(measure.columns), "state": measure.state_dict()}
+            for measure in self._measures
+        ]
 
-    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Gives each measure its state."""
-        for measure, state in zip(self._measures, states, strict=True):
-            measure.load_state_dict(state)
+    def loaded(self, states: Sequence[dict[str, Any]]) -> Rows:
+        """Returns rows of the same measures with other states; these here stay as they are.
+
+        Raises:
+            ArgumentError: the states are of other measures.
+        """
+        own = [list(measure.columns) for measure in self._measures]
+        if [each["columns"] for each in states] != own:
+            found = f"of measures with columns {[each['columns'] for each in states]}"
+            remedy = "Give the monitor the measures of the run that is taken up."
+            raise ArgumentError("the loaded state", found, f"of {own}", remedy)
+        measures = [copy.copy(measure) for measure in self._measures]
+        for measure, each in zip(measures, states, strict=True):
+            measure.load_state_dict(each["state"])
+        return Rows(measures, self._operator)
 
 
 def _numbers(row: Row) -> dict[str, Any]:

@@ -81,6 +81,18 @@ def test_the_subspace_is_that_of_all_the_data(ranks):
     assert (projector(found["vectors"]) - expected).abs().max() <= 1e-4
 
 
+def test_the_stability_line_is_that_of_one_process(ranks):
+    found = ranks[0]["stability"]
+    p = worker.problem()
+    expected = worker.stability_of(p, p.batches)
+    assert list(found) == list(expected)
+    for column, values in expected.items():
+        for results in ranks:
+            same = results["stability"][column]
+            assert torch.equal(same.nan_to_num(-1), found[column].nan_to_num(-1)), column
+        torch.testing.assert_close(found[column], values, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
 def test_a_monitor_on_a_sample_tells_the_same_on_all_ranks(ranks):
     found = alike(ranks, "monitored")
     for form, (row, whole) in found.items():

@@ -136,6 +136,24 @@ def sample() -> dict[str, Any]:
     return found
 
 
+def stability() -> dict[str, Any]:
+    """Rows of a monitor of the operator, whose losses are those of all the data."""
+    p = problem()
+    return stability_of(p, shard(p.batches), process_group=group())
+
+
+def stability_of(p: Problem, batches: list[Any], **options: Any) -> dict[str, Any]:
+    operator = so.HessianOperator(p.model, p.loss_fn, batches, **options)
+    optimizer = torch.optim.AdamW(p.model.parameters(), lr=0.02)
+    monitor = so.Monitor(optimizer, operator, measures=so.measures.stability())
+    for _ in range(4):
+        optimizer.zero_grad()
+        for x, y in p.batches:
+            p.loss_fn(p.model(x), y).backward()
+        optimizer.step()
+    return {c: torch.tensor(values, dtype=torch.float64) for c, values in monitor.history.items()}
+
+
 def monitored() -> dict[str, Any]:
     """A monitor on a sample, to which each rank adds rows of its own, or batches of its own."""
     found = {}
@@ -308,6 +326,7 @@ SCENARIOS = [
     dropout,
     subspace,
     sample,
+    stability,
     monitored,
     training,
     collectives,

@@ -89,10 +89,9 @@ class Measure:
     refines: Sequence[str] = ()
 
     @property
-    def key(self) -> tuple[str, str]:
-        """Class and options, which tell one from another."""
-        kind = type(self).__qualname__
-        return kind, repr(self) if is_dataclass(self) else ""
+    def key(self) -> tuple[object, ...]:
+        """Class, options and columns, which tell one from another."""
+        return type(self), repr(self) if is_dataclass(self) else "", tuple(self.columns)
 
     def attach(self, training: Training) -> None:
         """Checks that it can be measured of this training. Nothing else is known yet."""

@@ -28,8 +28,8 @@ def critical_sharpness(loss_of: CurvatureOperator | None = None) -> Measure:
     rates.
 
     It costs a forward pass at θ_t and up to 8 along the update, mostly 4 or 5. Beside
-    ``directional_sharpness()``, placed before it, that pass and the slope are known, and 3 are left
-    mostly. The search begins where the last row has ended.
+    ``directional_sharpness()``, placed before it, that pass and the slope are known, and 2 or 3 are
+    left mostly. The search begins where the last row has ended.
 
     Args:
         loss_of: the operator of another loss, or of other data, on the parameters that are trained:
@@ -81,8 +81,8 @@ class CriticalSharpness(Measure):
                 noise=line.rounding,
                 guess=self._guess,
             )
-        if found.multiple > 0:
-            self._guess = found.multiple
+        ends = (found.multiple, found.lower, found.upper)  # of what was looked at, next time on
+        self._guess = next((c for c in ends if 0 < c < math.inf), self._guess)
         return {
             "critical_sharpness": sharpness_of(found.multiple, step.lr),
             "critical_multiple": found.multiple,
