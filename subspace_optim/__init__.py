@@ -20,6 +20,7 @@ from subspace_optim._validation import (
     UnseenStepsWarning,
 )
 from subspace_optim.curvature import (
+    CurrentBatch,
     CurvatureOperator,
     FiniteDifferenceHessian,
     GaussNewtonOperator,
@@ -28,6 +29,7 @@ from subspace_optim.curvature import (
     ResidualOperator,
 )
 from subspace_optim.diagnostics import Monitor, measures
+from subspace_optim.diagnostics.schedules import every_share
 from subspace_optim.linalg import EigenBasis, LowRankCurvature
 from subspace_optim.optim import (
     SAM,
@@ -61,6 +63,7 @@ __all__ = [
     "ClassGradientQuasiNewton",
     "ClassGradientSubspace",
     "ConvergenceWarning",
+    "CurrentBatch",
     "CurvatureOperator",
     "DataChangedError",
     "DomSAM",
@@ -90,6 +93,7 @@ __all__ = [
     "Subspace",
     "UnseenStepsWarning",
     "diagnostics",
+    "every_share",
     "measures",
     "project_updates",
 ]

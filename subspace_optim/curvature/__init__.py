@@ -1,5 +1,6 @@
 """A model's loss as a linear operator: it knows no eigensolver, subspace or optimizer."""
 
+from subspace_optim.curvature.current_batch import CurrentBatch
 from subspace_optim.curvature.finite_difference import FiniteDifferenceHessian
 from subspace_optim.curvature.gauss_newton import GaussNewtonOperator
 from subspace_optim.curvature.hessian import HessianOperator
@@ -9,6 +10,7 @@ from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.residual import ResidualOperator
 
 __all__ = [
+    "CurrentBatch",
     "CurvatureOperator",
     "FiniteDifferenceHessian",
     "GaussNewtonOperator",

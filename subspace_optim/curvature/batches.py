@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from subspace_optim._validation import ArgumentError, DataChangedError
 from subspace_optim.curvature.contexts import random_state_kept
+from subspace_optim.curvature.current_batch import CurrentBatch
 from subspace_optim.curvature.loaders import check_loader, own_loader
 from subspace_optim.curvature.parameters import LOW_PRECISION, dense_parts, digest
 from subspace_optim.curvature.structure import contents, moved, moves_itself, tensors
@@ -38,20 +39,29 @@ class Batches:
     A tuple of two pairs is read as two batches; one batch of a pair of inputs and a pair of targets
     is given as a list of one, ``[((a, b), (c, d))]``.
 
+    Of a ``CurrentBatch`` it is the passes over what that holds at present which are the same; of
+    its tensors nothing is held here.
+
     Args:
         data: ``(x, y)``, or any re-iterable of batches: a list, a ``DataLoader`` that does not
-            shuffle. A mapping is one batch, and so is an object that is no iterable.
+            shuffle, a ``CurrentBatch``. A mapping is one batch, and so is an object that is no
+            iterable.
         pairs: the batches are pairs, so that a list of two tensors is no list of batches.
+
+    Attributes:
+        current: the data, if they are a ``CurrentBatch``.
 
     Raises:
         ArgumentError: it is a list of two tensors (ambiguous), a generator (it can be read only
-            once), or empty.
+            once), empty, or, where batches are pairs, calls of a model.
     """
 
     def __init__(self, data: Any, *, pairs: bool) -> None:
         self.data: Iterable[Any] = [data] if _is_batch(data, pairs=pairs) else data
+        self.current = data if isinstance(data, CurrentBatch) else None
+        self._number = 0  # of the current batch that the reference is of
         # Lists and tuples hold the same batches in every pass; other iterables may make them anew.
-        self._stored = isinstance(self.data, list | tuple)
+        self._stored = isinstance(self.data, list | tuple | CurrentBatch)
         self._reference: list[int] | None = None  # digests of the first pass ...
         self._written = 0  # ... and the version of stored data that they are known to hold for
         self._stores: list[Any] = []
@@ -71,6 +81,14 @@ class Batches:
                 "`(x, y)` or an iterable that can be read again and again",
                 "A generator is used up by its first pass: make it a list or a DataLoader.",
             )
+        if pairs and self.current is not None and self.current.of_calls:
+            raise ArgumentError(
+                "data",
+                "what a model was called with",
+                "batches (x, y) for a loss of output and target",
+                "Use HessianOperator.from_loss(model, batch_loss, data), where "
+                "batch_loss(model, call) returns the mean loss of call(model), and its weight.",
+            )
         if isinstance(self.data, DataLoader):
             check_loader(self.data)
             self.data = own_loader(self.data)
@@ -79,7 +97,7 @@ class Batches:
             length = len(self.data)  # type: ignore[arg-type]
         if length == 0:
             raise ArgumentError("data", "empty", "at least one batch")
-        self._ends = length is not None
+        self._ends = length is not None or self.current is not None
 
     def read(
         self, device: torch.device, *, upcast: bool = False, dtype: torch.dtype | None = None
@@ -116,6 +134,8 @@ class Batches:
 
         self._watch()
         written = self.fingerprint()
+        if self.current is not None and self.current.number != self._number:
+            self._reference, self._number = None, self.current.number
         if self._stored and self._reference is not None and written != self._written:
             self._compare([int(digest(contents(batch))) for batch in self.data])
             self._written = written
@@ -140,14 +160,15 @@ class Batches:
         """Returns a number that changes when data in tensors are written, without a pass.
 
         The tensors are those of a list of batches, or of the ``TensorDataset`` of a loader. It
-        may change for nothing, as when a tensor is overwritten by what it held.
+        may change for nothing, as when a tensor is overwritten by what it held. That of other
+        current batches is another.
         """
+        if self.current is not None:
+            return hash((self.current.number, *_fingerprint(_counting(self.current.held()))))
         stores = _stores(self.data)
         if [id(part) for part in stores] != [id(part) for part in self._stores]:
             self._watch()
-        versions = [t._version for t in self._watched]  # noqa: SLF001 (it has no public name)
-        places = [t.data_ptr() for t in self._watched if t.layout == torch.strided]
-        return hash((*map(id, self._watched), *versions, *places))
+        return hash(_fingerprint(self._watched))
 
     def _check_end(self, device: torch.device) -> None:
         """Checks that data without a length have an end, before more is computed on them.
@@ -175,7 +196,7 @@ class Batches:
     def _watch(self) -> None:
         """Looks for the tensors that the data are held in."""
         self._stores = _stores(self.data)
-        self._watched = [t for t in tensors(self._stores) if not t.is_inference()]
+        self._watched = _counting(self._stores)
 
     def forget(self) -> None:
         """Takes the next pass for the first one, as where the user has repaired the data."""
@@ -187,7 +208,12 @@ class Batches:
         elif digests != self._reference:
             differing = sum(a != b for a, b in zip(digests, self._reference, strict=False))
             remedy = "give it data without shuffling, augmentation or drop_last."
-            if self._stored:
+            if self.current is not None:
+                remedy = (
+                    "they were written in place. Set the batch again where it has changed, or "
+                    "give it copies: batch.set(x.clone(), y.clone())."
+                )
+            elif self._stored:
                 remedy = "they were written in place, so make a new operator of them."
             message = (
                 f"This pass over the data differs from the first: {len(digests)} batches instead "
@@ -221,6 +247,17 @@ def _is_pair(item: Any) -> bool:
 def _parts(batch: Any) -> Iterator[Tensor]:
     """Yields the strided tensors that a batch is made of."""
     return (part for tensor in tensors(batch) for part in dense_parts(tensor.detach()))
+
+
+def _counting(stores: list[Any]) -> list[Tensor]:
+    """Returns the tensors in them that count how often they are written to."""
+    return [t for t in tensors(stores) if not t.is_inference()]
+
+
+def _fingerprint(watched: list[Tensor]) -> tuple[int, ...]:
+    versions = [t._version for t in watched]  # noqa: SLF001 (it has no public name)
+    places = [t.data_ptr() for t in watched if t.layout == torch.strided]
+    return (*map(id, watched), *versions, *places)
 
 
 def _stores(data: Any) -> list[Any]:

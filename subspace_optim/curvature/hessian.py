@@ -118,7 +118,8 @@ class MeanLossHessian(MeanLossOperator):
             model: any module.
             batch_loss: ``batch_loss(model, batch) -> (mean loss, weight)``; the weight is what
                 the mean is over: examples, or the tokens that count.
-            data: a re-iterable of batches of any form; a mapping is one batch.
+            data: a re-iterable of batches of any form, or a ``CurrentBatch``; a mapping is one
+                batch.
             **options: the keyword arguments of the class.
 
         Returns:
@@ -166,8 +167,9 @@ class HessianOperator(MeanLossHessian):
             are taken off.
         loss_fn: ``loss_fn(output, target)``, a mean over examples.
         data: ``(x, y)``, or any re-iterable of such batches that yields the same ones in every
-            pass. Batches are moved to the parameters' device. A pair of pairs is read as two
-            batches; one batch of such parts is a list of one: ``[((a, b), (c, d))]``.
+            pass, or a ``CurrentBatch``. Batches are moved to the parameters' device. A pair of
+            pairs is read as two batches; one batch of such parts is a list of one:
+            ``[((a, b), (c, d))]``.
         params: the parameters to differentiate by (default: all that require a gradient).
         mode: ``"train"`` or ``"eval"`` (default: the mode that the model is in).
         memory_budget: bytes for kept graphs (default: a quarter of the memory that is free).

@@ -93,6 +93,8 @@ class MeanLossOperator(CurvatureOperator):
             self.parameters = ParameterSpace(self.model, params)
             batches = Batches(data, pairs=isinstance(batch_loss, Supervised))
             warn_without_group(model, process_group)
+            if batches.current is not None:
+                batches.current.follow(self.model)
         self.stats = OperatorStats()
         self._dtypes = [p.dtype for p in self.parameters.tensors]
         self._mode, self._seed = mode, seed
@@ -131,7 +133,10 @@ class MeanLossOperator(CurvatureOperator):
         """Returns the matrix of a sample; ``None`` where the data are a batch that cannot be cut.
 
         Whole batches, or rows where the data are one batch. It trusts what was proved of all data.
+        Of a ``CurrentBatch`` there is none: a sample would stay, and the batch does not.
         """
+        if self._passes.parts.batches.current is not None:
+            return None
         with self._fixed(products=True) as point:
             passes = self._passes.sample(point, examples, seed, pieces)
         if passes is None:
@@ -285,6 +290,13 @@ class MeanLossOperator(CurvatureOperator):
         """Frees what is kept. Loss and gradient of these parameters stay known."""
         if self._point is not None:
             self._point.kept = None
+
+    def step_ended(self) -> None:
+        """Is told that a training step has ended: drops a ``CurrentBatch``, and what is of it."""
+        current = self._passes.parts.batches.current
+        if current is not None:
+            self._forget()
+            current.let_go()
 
     # --- parameter states -----------------------------------------------------------------------
 

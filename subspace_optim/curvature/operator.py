@@ -220,6 +220,9 @@ class CurvatureOperator(ABC):
     def release(self) -> None:  # noqa: B027 (an operator that keeps nothing frees nothing)
         """Frees what is kept for further products at the present parameters."""
 
+    def step_ended(self) -> None:  # noqa: B027 (data that stay are still needed)
+        """Is told that a training step has ended: drops a ``CurrentBatch``, and what is of it."""
+
 
 def rounding_at(loss: float, dtype: torch.dtype) -> float:
     """Returns a bound of the relative rounding error of the derivatives of a loss.

@@ -155,6 +155,11 @@ class ResidualOperator(CurvatureOperator):
         self.hessian.release()
         self.gauss_newton.release()
 
+    def step_ended(self) -> None:
+        """Is told that a training step has ended, and tells both."""
+        self.hessian.step_ended()
+        self.gauss_newton.step_ended()
+
     def _compare_losses(self) -> None:
         """Checks that both are of one loss, which the pass of a product has found already.
 

@@ -67,6 +67,15 @@ def moved(batch: Any, device: torch.device, cast: Callable[[torch.dtype], torch.
     return _replaced(batch, elsewhere, moved_by_itself)
 
 
+def detached(batch: Any) -> Any:
+    """Returns a batch without the graphs that its tensors come from; no memory is copied."""
+
+    def alone(tensor: Tensor) -> Tensor:
+        return tensor if tensor.grad_fn is None else tensor.detach()
+
+    return _replaced(batch, alone)
+
+
 def moves_itself(item: Any) -> bool:
     """Whether an object is no tensor and has a method ``to``."""
     return not isinstance(item, Tensor | type) and callable(getattr(item, "to", None))

@@ -26,7 +26,33 @@ from subspace_optim.curvature.contexts import (
 from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.curvature.reachable import MISSING, Reachable, contents_of, once
 
-ALONE = threading.RLock()
+
+class _Alone:
+    """A lock that one thread holds, as often as it likes, and that knows whether this one does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._holder: int | None = None
+        self._depth = 0
+
+    @property
+    def held_here(self) -> bool:
+        """Whether this thread holds it."""
+        return self._holder == threading.get_ident()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+        self._depth += 1
+
+    def __exit__(self, *exception: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._holder = None
+        self._lock.release()
+
+
+ALONE = _Alone()
 """A lock that is held while a model is looked at or evaluated, since leaves may then stand in the
 places of its parameters."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,9 +18,11 @@ from subspace_optim._validation import (
     check_integer,
 )
 from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.diagnostics.logs import logs
 from subspace_optim.diagnostics.measures import Step, Training, dominant, stability
 from subspace_optim.diagnostics.rows import Measures, Rows, attached
+from subspace_optim.diagnostics.schedules import EveryShare
 from subspace_optim.diagnostics.table import Table
 from subspace_optim.step_hooks import (
     JointSteps,
@@ -70,7 +72,8 @@ class Monitor:
         measures: what is recorded: a measure, or a sequence of measures and of lists of them
             (default: ``measures.dominant()`` of a subspace, ``measures.stability()`` of an
             operator). The same one twice counts once.
-        every: record one step in so many, or those at which ``every(step)`` is true.
+        every: record one step in so many, or those at which ``every(step)`` is true; or
+            ``every_share(0.05)``, as many as take that share of the time.
         log: where rows go as they come: a path that ends in .csv or .jsonl, an object with
             ``add_scalar`` such as TensorBoard's ``SummaryWriter``, or a callable that takes a row
             as a dict, such as ``wandb.log``; or a sequence of these. A row is in its file before
@@ -134,6 +137,11 @@ class Monitor:
         for twin in twins:
             twin.detach()
         # Last: a projection that was attached later must have been applied.
+        self._spending: Callable[[], AbstractContextManager[object]] = nullcontext
+        if isinstance(every, EveryShare):
+            ranks = Ranks(None) if operator is None else operator.ranks
+            every.attach(ranks, space.device)
+            self._spending = every.spending
         self._joint = JointSteps(
             optimizers,
             space,
@@ -190,7 +198,9 @@ class Monitor:
         self._joint.watchful = recorded
         try:
             self._teller.begin(looks=recorded)
-            if recorded:
+            if not recorded:
+                return
+            with self._spending():
                 self._row = self._table.unknown(self._steps)
                 begun = Step(self._training, self._steps)
                 self._row |= self._rows.before(begun)
@@ -205,14 +215,17 @@ class Monitor:
         moved = None
         if step is not None:
             try:
-                step.end()
-                moved = bool(step.update.any())
-                row = self._rows.after(step, known)
+                with self._spending():
+                    step.end()
+                    moved = bool(step.update.any())
+                    row = self._rows.after(step, known)
                 self._failing = False
             except Exception as error:  # noqa: BLE001 (training is worth more than its record)
                 row = self._failed(error)
         self._teller.end(moved)
         self._steps += 1
+        if self._training.operator is not None:
+            self._training.operator.step_ended()
         if row is not None:
             self._table.append(row)
             for log in self._logs:
