@@ -146,8 +146,9 @@ def draw_curves(
 
 def finite_values(curves: Sequence[Curve]) -> Array:
     """Returns all finite values of the curves."""
-    values = np.concatenate([curve.values.ravel() for curve in curves] or [np.empty(0)])
-    return values[np.isfinite(values)]
+    values: Array = np.concatenate([np.empty(0), *(curve.values.ravel() for curve in curves)])
+    finite: Array = values[np.isfinite(values)]
+    return finite
 
 
 def spans_a_decade(values: Array) -> bool:
