@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.curvature.operator import CurvatureOperator, rounding_at
+from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.diagnostics.critical_sharpness import critical_multiple, sharpness_of
 from subspace_optim.diagnostics.measures.base import Measure, Row, Training, operator_for
 from subspace_optim.diagnostics.measures.step import Step
@@ -77,8 +77,8 @@ class CriticalSharpness(Measure):
             found = critical_multiple(
                 lambda c: line.loss_along(c) - start,
                 slope=line.slope,
-                known={c: loss - start for c, loss in line.losses.items()},
-                noise=rounding_at(start, line.theta.dtype) * abs(start) if start else 0.0,
+                known={c: loss - start for c, loss in line.losses.items() if c > 0},
+                noise=line.rounding,
                 guess=self._guess,
             )
         if found.multiple > 0:

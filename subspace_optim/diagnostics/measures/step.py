@@ -137,13 +137,27 @@ class Step:
             multiple: c; 1 is where the step went.
         """
         if multiple not in self.losses:
-            theta = self.theta.add(self.update, alpha=multiple)
-            with self.at_start() as operator, operator.at(theta):
-                try:
-                    self.losses[multiple] = operator.loss()
-                except NonFiniteError:
-                    self.losses[multiple] = math.inf
+            self.losses[multiple] = self.loss_at(self.update, multiple)
         return self.losses[multiple]
+
+    def loss_at(self, direction: Tensor, multiple: float) -> float:
+        """Returns ``L(θ_t + c d)``: a forward pass; infinite where it overflows.
+
+        Args:
+            direction: d, ``(P,)``.
+            multiple: c.
+        """
+        theta = self.theta.add(direction, alpha=multiple)
+        with self.at_start() as operator, operator.at(theta):
+            try:
+                return operator.loss()
+            except NonFiniteError:
+                return math.inf
+
+    @property
+    def rounding(self) -> float:
+        """Rounding of a loss near ``θ_t``, absolute."""
+        return 4 * torch.finfo(self.theta.dtype).eps * max(1.0, abs(self.loss))
 
     def sampled(self, sample: int | Literal["auto"] | None) -> Gradient | None:
         """Returns loss and gradient of so many examples; ``None`` without an operator.
