@@ -29,7 +29,14 @@ from subspace_optim.curvature.objective import (
     check_batch_loss,
     unwrapped,
 )
-from subspace_optim.curvature.operator import CurvatureOperator, GroupMeans, OperatorStats, State
+from subspace_optim.curvature.operator import (
+    CurvatureOperator,
+    GroupMeans,
+    Minibatches,
+    OperatorStats,
+    State,
+    released,
+)
 from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
 from subspace_optim.curvature.passes import Differentiate, Passes
 from subspace_optim.curvature.process_group import Ranks, warn_without_group
@@ -152,12 +159,19 @@ class MeanLossOperator(CurvatureOperator):
         with self._fixed() as point:
             return self._passes.group_means(point, groups, seed)
 
+    def minibatches(self, batch_size: int | None = None, *, seed: int = 0) -> Minibatches:
+        """Returns the matrices of minibatches. They trust what was proved of all data."""
+        with self._fixed(products=True) as point:
+            count, passes = self._passes.minibatches(point, batch_size, seed)
+        return Minibatches(count, released(map(self._over, passes)))
+
     def _over(self, passes: Passes) -> Self:
         """Returns the same matrix over other data."""
         parts = passes.parts
         seen = Dependencies(parts.space, parts.batch_loss, parts.batches, self._proof)
         view = copy.copy(self)
-        vars(view).update(_passes=passes, _dependencies=seen, _point=None, _frozen_by=None)
+        unknown = dict.fromkeys(("_point", "_frozen_by", "_in_pieces"))
+        vars(view).update(unknown, _passes=passes, _dependencies=seen)
         return view
 
     def matmat(self, vectors: Tensor) -> Tensor:
@@ -183,8 +197,7 @@ class MeanLossOperator(CurvatureOperator):
             shape = tuple(vectors.shape)
             raise ArgumentError("the shape of vectors", shape, f"(j, {self.size}), one a row")
         with self._fixed(products=True) as point:
-            if point.kept is None:
-                self._pass(point, self._linearize, keep=True)
+            self.linearize()
             kept = point.kept or {}
             vectors = vectors.to(self.device, self.dtype).contiguous()
             with self.ranks.summed(vectors.shape, self.dtype, self.device) as products:
@@ -208,6 +221,12 @@ class MeanLossOperator(CurvatureOperator):
                             multiply(self._linearize(batch_loss, point))
             self._count(len(vectors))
             return products.div_(point.weight)
+
+    def linearize(self) -> None:
+        """Keeps what products need. The gradient that it begins with is then known."""
+        with self._fixed(products=True) as point:
+            if point.kept is None:
+                self._pass(point, self._linearize, keep=True)
 
     def _multiply(self, derivatives: Derivatives, vectors: Tensor, products: Tensor) -> None:
         """Adds one batch's weighted products with the rows of ``vectors`` to ``products``."""

@@ -70,6 +70,28 @@ class GroupMeans(NamedTuple):
     gradients: Tensor
 
 
+@dataclass(frozen=True)
+class Minibatches:
+    """Views of an operator, each over one minibatch of its data.
+
+    Attributes:
+        count: how many there are; ``None`` where they are drawn without an end.
+        views: in a random order. Each has loss, gradient and products of its batch at the present
+            parameters, as a training on that batch would have them; what it keeps for products
+            is freed when the next one is asked for.
+    """
+
+    count: int | None
+    views: Iterator[CurvatureOperator]
+
+
+def released(views: Iterator[CurvatureOperator]) -> Iterator[CurvatureOperator]:
+    """Yields views, and frees what each keeps when the next one is asked for."""
+    for view in views:
+        yield view
+        view.release()
+
+
 class State(NamedTuple):
     """What a matrix depends on at present, as numbers that tell one state from another.
 
@@ -166,6 +188,21 @@ class CurvatureOperator(ABC):
         """
         return None
 
+    def minibatches(
+        self,
+        batch_size: int | None = None,  # noqa: ARG002
+        *,
+        seed: int = 0,  # noqa: ARG002
+    ) -> Minibatches | None:
+        """Returns the matrices of minibatches; ``None`` from an operator that has none.
+
+        Args:
+            batch_size: examples of each, of a rank, drawn without replacement from all
+                (default: the batches are those of the data).
+            seed: of their order, and of the draws.
+        """
+        return None
+
     def batch_matmat(self, vectors: Tensor, see: Callable[[Tensor], object]) -> Tensor:
         """Returns the products as ``matmat`` does, and shows what each batch adds to them.
 
@@ -177,6 +214,13 @@ class CurvatureOperator(ABC):
         products = self.matmat(vectors)
         see(products)
         return products
+
+    def linearize(self) -> None:  # noqa: B027 (an operator that keeps nothing needs no more)
+        """Prepares products, where these begin with a gradient: that one is then known.
+
+        Gradient and products together cost one gradient less than a gradient alone and then
+        products.
+        """
 
     @abstractmethod
     def gradient(self) -> Tensor:

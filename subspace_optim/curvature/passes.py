@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from subspace_optim._progress import Progress
-from subspace_optim._validation import ArgumentError, NonFiniteError
+from subspace_optim._validation import ArgumentError, NonFiniteError, check_integer
 from subspace_optim.curvature.batches import Batches
 from subspace_optim.curvature.evaluation import (
     Derivatives,
@@ -21,6 +22,7 @@ from subspace_optim.curvature.evaluation import (
     loss_and_gradient,
 )
 from subspace_optim.curvature.memory import AllocationMeter, free_memory
+from subspace_optim.curvature.minibatches import drawn_batches, own_batches, rows_of_all
 from subspace_optim.curvature.objective import BatchLoss, Supervised
 from subspace_optim.curvature.operator import GroupMeans
 from subspace_optim.curvature.parameters import weighted
@@ -42,6 +44,8 @@ class Passes:
         proof: of the operator.
         memory_budget: bytes for what is kept; ``None``: a quarter of what is free.
         examples: of a sample, how many it holds, and how many there are; ``None`` of all data.
+        minibatch: the sample is a batch to train on. Its loss is its own where all data have a
+            sum, and there is no mean of several to be proved.
     """
 
     parts: Parts
@@ -49,6 +53,7 @@ class Passes:
     proof: Proof
     memory_budget: int | None = None
     examples: tuple[int, int] | None = None
+    minibatch: bool = False
 
     @property
     def share(self) -> float:
@@ -94,7 +99,7 @@ class Passes:
         size = 0 if differentiate is loss_alone else space.size
         gradient = torch.zeros(size, dtype=space.dtype, device=device)
         mean = "mean" if self.examples is None else "mean of a sample"
-        proves_mean = self.proof.is_due(mean)
+        proves_mean = not self.minibatch and self.proof.is_due(mean)
         pieces: list[Any] = []
         with self.ranks.summed((3,), torch.float64, device) as sums:
             for index, batch_loss, nbytes in self.losses(point):
@@ -123,10 +128,12 @@ class Passes:
         if self.examples is None and math.isfinite(examples):
             stats.examples = int(examples)
         # Of all data together, if the matrix is that of the sum.
-        N = self._checked_weight(total, N, self.share if self._summed else N)
+        of_sum = self._summed and not self.minibatch
+        N = self._checked_weight(total, N, self.share if of_sum else N)
         loss = total / N
         point.check_loss(loss)
-        self.proof.done(mean)
+        if not self.minibatch:
+            self.proof.done(mean)
         point.loss, point.weight = loss, N
         if size:
             stats.gradients += 1
@@ -204,6 +211,59 @@ class Passes:
             weights, totals, gradients = weights[filled], totals[filled], gradients[filled]
         gradients.div_(weights[:, None].to(gradients.dtype))
         return GroupMeans(weights, totals / weights, gradients)
+
+    def minibatches(
+        self, point: Point, batch_size: int | None, seed: int
+    ) -> tuple[int | None, Iterator[Passes]]:
+        """Returns how many minibatches there are, ``None`` for no end, and passes over each.
+
+        Where there are ranks a minibatch is one of each, as in a data-parallel training.
+
+        Args:
+            point: where.
+            batch_size: rows of each on this rank (default: the batches are those of the data).
+            seed: of their order, and of the draws.
+        """
+        parts, ranks = self.parts, self.ranks
+        own_seed = seed * ranks.size + ranks.rank
+
+        def read() -> Iterator[Any]:
+            return (batch for _, batch, _ in self._read(point))
+
+        with ranks.all_or_none():
+            if batch_size is None:
+                sizes = [size_of(batch) for batch in read()]
+            else:
+                check_integer("batch_size", batch_size, minimum=1)
+                sizes = rows_of_all(read(), batch_size)
+        total, count = sum(sizes), len(sizes)
+        if batch_size is None:
+            counts = torch.zeros(ranks.size, dtype=torch.int64, device=parts.space.device)
+            counts[ranks.rank] = count
+            least: int | None = int(ranks.sum_(counts).min())
+            batches = own_batches(read, count, own_seed)
+        else:
+            # The one batch of all rows is the same at every draw.
+            least = None if ranks.any(lambda: batch_size < total) else 1
+            batches = drawn_batches(read, sizes, batch_size, own_seed)
+        return least, self._over_each(islice(batches, least), round(total / self.share))
+
+    def _over_each(self, batches: Iterator[tuple[int, Any]], total: int) -> Iterator[Passes]:
+        """Yields passes over each batch; what fails on one rank raises on all."""
+        while True:
+            with self.ranks.all_or_none():
+                found = next(batches, None)
+            if found is None:
+                return
+            yield self._minibatch(*found, total)
+
+    def _minibatch(self, number: int, batch: Any, total: int) -> Passes:
+        """Returns passes over one batch, with the masks that it has among all of them."""
+        parts = self.parts
+        pairs = isinstance(parts.batch_loss, Supervised)
+        seed = parts.seed + number * self.ranks.size
+        own = replace(parts, batches=Batches([batch], pairs=pairs), seed=seed)
+        return replace(self, parts=own, examples=(size_of(batch), total), minibatch=True)
 
     def sample(self, point: Point, examples: int, seed: int, pieces: int) -> list[Passes] | None:
         """Returns passes over a sample, and over the same in pieces that tell how it scatters.

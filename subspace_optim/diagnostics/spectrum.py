@@ -46,11 +46,21 @@ def solve(
     *,
     tol: float,
     seed: int,
+    size: int | None = None,
 ) -> EigenBasis:
-    """Returns the top k eigenpairs of a matrix whose products are made of those of an operator."""
+    """Returns the top k eigenpairs of a matrix whose products are made of those of an operator.
+
+    Args:
+        operator: whose products they are made of.
+        matmat: the products with rows.
+        k: pairs.
+        tol: relative residual.
+        seed: of the random vectors.
+        size: of the matrix (default: that of the operator).
+    """
     return top_eigenpairs(
         matmat,
-        operator.size,
+        operator.size if size is None else size,
         k,
         tol=tol,
         seed=seed,
@@ -197,17 +207,22 @@ def spectrum_edges(
     """
     with multiplying(operator):
         largest = solve(operator, operator.matmat, k, tol=tol, seed=seed)
-        with warnings.catch_warnings():  # of pairs that are not returned
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            pairs = min(k + _SPARE, operator.size)
-            mirrored = solve(operator, lambda v: -operator.matmat(v), pairs, tol=tol, seed=seed)
-    mirrored = mirrored.first(k)
-    smallest = EigenBasis(
-        -mirrored.eigenvalues.flip(0), mirrored.vectors.flip(0), mirrored.residuals.flip(0)
-    )
+        smallest = lower_edge(operator, k, tol=tol, seed=seed)
     scale = max(largest.largest, smallest.largest)
     reached = float(smallest.residuals.max()) / scale if scale else 0.0
     if reached > tol:
         message = f"The lower edge: the relative residual is {reached:.1e}, and tol={tol:g}."
         warnings.warn(message, ConvergenceWarning, stacklevel=2)
     return largest, smallest
+
+
+def lower_edge(operator: CurvatureOperator, k: int, *, tol: float, seed: int) -> EigenBasis:
+    """Returns the k smallest eigenpairs, descending, without a warning where they are not exact."""
+    with warnings.catch_warnings():  # of pairs that are not returned
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        pairs = min(k + _SPARE, operator.size)
+        mirrored = solve(operator, lambda v: -operator.matmat(v), pairs, tol=tol, seed=seed)
+    mirrored = mirrored.first(k)
+    return EigenBasis(
+        -mirrored.eigenvalues.flip(0), mirrored.vectors.flip(0), mirrored.residuals.flip(0)
+    )
