@@ -99,9 +99,12 @@ SHARPNESSES = {
     "preconditioned_sharpness": 3000.0,
 }
 THRESHOLDS = {
-    "critical_threshold": 40.0,
     "threshold": 76.0,
     "sam_edge": 33.0,
+    "critical_threshold": 40.0,
+    "small_batch_threshold": 4.0,
+    "large_batch_threshold": 77.0,
+    "norm_threshold": 1200.0,
     "adam_threshold": 3800.0,
 }
 
@@ -242,6 +245,7 @@ def everything() -> dict[str, list[Any]]:
         "lowest_eigenvalue": [-0.1 * i for i in range(30)],
         "localization_1": [0.1 + 0.001 * i for i in range(30)],
         "localization_2": [0.2 + 0.001 * i for i in range(30)],
+        "displacement": [[nan, nan]] + [[0.1, 0.2 + 0.001 * i] for i in range(29)],
         "of_my_own": [math.sin(i) for i in range(30)],
         "of_my_own_error": [0.1] * 30,
     }
@@ -908,6 +912,7 @@ def test_the_dashboard_has_a_panel_for_what_was_recorded_and_no_other() -> None:
         "share of the hill",
         "lowest eigenvalue",
         "localization",
+        "displacement",
         "of my own",
     ]
     # A panel stays where its columns are, also while there is nothing in them.
@@ -931,9 +936,10 @@ def test_panels_stand_three_in_a_row(count: int) -> None:
 def test_columns_of_ones_own_are_drawn_under_their_names() -> None:
     recorded = everything()
     figure = picture("dashboard, of everything").figure
-    lowest, localization, own = figure.axes[-3:]
+    lowest, localization, displacement, own = figure.axes[-4:]
     assert drawn(lowest) == [recorded["lowest_eigenvalue"]]
     assert drawn(localization) == [recorded["localization_1"], recorded["localization_2"]]
+    np.testing.assert_array_equal(drawn(displacement), columns_of(recorded["displacement"]))
     assert drawn(own) == [recorded["of_my_own"]]
     assert len(bands(own)) == 1
     assert not bands(lowest)
@@ -955,9 +961,7 @@ def test_stability_draws_sharpnesses_against_their_thresholds() -> None:
         "gradient_sharpness",
         "batch_sharpness",
         "norm_sharpness",
-        "critical_threshold",
-        "threshold",
-        "sam_edge",
+        *list(THRESHOLDS)[:-1],
         "preconditioned_sharpness",
         "adam_threshold",
     ]
@@ -969,9 +973,12 @@ def test_stability_draws_sharpnesses_against_their_thresholds() -> None:
         "along the gradient",
         "batch sharpness",
         "in the optimizer's norm",
-        r"$2/\eta$",
         "stability threshold",
         "SAM-edge",
+        r"$2/\eta$",
+        r"$2(1-\mu)/\eta$",
+        r"$2(1+\mu)/\eta$",
+        "threshold in the norm",
         r"preconditioned $\lambda_1$",
         "Adam's threshold",
     ]
@@ -990,7 +997,7 @@ def test_stability_draws_sharpnesses_against_their_thresholds() -> None:
     assert low < min(recorded["predicted_change"]) < 0 < high
 
 
-def test_a_threshold_of_two_over_the_rate_is_drawn_once() -> None:
+def test_thresholds_that_are_the_same_are_drawn_once() -> None:
     """Of plain gradient descent; with momentum they are two, and of Adam there is the one."""
     assert keys_of(plots.stability(stability_rows()))[0] == [
         r"critical $\lambda_c$",
@@ -999,7 +1006,10 @@ def test_a_threshold_of_two_over_the_rate_is_drawn_once() -> None:
         "stability threshold",
     ]
     momentum = stability_rows() | {"threshold": [76.0] * 30}
-    assert keys_of(plots.stability(momentum))[0][3:] == [r"$2/\eta$", "stability threshold"]
+    assert keys_of(plots.stability(momentum))[0][3:] == ["stability threshold", r"$2/\eta$"]
+    both = {"small_batch_threshold": [4.0] * 30, "large_batch_threshold": [76.0] * 30}
+    batches = keys_of(plots.stability(momentum | both))[0][3:]
+    assert batches == ["stability threshold", r"$2/\eta$", r"$2(1-\mu)/\eta$"]
     adam = stability_rows() | {"threshold": [nan] * 30, "adam_threshold": [3800.0] * 30}
     assert keys_of(plots.stability(adam))[0][3:] == [r"$2/\eta$"]  # no sharpness for the other
 

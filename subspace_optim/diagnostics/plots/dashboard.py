@@ -25,6 +25,7 @@ from subspace_optim.diagnostics.plots.rates import draw_rates
 from subspace_optim.diagnostics.plots.sharpness import (
     CHANGES,
     SHARPNESSES,
+    THRESHOLDS,
     blocks_of,
     draw_blocks,
     draw_change,
@@ -109,10 +110,8 @@ _BESIDE: Final = {
     "angle_estimate",
     "gap",
     "critical_multiple",
-    "critical_threshold",
-    "threshold",
-    "sam_edge",
     "adam_threshold",
+    *THRESHOLDS,
 }
 """Columns without a panel: what a row took, and what others are drawn with."""
 

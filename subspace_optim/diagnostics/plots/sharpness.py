@@ -30,7 +30,7 @@ from subspace_optim.diagnostics.plots.style import (
 
 
 class _Kind(NamedTuple):
-    """A sharpness: its column, and how it is drawn."""
+    """A sharpness or a threshold: its column, and how it is drawn."""
 
     column: str
     label: str
@@ -48,9 +48,18 @@ _KINDS: Final = (
     _Kind("batch_sharpness", "batch sharpness", "fourth", "long-short", 1.6),
     _Kind("norm_sharpness", "in the optimizer's norm", "fourth", "dash-three-dotted", 1.6),
 )
+_THRESHOLDS: Final = (
+    _Kind("threshold", "stability threshold", "ink", "dotted"),
+    _Kind("sam_edge", "SAM-edge", "third", "dash-dotted"),
+    _Kind("critical_threshold", r"$2/\eta$", "ink", "loosely dotted", 1.8),
+    _Kind("small_batch_threshold", r"$2(1-\mu)/\eta$", "ink", "double-dotted"),
+    _Kind("large_batch_threshold", r"$2(1+\mu)/\eta$", "ink", "triple-dotted"),
+    _Kind("norm_threshold", "threshold in the norm", "ink", "wide-dashed"),
+)
 _BLOCKS: Final = ("solid", "dashed", "long-dashed", "dash-dotted", "short-dashed")
 """The lines of the sharpest blocks; of so many the names can be told."""
 
+THRESHOLDS: Final = tuple(kind.column for kind in _THRESHOLDS)
 SHARPNESSES: Final = (*(kind.column for kind in _KINDS), "preconditioned_sharpness")
 CHANGES: Final = ("actual_change", "predicted_change")
 
@@ -65,11 +74,11 @@ def stability(
 
     All sharpnesses that were recorded, with the thresholds that they are held against, on a
     logarithmic scale where they span a decade: what is not positive are triangles at its lower
-    edge. Adam's threshold is for the preconditioned sharpness, and is drawn beside that alone; a
-    threshold that is 2/η throughout is drawn once. Then, where they were recorded, the sharpness of
-    the blocks, of which the sharpest are named; and the change of the loss beside that of the
-    quadratic, within limits that no spike moves. What was estimated from minibatches has a band of
-    two standard errors to either side.
+    edge. Adam's threshold is for the preconditioned sharpness, and is drawn beside that alone;
+    thresholds that are the same throughout are one line. Then, where they were recorded, the
+    sharpness of the blocks, of which the sharpest are named; and the change of the loss beside that
+    of the quadratic, within limits that no spike moves. What was estimated from minibatches has a
+    band of two standard errors to either side.
 
     Args:
         history: of a ``Monitor``. What it has not recorded is not drawn.
@@ -135,13 +144,14 @@ def draw_change(axes: Axes, look: Theme, table: Table) -> None:
 
 
 def thresholds_of(look: Theme, table: Table) -> list[Curve]:
-    """The sharpness above which the optimizer is unstable; all NaN where that does not apply."""
-    threshold, critical = table["threshold"], table["critical_threshold"]
-    two = Curve(critical, r"$2/\eta$", look.ink, "loosely dotted", 1.8)
-    own = Curve(threshold, "stability threshold", look.ink, "dotted")
-    edge = Curve(table["sam_edge"], "SAM-edge", look.third, "dash-dotted")
-    same = np.allclose(threshold, critical, rtol=1e-9, atol=0, equal_nan=True)
-    return [own, edge] if same or not table.tells("critical_threshold") else [two, own, edge]
+    """What a sharpness is held against; of those that are the same throughout, the first."""
+    curves: list[Curve] = []
+    for kind in _THRESHOLDS:
+        values = table[kind.column]
+        if not any(np.allclose(values, c.values, 1e-9, 0, equal_nan=True) for c in curves):
+            color = getattr(look, kind.color)
+            curves.append(Curve(values, kind.label, color, kind.line, kind.width))
+    return curves
 
 
 def blocks_of(table: Table) -> dict[str, str]:

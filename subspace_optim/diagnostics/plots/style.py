@@ -34,6 +34,9 @@ LINES: Final[dict[str, tuple[Any, str]]] = {
     "long-short": ((0, (9, 1.5, 2.5, 1.5)), ">"),
     "dash-three-dotted": ((0, (6, 1.3, 1, 1.3, 1, 1.3, 1, 1.3)), "p"),
     "loosely dotted": ((0, (1, 2.6)), "*"),
+    "double-dotted": ((0, (1, 1.2, 1, 3.4)), "h"),
+    "triple-dotted": ((0, (1, 1.2, 1, 1.2, 1, 3.4)), "8"),
+    "wide-dashed": ((0, (3, 3.4)), "d"),
 }
 """Dashes, and the marker of a single point: lines of a panel are told apart without any colour."""
 
