@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--quick", action="store_true", help="all of it in miniature, in some seconds")
     add("--rounds", type=int, default=5, help="of the runs in turn")
-    add("--picture-steps", type=int, default=1500, help="of the run that is drawn; 0: no picture")
+    add("--picture-steps", type=int, default=600, help="of the run that is drawn; 0: no picture")
     add("--output", type=Path, default=Path("results/language-model.json"))
     add("--pictures", type=Path, default=Path("docs/pictures"), help="folder of the picture")
     options = parser.parse_args(arguments)
