@@ -32,6 +32,7 @@ from benchmarks.models import build
 from benchmarks.optimizers import recipes, step_together
 from benchmarks.progress import doing, shown
 from subspace_optim.diagnostics import plots
+from subspace_optim.diagnostics.rows import Measures
 
 History = dict[str, list[Any]]
 Drawing = Callable[..., Figure]
@@ -74,12 +75,21 @@ class Measurements:
     @cached_property
     def sgd(self) -> Run:
         """SGD on minibatches of 50, a new basis for each row, and the next k/2 eigenvalues."""
-        return self.train(0.05, every=25, batch_size=50, refresh=1, next_k=self.k // 2)
+        following = so.measures.next_eigenvalues(self.k // 2)
+        return self.train(0.05, following, every=25, batch_size=50, refresh=1)
 
     @cached_property
     def gd(self) -> Run:
         """Gradient descent at a rate at which the sharpness reaches 2/η."""
-        return self.train(0.06, every=20, next_k=self.k // 2)
+        return self.train(0.06, so.measures.next_eigenvalues(self.k // 2), every=20)
+
+    @cached_property
+    def edge(self) -> Run:
+        """The same, looked at twice as often, with what tells of stability.
+
+        At an odd distance: at its edge gradient descent goes to and fro.
+        """
+        return self.train(0.06, so.measures.stability(), every=9, rows=2 * self.rows)
 
     @cached_property
     def rates(self) -> dict[str, History]:
@@ -94,7 +104,7 @@ class Measurements:
         }
         rows = (self.rows + 1) // 2
         return {
-            name: self.train(0.02, *spelled, every=6, rows=rows).history
+            name: self.train(0.02, spelling=spelled, every=6, rows=rows).history
             for name, spelled in optimizers.items()
         }
 
@@ -119,25 +129,24 @@ class Measurements:
     def train(
         self,
         lr: float,
-        spelling: str = "sgd",
-        *settings: str,
+        *measures: Measures,
+        spelling: Sequence[str] = ("sgd",),
         every: int,
         rows: int | None = None,
         batch_size: int | None = None,
         refresh: Any = "auto",
-        next_k: int = 0,
     ) -> Run:
         """Trains from the start and watches every so many steps.
 
         Args:
             lr: of SGD and SAM; others have their own.
-            spelling: the optimizer, or the pair, as ``benchmarks.optimizers.recipes`` takes it.
-            settings: its options, as well.
+            measures: what is recorded beside ``measures.dominant()``.
+            spelling: the optimizer, or the pair, as ``benchmarks.optimizers.recipes`` takes it, and
+                then its options.
             every: as of ``Monitor``.
             rows: recorded (default: as many as of the other runs).
             batch_size: examples a step; ``None``: all.
             refresh: as of ``DominantSubspace``.
-            next_k: of the next eigenvalues, how many are recorded.
 
         Returns:
             The run.
@@ -146,10 +155,8 @@ class Measurements:
         model = build("mlp", self.data, num_outputs=self.data.num_classes, seed=self.seed)
         hessian = so.HessianOperator(model, mse, (x, y))
         subspace = so.DominantSubspace(hessian, self.k, refresh=refresh, seed=self.seed)
-        measures = [so.measures.dominant()]
-        if next_k:
-            measures.append([so.measures.next_eigenvalues(next_k)])
-        (recipe,) = recipes([spelling], settings).values()
+        recorded = [so.measures.dominant(), *measures]
+        (recipe,) = recipes(spelling[:1], spelling[1:]).values()
         optimizers = recipe.build(model.parameters(), lr, subspace, self.k)
 
         def loss_of(x: Tensor, y: Tensor) -> Tensor:
@@ -159,7 +166,7 @@ class Measurements:
         steps = ((rows or self.rows) - 1) * every + 1
         name = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
         with (
-            so.Monitor(optimizers, subspace, measures=measures, every=every) as monitor,
+            so.Monitor(optimizers, subspace, measures=recorded, every=every) as monitor,
             doing(f"training with {name}", steps) as task,
         ):
             for step in range(steps):
@@ -186,6 +193,7 @@ def _cosines(made: Measurements) -> Drawing:
 PICTURES: Final[dict[str, Callable[[Measurements], Drawing]]] = {
     "dashboard": lambda made: partial(plots.dashboard, made.sgd.history),
     "eigenvalue-history": lambda made: partial(plots.eigenvalue_history, made.gd.history),
+    "stability": lambda made: partial(plots.stability, made.edge.history),
     "subspace-overlap": _overlap,
     "spectral-density": lambda made: partial(plots.density, *made.spectrum),
     "effective-rates": lambda made: partial(plots.effective_rates, made.rates),

@@ -303,7 +303,7 @@ class Monitor:
         self._table.to_csv(path)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draws the training dashboard: loss, sharpness, alignment, rates and distance.
+        """Draws the dashboard: a panel for each part of what was recorded.
 
         Args:
             path: where to write the picture; its ending chooses the format.

@@ -89,6 +89,56 @@ def history(rows: int = 30, k: int = 4, more: int = 3, seed: int = 0) -> dict[st
     }
 
 
+SHARPNESSES = {
+    "sharpness": 25.0,
+    "critical_sharpness": 20.0,
+    "update_sharpness": 15.0,
+    "gradient_sharpness": 18.0,
+    "batch_sharpness": 36.0,
+    "norm_sharpness": 900.0,
+    "preconditioned_sharpness": 3000.0,
+}
+THRESHOLDS = {
+    "threshold": 76.0,
+    "sam_edge": 33.0,
+    "critical_threshold": 40.0,
+    "small_batch_threshold": 4.0,
+    "large_batch_threshold": 77.0,
+    "norm_threshold": 1200.0,
+    "adam_threshold": 3800.0,
+}
+
+
+def at_the_edge(rows: int = 30, blocks: int = 7, seed: int = 0) -> dict[str, list[Any]]:
+    """A run with every sharpness there is, each with its threshold, and blocks."""
+    random = np.random.default_rng(seed)
+    rising = 1 - np.exp(-(np.arange(rows) + 1) / 8)
+
+    def column(size: float) -> list[float]:
+        return (size * rising * np.exp(0.05 * random.standard_normal(rows))).tolist()
+
+    return {
+        "step": (50 * np.arange(rows)).tolist(),
+        **{name: column(size) for name, size in SHARPNESSES.items()},
+        "batch_sharpness_error": [2.0] * rows,
+        **{name: [size] * rows for name, size in THRESHOLDS.items()},
+        **{f"sharpness[h.{i}]": column(2.0 + 3 * i) for i in range(blocks)},
+        "actual_change": column(-0.02),
+        "predicted_change": column(-0.03),
+    }
+
+
+def in_the_valley(rows: int = 30, seed: int = 0) -> dict[str, list[Any]]:
+    random = np.random.default_rng(seed)
+    river = 0.5 * np.exp(-np.arange(rows) / 10)
+    return {
+        "step": (50 * np.arange(rows)).tolist(),
+        "loss": (river * (1.1 + 0.2 * random.random(rows))).tolist(),
+        "river_loss": river.tolist(),
+        "hill_share": (0.4 + 0.2 * random.standard_normal(rows)).tolist(),
+    }
+
+
 def spectrum(probes: int = 4, nodes: int = 12, seed: int = 0) -> SpectralDensity:
     """A bulk around 0 and one eigenvalue at 8."""
     random = np.random.default_rng(seed)
@@ -115,6 +165,8 @@ RATES = {
 PICTURES: dict[str, Callable[..., Figure]] = {
     "dashboard": lambda **options: plots.dashboard(history(), **options),
     "eigenvalue_history": lambda **options: plots.eigenvalue_history(history(), **options),
+    "stability": lambda **options: plots.stability(at_the_edge(), **options),
+    "valley": lambda **options: plots.valley(in_the_valley(), **options),
     "overlap_heatmap": lambda **options: plots.overlap_heatmap(
         OVERLAPS, [0, 5, 10, 20, 50, 100, 1000, 10000, 100000], **options
     ),
@@ -125,6 +177,15 @@ PICTURES: dict[str, Callable[..., Figure]] = {
 # Other pictures of the same functions, in which other labels could collide.
 MORE: dict[str, Callable[..., Figure]] = {
     "dashboard, empty": lambda **options: plots.dashboard({}, **options),
+    "dashboard, of everything": lambda **options: plots.dashboard(everything(), **options),
+    "dashboard, stability alone": lambda **options: plots.dashboard(stability_rows(), **options),
+    "stability, empty": lambda **options: plots.stability({}, **options),
+    "stability, one row": lambda **options: plots.stability(at_the_edge(1), **options),
+    "stability, negative": lambda **options: plots.stability(downhill(), **options),
+    "valley, empty": lambda **options: plots.valley({}, **options),
+    "valley, a spike": lambda **options: plots.valley(
+        in_the_valley() | {"hill_share": [0.5] * 29 + [-900.0]}, **options
+    ),
     "eigenvalue_history, empty": lambda **options: plots.eigenvalue_history(NO_ROWS, **options),
     "effective_rates, of nothing": lambda **options: plots.effective_rates(
         {"a": NO_ROWS}, **options
@@ -162,6 +223,41 @@ CASES = [(name, "light") for name in ALL] + [(name, "dark") for name in PICTURES
 def parts(recorded: dict[str, list[Any]], *columns: str) -> dict[str, list[Any]]:
     """Of a history a few columns: panels without any take no time to draw."""
     return {column: recorded[column] for column in ("step", *columns)}
+
+
+def stability_rows() -> dict[str, list[Any]]:
+    """The columns of ``measures.stability()`` for gradient descent: a threshold of 2/η."""
+    names = ("critical_sharpness", "update_sharpness", "gradient_sharpness")
+    changes = ("predicted_change", "actual_change")
+    rows = parts(at_the_edge(), *names, *changes, "critical_threshold")
+    nothing = [nan] * 30
+    return rows | {
+        "critical_multiple": [1.5] * 30,
+        "threshold": rows["critical_threshold"],
+        "sam_edge": nothing,
+        "adam_threshold": nothing,
+    }
+
+
+def everything() -> dict[str, list[Any]]:
+    """Columns of all measures, and of one that nobody knows."""
+    further = {
+        "lowest_eigenvalue": [-0.1 * i for i in range(30)],
+        "localization_1": [0.1 + 0.001 * i for i in range(30)],
+        "localization_2": [0.2 + 0.001 * i for i in range(30)],
+        "displacement": [[nan, nan]] + [[0.1, 0.2 + 0.001 * i] for i in range(29)],
+        "of_my_own": [math.sin(i) for i in range(30)],
+        "of_my_own_error": [0.1] * 30,
+    }
+    return history() | at_the_edge() | in_the_valley() | further
+
+
+def downhill() -> dict[str, list[Any]]:
+    """Curvature that is negative now and then, and steps that went uphill."""
+    rows = at_the_edge()
+    rows["update_sharpness"][3], rows["update_sharpness"][9] = -2.0, 0.0
+    rows["critical_sharpness"][5], rows["gradient_sharpness"][20] = inf, -1e3
+    return rows
 
 
 def spiked() -> dict[str, list[Any]]:
@@ -370,7 +466,18 @@ def test_lines_of_a_panel_differ_for_every_eye(name: str, theme: str, blindness:
             assert np.linalg.norm(lab(a, blindness) - lab(b, blindness)) >= 15, (a, b)
 
 
-@pytest.mark.parametrize("name", ["dashboard", "eigenvalue_history", "dashboard, one row"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dashboard",
+        "dashboard, of everything",
+        "dashboard, one row",
+        "eigenvalue_history",
+        "stability",
+        "stability, one row",
+        "valley",
+    ],
+)
 def test_lines_of_a_panel_differ_in_grey_print(name: str) -> None:
     """By their dashes, or by their markers where there are points alone."""
     for axes in picture(name).figure.axes:
@@ -408,6 +515,12 @@ LABELS = {
         ("step", "norm"),
     ],
     "eigenvalue_history": [("step", r"eigenvalues $\lambda_i$")],
+    "stability": [
+        ("step", "sharpness"),
+        ("step", r"$\lambda_1$ of blocks"),
+        ("step", "change of the loss"),
+    ],
+    "valley": [("step", "training loss"), ("step", "share of the hill")],
     "overlap_heatmap": [("saved at step", "saved at step"), ("", "subspace overlap")],
     "density": [(r"eigenvalue $\lambda$", "spectral density")],
     "effective_rates": [
@@ -455,8 +568,12 @@ def test_keys_name_the_lines() -> None:
     [
         "dashboard",
         "dashboard, negative",
+        "dashboard, of everything",
         "eigenvalue_history",
         "eigenvalue_history, flat",
+        "stability",
+        "stability, negative",
+        "valley",
         "effective_rates",
         "effective_rates, signs",
         "effective_rates, equal",
@@ -643,15 +760,19 @@ def test_histories_without_the_later_columns_are_drawn() -> None:
         if name in ("step", "loss", "dom_lr", "eigenvalues")
     }
     panels = plots.dashboard(old).axes
-    assert drawn(panels[0]) == [old["loss"]]
-    assert drawn(panels[2]) == columns_of(old["eigenvalues"])
-    assert drawn(panels[4]) == [old["dom_lr"]]
-    assert keys_of(panels[0].figure) == [[]] * 6  # no gap either
-    assert [bool(axes.texts) for axes in panels] == [False, True, False, True, False, True]
+    assert [drawn(axes) for axes in panels] == [
+        [old["loss"]],
+        columns_of(old["eigenvalues"]),
+        [old["dom_lr"]],
+    ]
+    assert keys_of(panels[0].figure) == [[]] * 3  # no gap either
+    assert said(panels[0].figure) == []
 
 
 EMPTY = {
-    "dashboard, empty": 6,
+    "dashboard, empty": 1,
+    "stability, empty": 1,
+    "valley, empty": 2,
     "eigenvalue_history, empty": 1,
     "effective_rates, empty": 2,
     "effective_rates, of nothing": 2,
@@ -698,6 +819,7 @@ def test_a_single_row_can_be_seen() -> None:
 def test_a_value_between_gaps_is_a_point() -> None:
     loss = [1.0, nan, 2.0, inf, 3.0, 4.0, None, 1e300]
     figure = plots.dashboard({"step": list(range(8)), "loss": loss})
+    assert len(figure.axes) == 1
     line, points = figure.axes[0].get_lines()
     np.testing.assert_array_equal(line.get_ydata(), [1, nan, 2, nan, 3, 4, nan, nan])
     np.testing.assert_array_equal(points.get_xdata(), [0, 2])
@@ -720,8 +842,15 @@ def histories(draw: st.DrawFn) -> dict[str, list[Any]]:
 
 
 @example({"step": [0], "bulk_lr": [5e-324]}, "rates")
-@given(histories(), st.sampled_from([plots.dashboard, plots.eigenvalue_history, "rates"]))
-@settings(max_examples=12)
+@example({"step": [0], "sharpness": [5e-324], "update_sharpness": [1.0]}, plots.stability)
+@example({"step": [0], "loss": [1e99], "river_loss": [-1e99]}, plots.valley)
+@given(
+    histories(),
+    st.sampled_from(
+        [plots.dashboard, plots.eigenvalue_history, plots.stability, plots.valley, "rates"]
+    ),
+)
+@settings(max_examples=20)
 def test_no_history_breaks_a_picture(table: dict[str, list[Any]], picture: Any) -> None:
     """Warnings are errors, in drawing too."""
     figure = plots.effective_rates({"a": table}) if picture == "rates" else picture(table)
@@ -732,7 +861,7 @@ def test_no_history_breaks_a_picture(table: dict[str, list[Any]], picture: Any) 
 
 def test_a_spike_flattens_nothing_and_is_counted() -> None:
     recorded = spiked()
-    axes = plots.dashboard(recorded).axes[4]
+    (axes,) = plots.dashboard(recorded).axes
     low, high = axes.get_ylim()
     normal = [v for name in ("dom_lr", "bulk_lr") for v in history()[name]]
     assert low <= 0 <= max(normal) <= high < 2 * max(normal)
@@ -755,11 +884,196 @@ def test_rates_near_their_median_are_all_inside() -> None:
     nearly = [0.1] * 20 + [0.14] * 10  # their median deviation is 0
     for rates in ([0.1] * 30, nearly, [-0.1] * 30, np.linspace(-1, 1, 30).tolist(), [0.0] * 30):
         recorded = {"step": list(range(30)), "dom_lr": rates, "bulk_lr": rates}
-        axes = plots.dashboard(recorded).axes[4]
+        (axes,) = plots.dashboard(recorded).axes
         low, high = axes.get_ylim()
         assert low < min(rates) <= max(rates) < high
         assert low < 0 < high
         assert "beyond" not in axes.get_ylabel()
+
+
+# --- what there is -------------------------------------------------------------------------------
+
+
+def labels_of(figure: Figure) -> list[str]:
+    return [axes.get_ylabel() for axes in figure.axes]
+
+
+def test_the_dashboard_has_a_panel_for_what_was_recorded_and_no_other() -> None:
+    figure = picture("dashboard, stability alone").figure
+    assert labels_of(figure) == ["sharpness", "change of the loss"]
+    assert said(figure) == []
+    every = picture("dashboard, of everything").figure
+    assert labels_of(every) == [
+        "training loss",
+        "sharpness",
+        *(label for _, label in LABELS["dashboard"][2:]),
+        "change of the loss",
+        r"$\lambda_1$ of blocks",
+        "share of the hill",
+        "lowest eigenvalue",
+        "localization",
+        "displacement",
+        "of my own",
+    ]
+    # A panel stays where its columns are, also while there is nothing in them.
+    unknown = {name: [nan] * 30 for name in history() if "eigenvalues" not in name}
+    rows = history() | unknown | {"step": list(range(30))}
+    assert labels_of(plots.dashboard(rows)) == [label for _, label in LABELS["dashboard"]]
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_panels_stand_three_in_a_row(count: int) -> None:
+    columns = {f"column{'abcdefg'[i]}": [1.0, 2.0] for i in range(count)}
+    figure = plots.dashboard({"step": [0, 1]} | columns)
+    figure.draw_without_rendering()
+    assert labels_of(figure) == list(columns)
+    places = [(round(a.bbox.y0), round(a.bbox.x0)) for a in figure.axes]
+    assert sorted(places, key=lambda place: (-place[0], place[1])) == places
+    rows = [len(list(group)) for _, group in itertools.groupby(y for y, _ in places)]
+    assert rows == [3] * (count // 3) + [count % 3] * (count % 3 > 0)
+
+
+def test_columns_of_ones_own_are_drawn_under_their_names() -> None:
+    recorded = everything()
+    figure = picture("dashboard, of everything").figure
+    lowest, localization, displacement, own = figure.axes[-4:]
+    assert drawn(lowest) == [recorded["lowest_eigenvalue"]]
+    assert drawn(localization) == [recorded["localization_1"], recorded["localization_2"]]
+    np.testing.assert_array_equal(drawn(displacement), columns_of(recorded["displacement"]))
+    assert drawn(own) == [recorded["of_my_own"]]
+    assert len(bands(own)) == 1
+    assert not bands(lowest)
+    lists = {"step": [0, 1], "of_lists": [[1.0, 2.0], [3.0]]}
+    (axes,) = plots.dashboard(lists).axes
+    np.testing.assert_array_equal(drawn(axes)[:2], [[1, 3], [2, nan]])
+
+
+# --- stability -----------------------------------------------------------------------------------
+
+
+def test_stability_draws_sharpnesses_against_their_thresholds() -> None:
+    recorded = at_the_edge()
+    sharpness, blocks, change = picture("stability").figure.axes
+    names = [
+        "sharpness",
+        "critical_sharpness",
+        "update_sharpness",
+        "gradient_sharpness",
+        "batch_sharpness",
+        "norm_sharpness",
+        *list(THRESHOLDS)[:-1],
+        "preconditioned_sharpness",
+        "adam_threshold",
+    ]
+    np.testing.assert_array_equal(drawn(sharpness), [recorded[name] for name in names])
+    assert keys_of(sharpness.figure)[0] == [
+        r"$\lambda_{1}$",
+        r"critical $\lambda_c$",
+        "along the update",
+        "along the gradient",
+        "batch sharpness",
+        "in the optimizer's norm",
+        "stability threshold",
+        "SAM-edge",
+        r"$2/\eta$",
+        r"$2(1-\mu)/\eta$",
+        r"$2(1+\mu)/\eta$",
+        "threshold in the norm",
+        r"preconditioned $\lambda_1$",
+        "Adam's threshold",
+    ]
+    assert sharpness.get_yscale() == "log"
+    (area,) = bands(sharpness)
+    values = np.array(recorded["batch_sharpness"])
+    edges = {round(v, 9) for v in np.maximum(values - 4.0, values / 10)}
+    edges |= {round(v, 9) for v in values + 4.0}
+    assert edges <= {round(y, 9) for _, y in area.tolist()}
+    # The sharpest blocks have names, the others are one kind of line.
+    order = [6, 5, 4, 3, 2, 0, 1]
+    np.testing.assert_array_equal(drawn(blocks), [recorded[f"sharpness[h.{i}]"] for i in order])
+    assert keys_of(sharpness.figure)[1] == ["h.6", "h.5", "h.4", "h.3", "h.2", "2 more"]
+    assert drawn(change) == [recorded["actual_change"], recorded["predicted_change"]]
+    low, high = change.get_ylim()
+    assert low < min(recorded["predicted_change"]) < 0 < high
+
+
+def test_thresholds_that_are_the_same_are_drawn_once() -> None:
+    """Of plain gradient descent; with momentum they are two, and of Adam there is the one."""
+    assert keys_of(plots.stability(stability_rows()))[0] == [
+        r"critical $\lambda_c$",
+        "along the update",
+        "along the gradient",
+        "stability threshold",
+    ]
+    momentum = stability_rows() | {"threshold": [76.0] * 30}
+    assert keys_of(plots.stability(momentum))[0][3:] == ["stability threshold", r"$2/\eta$"]
+    both = {"small_batch_threshold": [4.0] * 30, "large_batch_threshold": [76.0] * 30}
+    batches = keys_of(plots.stability(momentum | both))[0][3:]
+    assert batches == ["stability threshold", r"$2/\eta$", r"$2(1-\mu)/\eta$"]
+    adam = stability_rows() | {"threshold": [nan] * 30, "adam_threshold": [3800.0] * 30}
+    assert keys_of(plots.stability(adam))[0][3:] == [r"$2/\eta$"]  # no sharpness for the other
+
+
+def test_what_is_not_above_zero_is_marked_at_the_edge_of_the_scale() -> None:
+    axes = picture("stability, negative").figure.axes[0]
+    low, high = axes.get_ylim()
+    assert axes.get_ylabel() == "sharpness\n(3 not above 0: triangles)"
+    assert axes.get_yscale() == "log"
+    assert 0 < low < min(at_the_edge()["update_sharpness"])
+    assert high > 3800
+    marked = [line for line in axes.get_lines() if line.get_marker() == "v"]
+    places = {(x, y) for line in marked for x, y in zip(*line.get_data(), strict=True)}
+    assert places == {(150, low), (450, low), (1000, low)}
+    assert not any(line.get_clip_on() for line in marked)
+    # Where nothing spans a decade there is room for it on a linear scale.
+    flat = parts(at_the_edge(), "update_sharpness") | {"update_sharpness": [-1.0, 2.0] * 15}
+    (axes,) = plots.stability(flat).axes
+    assert axes.get_yscale() == "linear"
+    assert drawn(axes) == [[-1.0, 2.0] * 15]
+
+
+def test_the_panels_of_stability_are_those_of_what_was_recorded() -> None:
+    rows = at_the_edge(blocks=0)
+    assert labels_of(plots.stability(rows)) == ["sharpness", "change of the loss"]
+    alone = parts(rows, "sharpness", "threshold")
+    assert labels_of(plots.stability(alone)) == [r"sharpness $\lambda_1$"]
+    three = at_the_edge(blocks=3)
+    assert keys_of(plots.stability(three))[1] == ["h.2", "h.1", "h.0"]
+
+
+# --- the valley ----------------------------------------------------------------------------------
+
+
+def test_the_valley_is_the_loss_above_the_river() -> None:
+    recorded = in_the_valley()
+    loss, share = picture("valley").figure.axes
+    assert drawn(loss) == [recorded["loss"], recorded["river_loss"]]
+    assert keys_of(loss.figure) == [["loss", "river", "hill"], []]
+    expected = np.transpose([recorded["step"], recorded["river_loss"], recorded["loss"]])
+    np.testing.assert_allclose(band(loss), expected, rtol=1e-12)
+    assert drawn(share) == [recorded["hill_share"]]
+    low, high = share.get_ylim()
+    assert low < 0
+    assert high > 1
+
+
+def test_a_share_of_any_size_flattens_nothing() -> None:
+    share = picture("valley, a spike").figure.axes[1]
+    low, high = share.get_ylim()
+    assert -0.2 < low < 0
+    assert 1 < high < 1.2
+    assert share.get_ylabel() == "share of the hill\n(1 beyond the limits: triangles)"
+    *_, edge = share.get_lines()
+    assert (edge.get_marker(), *edge.get_xdata(), *edge.get_ydata()) == ("v", 1450, low)
+
+
+def test_a_river_below_zero_is_shown_on_a_linear_scale() -> None:
+    """A Newton step may go further down than there is a loss."""
+    rows = in_the_valley()
+    rows["river_loss"][3] = -1.0
+    axes = plots.valley(rows).axes[0]
+    assert axes.get_yscale() == "linear"
+    np.testing.assert_allclose(band(axes)[3], [150, -1.0, rows["loss"][3]])
 
 
 # --- effective rates of several ------------------------------------------------------------------
@@ -981,7 +1295,7 @@ def before() -> np.ndarray:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_axes_are_drawn_into_and_nothing_else_changes(name: str, before: np.ndarray) -> None:
-    count = {"dashboard": 6, "effective_rates": 2}.get(name, 1)
+    count = {"dashboard": 6, "effective_rates": 2, "stability": 3, "valley": 2}.get(name, 1)
     figure = own_figure()
     panels = list(figure.axes)
     given = panels[:count]
@@ -1019,13 +1333,17 @@ def test_wrong_panels_and_themes_are_refused_before_anything_is_drawn() -> None:
         lambda: plots.dashboard(history(), axes=panels[:5]),
         lambda: plots.dashboard(history(), axes=panels[0]),
         lambda: plots.eigenvalue_history(history(), axes=panels[:2]),
+        lambda: plots.dashboard(stability_rows(), axes=panels),
+        lambda: plots.stability(stability_rows(), axes=panels[:3]),
+        lambda: plots.valley(in_the_valley(), axes=panels[0]),
         lambda: plots.effective_rates(RATES, axes=panels[:3]),
         lambda: plots.overlap_heatmap(OVERLAPS, axes=figure),
     ):
         with pytest.raises(so.ArgumentError, match=r"axes is .* of matplotlib's Axes"):
             call()
     for name, picture in PICTURES.items():
-        some = {"dashboard": panels, "effective_rates": panels[:2]}.get(name, panels[0])
+        count = {"dashboard": 6, "effective_rates": 2, "stability": 3, "valley": 2}.get(name, 1)
+        some = panels[:count] if count > 1 else panels[0]
         with pytest.raises(so.ArgumentError, match="theme is 'sepia', but must be 'light' or 'da"):
             picture(axes=some, theme="sepia")
     with pytest.raises(so.ArgumentError, match=r"Pass `monitor.history`"):
@@ -1173,6 +1491,20 @@ def watch(steps: int = 4, k: int = 3) -> so.Monitor:
         model().backward()
         optimizer.step()
     return monitor
+
+
+def test_the_monitor_draws_what_its_measures_record() -> None:
+    model = Quartic()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with so.Monitor(optimizer, DenseOperator(model)) as monitor:  # the measures are stability()
+        for _ in range(3):
+            optimizer.zero_grad()
+            model().backward()
+            optimizer.step()
+    sharpness, change = monitor.plot().axes
+    names = ("critical_sharpness", "update_sharpness", "gradient_sharpness")
+    np.testing.assert_array_equal(drawn(sharpness)[:3], [monitor.history[n] for n in names])
+    assert drawn(change)[0] == monitor.history["actual_change"]
 
 
 def test_the_monitor_draws_its_history() -> None:

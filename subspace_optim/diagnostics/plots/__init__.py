@@ -16,13 +16,13 @@ except ImportError as error:
     _MESSAGE = "pictures need matplotlib: pip install 'subspace_optim[plots]'"
     raise ImportError(_MESSAGE) from error
 
-from subspace_optim.diagnostics.plots.history import (
-    dashboard,
-    effective_rates,
-    eigenvalue_history,
-)
+from subspace_optim.diagnostics.plots.dashboard import dashboard
+from subspace_optim.diagnostics.plots.eigenvalues import eigenvalue_history
 from subspace_optim.diagnostics.plots.matrices import cosine_matrix, density, overlap_heatmap
+from subspace_optim.diagnostics.plots.rates import effective_rates
+from subspace_optim.diagnostics.plots.sharpness import stability
 from subspace_optim.diagnostics.plots.style import BULK, DOMINANT
+from subspace_optim.diagnostics.plots.valley import valley
 
 __all__ = [
     "BULK",
@@ -33,4 +33,6 @@ __all__ = [
     "effective_rates",
     "eigenvalue_history",
     "overlap_heatmap",
+    "stability",
+    "valley",
 ]

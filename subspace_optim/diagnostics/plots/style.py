@@ -28,6 +28,15 @@ LINES: Final[dict[str, tuple[Any, str]]] = {
     "dotted": ((0, (1, 1.4)), "^"),
     "dash-dotted": ((0, (6, 1.5, 1, 1.5)), "D"),
     "dash-dot-dotted": ((0, (6, 1.5, 1, 1.5, 1, 1.5)), "v"),
+    "long-dashed": ((0, (9, 1.8)), "P"),
+    "short-dashed": ((0, (2.6, 1.3)), "X"),
+    "dash-dash-dotted": ((0, (5, 1.3, 5, 1.3, 1, 1.3)), "<"),
+    "long-short": ((0, (9, 1.5, 2.5, 1.5)), ">"),
+    "dash-three-dotted": ((0, (6, 1.3, 1, 1.3, 1, 1.3, 1, 1.3)), "p"),
+    "loosely dotted": ((0, (1, 2.6)), "*"),
+    "double-dotted": ((0, (1, 1.2, 1, 3.4)), "h"),
+    "triple-dotted": ((0, (1, 1.2, 1, 1.2, 1, 3.4)), "8"),
+    "wide-dashed": ((0, (3, 3.4)), "d"),
 }
 """Dashes, and the marker of a single point: lines of a panel are told apart without any colour."""
 
@@ -124,16 +133,32 @@ def panels_of(
     size: tuple[float, float],
     rows: int = 1,
     columns: int = 1,
+    *,
+    count: int | None = None,
 ) -> list[Axes]:
     """Returns the panels that were given, or those of a new figure of ``size`` in inches.
 
+    Args:
+        axes: what was given.
+        theme: of a new figure.
+        size: of a new figure.
+        rows: of its panels.
+        columns: of its panels.
+        count: how many panels there are (default: all that fit); the last row may have fewer.
+
+    Returns:
+        The panels, row by row.
+
     Raises:
-        ArgumentError: they are no panels, or not ``rows`` times ``columns``.
+        ArgumentError: they are no panels, or not so many.
     """
+    wanted = rows * columns if count is None else count
     if axes is None:
-        return list(np.ravel(Picture(theme, *size).subplots(rows, columns, squeeze=False)))
+        all_panels = list(np.ravel(Picture(theme, *size).subplots(rows, columns, squeeze=False)))
+        for panel in all_panels[wanted:]:
+            panel.remove()
+        return all_panels[:wanted]
     panels = [axes] if isinstance(axes, Axes) else list(np.ravel(np.array(axes, dtype=object)))
-    wanted = rows * columns
     if len(panels) != wanted or not all(isinstance(panel, Axes) for panel in panels):
         allowed = f"{wanted} of matplotlib's Axes" if wanted > 1 else "one of matplotlib's Axes"
         raise ArgumentError("axes", axes, allowed)
