@@ -131,6 +131,10 @@ class Point:
             for p, data in held:
                 p.data = data
 
+    def take(self, other: Point) -> None:
+        """Takes over loss and gradient of the same state, as they were found in other memory."""
+        self.weight, self.loss, self.gradient = other.weight, other.loss, other.gradient
+
     def check_loss(self, loss: float) -> None:
         """Compares the loss of a pass with that of an earlier one at this state.
 

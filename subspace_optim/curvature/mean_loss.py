@@ -257,6 +257,30 @@ class MeanLossOperator(CurvatureOperator):
         with self._fixed():
             yield
 
+    @contextmanager
+    def at(self, theta: Tensor) -> Iterator[None]:
+        """Loss, gradient and products inside are those at other parameters, ``theta: (P,)``.
+
+        Where these are the ones that it was last asked at, loss and gradient are still known.
+        """
+        with self._entered(), self.parameters.holding(theta):
+            outer, frozen_by = self._point, self._frozen_by
+            if outer is not None and frozen_by == get_ident():  # only parameters differ from it
+                self._point = self._point_of(outer.surroundings)
+            else:
+                surroundings = self._dependencies.look()
+                key = self._dependencies.key(surroundings)
+                self._point = self._point_of(surroundings, key)
+                known = outer is not None and outer.key == key
+                if outer is not None and not self.ranks.any(lambda: not known):
+                    self._point.take(outer)
+            self._frozen_by = get_ident()
+            try:
+                yield
+            finally:
+                self._forget()  # its graphs hold the memory of theta
+                self._point, self._frozen_by = outer, frozen_by
+
     def release(self) -> None:
         """Frees what is kept. Loss and gradient of these parameters stay known."""
         if self._point is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.samples import PIECES
+from subspace_optim.curvature.surroundings import ALONE
 
 COSTS: Final = ("products", "full_products", "gradients", "full_gradients")
 """The counts of ``OperatorStats`` that tell what work was done."""
@@ -194,6 +195,25 @@ class CurvatureOperator(ABC):
         What all products need is then done once, and no product synchronises the host.
         """
         yield
+
+    @contextmanager
+    def at(self, theta: Tensor) -> Iterator[None]:
+        """Loss, gradient and products inside are those at other parameters.
+
+        The user's own come back bit for bit. What is else there stays as it is: buffers, modes, and
+        the data.
+
+        Args:
+            theta: ``(P,)``.
+
+        A ``theta`` of another shape raises ``ArgumentError``.
+        """
+        with ALONE, self.parameters.holding(theta):
+            self.release()
+            try:
+                yield
+            finally:
+                self.release()
 
     def release(self) -> None:  # noqa: B027 (an operator that keeps nothing frees nothing)
         """Frees what is kept for further products at the present parameters."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
@@ -134,6 +135,27 @@ class ParameterSpace:
         """Returns ``flat: (P,)`` as views, one of the shape of each parameter."""
         pieces = flat.split([shape.numel() for shape in self.shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    @contextmanager
+    def holding(self, flat: Tensor) -> Iterator[None]:
+        """Lets the parameters hold ``flat: (P,)`` inside, and then what they held before.
+
+        Their own memory is not written to: other memory stands in its place.
+
+        Raises:
+            ArgumentError: the shape is another.
+        """
+        if flat.shape != (self.size,):
+            raise ArgumentError("the shape of theta", tuple(flat.shape), f"({self.size},)")
+        held = [(p, p.data) for p in self.tensors]
+        values = self.unflatten(flat.detach().to(self.device))
+        try:
+            for (p, _), value in zip(held, values, strict=True):
+                p.data = value.to(p.dtype)
+            yield
+        finally:
+            for p, data in held:
+                p.data = data
 
     def add_(self, flat: Tensor, tensors: Sequence[Tensor | None], weight: Tensor) -> None:
         """Adds ``weight`` times one tensor a parameter to ``flat: (P,)`` in place.

@@ -144,6 +144,12 @@ class ResidualOperator(CurvatureOperator):
         with self.hessian.frozen(), self.gauss_newton.frozen():
             yield
 
+    @contextmanager
+    def at(self, theta: Tensor) -> Iterator[None]:
+        """Loss, gradient and products inside are those at other parameters, ``theta: (P,)``."""
+        with self.hessian.at(theta), self.gauss_newton.at(theta):
+            yield
+
     def release(self) -> None:
         """Frees what both keep for further products at the present parameters."""
         self.hessian.release()
