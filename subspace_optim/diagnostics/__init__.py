@@ -7,6 +7,7 @@ from subspace_optim.diagnostics.alignment import (
     gradient_fraction,
     hessian_gradient_overlap,
 )
+from subspace_optim.diagnostics.central_flow import CentralFlow, central_flow
 from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
 from subspace_optim.diagnostics.monitor import Monitor
 from subspace_optim.diagnostics.outliers import (
@@ -46,6 +47,7 @@ from subspace_optim.linalg.spectral_density import SpectralDensity
 from subspace_optim.linalg.trace import Estimate
 
 __all__ = [
+    "CentralFlow",
     "ClassGradientCosines",
     "Estimate",
     "Monitor",
@@ -54,6 +56,7 @@ __all__ = [
     "adam_stability_threshold",
     "alignment",
     "bulk_lr",
+    "central_flow",
     "chance_cosine",
     "class_gradient_cosines",
     "count_outliers",
