@@ -1,6 +1,7 @@
 """The central flow against flows that are known in closed form, and against gradient descent."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -323,3 +324,30 @@ def test_low_precision_is_refused():
     operator = so.HessianOperator(model, nn.MSELoss(), (torch.ones(2, 2), torch.ones(2, 1)))
     with pytest.raises(ArgumentError, match=r"bfloat16, but must be float32 or float64.*float\(\)"):
         central_flow(operator, 0.1)
+
+
+def test_options_reach_what_they_are_for():
+    def cost(**options):
+        _, operator, lr = at_the_edge()
+        before = operator.stats.products
+        flow = central_flow(operator, 0.97 * lr, steps=1, substeps=2, **options)
+        return operator.stats.products - before, flow
+
+    (usual, flow), (wide, _), (exact, _) = cost(), cost(margin=0.1), cost(tol=1e-9)
+    assert not flow.variances.any()
+    assert wide > usual  # what is within 10 % of the edge has third derivatives
+    assert exact > usual  # one step of refinement is not enough
+
+
+def test_the_seed_is_that_of_the_first_vectors(monkeypatch):
+    module, seeds = sys.modules[third_derivatives.__module__], []
+    solve = module.solve
+
+    def noted(operator, k, *, seed, **options):
+        seeds.append(seed)
+        return solve(operator, k, seed=seed, **options)
+
+    monkeypatch.setattr(module, "solve", noted)
+    for seed in (0, 5):
+        central_flow(Function(lambda w: w @ w / 2, [1.0] * 3), 0.1, steps=1, seed=seed)
+    assert seeds == [0, 5]
