@@ -15,6 +15,7 @@ from subspace_optim.diagnostics.batch_sharpness import (
     gradient_sharpness,
 )
 from subspace_optim.diagnostics.block_sharpness import block_diagonal_share, block_sharpness
+from subspace_optim.diagnostics.central_flow import CentralFlow, central_flow
 from subspace_optim.diagnostics.critical_sharpness import critical_sharpness
 from subspace_optim.diagnostics.directional_sharpness import directional_sharpness
 from subspace_optim.diagnostics.effective_lr import bulk_lr, distance, dom_lr
@@ -67,6 +68,7 @@ from subspace_optim.linalg.trace import Estimate
 
 __all__ = [
     "BatchThresholds",
+    "CentralFlow",
     "ClassGradientCosines",
     "Estimate",
     "GradientNoise",
@@ -81,6 +83,7 @@ __all__ = [
     "block_diagonal_share",
     "block_sharpness",
     "bulk_lr",
+    "central_flow",
     "chance_cosine",
     "chance_displacement",
     "chance_localization",
