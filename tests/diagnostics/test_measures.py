@@ -133,11 +133,16 @@ def expected_row(dense: Landscape, theta: Tensor, following: Tensor) -> dict[str
     }
 
 
+def by_products() -> list[so.measures.Measure]:
+    """The columns of stability(), exactly."""
+    return [measures.directional_sharpness(), measures.critical_sharpness(), measures.thresholds()]
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_stability_is_that_of_dense_matrices_and_of_a_fine_grid(name: str) -> None:
     s = Setting()
     dense, optimizers = s.dense(s.x, s.y), TRAINED[name](s)
-    monitor = so.Monitor(optimizers, s.operator)  # stability() is the default of an operator
+    monitor = so.Monitor(optimizers, s.operator, measures=by_products())
     path = [s.theta]
     for _ in range(6):
         s.step(optimizers)
@@ -165,6 +170,60 @@ def test_stability_is_that_of_dense_matrices_and_of_a_fine_grid(name: str) -> No
         assert history["products"][t] == 2
         assert 2 <= history["forwards"][t] <= 9
     assert seen >= 3
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_by_losses_the_curvatures_are_the_same_within_some_per_cent(name: str) -> None:
+    """Central differences, at a quarter of the way to where the loss is as high again."""
+    s = Setting()
+    dense, optimizers = s.dense(s.x, s.y), TRAINED[name](s)
+    monitor = so.Monitor(optimizers, s.operator)  # stability() is the default of an operator
+    path = [s.theta]
+    for _ in range(6):
+        s.step(optimizers)
+        path.append(s.theta)
+    history = monitor.history
+    assert list(history) == STABILITY
+    for t in range(6):
+        row = expected_row(dense, path[t], path[t + 1])
+        assert history["actual_change"][t] == pytest.approx(row["actual_change"], abs=1e-10)
+        scale = max(abs(row["predicted_change"]), abs(row["actual_change"]))
+        for column in ("update_sharpness", "gradient_sharpness"):
+            close = pytest.approx(row[column], rel=0.1, abs=0.02)
+            assert history[column][t] == close, (column, t)
+        assert history["predicted_change"][t] == pytest.approx(
+            row["predicted_change"], abs=0.1 * scale
+        )
+        assert history["products"][t] == 0
+        assert 3 <= history["forwards"][t] <= 13
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_by_losses_a_quadratic_is_exact(gradient: bool) -> None:
+    """Linear least squares, whose Hessian is ``XᵀX/N``, twice over."""
+    torch.manual_seed(1)
+    model = nn.Linear(4, 1, bias=False).double()
+    x, y = torch.randn(20, 4).double(), torch.randn(20, 1).double()
+    H = 2 * x.T @ x / 20
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    hessian = so.HessianOperator(model, nn.functional.mse_loss, (x, y))
+    monitor = so.Monitor(optimizer, hessian, measures=measures.stability(gradient=gradient))
+    for t in range(5):
+        before = model.weight.detach().clone()[0]
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        assert model.weight.grad is not None
+        g = model.weight.grad.clone()[0]
+        optimizer.step()
+        u = model.weight.detach()[0] - before
+        row = {column: values[t] for column, values in monitor.history.items()}
+        assert row["update_sharpness"] == pytest.approx(float(u @ H @ u / (u @ u)), rel=1e-6)
+        assert row["predicted_change"] == pytest.approx(float(g @ u + u @ H @ u / 2), rel=1e-6)
+        assert row["predicted_change"] == pytest.approx(row["actual_change"], rel=1e-6)
+        assert ("gradient_sharpness" in row) is gradient
+        if gradient:
+            assert row["gradient_sharpness"] == pytest.approx(float(g @ H @ g / (g @ g)), rel=1e-6)
+        assert row["gradients"] == (1 if gradient else 0)
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
@@ -300,7 +359,7 @@ def test_a_plot_of_stability_alone_works(tmp_path: Path) -> None:
 def test_what_two_measures_ask_for_is_computed_once() -> None:
     s = Setting()
     optimizer = torch.optim.SGD(s.model.parameters(), lr=0.1)
-    several = [measures.stability(), measures.stability(), Norms(), measures.loss_and_gradient()]
+    several = [by_products(), by_products(), Norms(), measures.loss_and_gradient()]
     monitor = so.Monitor(optimizer, s.operator, measures=several)
     s.step([optimizer])
     assert monitor.history["products"] == [2]
@@ -364,7 +423,7 @@ def test_the_source_is_any_operator_or_a_subspace_with_one(name: str) -> None:
     s = Setting()
     optimizer = torch.optim.SGD(s.model.parameters(), lr=0.1)
     source = SOURCES[name](s)
-    monitor = so.Monitor(optimizer, source, measures=measures.stability())
+    monitor = so.Monitor(optimizer, source, measures=by_products())
     theta, operator = s.theta, getattr(source, "operator", source)
     g = s.dense(s.x, s.y).gradient(theta)
     expected = float(g @ operator.matvec(g) / (g @ g))
