@@ -133,6 +133,7 @@ def test_a_second_run_takes_a_folder_of_its_own_and_k_is_the_number_of_classes(t
     assert rows[0]["eigenvalue_10"]
 
 
+@pytest.mark.slow
 def test_two_that_start_at_once_write_into_folders_of_their_own(tmp_path):
     results, logs = tmp_path / "results", [tmp_path / "first", tmp_path / "second"]
     options = [*QUICK, "--optimizers", "SGD", "--results", str(results)]
@@ -169,6 +170,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.slow
 def test_nothing_measured_is_lost_to_a_signal(tmp_path, uninterrupted, how):
     """Stopped from outside in the middle, by any signal, a run goes on to the same end."""
     options = [*LONG, "--results", str(tmp_path)]
@@ -309,6 +311,7 @@ def often(options):
     return command(options)
 
 
+@pytest.mark.slow
 def test_a_log_file_gets_lines_while_it_runs(tmp_path):
     """A line every 20 ms for every 20 s: the phases end with one, and between them others come."""
     path = tmp_path / "log"

@@ -74,6 +74,7 @@ def test_a_training_is_compared_with_the_truth_at_each_step() -> None:
     assert np.mean(np.array(found.sines) <= np.array(found.estimates)) > 0.9
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_printed() -> None:
     result = measure(2)
     assert set(result["bars"]) == set(BARS)

@@ -520,6 +520,7 @@ class Repeated:
     [DataLoader(Endless(), batch_size=2), Endless(), Repeated(batches.UNSIZED_LIMIT + 1)],
     ids=["loader", "data_set", "own"],
 )
+@pytest.mark.slow
 def test_data_without_an_end_are_refused_before_much_is_computed(data, monkeypatch):
     monkeypatch.setattr(Repeated, "__iter__", lambda self: itertools.cycle([(X, Y)]))
     calls = []

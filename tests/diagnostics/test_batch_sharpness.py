@@ -52,6 +52,7 @@ def test_float32_agrees() -> None:
 
 
 @pytest.mark.parametrize("m", [3, 8])
+@pytest.mark.slow
 def test_the_error_is_that_of_a_finite_population(m: int) -> None:
     """Over many orders the mean squared deviation from the mean of all is the squared error."""
     problem = make_problem(sizes=[2] * 12, seed=1)

@@ -54,6 +54,7 @@ def test_blocks_of_models_against_dense_ones(problem: Problem, seed: int) -> Non
 
 
 @given(problems())
+@pytest.mark.slow
 def test_the_share_is_that_of_the_block_diagonal_matrix(problem: Problem) -> None:
     operator = so.GaussNewtonOperator(problem.model, problem.loss_fn, problem.batches)
     dense = operator.matmat(torch.eye(operator.size, dtype=torch.float64))

@@ -222,6 +222,7 @@ def test_batches_are_taken_whole_and_eight_of_them(
         assert (row["loss_error"] == 0) == (measured == N)
 
 
+@pytest.mark.slow
 def test_batches_that_come_in_order_have_honest_errors() -> None:
     """Sorted by class: groups of every so-manieth batch would each have all classes in them."""
     model, (x, y) = network(), data()

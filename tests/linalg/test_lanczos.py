@@ -204,6 +204,7 @@ def test_copies_of_an_eigenvalue_that_turn_up_one_by_one_are_all_found(copies, k
 
 
 @pytest.mark.parametrize("tol", [1e-3, 1e-6])
+@pytest.mark.slow
 def test_a_copy_is_overlooked_no_more_often_than_promised(tol):
     """At most 1 % of the solves: 2 of 20 have a chance of 1 in 60, if that is so."""
     spectrum = [9.0 - 0.5 * step for step in range(10) for _ in range(3)]

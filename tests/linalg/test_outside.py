@@ -64,6 +64,7 @@ def test_where_nothing_has_the_next_eigenvalue_is_known_better(seed: int) -> Non
     assert sum(taken) <= 12
 
 
+@pytest.mark.slow
 def test_how_likely_it_is_to_miss_a_direction_is_no_promise_too_much() -> None:
     """An eigenvalue just above the basis: of the looks that are done, few have not seen it."""
     size, looks = 400, 1000

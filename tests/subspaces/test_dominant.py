@@ -1034,6 +1034,7 @@ COSTS |= {"gradients", "full_gradients", "seconds"}
 
 
 @pytest.mark.parametrize("refresh", ["auto", 2])
+@pytest.mark.slow
 def test_a_state_that_was_changed_is_refused_and_changes_nothing(refresh: Any) -> None:
     """Every entry in turn; counts of what was spent are as good as any other counts."""
     state = trained(refresh).state_dict()

@@ -70,6 +70,7 @@ TRAININGS = {
 
 
 @pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.slow
 def test_the_true_sine_is_at_most_the_estimate_and_the_estimate_the_limit(name):
     good, kept, ratios, moved, sampled = [], [], [], 0, 0
     for seed in range(4):
@@ -110,6 +111,7 @@ def test_a_sample_costs_less_than_all_data():
     assert costs["auto"] < 0.7 * costs[None]
 
 
+@pytest.mark.slow
 def test_a_sample_of_a_given_size():
     good = []
     for sample in (150, 600, 2000):
@@ -197,6 +199,7 @@ def test_whole_batches_of_a_list():
     assert subspace.stats.examples < N
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_goes_on_alike():
     def run(resume_at: int | None) -> list[Any]:
         training = Training(seed=3)
