@@ -10,7 +10,8 @@ import torch
 from subspace_optim._validation import ArgumentError
 from subspace_optim.diagnostics.directional_sharpness import differences, rayleigh_quotient
 from subspace_optim.diagnostics.measures.base import Measure, Row, Training, operator_for
-from subspace_optim.diagnostics.measures.step import Step, norm
+from subspace_optim.diagnostics.measures.step import Step
+from subspace_optim.linalg.rows import norm
 
 
 def directional_sharpness(
@@ -90,9 +91,9 @@ class DirectionalSharpness(Measure):
 
     def _by_losses(self, step: Step) -> dict[str, Any]:
         row: dict[str, Any] = {}
-        length = norm(step.update)
+        length = float(norm(step.update))
         if self.gradient:
-            slope = norm(step.gradient)
+            slope = float(norm(step.gradient))
             direction, reach = step.gradient / slope, self._reach_of_gradient or length
             start = step.loss
             if slope > 0 and reach > 0:

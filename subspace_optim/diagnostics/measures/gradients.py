@@ -14,6 +14,7 @@ from subspace_optim.diagnostics.alignment import alignment
 from subspace_optim.diagnostics.effective_lr import bulk_lr, dom_lr
 from subspace_optim.diagnostics.sampled import Groups, Sampled, SampledGradient
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.rows import norm
 from subspace_optim.subspaces import Subspace
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class OfAllData:
         self._step, gradient = step, step.gradient
         self._loss = step.loss
         self._examples = step.operator.stats.examples or math.nan
-        self.norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+        self.norm = float(norm(gradient))
 
     def known(self) -> dict[str, Any]:
         """Returns loss, norm and the number of examples."""

@@ -18,6 +18,7 @@ from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.diagnostics.measures.base import Training, subspace_for
 from subspace_optim.diagnostics.measures.gradients import Gradient
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.rows import norm
 from subspace_optim.subspaces import projector_of
 
 
@@ -115,7 +116,7 @@ class Step:
     def gradient_norm(self) -> float:
         """``‖∇L(θ_t)‖``, from a sample where a measure has taken one."""
         known = [each for each in self._sampled.values() if each is not None]
-        return known[0].norm if known else norm(self.gradient)
+        return known[0].norm if known else float(norm(self.gradient))
 
     @property
     def slope(self) -> float | None:
@@ -184,8 +185,3 @@ class Step:
         """Tells that the step has been taken."""
         space = self.training.parameters
         self._update = space.flatten(space.tensors).sub_(self.theta)
-
-
-def norm(vector: Tensor) -> float:
-    """Returns the Euclidean norm, added up in float64."""
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))

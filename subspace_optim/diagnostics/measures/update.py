@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from subspace_optim.diagnostics.effective_lr import distance
 from subspace_optim.diagnostics.measures.base import Measure, Row
 from subspace_optim.diagnostics.measures.step import Step
+from subspace_optim.linalg.rows import norm
 
 
 def update() -> Measure:
@@ -36,6 +35,6 @@ class Update(Measure):
     def after(self, step: Step) -> Row:
         """Returns both."""
         return {
-            "update_norm": torch.linalg.vector_norm(step.update, dtype=torch.float64),
+            "update_norm": norm(step.update),
             "distance": distance(step.theta, step.training.start),
         }
