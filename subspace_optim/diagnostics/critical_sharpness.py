@@ -86,19 +86,24 @@ def critical_sharpness(
     space = operator.parameters
     theta = space.flatten(space.tensors)
 
-    def loss(multiple: float) -> float:
-        with operator.at(theta.add(update, alpha=multiple)):
-            try:
-                return operator.loss()
-            except NonFiniteError:
-                return math.inf
-
     start = operator.loss()
     noise = rounding_at(start, operator.dtype) * abs(start) if start else 0.0
     found = critical_multiple(
-        lambda c: loss(c) - start, noise=noise, width=width, forwards=forwards
+        lambda c: loss_at(operator, theta.add(update, alpha=c)) - start,
+        noise=noise,
+        width=width,
+        forwards=forwards,
     )
     return sharpness_of(found.multiple, lr)
+
+
+def loss_at(operator: CurvatureOperator, theta: Tensor) -> float:
+    """Returns the loss at other parameters, ``(P,)``; infinite where it overflows."""
+    with operator.at(theta):
+        try:
+            return operator.loss()
+        except NonFiniteError:
+            return math.inf
 
 
 def sharpness_of(multiple: float, lr: float) -> float:

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from subspace_optim._validation import NonFiniteError
 from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.diagnostics.critical_sharpness import loss_at
 from subspace_optim.diagnostics.measures.base import Training, subspace_for
 from subspace_optim.diagnostics.measures.gradients import Gradient
 from subspace_optim.linalg.eigenbasis import EigenBasis
@@ -149,11 +149,8 @@ class Step:
             multiple: c.
         """
         theta = self.theta.add(direction, alpha=multiple)
-        with self.at_start() as operator, operator.at(theta):
-            try:
-                return operator.loss()
-            except NonFiniteError:
-                return math.inf
+        with self.at_start() as operator:
+            return loss_at(operator, theta)
 
     @property
     def rounding(self) -> float:
