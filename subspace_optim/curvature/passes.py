@@ -108,7 +108,8 @@ class Passes:
                 if proves_mean:
                     pieces = see(batch_loss.batch, pieces)
                 metering = AllocationMeter() if keep else nullcontext()
-                with metering as meter, point.at(batch_loss.seed), watching:
+                entered = point.at(batch_loss.seed, derivatives=size > 0)
+                with metering as meter, entered, watching:
                     found = differentiate(batch_loss, point)
                 weight = found.weight
                 own = torch.stack([weighted(found.loss.double(), weight), weight])
