@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError, NonFiniteError, check_integer, check_number
-from subspace_optim.curvature.operator import CurvatureOperator, rounding_at
+from subspace_optim.curvature.operator import CurvatureOperator
 
 _WIDTH = 1 / 16
 _FORWARDS = 8
@@ -87,10 +88,9 @@ def critical_sharpness(
     theta = space.flatten(space.tensors)
 
     start = operator.loss()
-    noise = rounding_at(start, operator.dtype) * abs(start) if start else 0.0
     found = critical_multiple(
         lambda c: loss_at(operator, theta.add(update, alpha=c)) - start,
-        noise=noise,
+        noise=rounding_of(start, operator.dtype),
         width=width,
         forwards=forwards,
     )
@@ -104,6 +104,15 @@ def loss_at(operator: CurvatureOperator, theta: Tensor) -> float:
             return operator.loss()
         except NonFiniteError:
             return math.inf
+
+
+def rounding_of(loss: float, dtype: torch.dtype) -> float:
+    """Returns a bound of the rounding of a loss, absolute.
+
+    A small loss can be a difference of numbers of order one, as the cross-entropy of examples that
+    are fitted.
+    """
+    return 4 * torch.finfo(dtype).eps * max(1.0, abs(loss))
 
 
 def sharpness_of(multiple: float, lr: float) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim.curvature.operator import CurvatureOperator
-from subspace_optim.diagnostics.critical_sharpness import loss_at
+from subspace_optim.diagnostics.critical_sharpness import loss_at, rounding_of
 from subspace_optim.diagnostics.measures.base import Training, subspace_for
 from subspace_optim.diagnostics.measures.gradients import Gradient
 from subspace_optim.linalg.eigenbasis import EigenBasis
@@ -161,7 +161,7 @@ class Step:
     @property
     def rounding(self) -> float:
         """Rounding of a loss near ``θ_t``, absolute."""
-        return 4 * torch.finfo(self.theta.dtype).eps * max(1.0, abs(self.loss))
+        return rounding_of(self.loss, self.theta.dtype)
 
     def sampled(self, sample: int | Literal["auto"] | None) -> Gradient | None:
         """Returns loss and gradient of so many examples; ``None`` without an operator.
