@@ -1,10 +1,11 @@
-"""Where the rows of a monitor go as they come: files, TensorBoard, any callable."""
+"""Where the rows of a monitor go as they come: files, loggers, any callable."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import logging
 import math
 import os
 import warnings
@@ -15,6 +16,8 @@ from typing import Any
 from subspace_optim._validation import ArgumentError, LogWarning
 
 Row = Mapping[str, Any]
+PREFIX = "subspace/"
+"""Of the columns, in loggers that others write to as well."""
 
 
 class Log:
@@ -71,9 +74,8 @@ def logs(targets: Any, columns: Sequence[str], *, append: bool, files: bool = Tr
     """Returns a log for each target.
 
     Args:
-        targets: a path that ends in .csv or .jsonl, an object with ``add_scalar`` such as
-            TensorBoard's ``SummaryWriter``, a callable that takes a dict; a sequence of these;
-            ``None`` for nothing.
+        targets: a path that ends in .csv or .jsonl, a logger as ``Monitor`` names them, a callable
+            that takes a dict; a sequence of these; ``None`` for nothing.
         columns: the names in every row.
         append: whether files may be there already; theirs must be the same columns.
         files: whether this process writes them; if not, they are left to the one that does.
@@ -93,10 +95,18 @@ def logs(targets: Any, columns: Sequence[str], *, append: bool, files: bool = Tr
 
 def _is_one(target: Any) -> bool:
     """Whether it is of a kind that takes rows."""
-    return isinstance(target, str | Path) or callable(target) or hasattr(target, "add_scalar")
+    kinds = str | Path | logging.Logger
+    return (
+        isinstance(target, kinds) or callable(target) or any(hasattr(target, m) for m in _METHODS)
+    )
 
 
-_ALLOWED = "a path that ends in .csv or .jsonl, a SummaryWriter, a callable, or a list of these"
+_METHODS = ("add_scalar", "define_metric", "log_metrics")
+"""That TensorBoard, W&B, and MLflow and Lightning's loggers can be told by."""
+_ALLOWED = (
+    "a path that ends in .csv or .jsonl, a SummaryWriter, wandb, mlflow, a logger of Lightning or "
+    "of logging, a callable, or a list of these"
+)
 
 
 def _check(target: Any, append: bool) -> None:
@@ -107,6 +117,8 @@ def _check(target: Any, append: bool) -> None:
     """
     if not _is_one(target):
         raise ArgumentError("log", type(target).__name__, _ALLOWED)
+    if hasattr(target, "define_metric") and getattr(target, "run", target) is None:
+        raise ArgumentError("log", "wandb without a run", "one", "Call wandb.init() before.")
     if not isinstance(target, str | Path):
         return
     path = Path(target)
@@ -127,9 +139,19 @@ def _log(target: Any, columns: Sequence[str]) -> Log:
         header = make_header(columns)
         _begin(path, header)
         return Log(str(path), lambda row: _write(path, header, line(row)))
+    if isinstance(target, logging.Logger):
+        return Log(f"the logger {target.name!r}", lambda row: _line(target, row))
+    name = getattr(target, "__qualname__", type(target).__name__)
+    owner = getattr(target, "__self__", target)  # of wandb.log, which is a method of a run
+    if hasattr(owner, "define_metric"):
+        return Log("wandb", _Run(getattr(owner, "run", owner)))
     if hasattr(target, "add_scalar"):
-        return Log(type(target).__name__, lambda row: _scalars(target, row))
-    return Log(getattr(target, "__qualname__", type(target).__name__), target)
+        return Log(name, lambda row: _scalars(target, row))
+    if hasattr(target, "log_metrics"):
+        return Log(name, lambda row: _metrics(target.log_metrics, row))
+    if name == "log_metrics":
+        return Log(name, lambda row: _metrics(target, row))
+    return Log(name, target)
 
 
 def _begin(path: Path, header: str) -> None:
@@ -192,9 +214,48 @@ def _json(row: Row) -> str:
 
 def _scalars(writer: Any, row: Row) -> None:
     """Writes a row to a ``SummaryWriter``; what is not measured leaves a gap in the curve."""
-    for name, value in row.items():
-        if name != "step" and math.isfinite(value):
-            writer.add_scalar(f"subspace/{name}", value, row["step"])
+    for name, value in measured(row).items():
+        writer.add_scalar(name, value, row["step"])
+
+
+def _metrics(log: Callable[..., Any], row: Row) -> None:
+    """Writes a row by MLflow's and Lightning's ``log_metrics``."""
+    log(measured(row), step=row["step"])
+
+
+def _line(logger: logging.Logger, row: Row) -> None:
+    """Writes a row as a line."""
+    values = ", ".join(f"{name} {value:.4g}" for name, value in measured(row).items())
+    logger.info("step %d: %s", row["step"], values)
+
+
+class _Run:
+    """Adds rows to a run of W&B: to the steps that it has, and with an axis of their own.
+
+    A row comes with what the run logs next. Where another one is still waiting for that, it takes
+    a step of its own: the two would be one.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._run, self._waits_at = run, -1
+        run.define_metric(f"{PREFIX}step", hidden=True)
+        run.define_metric(f"{PREFIX}*", step_metric=f"{PREFIX}step")
+
+    def __call__(self, row: Row) -> None:
+        run = self._run
+        if run.step == self._waits_at:
+            run.log({}, commit=True)
+        run.log({f"{PREFIX}step": row["step"]} | measured(row), commit=False)
+        self._waits_at = run.step
+
+
+def measured(row: Row) -> dict[str, float]:
+    """Returns the columns with a prefix, but for the step and for what could not be measured."""
+    return {
+        f"{PREFIX}{name}": value
+        for name, value in row.items()
+        if name != "step" and math.isfinite(value)
+    }
 
 
 _FORMATS: dict[str, tuple[Callable[[Sequence[str]], str], Callable[[Row], str]]] = {

@@ -74,11 +74,13 @@ class Monitor:
             operator). The same one twice counts once.
         every: record one step in so many, or those at which ``every(step)`` is true; or
             ``every_share(0.05)``, as many as take that share of the time.
-        log: where rows go as they come: a path that ends in .csv or .jsonl, an object with
-            ``add_scalar`` such as TensorBoard's ``SummaryWriter``, or a callable that takes a row
-            as a dict, such as ``wandb.log``; or a sequence of these. A row is in its file before
-            the next step, and outlives a kill. What a log does not take is a ``LogWarning``,
-            never an end of the training. With a ``process_group`` files are written by rank 0.
+        log: where rows go as they come: a path that ends in .csv or .jsonl; TensorBoard's
+            ``SummaryWriter``, ``wandb`` or a run of it, ``mlflow``, a logger of Lightning or of
+            ``logging``, which get what is finite, as ``subspace/<column>`` at the row's step; or a
+            callable that takes a row as a dict; or a sequence of these. A row is in its file
+            before the next step, and outlives a kill. What a log does not take is a
+            ``LogWarning``, never an end of the training. With a ``process_group`` files are
+            written by rank 0.
         append: adds to files that are there already, of a run that is taken up again. A step that
             was recorded after the checkpoint is then in the file twice.
 
