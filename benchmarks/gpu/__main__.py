@@ -131,7 +131,7 @@ def _measure(options: argparse.Namespace, results: Results, console: Console) ->
     if not options.here:
         plan = plan[:1] if plan and plan[0].name == "tests" else []
     # Convolutions of float32 are TF32 on a GPU by default: all solvers alike compute in IEEE.
-    with full_precision(torch.device(options.device)):
+    with full_precision(torch.device(options.device), fused=True):
         run(plan, results.data["sections"], results.ends, results.write, console.print)
 
 

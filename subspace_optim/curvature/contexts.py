@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from subspace_optim.curvature.loaders import loader_parts
 
@@ -111,8 +112,14 @@ def _precision_settings(device: torch.device) -> Iterable[tuple[Any, Any]]:
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Computes float32 as float32: no tf32 or bf16 inside of products, and no autocast."""
+def full_precision(device: torch.device, *, fused: bool = False) -> Iterator[None]:
+    """Computes float32 as float32: no tf32 or bf16 inside of products, and no autocast.
+
+    Args:
+        device: where the computation runs.
+        fused: leaves attention to the kernel that torch chooses. Otherwise it takes its
+            mathematical form, since fused kernels have no second derivative.
+    """
     settings = list(_precision_settings(device))
     # A setting of "none" reads as its backend's. So one that equals it is put back as "none".
     saved = [
@@ -123,6 +130,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        if not fused:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for (setting, _), value in zip(settings, saved, strict=True):
             stack.callback(setattr, setting, "fp32_precision", value)
             setting.fp32_precision = "ieee"

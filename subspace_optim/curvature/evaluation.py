@@ -20,11 +20,7 @@ from torch import Tensor
 from subspace_optim._validation import ArgumentError, DataChangedError
 from subspace_optim.curvature.objective import BatchLoss, Places
 from subspace_optim.curvature.parameters import LOW_PRECISION
-from subspace_optim.curvature.second_derivatives import (
-    attention_written_out,
-    refuse_reentrant_checkpoints,
-    written_out,
-)
+from subspace_optim.curvature.second_derivatives import refuse_reentrant_checkpoints, written_out
 from subspace_optim.curvature.surroundings import Surroundings, dtype_inside
 
 PerParameter = Sequence[Tensor | None]
@@ -43,7 +39,6 @@ class Point:
             but for ``"always"``.
         dtype: of everything inside of an evaluation (default: as it is, with float32 in the place
             of low precision).
-        fused: leaves attention to the kernel that torch chooses, which has no second derivative.
         written: tensors that an evaluation is known to write to, beside buffers.
         key: tells this state from others.
         weight: N, what the loss of all data is a mean over.
@@ -57,7 +52,6 @@ class Point:
     surroundings: Surroundings
     in_place: bool | Literal["always"]
     dtype: torch.dtype | None = None
-    fused: bool = False
     written: list[Tensor] = field(default_factory=list)
     key: object = None
     weight: float = 0.0
@@ -79,16 +73,13 @@ class Point:
                 leaf.requires_grad_()
 
     @contextmanager
-    def at(
-        self, seed: int, *, hooks: bool = False, forward: bool = True, derivatives: bool = True
-    ) -> Iterator[None]:
+    def at(self, seed: int, *, hooks: bool = False, forward: bool = True) -> Iterator[None]:
         """Enters the state: the leaves stand in the model, and all that changes is put back.
 
         Args:
             seed: of all that draws at random.
             hooks: calls the hooks that the user has registered for gradients.
             forward: whether the model is called inside, or at most runs again in backward passes.
-            derivatives: whether anything is differentiated; the loss alone lets attention be fused.
         """
         written = {id(t) for t in self.written}
         pairs = zip(self.own, self.leaves, strict=True)
@@ -97,8 +88,6 @@ class Point:
             enter = stack.enter_context
             enter(self.surroundings.as_found(seed, moved=moved, dtype=self.dtype))
             enter(written_out(forward=forward))
-            if not self.fused:
-                enter(attention_written_out(always=derivatives))
             if self.in_place:
                 enter(_as_leaves(self.own, hooks=hooks))
             else:

@@ -77,6 +77,7 @@ class FiniteDifferenceHessian(MeanLossHessian):
         ArgumentError: an argument that cannot be used; the message names the way out.
     """
 
+    _fused_kernels: ClassVar[bool] = True
     _products: ClassVar[Products] = "differences"
 
     def __init__(

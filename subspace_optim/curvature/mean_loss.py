@@ -67,6 +67,7 @@ class MeanLossOperator(CurvatureOperator):
         ArgumentError: an argument that cannot be used; the message names the way out.
     """
 
+    _fused_kernels: ClassVar[bool] = False  # whether fused attention may stay fused
     _products: ClassVar[Products] = "derivative"
 
     def __init__(
@@ -321,7 +322,8 @@ class MeanLossOperator(CurvatureOperator):
     @contextmanager
     def _entered(self) -> Iterator[None]:
         """Enters full precision, outside autocast, and the mode of this operator; one at a time."""
-        with ALONE, full_precision(self.device), in_mode(self.model, self._mode):
+        precision = full_precision(self.device, fused=self._fused_kernels)
+        with ALONE, precision, in_mode(self.model, self._mode):
             yield
 
     @contextmanager
@@ -357,7 +359,6 @@ class MeanLossOperator(CurvatureOperator):
             self.parameters.tensors,
             surroundings,
             in_place=self.stats.engine != "func",
-            fused=self._products == "differences",
             written=self._proof.written,
             key=key,
         )

@@ -108,8 +108,7 @@ class Passes:
                 if proves_mean:
                     pieces = see(batch_loss.batch, pieces)
                 metering = AllocationMeter() if keep else nullcontext()
-                entered = point.at(batch_loss.seed, derivatives=size > 0)
-                with metering as meter, entered, watching:
+                with metering as meter, point.at(batch_loss.seed), watching:
                     found = differentiate(batch_loss, point)
                 weight = found.weight
                 own = torch.stack([weighted(found.loss.double(), weight), weight])

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -146,31 +145,6 @@ def written_out(*, forward: bool) -> Iterator[None]:
         if forward:
             stack.enter_context(_WrittenOut())
         yield
-
-
-@contextmanager
-def attention_written_out(*, always: bool) -> Iterator[None]:
-    """Lets attention take its composed form: fused kernels have no second derivative.
-
-    Args:
-        always: if not, only where it drops weights at random, since another kernel would drop
-            others. Parts that run again in a backward pass are not reached then.
-    """
-    with sdpa_kernel(SDPBackend.MATH) if always else _RandomAttention():
-        yield
-
-
-class _RandomAttention(TorchFunctionMode):
-    """Lets attention with dropout take its composed form."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
-            if dropout > 0:
-                with sdpa_kernel(SDPBackend.MATH):
-                    return func(*args, **kwargs)
-        return func(*args, **kwargs)
 
 
 _PARTS: dict[Any, Callable[..., Tensor]] = {

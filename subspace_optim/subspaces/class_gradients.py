@@ -165,7 +165,7 @@ class ClassGradientSubspace:
         """
         start = time.perf_counter()
         device = self.parameters.device
-        with ALONE, full_precision(device), random_state_kept(device, None):
+        with ALONE, full_precision(device, fused=True), random_state_kept(device, None):
             self._agree()
             with self._ranks.all_or_none():
                 shape = (self._sums.size,)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.diagnostics.directional_sharpness import Line, differences, rayleigh_quotient
+from subspace_optim.diagnostics.directional_sharpness import differences, rayleigh_quotient
 from subspace_optim.diagnostics.measures.base import Measure, Row, Training, operator_for
 from subspace_optim.diagnostics.measures.step import Step
 from subspace_optim.linalg.rows import norm
-
-_ALIKE = 1 / 16
-"""How far two gradients, or two slopes, may be apart, relative, to be taken for one."""
 
 
 def directional_sharpness(
@@ -39,10 +34,9 @@ def directional_sharpness(
     By products it is exact, and costs a gradient with its graph, a product for each of the two
     directions, and a forward pass. By losses it takes central differences of the loss, which are
     off by some per cent where it is not a quadratic, and NaN where they are lost in rounding; that
-    costs 2 forward passes for each direction, one of which is mostly that of ``actual_change``.
-    How far these reach is learned from row to row. The gradient is then the one in ``.grad``, if
-    that was equal to ∇L in the last row that has compared them, and its length is the slope of L
-    along it, as the differences tell; otherwise, as with clipped gradients, it costs a gradient.
+    costs a gradient, if ``gradient_sharpness`` is asked for, and 2 forward passes for each
+    direction, one of which is mostly that of ``actual_change``. How far these reach is learned
+    from row to row.
 
     Args:
         gradient: whether ``gradient_sharpness`` is recorded.
@@ -73,15 +67,8 @@ class DirectionalSharpness(Measure):
     def attach(self, training: Training) -> None:
         """Checks that there is a loss."""
         operator_for("directional_sharpness", training)
-        self._given: Tensor | None = None  # the gradient in .grad ...
-        self._alike = False  # ... and whether it was ∇L when they were compared
         self._reach = 1.0  # of differences along the update, in updates ...
         self._reach_of_gradient: float | None = None  # ... and along the gradient, in lengths
-
-    def before(self, step: Step) -> Row:
-        """Takes the gradient that the optimizer gets."""
-        self._given = step.given() if self.gradient and self.by == "losses" else None
-        return {}
 
     def after(self, step: Step) -> Row:
         """Measures along both directions, and where the step went."""
@@ -106,57 +93,29 @@ class DirectionalSharpness(Measure):
         row: dict[str, Any] = {}
         length = float(norm(step.update))
         if self.gradient:
-            row["gradient_sharpness"], known = self._along_gradient(step, length)
-            slope = float(torch.dot(known.double(), step.update.double()))
+            slope = float(norm(step.gradient))
+            direction, reach = step.gradient / slope, self._reach_of_gradient or length
+            start = step.loss
+            if slope > 0 and reach > 0:
+                line = differences(
+                    lambda c: step.loss_at(direction, c) - start, reach, step.rounding
+                )
+                self._reach_of_gradient = line.reach
+                row["gradient_sharpness"] = line.curvature
         if length > 0:
             start = step.loss
             reach = 1.0 if 0.7 <= self._reach <= 2 else self._reach  # the loss there is asked for
             line = differences(lambda c: step.loss_along(c) - start, reach, step.rounding)
             self._reach = line.reach
             row["update_sharpness"] = line.curvature / length**2
-            row["predicted_change"] = (slope if self.gradient else line.slope) + line.curvature / 2
+            known = step.slope
+            row["predicted_change"] = (line.slope if known is None else known) + line.curvature / 2
         return row
-
-    def _along_gradient(self, step: Step, length: float) -> tuple[float, Tensor]:
-        """Returns the curvature along the gradient, and the gradient."""
-        given, self._given = self._given, None
-        line = None
-        if given is not None and self._alike:
-            line, slope = self._line(step, given, length), float(norm(given))
-            if abs(line.slope - slope) <= _ALIKE * slope:
-                return line.curvature, given
-        gradient = step.gradient
-        if given is not None:
-            self._alike = bool(norm(given - gradient) <= _ALIKE * norm(gradient))
-        if line is None or not self._alike:
-            line = self._line(step, gradient, length)
-        return line.curvature, gradient
-
-    def _line(self, step: Step, direction: Tensor, length: float) -> Line:
-        """Returns the loss along a direction, as differences tell it.
-
-        Args:
-            step: at whose beginning.
-            direction: of any length.
-            length: at which differences begin to be sought.
-        """
-        unit, reach = direction / norm(direction), self._reach_of_gradient or length
-        if not (reach > 0 and unit.isfinite().all()):
-            return Line(math.nan, math.nan, reach)
-        start = step.loss
-        line = differences(lambda c: step.loss_at(unit, c) - start, reach, step.rounding)
-        self._reach_of_gradient = line.reach
-        return line
 
     def state_dict(self) -> dict[str, Any]:
         """Returns how far differences reach."""
-        return {
-            "reach": self._reach,
-            "reach_of_gradient": self._reach_of_gradient,
-            "alike": self._alike,
-        }
+        return {"reach": self._reach, "reach_of_gradient": self._reach_of_gradient}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes it."""
         self._reach, self._reach_of_gradient = state["reach"], state["reach_of_gradient"]
-        self._alike = state["alike"]

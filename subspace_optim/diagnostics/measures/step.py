@@ -112,12 +112,6 @@ class Step:
         with self.at_start() as operator:
             return operator.gradient()
 
-    def given(self) -> Tensor | None:
-        """Returns what is in ``.grad`` now, ``(P,)``, as a copy; ``None`` where nothing is."""
-        space = self.training.parameters
-        grads = [p.grad for p in space.tensors]
-        return None if all(grad is None for grad in grads) else space.flatten(grads)
-
     @property
     def gradient_norm(self) -> float:
         """``‖∇L(θ_t)‖``, from a sample where a measure has taken one."""
