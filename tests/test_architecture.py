@@ -47,6 +47,15 @@ ALLOWED: dict[str, set[str]] = {
     ".optim": {*_OPTIM, ".optim._base"},
     ".optim.__init__": {".optim._base", ".optim"},
     ".diagnostics": {*_SUBSPACES, ".diagnostics"},
+    # Callbacks for the trainers of others: nothing here imports them.
+    ".integrations": {
+        "._validation",
+        ".curvature",
+        ".subspaces",
+        ".step_hooks",
+        ".diagnostics",
+        ".integrations",
+    },
     ".__init__": {"._validation", ".linalg", ".curvature", ".subspaces", ".optim", ".diagnostics"},
     "benchmarks": {
         ".",

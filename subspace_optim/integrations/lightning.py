@@ -1,0 +1,195 @@
+"""``MonitorCallback`` of a Lightning ``Trainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature import CurrentBatch, CurvatureOperator, HessianOperator
+from subspace_optim.curvature.objective import BatchLossFunction
+from subspace_optim.curvature.parameters import Params
+from subspace_optim.diagnostics import Monitor
+from subspace_optim.diagnostics.logs import measured
+from subspace_optim.diagnostics.rows import Measures
+from subspace_optim.integrations._losses import loss_of, size_of
+from subspace_optim.integrations._watch import Source, Watch, ranks
+
+
+class MonitorCallback(Callback):
+    """Attaches a ``Monitor`` to the training of a Lightning ``Trainer``.
+
+    .. code-block:: python
+
+        callback = MonitorCallback(every=50)
+        trainer = Trainer(callbacks=[callback])
+        trainer.fit(module, loader)
+        callback.monitor.plot()
+
+    Without further arguments it records ``measures.stability()`` on the minibatches that are
+    trained on, by the loss that ``training_step`` returns, with its ``self.log`` silenced: that
+    of all micro-batches of a step together. Rows go to the trainer's loggers, as
+    ``subspace/<column>`` at the step of its other metrics. Monitor and subspace are saved with
+    the trainer's checkpoints, and go on from there. With several processes all of them measure
+    together. The training is the same to the bit.
+
+    Args:
+        source: a subspace or an operator to measure in, such as the subspace of a ``BulkSGD``; or
+            a function of the module that makes it when training begins (default: made of what
+            follows).
+        loss: ``loss(module, batch) -> (mean, weight)`` (default: that of ``training_step``).
+        data: a loader of the batches to measure on (default: the minibatches as they come).
+        params: of the curvature: a pattern, a predicate, or tensors (default: all trained ones).
+        k: measures in a ``DominantSubspace`` of so many eigenvectors (default: in none).
+        measures, every, log: as of ``Monitor``.
+
+    Attributes:
+        monitor: the monitor; ``None`` until training begins.
+
+    Raises:
+        ArgumentError: a source is given, and what it is made of. When training begins: the module
+            steps its optimizers itself, and neither ``loss`` nor ``source`` is given.
+    """
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        *,
+        loss: BatchLossFunction | None = None,
+        data: Any = None,
+        params: Params = None,
+        k: int | None = None,
+        measures: Measures | None = None,
+        every: int | Callable[[int], bool] = 50,
+        log: Any = None,
+    ) -> None:
+        own = {"loss": loss, "data": data, "params": params}
+        self._watch = Watch(source, k, own, measures=measures, every=every, log=log)
+        self._loss, self._data, self._params = loss, data, params
+        self._batch: CurrentBatch | None = None
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The monitor; ``None`` until training begins."""
+        return self._watch.monitor
+
+    def _operator(self, module: LightningModule) -> CurvatureOperator:
+        """Makes the curvature of a module.
+
+        Raises:
+            ArgumentError: its ``training_step`` is no function of parameters and batch.
+        """
+        loss, data = self._loss, self._data
+        if loss is None:
+            if not module.automatic_optimization:
+                found = "a module that steps its optimizers itself"
+                remedy = "Pass loss=, a function of the module and a batch."
+                raise ArgumentError("training_step", found, "one that returns a loss", remedy)
+            loss = StepLoss(weighs=data is not None)
+        if data is None:
+            data = self._batch = CurrentBatch()
+        options = {"params": self._params, "process_group": ranks()}
+        return HessianOperator.from_loss(module, loss, data, **options)
+
+    # --- events ---------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attaches the monitor to the optimizers that step."""
+        optimizers = trainer.optimizers
+        watched = optimizers[0] if len(optimizers) == 1 else optimizers
+        self._watch.begin(pl_module, watched, lambda: self._operator(pl_module))
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Takes the batch."""
+        if self._batch is not None:
+            self._batch.add(batch)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Hands rows to the trainer's loggers, at the step of its other metrics."""
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001 (as its own callbacks)
+        for row in self._watch.new_rows():
+            for logger in trainer.loggers:
+                logger.log_metrics(measured(row), step=step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detaches the monitor."""
+        self._end()
+
+    def on_exception(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Detaches the monitor."""
+        self._end()
+
+    def _end(self) -> None:
+        self._watch.end()
+        if self._batch is not None:
+            self._batch.remove()
+            self._batch = None
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the states of monitor and subspace."""
+        return self._watch.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them; there may be no monitor yet."""
+        self._watch.monitor = None  # that of a training before: this one begins with the state
+        self._watch.load_state_dict(state_dict)
+
+
+class StepLoss:
+    """``batch_loss(module, batch)`` of the loss that ``training_step`` returns.
+
+    Args:
+        weighs: counts batches by their examples; the micro-batches of a step count alike.
+    """
+
+    def __init__(self, *, weighs: bool) -> None:
+        self.weighs = weighs
+
+    def __call__(self, module: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        """Returns the loss and its weight."""
+        with _silent(module):
+            output = module.training_step(batch, 0)
+        return loss_of(output), size_of(batch) if self.weighs else 1
+
+
+@contextmanager
+def _silent(module: Any) -> Iterator[None]:
+    """Lets ``self.log`` do nothing: what is evaluated again has been logged."""
+    names = ("log", "log_dict")
+    own = {name: vars(module)[name] for name in names if name in vars(module)}
+    try:
+        for name in names:
+            vars(module)[name] = _nothing
+        yield
+    finally:
+        for name in names:
+            vars(module).pop(name)
+        vars(module).update(own)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
