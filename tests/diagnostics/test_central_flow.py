@@ -246,7 +246,7 @@ def at_the_edge(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("kind", [so.HessianOperator, so.FiniteDifferenceHessian])
-def test_the_model_is_left_as_it_was_and_the_cost_is_as_told(kind):
+def test_the_model_is_left_as_it_was(kind):
     problem, _, lr = at_the_edge()
     operator = kind(problem.model, problem.loss_fn, problem.batches)
     before = [p.detach().clone() for p in problem.model.parameters()]
