@@ -100,6 +100,7 @@ class Rows:
         operator = self._operator
         spent = None if operator is None else replace(operator.stats)
         row: dict[str, Any] = {}
+        refined: dict[str, Any] = {}  # last, in whichever order the measures are
         for measure in self._measures:
             found = ask(measure)
             unknown = found.keys() - {*measure.columns, *measure.refines}
@@ -107,8 +108,9 @@ class Rows:
                 named = ", ".join(sorted(unknown))
                 allowed = f"its columns: {', '.join(measure.columns)}"
                 raise ArgumentError(f"what {type(measure).__name__} returns", named, allowed)
-            row |= found
-        row = _numbers({c: value for c, value in row.items() if c in self.columns})
+            row |= {c: value for c, value in found.items() if c in measure.columns}
+            refined |= {c: value for c, value in found.items() if c not in measure.columns}
+        row = _numbers({c: value for c, value in (row | refined).items() if c in self.columns})
         if operator is not None and spent is not None:
             for column, count in _COSTS.items():
                 row[column] = getattr(operator.stats, count) - getattr(spent, count)
