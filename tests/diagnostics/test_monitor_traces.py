@@ -61,6 +61,7 @@ CASES = [
     for way in WAYS
     if (way == "closure") == (name in ("LBFGS", "SAM")) or (name == "Adam" and way == "closure")
 ]
+CASES += [("SGD momentum", "clipping"), ("AdamW foreach", "clipping")]
 
 
 def loss_of(model: nn.Module, batch: list[Tensor]) -> Tensor:
@@ -81,8 +82,10 @@ def steps(model: nn.Module, optimizers: list[torch.optim.Optimizer], way: str, l
 
         if way == "closure":
             yield optimizers[0].step(closure).detach()
-        elif way == "plain":
+        elif way in ("plain", "clipping"):
             loss = closure()
+            if way == "clipping":
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
             for each in optimizers:
                 each.step()
             yield loss.detach()
@@ -133,7 +136,7 @@ def test_training_does_not_change_by_a_bit(name: str, way: str) -> None:
     observed, others, monitor = run(name, way, so.Monitor, verify=name == "Adam")
     torch.testing.assert_close(plain, observed, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(states, others, rtol=0, atol=0)
-    rows = {"closure": 4, "plain": 4, "scaler": 3, "accumulation": 2}[way]
+    rows = {"closure": 4, "plain": 4, "clipping": 4, "scaler": 3, "accumulation": 2}[way]
     assert len(monitor.history["step"]) == rows
     assert all(norm > 0 for norm in monitor.history["update_norm"])
 
