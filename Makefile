@@ -55,6 +55,10 @@ papers: $(VENV)/.installed-bench  ## reproduce the four papers, hours; it goes o
 test: $(VENV)/.installed-test  ## run the tests; ARGS="-m 'not slow'" leaves out the slow ones
 	$(bin)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
+.PHONY: test-clients
+test-clients: $(VENV)/.installed-clients  ## run the tests in the loops of others, which it installs
+	$(bin)/python -m pytest -n $(JOBS) --dist worksteal -m clients tests/integrations $(ARGS)
+
 .PHONY: check
 check: lint types architecture wheel  ## all that follow, one after the other
 

@@ -100,7 +100,7 @@ class Watch:
 
     def new_rows(self) -> list[Row]:
         """Returns the rows that have come since the last call."""
-        rows = [] if self.monitor is None else self.monitor.rows()[self._seen :]
+        rows: list[Row] = [] if self.monitor is None else [*self.monitor.rows()[self._seen :]]
         self._seen += len(rows)
         return rows
 
@@ -108,7 +108,7 @@ class Watch:
         """Returns the states of monitor and subspace; what was loaded, as long as it waits."""
         if self.monitor is None:
             return self._loaded or {}
-        subspace = self.monitor.source
+        subspace: Any = self.monitor.source
         has_state = hasattr(subspace, "state_dict")
         return {
             "monitor": self.monitor.state_dict(),
@@ -120,8 +120,9 @@ class Watch:
         if self.monitor is None:
             self._loaded = state or None
             return
+        subspace: Any = self.monitor.source
         if state["subspace"] is not None:
-            self.monitor.source.load_state_dict(state["subspace"])
+            subspace.load_state_dict(state["subspace"])
         self.monitor.load_state_dict(state["monitor"])
         self._seen, self._loaded = len(self.monitor.history["step"]), None
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature import CurrentBatch, CurvatureOperator, HessianOperator
@@ -169,7 +169,7 @@ class StepLoss:
     def __init__(self, *, weighs: bool) -> None:
         self.weighs = weighs
 
-    def __call__(self, module: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+    def __call__(self, module: Any, batch: Any) -> tuple[Tensor, Any]:
         """Returns the loss and its weight."""
         with _silent(module):
             output = module.training_step(batch, 0)

@@ -29,7 +29,7 @@ STATE = "subspace_optim.pt"
 """The file in a checkpoint's folder."""
 
 
-class MonitorCallback(TrainerCallback):  # type: ignore[misc]
+class MonitorCallback(TrainerCallback):
     """Attaches a ``Monitor`` to the training of a ``Trainer``: made after it, and that is all.
 
     .. code-block:: python
@@ -168,7 +168,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         return [*paths, self._folder(self._trainer.state.global_step)]
 
 
-class SAMCallback(TrainerCallback):  # type: ignore[misc]
+class SAMCallback(TrainerCallback):
     """Lets a ``Trainer`` step with ``SAM``, ``DomSAM`` or ``BulkSAM``, also under accumulation.
 
     .. code-block:: python
@@ -190,7 +190,8 @@ class SAMCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Trainer) -> None:
         _check(trainer, "SAMCallback(trainer)")
         self._trainer = trainer
-        self._step, self._taken, self._again = trainer.training_step, [], False
+        self._step = trainer.training_step
+        self._taken: list[tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = []
         trainer.training_step = self._training_step
         trainer.add_callback(self)
 
