@@ -101,7 +101,7 @@ export CONSTRAINTS_HEADER
 constraints:  ## pin the newest versions anew, with the torch that TORCH names
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
 	$(PYTHON) -m venv "$$tmp/venv"; \
-	"$$tmp/venv/bin/python" $(pip_install) "torch==$(TORCH)" -e ".[dev]"; \
+	"$$tmp/venv/bin/python" $(pip_install) "torch==$(TORCH)" -e ".[dev,clients]"; \
 	{ set +x; } 2>/dev/null; \
 	"$$tmp/venv/bin/python" -m pip freeze --all --exclude-editable --exclude pip > "$$tmp/frozen"; \
 	{ echo "$$CONSTRAINTS_HEADER"; \
