@@ -3,10 +3,13 @@
 import contextlib
 import io
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+
+import subspace_optim as so
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {
@@ -23,10 +26,31 @@ def run(code: str, document: str) -> str:
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("document", [name for name, blocks in EXAMPLES.items() if blocks])
+TRAINERS = {
+    name: re.findall(r"^from (transformers|lightning|accelerate)\b", "\n".join(blocks), re.M)
+    for name, blocks in EXAMPLES.items()
+}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(name, marks=[pytest.mark.clients] if TRAINERS[name] else [])
+        for name, blocks in EXAMPLES.items()
+        if blocks
+    ],
+)
 def test_examples_run(document, tmp_path, monkeypatch):
+    for library in TRAINERS[document]:
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
-    printed = run("\n".join(EXAMPLES[document]), document)
+    with warnings.catch_warnings():
+        if TRAINERS[document]:  # which warn of their own, but of nothing of ours
+            warnings.simplefilter("ignore")
+            for found in vars(so).values():
+                if isinstance(found, type) and issubclass(found, Warning):
+                    warnings.simplefilter("error", found)
+        printed = run("\n".join(EXAMPLES[document]), document)
     assert re.findall(r"-?\d+\.\d+(?:e-?\d+)?", printed)  # each prints what it has measured
 
 
