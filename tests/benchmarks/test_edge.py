@@ -55,7 +55,6 @@ def test_the_first_row_is_that_of_the_dense_hessian(data):
     [
         ("gd", 2 / 0.02),
         ("sgd-16", 2 / 0.05),
-        ("sgd-128", 2 / 0.05),
         ("momentum-16", 2 * 0.1 / 0.005),
         ("momentum-500", 2 * 1.9 / 0.03),
         ("adam", 38 / 3e-4),
