@@ -144,7 +144,7 @@ def measure(run: Run, model: nn.Module, data: Data, *, rows: int = ROWS) -> dict
     )
     every = run.steps // rows | 1  # odd: at its edge a training goes to and fro
     begun = time.process_time()
-    measures = [so.measures.dominant(), seen]
+    measures = [*so.measures.dominant(), seen]
     with (
         so.Monitor(optimizer, sharpness, measures=measures, every=every) as monitor,
         doing(run.title, run.steps) as task,
