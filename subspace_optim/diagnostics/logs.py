@@ -149,7 +149,7 @@ def _log(target: Any, columns: Sequence[str]) -> Log:
         return Log(name, lambda row: _scalars(target, row))
     if hasattr(target, "log_metrics"):
         return Log(name, lambda row: _metrics(target.log_metrics, row))
-    if name == "log_metrics":
+    if getattr(target, "__name__", "") == "log_metrics":
         return Log(name, lambda row: _metrics(target, row))
     return Log(name, target)
 
