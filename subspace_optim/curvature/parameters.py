@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -14,9 +15,15 @@ from torch.nn.parameter import is_lazy
 
 from subspace_optim._validation import ArgumentError
 
+_PLAIN = (Tensor, nn.Parameter)
+"""Classes of tensors of which one may be treated as another."""
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """Parameters of these dtypes are differentiated through float32 copies."""
 _PIECE = 1 << 20
+_SMALL = 1 << 12
+"""The most elements of a tensor that is digested together with others."""
+_TOGETHER = 1 << 18
+"""About how many elements are copied for that at once."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
@@ -78,13 +85,31 @@ class ParameterSpace:
         self.model = model
         self.names = [names[id(p)] for p in chosen]
         self.shapes = [p.shape for p in chosen]
+        self._sizes = [p.numel() for p in chosen]
+        self._owners, self._places = _places(self.names)
 
     @property
     def tensors(self) -> list[Tensor]:
         """The parameters that stand under the names now, each once.
 
+        ``ArgumentError`` where one is gone, or has another shape than when the space was made.
+        """
+        modules: list[Any] = [self.model]
+        try:
+            for owner, name in self._owners:
+                modules.append(modules[owner]._modules[name])  # noqa: SLF001
+            found = [modules[owner]._parameters[name] for owner, name in self._places]  # noqa: SLF001
+            if [p.shape for p in found] == self.shapes:
+                return found
+        except (AttributeError, KeyError):
+            pass
+        return self._one_by_one()
+
+    def _one_by_one(self) -> list[Tensor]:
+        """Does the same, and tells which is not there.
+
         Raises:
-            ArgumentError: one is gone, or has another shape than when the space was made.
+            ArgumentError: one is gone, or has another shape.
         """
         found = []
         for name, shape in zip(self.names, self.shapes, strict=True):
@@ -102,28 +127,36 @@ class ParameterSpace:
     @property
     def size(self) -> int:
         """P, the number of coordinates."""
-        return sum(shape.numel() for shape in self.shapes)
+        return sum(self._sizes)
 
     @property
     def dtype(self) -> torch.dtype:
         """float64 if a parameter is, else float32: bf16 parameters have float32 vectors."""
-        double = any(p.dtype == torch.float64 for p in self.tensors)
+        double = torch.float64 in {p.dtype for p in self.tensors}
         return torch.float64 if double else torch.float32
 
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
-        return self.tensors[0].device
+        first = _under(self.model, self.names[0])
+        return self.tensors[0].device if first is None else first.device
 
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Returns whether every parameter is."""
-        return bool(torch.isfinite(nn.utils.get_total_norm(self.tensors, torch.inf)))
+        held = [elements for elements, _ in _joined(self.tensors) if elements.numel()]
+        norms = [torch.linalg.vector_norm(elements, torch.inf) for elements in held]
+        return not norms or bool(torch.stack([norm.isfinite() for norm in norms]).all())
 
     @torch.no_grad()
     def flatten(self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
         """Returns one tensor a parameter as a new vector ``(P,)``; zeros stand for ``None``."""
-        flat = torch.empty(self.size, dtype=dtype or self.dtype, device=self.device)
+        dtype, device = dtype or self.dtype, self.device
+        kinds = {(type(t), t.layout, t.dtype, t.device) for t in tensors if t is not None}
+        plain = kinds <= {(kind, torch.strided, dtype, device) for kind in _PLAIN}
+        if plain and [t is not None and t.shape for t in tensors] == self.shapes:
+            return one_vector(tensors)
+        flat = torch.empty(self.size, dtype=dtype, device=device)
         for view, tensor in zip(self.unflatten(flat), tensors, strict=True):
             if tensor is None:
                 view.zero_()
@@ -133,7 +166,7 @@ class ParameterSpace:
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """Returns ``flat: (P,)`` as views, one of the shape of each parameter."""
-        pieces = flat.split([shape.numel() for shape in self.shapes])
+        pieces = flat.split(self._sizes)
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     @contextmanager
@@ -190,6 +223,26 @@ class ParameterSpace:
         return int(digest(self.model.parameters()))
 
 
+def _places(names: Sequence[str]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Returns how to find parameters without a look at any part of their names twice.
+
+    Returns:
+        The modules but for the first, the model: each with the place of its owner among them, and
+        its name there; and the same of the parameters.
+    """
+    places, owners = {"": 0}, list[tuple[int, str]]()
+
+    def place(path: str) -> int:
+        if path not in places:
+            owner, _, last = path.rpartition(".")
+            owners.append((place(owner), last))
+            places[path] = len(owners)
+        return places[path]
+
+    split = [name.rpartition(".") for name in names]
+    return owners, [(place(path), last) for path, _, last in split]
+
+
 def _chosen(model: nn.Module, params: Params) -> tuple[list[Any], str]:
     """Returns the parameters that are meant, and what to say where they cannot be used."""
     named = list(model.named_parameters())
@@ -233,6 +286,14 @@ def _under(model: nn.Module, name: str) -> Tensor | None:
             return None
     parameter: Tensor | None = module._parameters.get(last)  # noqa: SLF001
     return parameter
+
+
+def one_vector(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the elements of dense tensors of one dtype and device, as a new vector."""
+    if len(tensors) == 1:
+        return tensors[0].detach().clone(memory_format=torch.contiguous_format).view(-1)
+    joined: Tensor = torch._utils._flatten_dense_tensors(tensors)  # noqa: SLF001 (one call)
+    return joined
 
 
 def weighted(value: Tensor, weight: Tensor) -> Tensor:
@@ -280,6 +341,44 @@ def _weights(device: torch.device) -> Tensor:
     return odd.to(device)
 
 
+def _joined(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """Yields all elements, in vectors, and the number of tensors that each vector is of.
+
+    Small tensors of one kind come in one vector: a model may have hundreds, and each call of torch
+    costs more than their elements. Vectors of large ones are views where they can be.
+    """
+    small: dict[object, list[Tensor]] = defaultdict(list)
+    sizes: dict[object, int] = defaultdict(int)
+    for tensor in tensors:
+        size = tensor.numel()
+        if size > _SMALL or not _is_plain(tensor):
+            for part in dense_parts(tensor.detach()):
+                yield part.resolve_conj().resolve_neg().contiguous().view(-1), 1
+            continue
+        kind = tensor.dtype, tensor.device
+        small[kind].append(tensor)
+        sizes[kind] += size
+        if sizes[kind] >= _TOGETHER:
+            some = small.pop(kind)
+            yield one_vector(some), len(some)
+            sizes[kind] = 0
+    for some in small.values():
+        yield one_vector(some), len(some)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    plain = type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested
+    return plain and not (tensor.is_conj() or tensor.is_neg())
+
+
+def _bits(elements: Tensor) -> Tensor:
+    if elements.dtype == torch.bool:
+        return elements.to(torch.uint8)
+    if elements.is_complex():
+        elements = torch.view_as_real(elements).view(-1)
+    return elements.view(_INTEGERS[elements.element_size()])
+
+
 @torch.no_grad()
 def digest(tensors: Iterable[Tensor]) -> Tensor:
     """Returns the weighted sum, modulo 2⁶⁴, of the bits of all elements: one pass, one scalar.
@@ -290,16 +389,11 @@ def digest(tensors: Iterable[Tensor]) -> Tensor:
     Sparse tensors count with their indices and their values.
     """
     total: Tensor | None = None
-    for tensor in (part for whole in tensors for part in dense_parts(whole.detach())):
-        elements = tensor.resolve_conj().resolve_neg().contiguous().view(-1)
-        if elements.dtype == torch.bool:
-            elements = elements.to(torch.uint8)
-        if elements.is_complex():
-            elements = torch.view_as_real(elements).view(-1)
-        bits = elements.view(_INTEGERS[elements.element_size()])
-        weights = _weights(tensor.device)
-        total = torch.zeros((), dtype=torch.int64, device=tensor.device) if total is None else total
-        total = total.to(tensor.device) * 3 + 1
+    for elements, count in _joined(tensors):
+        bits = _bits(elements)
+        weights = _weights(bits.device)
+        total = torch.zeros((), dtype=torch.int64, device=bits.device) if total is None else total
+        total = total.to(bits.device) * 3 + count
         for piece in bits.split(_PIECE):
-            total = total * 5 + (piece.long() * weights[: len(piece)]).sum()
+            total = total * 5 + (piece * weights[: len(piece)]).sum()
     return torch.zeros((), dtype=torch.int64, device="cpu") if total is None else total
