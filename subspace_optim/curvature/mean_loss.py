@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import get_ident
 from typing import Any, ClassVar, Self
 
@@ -271,7 +271,8 @@ class MeanLossOperator(CurvatureOperator):
         the model, of the loss and of what else they reach, but for those that an evaluation itself
         changes; the mode of every module; and whether stored data were written.
         """
-        with self._entered():
+        own_mode = nullcontext() if self._mode is None else in_mode(self.model, self._mode)
+        with ALONE, own_mode:  # nothing is evaluated, so that no more has to be set
             return self._dependencies.state(self._dependencies.look())
 
     @contextmanager

@@ -43,10 +43,12 @@ _APART = {
     "multiprocessing", "concurrent", "asyncio",
 }  # fmt: skip
 """Packages whose objects are left alone: they run threads, or have no part in a loss."""
-_NUMBERS = (bool, int, float, complex)
+_NUMBERS = {bool, int, float, complex}
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device}
-_INTERNAL = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+_INTERNAL = set(vars(nn.Module())) - {*_REGISTERED}
 """The dicts of hooks and the like that every module has; they are looked at where not empty."""
+_OF_TORCH = {*_REGISTERED, *_INTERNAL}
 MISSING = object()
 """Stands for the contents of an empty cell, and for a name that a namespace does not have."""
 
@@ -74,9 +76,11 @@ class Reachable:
         self._generators: list[Generator] = global_generators(device)
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._loose: list[Tensor] = []  # tensors that no module has registered
+        self._classes: set[type] = {object}
         self._walk([model, loss])
-        registered = {id(t) for t in self.parameters() + self.buffers()}
-        self._loose = [t for t in self._loose if id(t) not in registered]
+        if self._loose:
+            registered = {id(t) for t in self.parameters() + self.buffers()}
+            self._loose = [t for t in self._loose if id(t) not in registered]
 
     def parameters(self) -> list[Tensor]:
         """Returns the parameters of all modules, each once."""
@@ -95,7 +99,7 @@ class Reachable:
         written = {
             id(b)
             for m in self.modules
-            if isinstance(m, _BatchNorm | _InstanceNorm)
+            if m._buffers and isinstance(m, _BatchNorm | _InstanceNorm)  # noqa: SLF001
             and (m.training or not m.track_running_stats)  # so it normalises by the batch
             for b in m._buffers.values()  # noqa: SLF001
         }
@@ -111,11 +115,12 @@ class Reachable:
         Args:
             moved_names: attributes to leave out: counters and the like, which evaluations change.
         """
+        numbers = _NUMBERS
         found = [
             value
             for owner in self._owners
             for name, value in owner.items()
-            if type(value) in _NUMBERS and name not in moved_names
+            if type(value) in numbers and name not in moved_names
         ]
         found += [c for c in map(contents_of, self._cells) if type(c) in _NUMBERS]
         return hash(tuple(found))
@@ -133,19 +138,53 @@ class Reachable:
             thing = pending.pop()
             if type(thing) in _ATOMS or id(thing) in seen or isinstance(thing, type):
                 continue
-            seen[id(thing)] = thing
-            pending += list(self._enter(thing))[::-1]
+            if isinstance(thing, nn.Module):
+                pending += list(self._enter_modules(thing, seen))[::-1]
+            else:
+                seen[id(thing)] = thing
+                pending += list(self._enter(thing))[::-1]
+
+    def _enter_modules(self, root: nn.Module, seen: dict[int, Any]) -> Iterator[Any]:
+        """Notes a module and those inside of it, and yields what else they refer to.
+
+        All at once: a model may have thousands, and an optimizer asks at each step.
+        """
+        first, below = len(self.modules), [root]
+        while below:
+            module = below.pop()
+            if id(module) not in seen:
+                seen[id(module)] = module
+                self.modules.append(module)
+                inside = vars(module).get("_modules")
+                if inside and isinstance(inside, dict):  # that of a ScriptModule is none
+                    below += [m for m in reversed(inside.values()) if isinstance(m, nn.Module)]
+        found = self.modules[first:]
+        owners = [vars(module) for module in found]
+        self._owners += owners
+        for held in (owner.get(name) for owner in owners for name in _REGISTERED):
+            if isinstance(held, dict):
+                if len(held) <= _LONGER:
+                    self._namespaces.append(held)
+                for value in held.values() if held else ():
+                    if isinstance(value, Tensor):
+                        yield from (value._backward_hooks or {}).values()  # noqa: SLF001
+                    elif value is not None and id(value) not in seen:
+                        yield value
+        others = [
+            value
+            for owner in owners
+            for name, value in owner.items()
+            if name not in _OF_TORCH or (value and name in _INTERNAL)
+        ]
+        yield from (value for value in others if type(value) not in _ATOMS)
+        for kind in dict.fromkeys(map(type, found)):
+            yield from self._enter_class(kind)
 
     def _enter(self, thing: Any) -> Iterator[Any]:
         """Notes one object, and yields those that it refers to."""
         if isinstance(thing, Tensor):
             self._loose.append(thing)
             yield from (thing._backward_hooks or {}).values()  # noqa: SLF001
-        elif isinstance(thing, nn.Module):
-            self.modules.append(thing)
-            self._owners.append(thing.__dict__)
-            yield from (v for name, v in thing.__dict__.items() if name not in _INTERNAL or v)
-            yield from self._enter_class(type(thing))
         elif isinstance(thing, dict):
             if len(thing) <= _LONGER:
                 self._namespaces.append(thing)
@@ -181,7 +220,10 @@ class Reachable:
     def _enter_class(self, kind: type) -> Iterator[Any]:
         """Notes the attributes of the user's own classes, and yields them and their methods."""
         for base in kind.__mro__:
-            if base is not object and not _is_installed(_file_of(base)):
+            if base in self._classes:
+                continue
+            self._classes.add(base)
+            if not _is_installed(_file_of(base)):
                 held = {n: v for n, v in vars(base).items() if not n.startswith("__")}
                 names = {n for n, v in held.items() if not callable(v)}
                 self._named.append((vars(base), partial(setattr, base), names))
