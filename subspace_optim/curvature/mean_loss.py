@@ -16,6 +16,7 @@ from subspace_optim._validation import ArgumentError, DataChangedError
 from subspace_optim.curvature.batches import Batches
 from subspace_optim.curvature.contexts import Mode, full_precision, in_mode
 from subspace_optim.curvature.dependencies import Dependencies
+from subspace_optim.curvature.digests import digest
 from subspace_optim.curvature.evaluation import (
     Derivatives,
     Point,
@@ -37,7 +38,7 @@ from subspace_optim.curvature.operator import (
     State,
     released,
 )
-from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
+from subspace_optim.curvature.parameters import ParameterSpace, Params
 from subspace_optim.curvature.passes import Differentiate, Passes
 from subspace_optim.curvature.process_group import Ranks, warn_without_group
 from subspace_optim.curvature.proof import Proof

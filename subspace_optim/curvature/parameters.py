@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -14,17 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.digests import PLAIN, digest, in_few_vectors, one_vector
 
-_PLAIN = (Tensor, nn.Parameter)
-"""Classes of tensors of which one may be treated as another."""
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """Parameters of these dtypes are differentiated through float32 copies."""
-_PIECE = 1 << 20
-_SMALL = 1 << 12
-"""The most elements of a tensor that is digested together with others."""
-_TOGETHER = 1 << 18
-"""About how many elements are copied for that at once."""
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+_SHAPE = attrgetter("shape")
 
 
 Params = Iterable[Tensor] | str | Callable[[str, Tensor], bool] | None
@@ -87,6 +80,7 @@ class ParameterSpace:
         self.shapes = [p.shape for p in chosen]
         self._sizes = [p.numel() for p in chosen]
         self._owners, self._places = _places(self.names)
+        self._found: list[Tensor] | None = None  # inside of looked_up_once()
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -94,12 +88,14 @@ class ParameterSpace:
 
         ``ArgumentError`` where one is gone, or has another shape than when the space was made.
         """
+        if self._found is not None:
+            return list(self._found)
         modules: list[Any] = [self.model]
         try:
             for owner, name in self._owners:
                 modules.append(modules[owner]._modules[name])  # noqa: SLF001
             found = [modules[owner]._parameters[name] for owner, name in self._places]  # noqa: SLF001
-            if [p.shape for p in found] == self.shapes:
+            if all(map(eq, map(_SHAPE, found), self.shapes)):
                 return found
         except (AttributeError, KeyError):
             pass
@@ -124,6 +120,15 @@ class ParameterSpace:
             found.append(p)
         return found
 
+    @contextmanager
+    def looked_up_once(self) -> Iterator[None]:
+        """Looks the parameters up on entry only: a promise that no module changes inside."""
+        before, self._found = self._found, self.tensors
+        try:
+            yield
+        finally:
+            self._found = before
+
     @property
     def size(self) -> int:
         """P, the number of coordinates."""
@@ -144,18 +149,22 @@ class ParameterSpace:
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Returns whether every parameter is."""
-        held = [elements for elements, _ in _joined(self.tensors) if elements.numel()]
-        norms = [torch.linalg.vector_norm(elements, torch.inf) for elements in held]
-        return not norms or bool(torch.stack([norm.isfinite() for norm in norms]).all())
+        finite = [
+            torch.linalg.vector_norm(elements, torch.inf).isfinite()
+            for elements, _ in in_few_vectors(self.tensors)
+            if elements.numel()
+        ]
+        return not finite or bool(torch.stack(finite).all())
 
     @torch.no_grad()
     def flatten(self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
         """Returns one tensor a parameter as a new vector ``(P,)``; zeros stand for ``None``."""
         dtype, device = dtype or self.dtype, self.device
-        kinds = {(type(t), t.layout, t.dtype, t.device) for t in tensors if t is not None}
-        plain = kinds <= {(kind, torch.strided, dtype, device) for kind in _PLAIN}
-        if plain and [t is not None and t.shape for t in tensors] == self.shapes:
-            return one_vector(tensors)
+        found = [t for t in tensors if t is not None]
+        kinds = {(type(t) in PLAIN, t.layout, t.dtype, t.device) for t in found}
+        whole = len(found) == len(tensors) and list(map(_SHAPE, found)) == self.shapes
+        if whole and kinds == {(True, torch.strided, dtype, device)}:
+            return one_vector(found)
         flat = torch.empty(self.size, dtype=dtype, device=device)
         for view, tensor in zip(self.unflatten(flat), tensors, strict=True):
             if tensor is None:
@@ -288,14 +297,6 @@ def _under(model: nn.Module, name: str) -> Tensor | None:
     return parameter
 
 
-def one_vector(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the elements of dense tensors of one dtype and device, as a new vector."""
-    if len(tensors) == 1:
-        return tensors[0].detach().clone(memory_format=torch.contiguous_format).view(-1)
-    joined: Tensor = torch._utils._flatten_dense_tensors(tensors)  # noqa: SLF001 (one call)
-    return joined
-
-
 def weighted(value: Tensor, weight: Tensor) -> Tensor:
     """Returns ``weight · value``, and zeros where the weight is 0 and the value may be NaN."""
     return torch.where(weight > 0, value * weight, 0.0)
@@ -312,88 +313,3 @@ def length(tensors: Sequence[Tensor]) -> Tensor:
     matrices = [t.detach() for t in tensors if t.dim() > 1] or [t.detach() for t in tensors]
     lengths = torch.stack([t.double().norm() / t.numel() ** 0.25 for t in matrices])
     return torch.where(lengths > 0, lengths, torch.nan).nanmedian().nan_to_num(1.0)
-
-
-def dense_parts(tensor: Tensor) -> list[Tensor]:
-    """Returns the strided tensors that hold what ``tensor`` holds.
-
-    They are itself, or the indices and values of a sparse one, or those inside of a nested one.
-    """
-    if tensor.is_nested:
-        return [part for inner in tensor.unbind() for part in dense_parts(inner)]
-    if tensor.layout == torch.strided:
-        return [tensor]
-    if tensor.layout == torch.sparse_coo:
-        unique = tensor.coalesce()
-        return [unique.indices(), unique.values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor.to_dense()]
-
-
-@lru_cache(maxsize=8)
-def _weights(device: torch.device) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(0)
-    bounds = -(2**62), 2**62
-    odd = torch.randint(*bounds, (_PIECE,), generator=generator, device="cpu") * 2 + 1
-    return odd.to(device)
-
-
-def _joined(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
-    """Yields all elements, in vectors, and the number of tensors that each vector is of.
-
-    Small tensors of one kind come in one vector: a model may have hundreds, and each call of torch
-    costs more than their elements. Vectors of large ones are views where they can be.
-    """
-    small: dict[object, list[Tensor]] = defaultdict(list)
-    sizes: dict[object, int] = defaultdict(int)
-    for tensor in tensors:
-        size = tensor.numel()
-        if size > _SMALL or not _is_plain(tensor):
-            for part in dense_parts(tensor.detach()):
-                yield part.resolve_conj().resolve_neg().contiguous().view(-1), 1
-            continue
-        kind = tensor.dtype, tensor.device
-        small[kind].append(tensor)
-        sizes[kind] += size
-        if sizes[kind] >= _TOGETHER:
-            some = small.pop(kind)
-            yield one_vector(some), len(some)
-            sizes[kind] = 0
-    for some in small.values():
-        yield one_vector(some), len(some)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    plain = type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested
-    return plain and not (tensor.is_conj() or tensor.is_neg())
-
-
-def _bits(elements: Tensor) -> Tensor:
-    if elements.dtype == torch.bool:
-        return elements.to(torch.uint8)
-    if elements.is_complex():
-        elements = torch.view_as_real(elements).view(-1)
-    return elements.view(_INTEGERS[elements.element_size()])
-
-
-@torch.no_grad()
-def digest(tensors: Iterable[Tensor]) -> Tensor:
-    """Returns the weighted sum, modulo 2⁶⁴, of the bits of all elements: one pass, one scalar.
-
-    The weights are fixed, random and odd. So one element that changes always changes the sum, and
-    elements that are exchanged leave it as it was by chance alone (1 in 2³²). 8 bytes are
-    read as two integers: read as one, an even number of flipped signs, 2⁶³ each, would add up to 0.
-    Sparse tensors count with their indices and their values.
-    """
-    total: Tensor | None = None
-    for elements, count in _joined(tensors):
-        bits = _bits(elements)
-        weights = _weights(bits.device)
-        total = torch.zeros((), dtype=torch.int64, device=bits.device) if total is None else total
-        total = total.to(bits.device) * 3 + count
-        for piece in bits.split(_PIECE):
-            total = total * 5 + (piece * weights[: len(piece)]).sum()
-    return torch.zeros((), dtype=torch.int64, device="cpu") if total is None else total
