@@ -14,8 +14,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from subspace_optim._validation import ArgumentError, DataChangedError
 from subspace_optim.curvature.contexts import random_state_kept
 from subspace_optim.curvature.current_batch import CurrentBatch
+from subspace_optim.curvature.digests import dense_parts, digest
 from subspace_optim.curvature.loaders import check_loader, own_loader
-from subspace_optim.curvature.parameters import LOW_PRECISION, dense_parts, digest
+from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.curvature.structure import contents, moved, moves_itself, tensors
 
 # The most batches of data without a length, since a stream without an end would be read for ever.

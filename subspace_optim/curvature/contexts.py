@@ -96,7 +96,8 @@ def in_mode(model: nn.Module, mode: Mode | None) -> Iterator[None]:
         yield
     finally:
         for module, flag in zip(modules, flags, strict=True):
-            module.training = flag
+            if module.training is not flag:
+                module.training = flag
 
 
 def _precision_settings(device: torch.device) -> Iterable[tuple[Any, Any]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from subspace_optim.curvature.batches import Batches
+from subspace_optim.curvature.digests import digest
 from subspace_optim.curvature.objective import BatchLossFunction, Supervised
 from subspace_optim.curvature.operator import State
-from subspace_optim.curvature.parameters import ParameterSpace, digest
+from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.proof import Proof
 from subspace_optim.curvature.surroundings import Surroundings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import get_ident
 from typing import Any, ClassVar, Self
 
@@ -16,6 +16,7 @@ from subspace_optim._validation import ArgumentError, DataChangedError
 from subspace_optim.curvature.batches import Batches
 from subspace_optim.curvature.contexts import Mode, full_precision, in_mode
 from subspace_optim.curvature.dependencies import Dependencies
+from subspace_optim.curvature.digests import digest
 from subspace_optim.curvature.evaluation import (
     Derivatives,
     Point,
@@ -37,7 +38,7 @@ from subspace_optim.curvature.operator import (
     State,
     released,
 )
-from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
+from subspace_optim.curvature.parameters import ParameterSpace, Params
 from subspace_optim.curvature.passes import Differentiate, Passes
 from subspace_optim.curvature.process_group import Ranks, warn_without_group
 from subspace_optim.curvature.proof import Proof
@@ -272,7 +273,8 @@ class MeanLossOperator(CurvatureOperator):
         the model, of the loss and of what else they reach, but for those that an evaluation itself
         changes; the mode of every module; and whether stored data were written.
         """
-        with self._entered():
+        own_mode = nullcontext() if self._mode is None else in_mode(self.model, self._mode)
+        with ALONE, own_mode:  # nothing is evaluated, so that no more has to be set
             return self._dependencies.state(self._dependencies.look())
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.digests import PLAIN, digest, in_few_vectors, one_vector
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """Parameters of these dtypes are differentiated through float32 copies."""
-_PIECE = 1 << 20
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+_SHAPE = attrgetter("shape")
 
 
 Params = Iterable[Tensor] | str | Callable[[str, Tensor], bool] | None
@@ -78,13 +78,34 @@ class ParameterSpace:
         self.model = model
         self.names = [names[id(p)] for p in chosen]
         self.shapes = [p.shape for p in chosen]
+        self._sizes = [p.numel() for p in chosen]
+        self._owners, self._places = _places(self.names)
+        self._found: list[Tensor] | None = None  # inside of looked_up_once()
 
     @property
     def tensors(self) -> list[Tensor]:
         """The parameters that stand under the names now, each once.
 
+        ``ArgumentError`` where one is gone, or has another shape than when the space was made.
+        """
+        if self._found is not None:
+            return list(self._found)
+        modules: list[Any] = [self.model]
+        try:
+            for owner, name in self._owners:
+                modules.append(modules[owner]._modules[name])  # noqa: SLF001
+            found = [modules[owner]._parameters[name] for owner, name in self._places]  # noqa: SLF001
+            if all(map(eq, map(_SHAPE, found), self.shapes)):
+                return found
+        except (AttributeError, KeyError):
+            pass
+        return self._one_by_one()
+
+    def _one_by_one(self) -> list[Tensor]:
+        """Does the same, and tells which is not there.
+
         Raises:
-            ArgumentError: one is gone, or has another shape than when the space was made.
+            ArgumentError: one is gone, or has another shape.
         """
         found = []
         for name, shape in zip(self.names, self.shapes, strict=True):
@@ -99,31 +120,52 @@ class ParameterSpace:
             found.append(p)
         return found
 
+    @contextmanager
+    def looked_up_once(self) -> Iterator[None]:
+        """Looks the parameters up on entry only: a promise that no module changes inside."""
+        before, self._found = self._found, self.tensors
+        try:
+            yield
+        finally:
+            self._found = before
+
     @property
     def size(self) -> int:
         """P, the number of coordinates."""
-        return sum(shape.numel() for shape in self.shapes)
+        return sum(self._sizes)
 
     @property
     def dtype(self) -> torch.dtype:
         """float64 if a parameter is, else float32: bf16 parameters have float32 vectors."""
-        double = any(p.dtype == torch.float64 for p in self.tensors)
+        double = torch.float64 in {p.dtype for p in self.tensors}
         return torch.float64 if double else torch.float32
 
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
-        return self.tensors[0].device
+        first = _under(self.model, self.names[0])
+        return self.tensors[0].device if first is None else first.device
 
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Returns whether every parameter is."""
-        return bool(torch.isfinite(nn.utils.get_total_norm(self.tensors, torch.inf)))
+        finite = [
+            torch.linalg.vector_norm(elements, torch.inf).isfinite()
+            for elements, _ in in_few_vectors(self.tensors)
+            if elements.numel()
+        ]
+        return not finite or bool(torch.stack(finite).all())
 
     @torch.no_grad()
     def flatten(self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
         """Returns one tensor a parameter as a new vector ``(P,)``; zeros stand for ``None``."""
-        flat = torch.empty(self.size, dtype=dtype or self.dtype, device=self.device)
+        dtype, device = dtype or self.dtype, self.device
+        found = [t for t in tensors if t is not None]
+        kinds = {(type(t) in PLAIN, t.layout, t.dtype, t.device) for t in found}
+        whole = len(found) == len(tensors) and list(map(_SHAPE, found)) == self.shapes
+        if whole and kinds == {(True, torch.strided, dtype, device)}:
+            return one_vector(found)
+        flat = torch.empty(self.size, dtype=dtype, device=device)
         for view, tensor in zip(self.unflatten(flat), tensors, strict=True):
             if tensor is None:
                 view.zero_()
@@ -133,7 +175,7 @@ class ParameterSpace:
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """Returns ``flat: (P,)`` as views, one of the shape of each parameter."""
-        pieces = flat.split([shape.numel() for shape in self.shapes])
+        pieces = flat.split(self._sizes)
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     @contextmanager
@@ -188,6 +230,26 @@ class ParameterSpace:
         ``p.data`` do not change them.
         """
         return int(digest(self.model.parameters()))
+
+
+def _places(names: Sequence[str]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Returns how to find parameters without a look at any part of their names twice.
+
+    Returns:
+        The modules but for the first, the model: each with the place of its owner among them, and
+        its name there; and the same of the parameters.
+    """
+    places, owners = {"": 0}, list[tuple[int, str]]()
+
+    def place(path: str) -> int:
+        if path not in places:
+            owner, _, last = path.rpartition(".")
+            owners.append((place(owner), last))
+            places[path] = len(owners)
+        return places[path]
+
+    split = [name.rpartition(".") for name in names]
+    return owners, [(place(path), last) for path, _, last in split]
 
 
 def _chosen(model: nn.Module, params: Params) -> tuple[list[Any], str]:
@@ -251,55 +313,3 @@ def length(tensors: Sequence[Tensor]) -> Tensor:
     matrices = [t.detach() for t in tensors if t.dim() > 1] or [t.detach() for t in tensors]
     lengths = torch.stack([t.double().norm() / t.numel() ** 0.25 for t in matrices])
     return torch.where(lengths > 0, lengths, torch.nan).nanmedian().nan_to_num(1.0)
-
-
-def dense_parts(tensor: Tensor) -> list[Tensor]:
-    """Returns the strided tensors that hold what ``tensor`` holds.
-
-    They are itself, or the indices and values of a sparse one, or those inside of a nested one.
-    """
-    if tensor.is_nested:
-        return [part for inner in tensor.unbind() for part in dense_parts(inner)]
-    if tensor.layout == torch.strided:
-        return [tensor]
-    if tensor.layout == torch.sparse_coo:
-        unique = tensor.coalesce()
-        return [unique.indices(), unique.values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor.to_dense()]
-
-
-@lru_cache(maxsize=8)
-def _weights(device: torch.device) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(0)
-    bounds = -(2**62), 2**62
-    odd = torch.randint(*bounds, (_PIECE,), generator=generator, device="cpu") * 2 + 1
-    return odd.to(device)
-
-
-@torch.no_grad()
-def digest(tensors: Iterable[Tensor]) -> Tensor:
-    """Returns the weighted sum, modulo 2⁶⁴, of the bits of all elements: one pass, one scalar.
-
-    The weights are fixed, random and odd. So one element that changes always changes the sum, and
-    elements that are exchanged leave it as it was by chance alone (1 in 2³²). 8 bytes are
-    read as two integers: read as one, an even number of flipped signs, 2⁶³ each, would add up to 0.
-    Sparse tensors count with their indices and their values.
-    """
-    total: Tensor | None = None
-    for tensor in (part for whole in tensors for part in dense_parts(whole.detach())):
-        elements = tensor.resolve_conj().resolve_neg().contiguous().view(-1)
-        if elements.dtype == torch.bool:
-            elements = elements.to(torch.uint8)
-        if elements.is_complex():
-            elements = torch.view_as_real(elements).view(-1)
-        bits = elements.view(_INTEGERS[elements.element_size()])
-        weights = _weights(tensor.device)
-        total = torch.zeros((), dtype=torch.int64, device=tensor.device) if total is None else total
-        total = total.to(tensor.device) * 3 + 1
-        for piece in bits.split(_PIECE):
-            total = total * 5 + (piece.long() * weights[: len(piece)]).sum()
-    return torch.zeros((), dtype=torch.int64, device="cpu") if total is None else total

@@ -13,6 +13,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
+from itertools import islice
+from operator import itemgetter
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -43,10 +45,14 @@ _APART = {
     "multiprocessing", "concurrent", "asyncio",
 }  # fmt: skip
 """Packages whose objects are left alone: they run threads, or have no part in a loss."""
-_NUMBERS = (bool, int, float, complex)
+_NUMBERS = {bool, int, float, complex}
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device}
-_INTERNAL = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+_FIRST = tuple(vars(nn.Module()))
+"""What torch gives every module, in this order, before it has anything else."""
+_HOOKS = tuple(name for name in _FIRST if name not in (*_REGISTERED, "training"))
 """The dicts of hooks and the like that every module has; they are looked at where not empty."""
+_hooks = itemgetter(*_HOOKS)
 MISSING = object()
 """Stands for the contents of an empty cell, and for a name that a namespace does not have."""
 
@@ -74,9 +80,12 @@ class Reachable:
         self._generators: list[Generator] = global_generators(device)
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._loose: list[Tensor] = []  # tensors that no module has registered
+        self._numbers: list[tuple[str, Any]] = []  # among the attributes, by their names
+        self._classes: set[type] = {object}
         self._walk([model, loss])
-        registered = {id(t) for t in self.parameters() + self.buffers()}
-        self._loose = [t for t in self._loose if id(t) not in registered]
+        if self._loose:
+            registered = {id(t) for t in self.parameters() + self.buffers()}
+            self._loose = [t for t in self._loose if id(t) not in registered]
 
     def parameters(self) -> list[Tensor]:
         """Returns the parameters of all modules, each once."""
@@ -95,7 +104,8 @@ class Reachable:
         written = {
             id(b)
             for m in self.modules
-            if isinstance(m, _BatchNorm | _InstanceNorm)
+            if m._buffers  # noqa: SLF001
+            and isinstance(m, _BatchNorm | _InstanceNorm)
             and (m.training or not m.track_running_stats)  # so it normalises by the batch
             for b in m._buffers.values()  # noqa: SLF001
         }
@@ -106,17 +116,12 @@ class Reachable:
         return tuple(module.training for module in self.modules)
 
     def numbers(self, moved_names: set[Any]) -> int:
-        """Returns a hash of the numbers among the attributes of modules and objects.
+        """Returns a hash of the numbers that were found, in attributes of modules and objects.
 
         Args:
             moved_names: attributes to leave out: counters and the like, which evaluations change.
         """
-        found = [
-            value
-            for owner in self._owners
-            for name, value in owner.items()
-            if type(value) in _NUMBERS and name not in moved_names
-        ]
+        found = [value for name, value in self._numbers if name not in moved_names]
         found += [c for c in map(contents_of, self._cells) if type(c) in _NUMBERS]
         return hash(tuple(found))
 
@@ -133,19 +138,57 @@ class Reachable:
             thing = pending.pop()
             if type(thing) in _ATOMS or id(thing) in seen or isinstance(thing, type):
                 continue
-            seen[id(thing)] = thing
-            pending += list(self._enter(thing))[::-1]
+            if isinstance(thing, nn.Module):
+                pending += list(self._enter_modules(thing, seen))[::-1]
+            else:
+                seen[id(thing)] = thing
+                pending += list(self._enter(thing))[::-1]
+
+    def _enter_modules(self, root: nn.Module, seen: dict[int, Any]) -> Iterator[Any]:
+        """Notes a module and those inside of it, and yields what else they refer to.
+
+        All at once: a model may have thousands, and an optimizer asks at each step.
+        """
+        found, below = list[nn.Module](), [root]
+        while below:
+            module = below.pop()
+            if id(module) not in seen:
+                seen[id(module)] = module
+                found.append(module)
+                inside = module._modules  # noqa: SLF001
+                if inside and isinstance(inside, dict):  # that of a ScriptModule is none
+                    below += [m for m in reversed(inside.values()) if isinstance(m, nn.Module)]
+        self.modules += found
+        owners = [vars(module) for module in found]
+        self._owners += owners
+        registered = [
+            d
+            for m in found
+            for d in (m._parameters, m._buffers, m._modules)  # noqa: SLF001
+            if isinstance(d, dict)
+        ]
+        self._namespaces += [d for d in registered if len(d) <= _LONGER]
+        entries = [entry for d in registered if d for entry in d.values() if entry is not None]
+        for entry in entries:
+            if isinstance(entry, Tensor):
+                if entry._backward_hooks:  # noqa: SLF001
+                    yield from entry._backward_hooks.values()  # noqa: SLF001
+            elif not isinstance(entry, nn.Module):
+                yield entry
+        others = [each for owner in owners for each in _others(owner)]
+        self._note_numbers(others)
+        yield from (value for _, value in others if type(value) not in _ATOMS)
+        for kind in dict.fromkeys(map(type, found)):
+            yield from self._enter_class(kind)
+
+    def _note_numbers(self, attributes: Iterable[tuple[str, Any]]) -> None:
+        self._numbers += [each for each in attributes if type(each[1]) in _NUMBERS]
 
     def _enter(self, thing: Any) -> Iterator[Any]:
         """Notes one object, and yields those that it refers to."""
         if isinstance(thing, Tensor):
             self._loose.append(thing)
             yield from (thing._backward_hooks or {}).values()  # noqa: SLF001
-        elif isinstance(thing, nn.Module):
-            self.modules.append(thing)
-            self._owners.append(thing.__dict__)
-            yield from (v for name, v in thing.__dict__.items() if name not in _INTERNAL or v)
-            yield from self._enter_class(type(thing))
         elif isinstance(thing, dict):
             if len(thing) <= _LONGER:
                 self._namespaces.append(thing)
@@ -174,6 +217,7 @@ class Reachable:
                 self._arrays.append(thing)
         elif isinstance(getattr(thing, "__dict__", None), dict) and _keeps_state(thing.__class__):
             self._owners.append(thing.__dict__)
+            self._note_numbers(thing.__dict__.items())
             if not _is_installed(_file_of(thing.__class__)):
                 yield from thing.__dict__.values()
                 yield from self._enter_class(type(thing))
@@ -181,7 +225,10 @@ class Reachable:
     def _enter_class(self, kind: type) -> Iterator[Any]:
         """Notes the attributes of the user's own classes, and yields them and their methods."""
         for base in kind.__mro__:
-            if base is not object and not _is_installed(_file_of(base)):
+            if base in self._classes:
+                continue
+            self._classes.add(base)
+            if not _is_installed(_file_of(base)):
                 held = {n: v for n, v in vars(base).items() if not n.startswith("__")}
                 names = {n for n, v in held.items() if not callable(v)}
                 self._named.append((vars(base), partial(setattr, base), names))
@@ -211,6 +258,18 @@ class Reachable:
                     yield from (held[attribute] for attribute in found)
             else:
                 yield value
+
+
+def _others(attributes: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Returns the attributes of a module but for its mode, its registers and empty hooks."""
+    first = len(_FIRST)
+    if tuple(islice(attributes, first)) == _FIRST and not any(_hooks(attributes)):
+        return islice(attributes.items(), first, None)
+    return [
+        (name, value)
+        for name, value in attributes.items()
+        if name not in _FIRST or (name in _HOOKS and value)
+    ]
 
 
 def once(tensors: Iterable[Tensor | None]) -> list[Tensor]:

@@ -136,7 +136,7 @@ class SubspaceOptimizer(CheckedOptimizer):
 
     subspace: Subspace | None  # an optimizer that was pickled or copied alone has none
     _projects: ClassVar[bool] = True  # whether the basis has to be orthonormal
-    _memory: Tensor | None = None  # of the update
+    _memory: tuple[object, Tensor, list[Tensor]] | None = None  # of the update, and its views
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], subspace: Subspace) -> None:
         check_subspace(subspace, projects=self._projects)
@@ -161,12 +161,12 @@ class SubspaceOptimizer(CheckedOptimizer):
         basis: EigenBasis | LowRankCurvature | None = None
         if moves(self):  # where every rate is 0, nothing moves: no reason to pay for a basis
             basis = projector_of(subspace) if self._projects else basis_of(subspace)
-        vector = self._vector(space, space if basis is None else basis)
-        views = space.unflatten(vector)
+        vector, views = self._vector(space, space if basis is None else basis)
         buffers: dict[Tensor, Tensor] = {}
 
         def gather(factor: Callable[[Group], float | Tensor]) -> Tensor:
-            self._gather(dict(zip(tensors, views, strict=True)), factor, buffers)
+            by_id = dict(zip(map(id, tensors), views, strict=True))
+            self._gather(vector, by_id, factor, buffers)
             return vector
 
         if basis is None:
@@ -178,33 +178,46 @@ class SubspaceOptimizer(CheckedOptimizer):
 
     def _gather(
         self,
-        views: dict[Tensor, Tensor],
+        vector: Tensor,
+        views: dict[int, Tensor],
         factor: Callable[[Group], float | Tensor],
         buffers: dict[Tensor, Tensor],
     ) -> None:
-        """Writes each parameter's direction, times its group's factor, to its view."""
-        for p, view in views.items():
-            if p.grad is None:
-                view.zero_()
+        """Writes the directions, each times its group's factor, to their views of the vector."""
+        given = {id(p) for p in parameters_of(self) if p.grad is not None}
+        for absent in views.keys() - given:
+            views[absent].zero_()
         for group in self.param_groups:
             scale = factor(group)
             scale = scale.reshape(()) if isinstance(scale, Tensor) else scale
-            params = [p for p in group["params"] if p in views and p.grad is not None]
+            params = [p for p in group["params"] if id(p) in given and id(p) in views]
             # Torch takes any entry of a group, and loads those of other optimizers: ignored.
             own = {name: group[name] for name in self.defaults if name in group}
-            for p, direction in sgd_directions(params, own, self.state, buffers):
-                view = views[p]
+            found = sgd_directions(params, own, self.state, buffers)
+            if len(params) == len(views) and len(vector) <= _SMALL * len(views):
+                pairs = list(found)
+                written = [views[id(p)] for p, _ in pairs]
+                torch._foreach_copy_(written, [direction for _, direction in pairs])
+                vector.mul_(scale)
+                continue
+            for p, direction in found:
+                view = views[id(p)]
                 if direction.dtype == view.dtype:
                     torch.mul(direction, scale, out=view)
                 else:
                     view.copy_(direction).mul_(scale)
 
-    def _vector(self, space: ParameterSpace, like: Any) -> Tensor:
-        """Returns the memory of the last step: fresh pages cost as much as all the arithmetic."""
-        memory, wanted = self._memory, (space.size, like.dtype, like.device)
-        if memory is None or (memory.numel(), memory.dtype, memory.device) != wanted:
-            memory = self._memory = torch.empty(space.size, dtype=like.dtype, device=like.device)
-        return memory
+    def _vector(self, space: ParameterSpace, like: Any) -> tuple[Tensor, list[Tensor]]:
+        """Returns the memory of the last step: fresh pages cost as much as all the arithmetic.
+
+        Its views, one a parameter, cost as much again where there are hundreds.
+        """
+        wanted = space.shapes, like.dtype, like.device
+        if self._memory is not None and self._memory[0] == wanted:
+            return self._memory[1:]
+        vector = torch.empty(space.size, dtype=like.dtype, device=like.device)
+        self._memory = wanted, vector, space.unflatten(vector)
+        return self._memory[1:]
 
     def _trained(self, space: ParameterSpace) -> list[Tensor]:
         """Returns the parameters in the order of ``space``, after a check that both hold the same.
@@ -213,8 +226,10 @@ class SubspaceOptimizer(CheckedOptimizer):
         gradient.
         """
         tensors = check_same(parameters_of(self), space)
-        for p, name in zip(tensors, space.names, strict=True):
-            check_dense(p, name)
+        layouts = {p.grad.layout for p in tensors if p.grad is not None}
+        if not layouts <= {torch.strided}:
+            for p, name in zip(tensors, space.names, strict=True):
+                check_dense(p, name)
         return tensors
 
     def _check_gradients(self) -> None:
@@ -300,6 +315,8 @@ def _add(params: list[Tensor], added: list[Tensor], factor: float) -> BaseExcept
     return None
 
 
+_SMALL = 4096
+"""The most elements, in the mean, of tensors that are scaled as one vector, in a further pass."""
 _PLAIN = {
     "dampening": 0,
     "weight_decay": 0,

@@ -83,9 +83,9 @@ def check_membership(params: Iterable[Tensor], space: ParameterSpace) -> list[Te
         ArgumentError: it does not by one.
     """
     tensors = space.tensors
-    members = {id(p) for p in tensors}
+    members = set(map(id, tensors))
     for p in params:
-        if p.requires_grad and id(p) not in members:
+        if id(p) not in members and p.requires_grad:
             label, found = f"parameter of shape {tuple(p.shape)}", "of another model"
             remedy = "Build operator and subspace from the model that the optimizer trains."
             if name := space.name_in_model(p):
@@ -106,6 +106,8 @@ def check_same(params: list[Tensor], space: ParameterSpace) -> list[Tensor]:
     """
     tensors = check_membership(params, space)
     held = {id(p) for p in params if p.requires_grad}
+    if held.issuperset(map(id, tensors)):
+        return tensors
     for p, name in zip(tensors, space.names, strict=True):
         if id(p) not in held:
             raise ArgumentError(

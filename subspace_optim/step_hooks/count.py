@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
+from subspace_optim.curvature.digests import digest
 from subspace_optim.curvature.operator import CurvatureOperator
-from subspace_optim.curvature.parameters import digest, times_written
+from subspace_optim.curvature.parameters import times_written
 from subspace_optim.step_hooks.optimizers import in_two_calls, parameters_of
 
 

@@ -13,7 +13,8 @@ import torch
 from torch.optim import Optimizer
 
 from subspace_optim._validation import UnseenStepsWarning
-from subspace_optim.curvature.parameters import ParameterSpace, digest, times_written
+from subspace_optim.curvature.digests import digest
+from subspace_optim.curvature.parameters import ParameterSpace, times_written
 from subspace_optim.step_hooks.optimizers import (
     Followed,
     moves,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError, check_flag, check_integer, check_number
-from subspace_optim.curvature.parameters import digest
+from subspace_optim.curvature.digests import digest
 
 VERSION = 1
 """Of the states that are written, and the only one that is read."""

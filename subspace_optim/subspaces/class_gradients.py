@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.curvature.contexts import full_precision, random_state_kept
+from subspace_optim.curvature.digests import digest
 from subspace_optim.curvature.logit_gradients import LogitGradients
 from subspace_optim.curvature.objective import unwrapped
-from subspace_optim.curvature.parameters import ParameterSpace, Params, digest
+from subspace_optim.curvature.parameters import ParameterSpace, Params
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.surroundings import ALONE
 from subspace_optim.linalg.eigenbasis import EigenBasis

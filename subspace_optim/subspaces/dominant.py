@@ -158,14 +158,15 @@ class DominantSubspace:
 
         def is_due() -> bool | None:
             nonlocal seen
-            seen = state, _ = self._look()
-            if forced or not rule.fits():
-                return True
-            if seen == self._settled:
-                return None  # what all ranks have decided together is known to each of them
-            if hash(state) == self._attempted:
-                return False
-            return rule.is_due(self._situation(seen))
+            with self.parameters.looked_up_once():
+                seen = state, _ = self._look()
+                if forced or not rule.fits():
+                    return True
+                if seen == self._settled:
+                    return None  # what all ranks have decided together is known to each of them
+                if hash(state) == self._attempted:
+                    return False
+                return rule.is_due(self._situation(seen))
 
         before = rule.trial()
         try:

@@ -1,6 +1,7 @@
 """``ParameterSpace``: the only flatten and unflatten, and the digest that tells states apart."""
 
 import struct
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature import ParameterSpace
-from subspace_optim.curvature.parameters import digest
+from subspace_optim.curvature.digests import digest, in_few_vectors
 from tests.dense import TiedMLP
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -97,6 +98,45 @@ def test_vectors_are_float64_for_float64_parameters_and_float32_for_all_others(d
 def test_one_float64_parameter_makes_all_vectors_float64():
     mixed = Parameters(a=torch.ones(1, dtype=torch.bfloat16), b=torch.ones(1, dtype=torch.float64))
     assert ParameterSpace(mixed).dtype == torch.float64
+
+
+def tower(layers: int, seed: int = 0) -> nn.Sequential:
+    """Many small tensors, under long names."""
+    torch.manual_seed(seed)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(layers)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_vector_of_many_small_tensors_is_what_one_by_one_gives(dtype):
+    model = tower(100).to(dtype)
+    space = ParameterSpace(model)
+    numbers = [float(x) for p in model.parameters() for x in p.detach().double().flatten()]
+    assert space.flatten(space.tensors).double().tolist() == numbers
+    assert space.flatten(space.tensors, torch.float64).tolist() == numbers
+
+
+def test_the_vector_of_one_parameter_has_memory_of_its_own():
+    space = ParameterSpace(Parameters(p=torch.ones(3)))
+    space.flatten(space.tensors).zero_()
+    assert space.tensors[0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(value, dtype):
+    model = Parameters(
+        empty=torch.zeros(0, dtype=dtype),
+        small=torch.zeros(2, 2, dtype=dtype),
+        large=torch.zeros(5000, dtype=dtype),
+        last=torch.zeros((), dtype=dtype),
+    )
+    space = ParameterSpace(model)
+    assert space.is_finite()
+    for name, at in [("small", (1, 0)), ("large", 4999), ("last", ())]:
+        getattr(model, name).data[at] = value
+        assert not space.is_finite()
+        getattr(model, name).data[at] = 3
+        assert space.is_finite()
 
 
 # --- which parameters ---------------------------------------------------------------------------
@@ -242,6 +282,27 @@ def test_frozen_and_complex_parameters_do_no_harm_where_they_are_not_asked_for()
     assert ParameterSpace(model).names == ["a"]
 
 
+def test_inside_of_a_promise_parameters_are_looked_up_once_and_after_it_anew():
+    model = tower(2)
+    space = ParameterSpace(model)
+    before, new = space.tensors, nn.Linear(3, 3)
+    with pytest.raises(KeyError), space.looked_up_once():
+        model[0][0] = new
+        assert all(a is b for a, b in zip(space.tensors, before, strict=True))
+        raise KeyError
+    assert space.tensors[0] is new.weight
+
+
+def test_a_module_that_was_replaced_is_followed_and_one_that_is_gone_is_named():
+    model = nn.Sequential(tower(3), nn.Linear(3, 3))
+    space = ParameterSpace(model, "0.*")
+    model[0] = other = tower(3, seed=1)
+    assert all(a is b for a, b in zip(space.tensors, other.parameters(), strict=True))
+    model[0][1] = nn.Identity()
+    with pytest.raises(ArgumentError, match=r"parameter '0\.1\.0\.weight' is gone"):
+        space.tensors  # noqa: B018
+
+
 # --- the digest ---------------------------------------------------------------------------------
 
 
@@ -326,6 +387,69 @@ def test_equal_contents_have_equal_digests(dtype):
     strided[:, ::2] = p
     digests = {space_of(t).digest() for t in (p, p.clone(), p.T.contiguous().T, strided[:, ::2])}
     assert len(digests) == 1
+
+
+def test_any_of_many_small_tensors_changes_the_digest():
+    model = tower(350)
+    space = ParameterSpace(model)
+    seen = {space.digest()}
+    for p in space.tensors:
+        p.data.view(-1).view(torch.int32)[-1] ^= 1  # each time another state
+        seen.add(space.digest())
+    assert len(seen) == 701
+
+
+def test_an_exchange_of_two_of_many_small_tensors_changes_the_digest():
+    space = ParameterSpace(tower(40))
+    before = space.digest()
+    weights = space.tensors[::2]
+    for a, b in pairwise(weights):
+        a.data, b.data = b.data, a.data
+        assert space.digest() != before
+        a.data, b.data = b.data, a.data
+    assert space.digest() == before
+
+
+def test_where_one_tensor_ends_and_the_next_begins_changes_the_digest():
+    zeros = torch.zeros(6)
+    cuts = [[6], [2, 4], [1, 2, 3], [1] * 6]
+    assert len({int(digest(zeros.split(cut))) for cut in cuts}) == len(cuts)
+
+
+SIZES = st.sampled_from([0, 1, 3, 17, 4095, 4096, 4097, 9000])
+
+
+@settings(max_examples=40)
+@given(
+    sizes=st.lists(SIZES, max_size=90),
+    dtypes=st.lists(st.sampled_from([*FLOATS, torch.bool, torch.int64]), min_size=1, max_size=3),
+)
+def test_few_vectors_hold_every_element_once_and_no_copy_is_large(sizes, dtypes):
+    """Counted by how often each value comes: tensor i holds i, modulo what its dtype tells."""
+    tensors = [
+        torch.full((size,), i % 2 if dtype == torch.bool else i).to(dtype)
+        for i, (size, dtype) in enumerate(zip(sizes, dtypes * len(sizes), strict=False))
+    ]
+    owned = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+    found = list(in_few_vectors(tensors))
+    assert sum(count for _, count in found) == len(tensors)
+    for dtype in set(dtypes):
+        expected = [x for t in tensors if t.dtype == dtype for x in t.tolist()]
+        got = [x for vector, _ in found if vector.dtype == dtype for x in vector.tolist()]
+        assert sorted(got) == sorted(expected)
+    for vector, _ in found:
+        if vector.numel() and vector.untyped_storage().data_ptr() not in owned:
+            assert vector.numel() < 2**18 + 2**12
+
+
+def test_tensors_of_several_dtypes_count_together():
+    tensors = [torch.zeros(2, dtype=d) for d in (*FLOATS, torch.bool, torch.int64, torch.complex64)]
+    seen = {int(digest(tensors))}
+    for t in tensors:
+        t[1] = 1
+        seen.add(int(digest(tensors)))
+        t[1] = 0
+    assert len(seen) == 1 + len(tensors)
 
 
 def test_a_tensor_that_moves_to_the_next_parameter_changes_the_digest():

@@ -595,6 +595,95 @@ def test_closures_globals_partials_and_methods_lead_to_modules():
     assert found[0] is net
 
 
+class Keeper(nn.Module):
+    """Holds what the loss may depend on, in a place of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+
+def _an_attribute(keeper: Keeper, thing: nn.Module) -> None:
+    keeper.things = {"a": [(thing,)]}
+
+
+def _an_entry_that_comes_before_torchs(keeper: Keeper, thing: nn.Module) -> None:
+    held = dict(vars(keeper))
+    vars(keeper).clear()
+    vars(keeper).update({"things": [thing]} | held)
+
+
+def _torchs_entries_in_another_order(keeper: Keeper, thing: nn.Module) -> None:
+    held = dict(vars(keeper))
+    vars(keeper).clear()
+    vars(keeper).update(dict(reversed(held.items())) | {"things": [thing]})
+
+
+def _a_forward_hook(keeper: Keeper, thing: nn.Module) -> None:
+    keeper.inner.register_forward_hook(lambda *_: thing and None)
+
+
+def _a_hook_of_a_parameter(keeper: Keeper, thing: nn.Module) -> None:
+    keeper.inner.weight.register_hook(lambda g: thing and g)
+
+
+def _a_hook_of_a_buffer(keeper: Keeper, thing: nn.Module) -> None:
+    keeper.register_buffer("state", torch.zeros(2, requires_grad=True))
+    keeper.state.register_hook(lambda g: thing and g)
+
+
+def _a_submodule_far_down(keeper: Keeper, thing: nn.Module) -> None:
+    keeper.inner = nn.Sequential(nn.Tanh(), nn.ModuleList([nn.Identity(), nn.ModuleList([thing])]))
+
+
+def _an_attribute_of_the_class(keeper: Keeper, thing: nn.Module) -> None:
+    keeper.__class__ = type("Other", (Keeper,), {"thing": [thing], "__module__": __name__})
+
+
+@pytest.mark.parametrize("depth", [0, 30])
+@pytest.mark.parametrize(
+    "put",
+    [
+        _an_attribute,
+        _an_entry_that_comes_before_torchs,
+        _torchs_entries_in_another_order,
+        _a_forward_hook,
+        _a_hook_of_a_parameter,
+        _a_hook_of_a_buffer,
+        _a_submodule_far_down,
+        _an_attribute_of_the_class,
+    ],
+)
+def test_whatever_one_of_many_modules_refers_to_is_found(put, depth):
+    keeper, thing = Keeper(), nn.Linear(1, 1)
+    net: nn.Module = keeper
+    for _ in range(depth):
+        net = nn.Sequential(nn.Tanh(), net, nn.Identity())
+    assert all(m is not thing for m in Surroundings(net, None, CPU).modules)
+    put(keeper, thing)
+    found = Surroundings(net, None, CPU)
+    assert sum(m is thing for m in found.modules) == 1
+    assert {id(p) for p in thing.parameters()} <= {id(t) for t in found.tensors()}
+    assert len(found.modules) == len(set(map(id, found.modules)))
+
+
+@pytest.mark.parametrize("order", [list, lambda held: reversed(list(held))])
+def test_the_numbers_of_all_modules_count(order):
+    nets = [nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.5), Keeper()), Keeper()]
+    nets[2].register_forward_hook(lambda *_: None)
+    net = nn.Sequential(*nets)
+    for module in net.modules():
+        held = dict(order(vars(module).items()))
+        vars(module).clear()
+        vars(module).update(held)
+    seen = {Surroundings(net, None, CPU).numbers(set())}
+    for module in net.modules():
+        module.count = 1.5
+        seen.add(Surroundings(net, None, CPU).numbers(set()))
+        assert Surroundings(net, None, CPU).numbers({"count"}) in seen
+    assert len(seen) == 1 + len(list(net.modules()))
+
+
 def test_libraries_are_not_walked_through():
     """Torch, NumPy and the standard library are large, and keep no state of the user's."""
     found = Surroundings(Net(), F.cross_entropy, CPU)
