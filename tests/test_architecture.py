@@ -32,7 +32,7 @@ _SUBSPACES = {
 _OPTIM = {"._validation", *_VALUES, ".curvature", ".subspaces", ".step_hooks", ".optim._checks"}
 ALLOWED: dict[str, set[str]] = {
     "._validation": set(),
-    "._progress": set(),
+    "._progress": {"._validation"},
     ".linalg.products": {"._validation"},
     ".linalg.rows": {"._validation", ".linalg.products"},
     ".linalg.eigenbasis": {"._validation", ".linalg.products"},
@@ -47,7 +47,15 @@ ALLOWED: dict[str, set[str]] = {
     ".optim": {*_OPTIM, ".optim._base"},
     ".optim.__init__": {".optim._base", ".optim"},
     ".diagnostics": {*_SUBSPACES, ".diagnostics"},
-    ".__init__": {"._validation", ".linalg", ".curvature", ".subspaces", ".optim", ".diagnostics"},
+    ".__init__": {
+        "._validation",
+        "._progress",
+        ".linalg",
+        ".curvature",
+        ".subspaces",
+        ".optim",
+        ".diagnostics",
+    },
     "benchmarks": {
         ".",
         "._validation",

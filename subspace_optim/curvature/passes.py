@@ -66,9 +66,9 @@ class Passes:
         """Yields the index of each batch of a pass, its loss, and its bytes."""
         parts = self.parts
         parts.stats.passes += 1
-        progress = Progress("pass over the data")
+        progress = Progress("pass over the data", "batches")
         for index, batch, nbytes in self._read(point):
-            progress.tick(lambda index=index: f"batch {index}")  # type: ignore[misc]
+            progress.tick(index)
             if index not in skip:
                 # Batches that the ranks take in turn have the masks that one process gives them.
                 seed = parts.seed + index * self.ranks.size + self.ranks.rank

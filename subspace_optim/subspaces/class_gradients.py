@@ -85,7 +85,8 @@ class ClassGradientSubspace:
         decay: γ of the averages, at least 0 and below 1.
         orthogonal: gives the eigenpairs of ``H`` instead of its terms: ``Σ_k v_k v_kᵀ`` as
             printed (eq. 14) is no projector, because class gradients are not orthogonal.
-        params: the parameters to differentiate by (default: all that require a gradient).
+        params: the parameters to differentiate by: tensors, a pattern of names, or a predicate of
+            (name, tensor) (default: all that require a gradient).
         coupled: whether an example's logits depend on the other examples (default: whether there
             is a batch norm layer that uses batch statistics).
         process_group: sums over its ranks, each with its own minibatches (default: none).

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
+from subspace_optim._progress import ProgressOption, check_progress, shown
 from subspace_optim._validation import (
     ArgumentError,
     StaleBasisWarning,
@@ -63,12 +64,16 @@ class DominantSubspace:
             is of the angle to the subspace of all data in any case.
         seed: of the random vectors of solves and probes, and of samples. With ``refresh=n`` the
             basis is a function of parameters and seed.
+        progress: shows how far a refresh is: True for a bar (by tqdm, or as lines), or a function
+            that is called with each ``ProgressReport``. With False the log of ``subspace_optim``
+            has a line after 10 seconds, and every 20.
 
     Attributes:
         operator: as given.
         k: as given.
         tol: as given.
         seed: as given.
+        progress: as given.
         rule: what decides when the basis is renewed, and holds it.
         steps: the training steps that are known of; who follows an optimizer tells it of more.
 
@@ -86,6 +91,7 @@ class DominantSubspace:
         tol: float = 1e-3,
         sample: int | Literal["auto"] | None = None,
         seed: int = 0,
+        progress: ProgressOption = False,
     ) -> None:
         if not isinstance(operator, CurvatureOperator):
             kind = type(operator).__name__
@@ -98,6 +104,7 @@ class DominantSubspace:
             check_number("tol", tol, exclusive=True)
             self.seed = check_integer("seed", seed, minimum=0)
             self.tol = float(tol)
+            self.progress = check_progress(progress)
         self.operator = operator
         self.rule = rule
         self._ranks.check_alike("Pass the same on each.", **self._options())
@@ -204,7 +211,7 @@ class DominantSubspace:
         try:
             with self._ranks.all_or_none():
                 self._check_ranks(trial, plan)
-                with operator.frozen():
+                with shown(self.progress, self._ranks.rank), operator.frozen():
                     trial.carry_out(plan)
         except (RuntimeError, MemoryError) as error:  # non-finite, out of memory, no derivative
             failure = error

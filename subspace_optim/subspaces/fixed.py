@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.objective import unwrapped
-from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.curvature.parameters import ParameterSpace, Params
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
 
@@ -28,7 +26,8 @@ class FixedSubspace:
         vectors: ``(k, P)``, orthonormal rows, in the coordinates of ``params``.
         eigenvalues: ``(k,)``, the curvatures along them (default: ones). Projections do not look
             at them; optimizers that divide by the curvature, as Newton's method does, need them.
-        params: the parameters (default: all that require a gradient).
+        params: the parameters: tensors, a pattern of names, or a predicate of (name, tensor)
+            (default: all that require a gradient).
 
     Attributes:
         parameters: the coordinates of the basis.
@@ -44,7 +43,7 @@ class FixedSubspace:
         vectors: Tensor,
         eigenvalues: Tensor | None = None,
         *,
-        params: Iterable[Tensor] | None = None,
+        params: Params = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
