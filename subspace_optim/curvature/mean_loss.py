@@ -122,6 +122,18 @@ class MeanLossOperator(CurvatureOperator):
         self._point: Point | None = None
         self._frozen_by: int | None = None  # the thread that has promised
 
+    def _facts(self) -> dict[str, str]:
+        stats, of = self.stats, self.examples
+        own = "train" if self.model.training else "eval"
+        read = f"{stats.examples:,}" if stats.examples else "not read yet"
+        return super()._facts() | {
+            "N": read if of is None else f"{of[0]:,} of {of[1]:,}",
+            "mean over": self._passes.parts.mean_over,
+            "engine": stats.engine or "not used yet",
+            "mode": self._mode or f"{own}, as the model",
+            "params": self.parameters.summary,
+        }
+
     @property
     def ranks(self) -> Ranks:
         """The ranks of ``process_group``, or this process alone."""

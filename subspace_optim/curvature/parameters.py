@@ -79,6 +79,15 @@ class ParameterSpace:
         self.names = [names[id(p)] for p in those]
         self.shapes = [p.shape for p in those]
 
+    def __repr__(self) -> str:
+        return f"ParameterSpace(P={self.size:,}, {self.summary})"
+
+    @property
+    def summary(self) -> str:
+        """How many tensors they are, and the first and the last of their names."""
+        ends = dict.fromkeys((self.names[0], self.names[-1]))
+        return f"{len(self.names)} tensors, {' … '.join(map(repr, ends))}"
+
     @property
     def tensors(self) -> list[Tensor]:
         """The parameters that stand under the names now, each once.

@@ -131,6 +131,8 @@ class Passes:
         # Of all data together, if the matrix is that of the sum.
         of_sum = self._summed and not self.minibatch
         N = self._checked_weight(total, N, self.share if of_sum else N)
+        if self.examples is None:
+            stats.weight = N
         loss = total / N
         point.check_loss(loss)
         if not self.minibatch:

@@ -152,6 +152,9 @@ class SubspaceOptimizer(CheckedOptimizer):
         self.subspace = subspace
         super().__init__(params, defaults)
 
+    def __repr__(self) -> str:
+        return f"{super().__repr__().removesuffix(')')}subspace: {self.subspace!r}\n)"
+
     def _update(self, basis: Any, gather: Gather) -> None:
         """Turns the direction ``(P,)`` into the update, in its memory: calls ``gather`` once.
 

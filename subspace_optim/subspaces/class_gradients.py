@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspace_optim._display import Shown, number, numbers
 from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.curvature.contexts import full_precision, random_state_kept
 from subspace_optim.curvature.logit_gradients import LogitGradients
@@ -41,7 +42,7 @@ class ClassGradientStats:
     seconds: float = 0.0
 
 
-class ClassGradientSubspace:
+class ClassGradientSubspace(Shown):
     r"""A curvature of rank C, made of gradients of logits instead of eigenvectors.
 
     .. math::
@@ -137,6 +138,14 @@ class ClassGradientSubspace:
         self._sums = LogitGradients(self.model, self.parameters, self.num_classes, coupled)
         self._averages: ClassAverages | None = None
         self._given: LowRankCurvature | EigenBasis | None = None
+
+    def _facts(self) -> dict[str, str]:
+        given, stats = self._given, self.stats
+        facts = {"num_classes": str(self.num_classes), "decay": number(self.decay)}
+        facts |= {"orthogonal": str(self.orthogonal), "observations": number(stats.observations)}
+        if given is not None:
+            facts["eigenvalues"] = numbers(given.eigenvalues)
+        return facts | {"parameters": repr(self.parameters)}
 
     def update(self) -> LowRankCurvature | EigenBasis:
         """Returns ``Σ λ_k v_k v_kᵀ`` of the minibatches observed, or with ``orthogonal`` its pairs.

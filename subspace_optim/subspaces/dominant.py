@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
+from subspace_optim._display import Shown, number, numbers
 from subspace_optim._progress import ProgressOption, check_progress, shown
 from subspace_optim._validation import (
     ArgumentError,
@@ -28,7 +29,7 @@ from subspace_optim.subspaces.rule import RefreshRule, Situation, SubspaceStats
 _FAILURES_IN_A_ROW = 3
 
 
-class DominantSubspace:
+class DominantSubspace(Shown):
     r"""The span of the top k eigenvectors of an operator, kept as long as it may be.
 
     .. math:: \mathcal{S}_k(\theta) = \mathrm{span}\{u_1(\theta), \dots, u_k(\theta)\}, \qquad
@@ -115,6 +116,28 @@ class DominantSubspace:
         self._failures = 0
         self._then = State(0)  # at the last refresh or probe
         self._settled: _Seen | None = None  # at the last decision
+
+    def _facts(self) -> dict[str, str]:
+        stats, basis = self.stats, self.basis
+        facts = {"k": str(self.k)}
+        if basis is None:
+            facts["eigenvalues"] = "none yet, update() finds them"
+        else:
+            age = max(0, self.steps.now - self._refreshed_at)
+            facts["eigenvalues"] = numbers(basis.eigenvalues)
+            facts["age"] = f"{age} {'step' if age == 1 else 'steps'}"
+        limit = getattr(self.rule, "max_angle", None)
+        if stats.estimate is not None:
+            within = "" if limit is None else f" of at most {limit:g}"
+            facts["estimated angle"] = f"{stats.estimate:.2g}{within}"
+        facts |= {name: str(option) for name, option in self.rule.options().items()}
+        if stats.examples is not None:
+            facts["examples"] = number(stats.examples)
+        facts["cost"] = (
+            f"{stats.refreshes} refreshes by {stats.products:,} products and "
+            f"{stats.gradients:,} gradients in {stats.seconds:.3g} s"
+        )
+        return facts | {"operator": repr(self.operator)}
 
     @property
     def parameters(self) -> ParameterSpace:

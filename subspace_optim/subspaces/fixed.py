@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from subspace_optim._display import Shown, numbers
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.objective import unwrapped
 from subspace_optim.curvature.parameters import ParameterSpace, Params
@@ -12,7 +13,7 @@ from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
 
 
-class FixedSubspace:
+class FixedSubspace(Shown):
     """The span of given vectors, whatever the parameters are: a basis that never changes.
 
     For a basis of one's own: that of another network, of the start of training, of random
@@ -74,6 +75,11 @@ class FixedSubspace:
         orthonormalise_(rows)
         self.parameters = space
         self.basis = EigenBasis(eigenvalues, rows, torch.zeros_like(eigenvalues))
+
+    def _facts(self) -> dict[str, str]:
+        values = numbers(self.basis.eigenvalues)
+        space = repr(self.parameters)
+        return {"k": str(self.basis.k), "eigenvalues": values, "parameters": space}
 
     def update(self) -> EigenBasis:
         """Returns the basis, always the same."""
