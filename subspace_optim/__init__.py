@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from subspace_optim import diagnostics
+from subspace_optim._progress import ProgressReport
 from subspace_optim._validation import (
     ArgumentError,
     AttachedTwiceWarning,
@@ -85,6 +86,7 @@ __all__ = [
     "NonFiniteError",
     "NotOneFunctionError",
     "ParameterSpace",
+    "ProgressReport",
     "RanksWarning",
     "RefreshRule",
     "ResidualOperator",

@@ -21,6 +21,7 @@ _VALUES = {".linalg.eigenbasis", ".linalg.low_rank"}  # bases: the rest of linal
 _ARITHMETIC = {".linalg.products", ".linalg.rows"}
 _SUBSPACES = {
     "._validation",
+    "._display",
     "._progress",
     ".linalg",
     *_ARITHMETIC,
@@ -32,13 +33,14 @@ _SUBSPACES = {
 _OPTIM = {"._validation", *_VALUES, ".curvature", ".subspaces", ".step_hooks", ".optim._checks"}
 ALLOWED: dict[str, set[str]] = {
     "._validation": set(),
-    "._progress": set(),
+    "._display": set(),
+    "._progress": {"._validation"},
     ".linalg.products": {"._validation"},
     ".linalg.rows": {"._validation", ".linalg.products"},
-    ".linalg.eigenbasis": {"._validation", ".linalg.products"},
-    ".linalg.low_rank": {"._validation", *_ARITHMETIC, ".linalg.eigenbasis"},
-    ".linalg": {"._validation", "._progress", *_ARITHMETIC, *_VALUES, ".linalg"},
-    ".curvature": {"._validation", "._progress", ".curvature"},
+    ".linalg.eigenbasis": {"._validation", "._display", ".linalg.products"},
+    ".linalg.low_rank": {"._validation", "._display", *_ARITHMETIC, ".linalg.eigenbasis"},
+    ".linalg": {"._validation", "._display", "._progress", *_ARITHMETIC, *_VALUES, ".linalg"},
+    ".curvature": {"._validation", "._display", "._progress", ".curvature"},
     ".step_hooks": {"._validation", ".curvature", ".step_hooks"},
     ".subspaces": _SUBSPACES,
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.
@@ -56,7 +58,15 @@ ALLOWED: dict[str, set[str]] = {
         ".diagnostics",
         ".integrations",
     },
-    ".__init__": {"._validation", ".linalg", ".curvature", ".subspaces", ".optim", ".diagnostics"},
+    ".__init__": {
+        "._validation",
+        "._progress",
+        ".linalg",
+        ".curvature",
+        ".subspaces",
+        ".optim",
+        ".diagnostics",
+    },
     "benchmarks": {
         ".",
         "._validation",

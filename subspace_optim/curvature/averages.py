@@ -33,11 +33,13 @@ class Average:
         weight: how many examples, targets or elements it is a mean over; ``None`` if the loss does
             not tell.
         summed: whether it is a sum and no mean; its weight is then 1.
+        unit: what the weight counts, in words.
     """
 
     loss: Tensor
     weight: Weight | None
     summed: bool = False
+    unit: str = "examples"
 
 
 def averaged(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Average:
@@ -247,6 +249,12 @@ _WEIGHTS: dict[str, Callable[[Mapping[str, Any]], Weight]] = {
     "triplet_margin_loss": _rows("anchor", "positive", "negative"),
 }
 
+_UNITS: dict[Callable[[Mapping[str, Any]], Weight], str] = {
+    _targets_of_logits: "targets",
+    _targets_of_linear: "targets",
+    _sequences: "sequences",
+}
+
 # Not every version of torch has all of them.
 _FUNCTIONS = {getattr(F, name): name for name in _WEIGHTS if hasattr(F, name)}
 _SIGNATURES = {function: inspect.signature(function) for function in _FUNCTIONS}
@@ -286,5 +294,9 @@ class _TorchLosses(TorchFunctionMode):
                 if reduction == "sum":
                     return Average(loss, 1.0, summed=True)
                 if reduction in ("mean", "batchmean"):
-                    return Average(loss, _WEIGHTS[_FUNCTIONS[function]](bound.arguments))
+                    count = _WEIGHTS[_FUNCTIONS[function]]
+                    unit = _UNITS.get(count, "elements")
+                    if bound.arguments.get("weight") is not None:
+                        unit = f"weighted {unit}"
+                    return Average(loss, count(bound.arguments), unit=unit)
         return Average(loss, None)

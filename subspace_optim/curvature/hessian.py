@@ -170,7 +170,9 @@ class HessianOperator(MeanLossHessian):
             pass, or a ``CurrentBatch``. Batches are moved to the parameters' device. A pair of
             pairs is read as two batches; one batch of such parts is a list of one:
             ``[((a, b), (c, d))]``.
-        params: the parameters to differentiate by (default: all that require a gradient).
+        params: the parameters to differentiate by: tensors, a pattern of names such as
+            ``"blocks.*.attn.*"``, several, or a predicate of (name, tensor) (default: all that
+            require a gradient).
         mode: ``"train"`` or ``"eval"`` (default: the mode that the model is in).
         memory_budget: bytes for kept graphs (default: a quarter of the memory that is free).
         seed: of the dropout masks.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from subspace_optim._progress import Progress
 from subspace_optim._validation import ArgumentError, DataChangedError
 from subspace_optim.curvature.batches import Batches
 from subspace_optim.curvature.contexts import Mode, full_precision, in_mode
@@ -123,6 +124,18 @@ class MeanLossOperator(CurvatureOperator):
         self._point: Point | None = None
         self._frozen_by: int | None = None  # the thread that has promised
 
+    def _facts(self) -> dict[str, str]:
+        stats, of = self.stats, self.examples
+        own = "train" if self.model.training else "eval"
+        read = f"{stats.examples:,}" if stats.examples else "not read yet"
+        return super()._facts() | {
+            "N": read if of is None else f"{of[0]:,} of {of[1]:,}",
+            "mean over": self._passes.parts.mean_over,
+            "engine": stats.engine or "not used yet",
+            "mode": self._mode or f"{own}, as the model",
+            "params": self.parameters.summary,
+        }
+
     @property
     def ranks(self) -> Ranks:
         """The ranks of ``process_group``, or this process alone."""
@@ -201,16 +214,19 @@ class MeanLossOperator(CurvatureOperator):
             self.linearize()
             kept = point.kept or {}
             vectors = vectors.to(self.device, self.dtype).contiguous()
+            progress = Progress(f"{len(vectors)} products", "of a batch each")
+            taken = 0
             with self.ranks.summed(vectors.shape, self.dtype, self.device) as products:
 
                 def multiply(derivatives: Derivatives) -> None:
-                    if see is None:
-                        self._multiply(derivatives, vectors, products)
-                        return
-                    part = torch.zeros_like(vectors)
-                    self._multiply(derivatives, vectors, part)
-                    products.add_(part)
-                    see(part.div_(point.weight))
+                    nonlocal taken
+                    into = products if see is None else torch.zeros_like(vectors)
+                    for _ in self._multiply(derivatives, vectors, into):
+                        taken += 1
+                        progress.tick(taken)
+                    if see is not None:
+                        products.add_(into)
+                        see(into.div_(point.weight))
 
                 if kept:  # at the point, since checkpointed parts run the model again
                     with point.at(self._seed, forward=False):
@@ -229,11 +245,14 @@ class MeanLossOperator(CurvatureOperator):
             if point.kept is None:
                 self._pass(point, self._linearize, keep=True)
 
-    def _multiply(self, derivatives: Derivatives, vectors: Tensor, products: Tensor) -> None:
-        """Adds one batch's weighted products with the rows of ``vectors`` to ``products``."""
+    def _multiply(
+        self, derivatives: Derivatives, vectors: Tensor, products: Tensor
+    ) -> Iterator[None]:
+        """Adds a batch's weighted products with the rows of ``vectors``, and yields after each."""
         space = self.parameters
         for v, product in zip(vectors, products, strict=True):
             space.add_(product, derivatives.product(space.unflatten(v)), derivatives.weight)
+            yield
 
     def _count(self, products: int) -> None:
         """Adds to the products that were taken."""

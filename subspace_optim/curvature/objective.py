@@ -27,10 +27,12 @@ class Supervised:
 
     Attributes:
         summed: whether the latest loss was a sum and no mean; its weight is then 1.
+        unit: what its weight counts, in words.
     """
 
     loss_fn: Callable[[Any, Any], Tensor]
     summed: bool = field(default=False, init=False)
+    unit: str = field(default="examples", init=False)
 
     def __call__(self, model: Callable[[Any], Any], batch: Any) -> tuple[Tensor, Weight]:
         """Returns the loss of a batch and its weight."""
@@ -56,7 +58,7 @@ class Supervised:
     def of_output(self, output: Any, y: Any, count: int) -> tuple[Tensor, Weight]:
         """Returns the loss of the model's output, and its weight: ``count`` if it does not tell."""
         average = averaged(self.loss_fn, output, y)
-        self.summed = average.summed
+        self.summed, self.unit = average.summed, average.unit
         return average.loss, count if average.weight is None else average.weight
 
 

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from subspace_optim._display import Shown, number
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.samples import PIECES
@@ -33,6 +34,7 @@ class OperatorStats:
         full_gradients: the same, each counted as the share of the data that it was over.
         full_forwards: losses alone, each counted as the share of the data that it was over.
         examples: of all data, as the latest pass over them has counted; 0 before there was one.
+        weight: of all data, what that pass has divided the losses by; 0 before there was one.
         passes: readings of the data.
         graphs_kept: batches whose gradient graph is held, or was when it was last needed; for
             finite differences, batches that are held.
@@ -48,6 +50,7 @@ class OperatorStats:
     full_gradients: float = 0.0
     full_forwards: float = 0.0
     examples: int = 0
+    weight: float = 0.0
     passes: int = 0
     graphs_kept: int = 0
     graphs_streamed: int = 0
@@ -106,7 +109,7 @@ class State(NamedTuple):
     modes: int = 0
 
 
-class CurvatureOperator(ABC):
+class CurvatureOperator(Shown, ABC):
     """A symmetric P×P matrix at the current parameters of a model, known by its products.
 
     Between two changes of the parameters it is one fixed matrix, and using it leaves buffers,
@@ -119,6 +122,10 @@ class CurvatureOperator(ABC):
 
     parameters: ParameterSpace
     stats: OperatorStats
+
+    def _facts(self) -> dict[str, str]:
+        space = getattr(self, "parameters", None)
+        return {} if space is None else {"P": number(space.size)}
 
     @property
     def size(self) -> int:
@@ -215,7 +222,7 @@ class CurvatureOperator(ABC):
         see(products)
         return products
 
-    def linearize(self) -> None:  # noqa: B027 (an operator that keeps nothing needs no more)
+    def linearize(self) -> None:
         """Prepares products, where these begin with a gradient: that one is then known.
 
         Gradient and products together cost one gradient less than a gradient alone and then
@@ -261,10 +268,10 @@ class CurvatureOperator(ABC):
             finally:
                 self.release()
 
-    def release(self) -> None:  # noqa: B027 (an operator that keeps nothing frees nothing)
+    def release(self) -> None:
         """Frees what is kept for further products at the present parameters."""
 
-    def step_ended(self) -> None:  # noqa: B027 (data that stay are still needed)
+    def step_ended(self) -> None:
         """Is told that a training step has ended: drops a ``CurrentBatch``, and what is of it."""
 
 

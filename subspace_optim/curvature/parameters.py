@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from operator import attrgetter, eq
 from typing import Any
 
@@ -14,14 +13,15 @@ from torch.nn.parameter import is_lazy
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.digests import PLAIN, digest, in_few_vectors, one_vector
+from subspace_optim.curvature.names import fits, near_misses
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """Parameters of these dtypes are differentiated through float32 copies."""
 _SHAPE = attrgetter("shape")
 
 
-Params = Iterable[Tensor] | str | Callable[[str, Tensor], bool] | None
-"""Which parameters: tensors, a pattern of names, a predicate of (name, tensor), or all."""
+Params = Iterable[Tensor | str] | str | Callable[[str, Tensor], bool] | None
+"""Which parameters: tensors, patterns of names, a predicate of (name, tensor), or all."""
 
 
 def times_written(tensors: Iterable[Tensor]) -> int:
@@ -39,8 +39,9 @@ class ParameterSpace:
     Args:
         model: the model that owns them.
         params: which of its parameters: tensors, a pattern of their names such as
-            ``"blocks.*.attn.*"``, or a predicate of (name, tensor) (default: all that require a
-            gradient). Tied parameters count once.
+            ``"blocks.*.attn.*"`` or beginning of names such as ``"blocks.0"``, several of these, or
+            a predicate of (name, tensor) (default: all that require a gradient). Tied parameters
+            count once.
 
     Attributes:
         model: as given.
@@ -48,9 +49,9 @@ class ParameterSpace:
         shapes: their shapes, one a name.
 
     Raises:
-        ArgumentError: there are none, one is not the model's, frozen, complex, sparse, sharded,
-            listed twice, or they are on several devices; or the model has lazy layers that have
-            not seen a batch.
+        ArgumentError: there are none, or none that a pattern means; one is not the model's, frozen,
+            complex, sparse, sharded, listed twice, or they are on several devices; or the model has
+            lazy layers that have not seen a batch.
     """
 
     def __init__(self, model: nn.Module, params: Params = None) -> None:
@@ -59,28 +60,36 @@ class ParameterSpace:
                 remedy = "Call the model on a batch first: lazy layers take their shapes from it."
                 raise ArgumentError(f"'{name}'", "uninitialized", "of a known shape", remedy)
         names = {id(p): name for name, p in model.named_parameters()}
-        chosen, remedy = _chosen(model, params)
-        if not chosen:
-            named = params if isinstance(params, str) else chosen
-            raise ArgumentError("params", named, "at least one parameter", remedy)
-        for index, p in enumerate(chosen):
+        those, remedy = chosen(params, list(model.named_parameters()))
+        if not those:
+            raise ArgumentError("params", those, "at least one parameter", remedy)
+        for index, p in enumerate(those):
             label = f"params[{index}]"
             if id(p) not in names:
                 shape = tuple(p.shape) if isinstance(p, Tensor) else p
                 raise ArgumentError(label, shape, "a parameter of the model", remedy)
             _check(f"parameter '{names[id(p)]}'", p)
-        if len({id(p) for p in chosen}) < len(chosen):
-            raise ArgumentError("params", f"a list of {len(chosen)}", "without repetition")
-        devices = {p.device for p in chosen}
+        if len({id(p) for p in those}) < len(those):
+            raise ArgumentError("params", f"a list of {len(those)}", "without repetition")
+        devices = {p.device for p in those}
         if len(devices) > 1:
             found = ", ".join(sorted(map(str, devices)))
             raise ArgumentError("the devices of params", found, "one device", "Move the model.")
         self.model = model
-        self.names = [names[id(p)] for p in chosen]
-        self.shapes = [p.shape for p in chosen]
-        self._sizes = [p.numel() for p in chosen]
+        self.names = [names[id(p)] for p in those]
+        self.shapes = [p.shape for p in those]
+        self._sizes = [p.numel() for p in those]
         self._owners, self._places = _places(self.names)
         self._found: list[Tensor] | None = None  # inside of looked_up_once()
+
+    def __repr__(self) -> str:
+        return f"ParameterSpace(P={self.size:,}, {self.summary})"
+
+    @property
+    def summary(self) -> str:
+        """How many tensors they are, and the first and the last of their names."""
+        ends = dict.fromkeys((self.names[0], self.names[-1]))
+        return f"{len(self.names)} tensors, {' … '.join(map(repr, ends))}"
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -252,20 +261,42 @@ def _places(names: Sequence[str]) -> tuple[list[tuple[int, str]], list[tuple[int
     return owners, [(place(path), last) for path, _, last in split]
 
 
-def _chosen(model: nn.Module, params: Params) -> tuple[list[Any], str]:
-    """Returns the parameters that are meant, and what to say where they cannot be used."""
-    named = list(model.named_parameters())
+def chosen(
+    params: Params, named: Sequence[tuple[str, Tensor]], label: str = "params"
+) -> tuple[list[Any], str]:
+    """Returns the parameters that are meant, and what to say where they cannot be used.
+
+    Args:
+        params: which ones.
+        named: that there are, each with its name.
+        label: of the argument, for messages.
+
+    Raises:
+        ArgumentError: a pattern means none of them, or it is a module.
+    """
+    names = [name for name, _ in named]
     if params is None:
         remedy = "The model has no parameter that requires a gradient."
         return [p for _, p in named if p.requires_grad], remedy
-    if isinstance(params, str):
-        remedy = f"Its parameters have names such as {', '.join(repr(n) for n, _ in named[:3])}."
-        return [p for name, p in named if fnmatchcase(name, params)], remedy
+    if isinstance(params, nn.Module):
+        allowed = "tensors, patterns of names, or a predicate of (name, tensor)"
+        remedy = "Pass what its `parameters()` returns."
+        raise ArgumentError(label, type(params).__name__, allowed, remedy)
     if callable(params):
-        remedy = "It is called with the name and the tensor of each parameter."
+        some = ", ".join(map(repr, names[:3]))
+        remedy = f"It is called with the name and the tensor of each, with names such as {some}."
         return [p for name, p in named if params(name, p)], remedy
-    remedy = "Leave `params` out for all that require a gradient."
-    return [params] if isinstance(params, Tensor) else list(params), remedy
+    found: dict[int, Any] = {}
+    for index, item in enumerate([params] if isinstance(params, Tensor | str) else params):
+        if not isinstance(item, str):
+            found[-index - 1] = item  # not by identity: one that is listed twice is an error
+            continue
+        meant = {id(p): p for name, p in named if fits(name, item)}
+        if not meant:
+            allowed = "a pattern of at least one parameter's name"
+            raise ArgumentError(label, item, allowed, near_misses(item, names))
+        found |= meant
+    return list(found.values()), "Leave `params` out for all that require a gradient."
 
 
 def _check(label: str, p: Tensor) -> None:

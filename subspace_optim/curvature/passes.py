@@ -66,9 +66,9 @@ class Passes:
         """Yields the index of each batch of a pass, its loss, and its bytes."""
         parts = self.parts
         parts.stats.passes += 1
-        progress = Progress("pass over the data")
+        progress = Progress("pass over the data", "batches")
         for index, batch, nbytes in self._read(point):
-            progress.tick(lambda index=index: f"batch {index}")  # type: ignore[misc]
+            progress.tick(index)
             if index not in skip:
                 # Batches that the ranks take in turn have the masks that one process gives them.
                 seed = parts.seed + index * self.ranks.size + self.ranks.rank
@@ -130,6 +130,8 @@ class Passes:
         # Of all data together, if the matrix is that of the sum.
         of_sum = self._summed and not self.minibatch
         N = self._checked_weight(total, N, self.share if of_sum else N)
+        if self.examples is None:
+            stats.weight = N
         loss = total / N
         point.check_loss(loss)
         if not self.minibatch:

@@ -11,7 +11,7 @@ from torch import nn
 
 from subspace_optim.curvature.batches import Batches
 from subspace_optim.curvature.evaluation import Derivatives, Point
-from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction
+from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction, Supervised
 from subspace_optim.curvature.operator import OperatorStats
 from subspace_optim.curvature.parameters import ParameterSpace
 
@@ -88,3 +88,15 @@ class Parts:
     batches: Batches
     linearize: Callable[[BatchLoss, Point], Derivatives]
     products: Products
+
+    @property
+    def mean_over(self) -> str:
+        """What the loss is a mean over, in words, as far as it has been seen."""
+        weight, loss = self.stats.weight, self.batch_loss
+        if not weight:
+            return "not known yet"
+        if not isinstance(loss, Supervised):
+            return f"the weights of batch_loss, {weight:,.10g} in all"
+        if loss.summed:
+            return "nothing: it is a sum"
+        return "examples" if weight == self.stats.examples else f"{weight:,.10g} {loss.unit}"

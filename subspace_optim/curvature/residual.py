@@ -74,6 +74,12 @@ class ResidualOperator(CurvatureOperator):
         self.stats = OperatorStats()
         self._compared = False
 
+    def _facts(self) -> dict[str, str]:
+        return super()._facts() | {
+            "hessian": repr(self.hessian),
+            "gauss_newton": repr(self.gauss_newton),
+        }
+
     @property
     def accuracy(self) -> float:
         """Relative error of the products of H and G: of theirs, not of the difference."""
@@ -186,7 +192,7 @@ class ResidualOperator(CurvatureOperator):
                 for name in (*COSTS, "full_forwards", "passes"):
                     spent = getattr(of, name) - getattr(was, name)
                     setattr(stats, name, getattr(stats, name) + spent)
-            stats.examples = both[0].examples
+            stats.examples, stats.weight = both[0].examples, both[0].weight
             stats.graphs_kept = sum(of.graphs_kept for of in both)
             stats.graphs_streamed = sum(of.graphs_streamed for of in both)
             stats.graph_bytes = sum(of.graph_bytes for of in both)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from subspace_optim._progress import Progress, ProgressOption, shown
 from subspace_optim._validation import (
     ArgumentError,
     NonFiniteError,
@@ -44,6 +45,7 @@ def batch_sharpness(
     relative_error: float = 0.1,
     max_batches: int = 64,
     seed: int = 0,
+    progress: ProgressOption = False,
 ) -> Estimate:
     r"""Returns the mean curvature of minibatches along their own gradients.
 
@@ -75,6 +77,7 @@ def batch_sharpness(
         relative_error: of the standard error to the mean; enough when it is reached.
         max_batches: at most, at least 2.
         seed: of the order and of the draws.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         The mean, its standard error, and in ``products`` how many batches were taken. NaN where
@@ -91,16 +94,18 @@ def batch_sharpness(
     quotients: list[float] = []
     taken = 0
     value = error = math.nan
-    for view in batches.views:
-        taken += 1
-        quotient = gradient_sharpness(view)
-        if not math.isnan(quotient):
-            quotients.append(quotient)
-            value, error = _mean_and_error(quotients, taken, batches.count)
-        enough = len(quotients) >= _LEAST and error <= relative_error * abs(value)
-        if enough or taken == max_batches:
-            view.release()
-            break
+    with shown(progress, operator.ranks.rank), Progress("batch sharpness", "batches at most") as on:
+        for view in batches.views:
+            taken += 1
+            quotient = gradient_sharpness(view)
+            if not math.isnan(quotient):
+                quotients.append(quotient)
+                value, error = _mean_and_error(quotients, taken, batches.count)
+            on.tick(taken, min(max_batches, batches.count or max_batches))
+            enough = len(quotients) >= _LEAST and error <= relative_error * abs(value)
+            if enough or taken == max_batches:
+                view.release()
+                break
     return Estimate(value, error, taken)
 
 

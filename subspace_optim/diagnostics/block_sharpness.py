@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from subspace_optim._progress import Progress, ProgressOption
 from subspace_optim._validation import ArgumentError, check_integer, check_number
+from subspace_optim.curvature.names import near_misses
 from subspace_optim.curvature.operator import CurvatureOperator
-from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.curvature.parameters import ParameterSpace, Params, chosen
 from subspace_optim.diagnostics.spectrum import multiplying, solve
 
-Blocks = str | Mapping[str, str | Iterable[str]]
+Blocks = str | Mapping[str, Params]
 
 
 def block_sharpness(
-    operator: CurvatureOperator, blocks: Blocks, *, tol: float = 1e-3, seed: int = 0
+    operator: CurvatureOperator,
+    blocks: Blocks,
+    *,
+    tol: float = 1e-3,
+    seed: int = 0,
+    progress: ProgressOption = False,
 ) -> dict[str, float]:
     r"""Returns the largest eigenvalue of the diagonal block of the Hessian of each part.
 
@@ -38,10 +46,11 @@ def block_sharpness(
         blocks: a pattern of names such as ``"transformer.h.*"``: the parameters whose names begin
             alike with what fits are a block, here ``transformer.h.0``, ``transformer.h.1``, … (a
             ``*`` stands for one part of the name, between dots). Or a mapping of names of one's
-            own to patterns, or to several, as ``params`` of the operator takes them
-            (``{"attention": "*.attn.*"}``), or to beginnings of names; these may overlap.
+            own to what ``params`` of the operator takes: a pattern (``{"attention": "*.attn.*"}``),
+            several, a predicate, or tensors; these may overlap.
         tol: ``‖H_bb u − λu‖ ≤ tol · |λ|``.
         seed: of the random vectors.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         One number for each block, in the order of the parameters, or of the mapping.
@@ -49,8 +58,12 @@ def block_sharpness(
     check_number("tol", tol)
     check_integer("seed", seed, minimum=0)
     found = blocks_of(operator.parameters, blocks)
-    with multiplying(operator):
-        return {name: _largest(operator, parts, tol, seed) for name, parts in found.items()}
+    sharpness = {}
+    with multiplying(operator, progress), Progress("sharpness of blocks", "blocks") as solving:
+        for number, (name, parts) in enumerate(found.items(), 1):
+            sharpness[name] = _largest(operator, parts, tol, seed)
+            solving.tick(number, len(found))
+    return sharpness
 
 
 def block_diagonal_share(sharpness_of_blocks: Mapping[str, float], sharpness: float) -> float:
@@ -85,40 +98,41 @@ def blocks_of(space: ParameterSpace, blocks: Blocks) -> dict[str, list[slice]]:
     """Returns the coordinates of each block.
 
     Raises:
-        ArgumentError: a block has no parameters.
+        ArgumentError: a block has no parameters, or some that are not of the space.
     """
+    ends = list(accumulate(shape.numel() for shape in space.shapes))
+    parts = [slice(*bounds) for bounds in pairwise([0, *ends])]
     found: dict[str, list[slice]] = {}
-    start = 0
-    if not isinstance(blocks, str):
-        found = {name: [] for name in blocks}
-    for name, shape in zip(space.names, space.shapes, strict=True):
-        part = slice(start, start + shape.numel())
-        start = part.stop
-        for block in _blocks_of(name, blocks):
-            found.setdefault(block, []).append(part)
-    empty = next((name for name, parts in found.items() if not parts), None)
-    if not found or empty is not None:
-        label = "blocks" if empty is None else f"blocks[{empty!r}]"
-        pattern = blocks if isinstance(blocks, str) or empty is None else blocks[empty]
-        some = ", ".join(map(repr, space.names[:3]))
-        remedy = f"The parameters have names such as {some}."
-        raise ArgumentError(label, pattern, "a pattern of at least one parameter", remedy)
+    if isinstance(blocks, str):
+        for name, part in zip(space.names, parts, strict=True):
+            if (beginning := _beginning(name, blocks)) is not None:
+                found.setdefault(beginning, []).append(part)
+        if not found:
+            allowed = "a pattern of at least one parameter's name"
+            raise ArgumentError("blocks", blocks, allowed, near_misses(blocks, space.names))
+        return found
+    named = list(zip(space.names, space.tensors, strict=True))
+    own = {id(p) for _, p in named}
+    if not blocks:
+        raise ArgumentError("blocks", blocks, "a pattern, or a mapping of names to patterns")
+    for block, params in blocks.items():
+        label = f"blocks[{block!r}]"
+        those, remedy = chosen(params, named, label)
+        wanted = {id(p) for p in those}
+        if not wanted or not wanted <= own:
+            count = f"of {len(wanted)} parameters, of which the operator has {len(wanted & own)}"
+            raise ArgumentError(label, count, "of at least one, all of them the operator's", remedy)
+        pairs = zip(named, parts, strict=True)
+        found[block] = [part for (_, p), part in pairs if id(p) in wanted]
     return found
 
 
-def _blocks_of(name: str, blocks: Blocks) -> list[str]:
-    """Returns the names of the blocks that a parameter is in."""
-    if not isinstance(blocks, str):
-        return [
-            block
-            for block, patterns in blocks.items()
-            for each in [[patterns] if isinstance(patterns, str) else patterns]
-            if any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in each)
-        ]
-    wanted = blocks.split(".")
+def _beginning(name: str, pattern: str) -> str | None:
+    """Returns as many parts of a name as the pattern has, if they fit it."""
+    wanted = pattern.split(".")
     beginning = name.split(".")[: len(wanted)]
-    fits = len(beginning) == len(wanted) and all(map(fnmatchcase, beginning, wanted))
-    return [".".join(beginning)] if fits else []
+    fit = len(beginning) == len(wanted) and all(map(fnmatchcase, beginning, wanted))
+    return ".".join(beginning) if fit else None
 
 
 def _largest(operator: CurvatureOperator, parts: list[slice], tol: float, seed: int) -> float:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from subspace_optim._progress import Progress
+from subspace_optim._progress import Progress, ProgressOption, shown
 from subspace_optim._validation import (
     ArgumentError,
     NonFiniteError,
@@ -80,6 +80,7 @@ def central_flow(
     max_critical: int = 10,
     tol: float = 1e-2,
     seed: int = 0,
+    progress: ProgressOption = False,
 ) -> CentralFlow:
     r"""Follows the central flow of gradient descent, from the model's present parameters.
 
@@ -125,6 +126,7 @@ def central_flow(
         max_critical: how many can be there at once, before it gives up.
         tol: relative residual of the eigenpairs at the edge.
         seed: of the random vectors that the first eigenvectors are found from.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         What it predicts at each step, and the last parameters.
@@ -150,15 +152,19 @@ def central_flow(
     check_number("tol", tol, exclusive=True)
     flow = _Flow(operator, lr, 1 / substeps, margin, max_critical, tol, seed)
     space = operator.parameters
-    theta, rows, progress = space.flatten(space.tensors), [], Progress("central flow")
-    with operator.frozen():  # nothing but the parameters is another inside
+    theta, rows = space.flatten(space.tensors), []
+    with (
+        shown(progress, operator.ranks.rank),
+        Progress("central flow", "steps") as flowing,
+        operator.frozen(),  # nothing but the parameters is another inside
+    ):
         for number in range(steps * substeps + 1):
             row, after = flow.substep(theta)
             if number % substeps == 0:
                 rows.append(row)
             if number < steps * substeps:
                 theta = after
-            progress.tick(lambda at=number: f"step {at // substeps} of {steps}")  # type: ignore[misc]
+            flowing.tick(number // substeps, steps)
     return _result(lr, rows, theta)
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from subspace_optim._progress import ProgressOption
 from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.diagnostics.spectrum import lower_edge, multiplying
@@ -14,7 +15,13 @@ from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.rows import column_blocks
 
 
-def lowest_eigenvalue(operator: CurvatureOperator, *, tol: float = 1e-3, seed: int = 0) -> float:
+def lowest_eigenvalue(
+    operator: CurvatureOperator,
+    *,
+    tol: float = 1e-3,
+    seed: int = 0,
+    progress: ProgressOption = False,
+) -> float:
     r"""Returns the smallest eigenvalue of the Hessian, by algebraic value.
 
     .. math:: \lambda_P = \min_{\|v\| = 1} v^\top H v
@@ -32,6 +39,7 @@ def lowest_eigenvalue(operator: CurvatureOperator, *, tol: float = 1e-3, seed: i
         tol: ``‖Hu − λu‖ ≤ tol · |λ|``, as far as the dtype allows: a λ_P that is small beside λ_1
             has an absolute error of about 5e-6 λ_1 in float32.
         seed: of the random start vectors.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         The eigenvalue.
@@ -42,7 +50,7 @@ def lowest_eigenvalue(operator: CurvatureOperator, *, tol: float = 1e-3, seed: i
     """
     check_number("tol", tol)
     check_integer("seed", seed, minimum=0)
-    with multiplying(operator):
+    with multiplying(operator, progress):
         return float(lower_edge(operator, 1, tol=tol, seed=seed).eigenvalues[0])
 
 

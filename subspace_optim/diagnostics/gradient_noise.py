@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subspace_optim._progress import Progress, ProgressOption, shown
 from subspace_optim._validation import ArgumentError, NonFiniteError, check_integer
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.diagnostics.batch_sharpness import minibatches_of
@@ -42,6 +43,7 @@ def gradient_noise(
     batch_size: int | None = None,
     max_batches: int = 32,
     seed: int = 0,
+    progress: ProgressOption = False,
 ) -> GradientNoise:
     r"""Returns the variance of minibatch gradients along eigenvectors, and where they scatter most.
 
@@ -72,6 +74,7 @@ def gradient_noise(
         batch_size: as of ``batch_sharpness``; the noise falls with it as 1/B.
         max_batches: m, at most, at least 2.
         seed: of the order and of the draws.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         The variances and the overlap.
@@ -95,8 +98,11 @@ def gradient_noise(
         raise ArgumentError("the number of batches", found, "at least 2", remedy)
     count = max_batches if batches.count is None else min(max_batches, batches.count)
     rows = torch.empty(count, operator.size, dtype=operator.dtype, device=operator.device)
-    for row, view in zip(rows, batches.views, strict=False):  # no batch is made past the last row
-        row.copy_(view.gradient())
+    with shown(progress, operator.ranks.rank), Progress("gradient noise", "batches") as reading:
+        # No batch is made past the last row.
+        for number, (row, view) in enumerate(zip(rows, batches.views, strict=False), 1):
+            row.copy_(view.gradient())
+            reading.tick(number, count)
     return _noise(rows, basis)
 
 

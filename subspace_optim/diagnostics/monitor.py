@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from subspace_optim._display import Shown, html_facts, html_rows, number
 from subspace_optim._validation import (
     ArgumentError,
     AttachedTwiceWarning,
@@ -36,8 +37,13 @@ from subspace_optim.subspaces import Subspace, check_subspace, operator_of
 if TYPE_CHECKING:
     import pandas as pd
 
+    from subspace_optim.diagnostics.plots.style import ThemeName
 
-class Monitor:
+_LATEST: Final = 5
+"""Rows that a notebook shows, the latest ones; to_frame() has all."""
+
+
+class Monitor(Shown):
     r"""Records what ``measures`` tell of the steps of any optimizer, one row a recorded step.
 
     A row of step t tells of the update :math:`\theta_{t+1} - \theta_t` and of loss, gradient and
@@ -180,6 +186,30 @@ class Monitor:
         for log in self._logs:
             log.flush()
 
+    def _facts(self) -> dict[str, str]:
+        optimizers = ", ".join(type(each).__name__ for each in self._training.optimizers)
+        steps = self._table.history["step"]
+        seen = f", steps {steps[0]:,} to {steps[-1]:,}" if steps else ""
+        every = self.every if isinstance(self.every, int) else _name_of(self.every)
+        facts = {
+            "rows": f"{len(steps):,}{seen}",
+            "every": str(every),
+            "optimizer": optimizers,
+            "source": repr(self.source),
+        }
+        if steps:
+            latest = self._table.latest(1)[0]
+            values = (f"{column} {number(value)}" for column, value in latest.items())
+            return facts | {"latest": "; ".join(values)}
+        return facts | {"columns": ", ".join(self._table.names)}
+
+    def _repr_html_(self) -> str:
+        facts = {name: text for name, text in self._facts().items() if name != "latest"}
+        html = html_facts(type(self).__name__, facts)
+        if self._table.history["step"]:
+            html += html_rows(self._table.names, self._table.latest(_LATEST))
+        return html
+
     def __enter__(self) -> Self:
         return self
 
@@ -304,18 +334,24 @@ class Monitor:
         self._joint.check()
         self._table.to_csv(path)
 
-    def plot(self, path: str | Path | None = None) -> Any:
+    def plot(self, path: str | Path | None = None, *, theme: ThemeName = "light") -> Any:
         """Draws the dashboard: a panel for each part of what was recorded.
 
         Args:
             path: where to write the picture; its ending chooses the format.
+            theme: the colours, ``"light"`` or ``"dark"``.
 
         Returns:
-            The matplotlib figure.
+            The matplotlib figure. A notebook shows it, whether pyplot is in use there or not.
         """
         from subspace_optim.diagnostics.plots import dashboard  # noqa: PLC0415 (needs an extra)
 
-        figure = dashboard(self.history)
+        figure = dashboard(self.history, theme=theme)
         if path is not None:
             figure.savefig(path)
         return figure
+
+
+def _name_of(schedule: Any) -> str:
+    """Returns what a schedule is called: functions have a name, others show themselves."""
+    return getattr(schedule, "__name__", None) or repr(schedule)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from subspace_optim._progress import Progress, ProgressOption
 from subspace_optim._validation import (
     ArgumentError,
     NonFiniteError,
@@ -49,6 +50,7 @@ def norm_sharpness(
     steps: int = 50,
     tol: float = 1e-3,
     seed: int = 0,
+    progress: ProgressOption = False,
 ) -> float:
     r"""Returns the largest curvature in the unit ball of a norm: a lower bound of it.
 
@@ -96,6 +98,7 @@ def norm_sharpness(
         steps: of each search, at most.
         tol: a search ends where a step gains less than this, relative to what was found.
         seed: of the random directions.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         The largest curvature that was found, 0 or above.
@@ -117,7 +120,7 @@ def norm_sharpness(
     def product(rows: Tensor) -> Tensor:
         return operator.matmat(rows * R).mul_(R)
 
-    with multiplying(operator):
+    with multiplying(operator, progress):
         if set(ball.norms) == {"euclidean"}:
             largest = solve(operator, product, 1, tol=tol, seed=seed).eigenvalues[0]
             return max(0.0, float(largest))
@@ -134,7 +137,12 @@ def norm_sharpness(
         directions = torch.cat([operator.gradient()[None] * R, *known, random])
         if not directions.isfinite().all():
             raise NonFiniteError(_NOT_FINITE.format("The gradient"))
-        best = _search(product, ball, ball.best(directions), steps, tol)
+        with Progress("norm sharpness", "steps at most") as searching:
+
+            def tick(number: int) -> None:
+                searching.tick(number, steps)
+
+            best = _search(product, ball, ball.best(directions), steps, tol, tick)
         return max(0.0, float(torch.dot(best.double(), product(best[None])[0].double())))
 
 
@@ -168,7 +176,14 @@ def dual_norm(
     return float(torch.dot(g.double(), ball.best(g[None])[0].double()))
 
 
-def _search(product: _Product, ball: UnitBall, start: Tensor, steps: int, tol: float) -> Tensor:
+def _search(
+    product: _Product,
+    ball: UnitBall,
+    start: Tensor,
+    steps: int,
+    tol: float,
+    tick: Callable[[int], object],
+) -> Tensor:
     """Returns the best of the points that are reached from rows of the ball, ``(P,)``.
 
     Raises:
@@ -178,7 +193,8 @@ def _search(product: _Product, ball: UnitBall, start: Tensor, steps: int, tol: f
     values = _dots(d, product_of_d)
     c = torch.zeros_like(values)  # how negative the curvature was along the steps of each row
     going = torch.arange(len(d), device=d.device)
-    for _ in range(steps):
+    for number in range(steps):
+        tick(number)
         if not bool(values.isfinite().all()):
             raise NonFiniteError(_NOT_FINITE.format("A product with the matrix"))
         if len(going) == 0:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from subspace_optim._progress import Progress, ProgressOption, shown
 from subspace_optim._validation import (
     ArgumentError,
     ConvergenceWarning,
@@ -30,10 +31,10 @@ _SPARE = 16
 
 
 @contextmanager
-def multiplying(operator: CurvatureOperator) -> Iterator[None]:
-    """Takes products at one parameter state, and frees what was kept for them."""
+def multiplying(operator: CurvatureOperator, progress: ProgressOption = False) -> Iterator[None]:
+    """Takes products at one parameter state, shows how far it is, and frees what was kept."""
     try:
-        with operator.frozen():
+        with shown(progress, operator.ranks.rank), operator.frozen():
             yield
     finally:
         operator.release()
@@ -70,7 +71,9 @@ def solve(
     ).basis
 
 
-def exact_spectrum(operator: CurvatureOperator, *, max_size: int = 8192) -> Tensor:
+def exact_spectrum(
+    operator: CurvatureOperator, *, max_size: int = 8192, progress: ProgressOption = False
+) -> Tensor:
     """Returns all eigenvalues, from the matrix written out: ``λ_1 ≥ … ≥ λ_P``.
 
     It takes P products, O(P³) arithmetic, and three float64 matrices of P×P on the host. Products
@@ -79,6 +82,7 @@ def exact_spectrum(operator: CurvatureOperator, *, max_size: int = 8192) -> Tens
     Args:
         operator: of a small model.
         max_size: the largest P for which that is done.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         The eigenvalues, ``(P,)``, descending, in float64 on the host.
@@ -99,9 +103,10 @@ def exact_spectrum(operator: CurvatureOperator, *, max_size: int = 8192) -> Tens
             "if there is room, or use spectral_density, trace and spectrum_edges.",
         )
     matrix = torch.empty(size, size, dtype=torch.float64)
-    with multiplying(operator):
+    with multiplying(operator, progress), Progress("all eigenvalues", "products") as solving:
         for start, rows in identity_rows(size, operator.dtype, operator.device):
             matrix[start : start + len(rows)] = operator.matmat(rows)
+            solving.tick(start + len(rows), size)
     if not matrix.isfinite().all():
         message = (
             "A product with the matrix is not finite. Lower the learning rate, or look for NaN in "
@@ -113,7 +118,12 @@ def exact_spectrum(operator: CurvatureOperator, *, max_size: int = 8192) -> Tens
 
 
 def spectral_density(
-    operator: CurvatureOperator, *, probes: int = 10, steps: int = 80, seed: int = 0
+    operator: CurvatureOperator,
+    *,
+    probes: int = 10,
+    steps: int = 80,
+    seed: int = 0,
+    progress: ProgressOption = False,
 ) -> SpectralDensity:
     r"""Returns the density of all eigenvalues, by stochastic Lanczos quadrature.
 
@@ -127,6 +137,7 @@ def spectral_density(
         probes: random directions, at least 2. The error bars shrink like the root of it.
         steps: products for each. The detail that can be seen shrinks like 1/steps.
         seed: of the random directions.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         The density.
@@ -135,7 +146,7 @@ def spectral_density(
         Ghorbani, Krishnan & Xiao 2019, *An investigation into neural net optimization via Hessian
         eigenvalue density*, for loss Hessians; the exact spectra are those of `sagun_2017`.
     """
-    with multiplying(operator):
+    with multiplying(operator, progress):
         return lanczos_quadrature(
             operator.matvec,
             operator.size,
@@ -147,13 +158,20 @@ def spectral_density(
         )
 
 
-def trace(operator: CurvatureOperator, *, products: int = 60, seed: int = 0) -> Estimate:
+def trace(
+    operator: CurvatureOperator,
+    *,
+    products: int = 60,
+    seed: int = 0,
+    progress: ProgressOption = False,
+) -> Estimate:
     """Returns ``tr H = Σ λ_i``, by Hutch++, with its standard error.
 
     Args:
         operator: of a model of any size; about ``products`` vectors of P are held beside it.
         products: how many to take, at least 4; P of them give the exact trace.
         seed: of the random vectors.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         The trace.
@@ -161,7 +179,7 @@ def trace(operator: CurvatureOperator, *, products: int = 60, seed: int = 0) -> 
     Reference:
         Meyer, Musco, Musco & Woodruff 2021, *Hutch++: optimal stochastic trace estimation*.
     """
-    with multiplying(operator):
+    with multiplying(operator, progress):
         return hutch_plus_plus(
             operator.matmat,
             operator.size,
@@ -173,7 +191,12 @@ def trace(operator: CurvatureOperator, *, products: int = 60, seed: int = 0) -> 
 
 
 def spectrum_edges(
-    operator: CurvatureOperator, k: int, *, tol: float = 1e-3, seed: int = 0
+    operator: CurvatureOperator,
+    k: int,
+    *,
+    tol: float = 1e-3,
+    seed: int = 0,
+    progress: ProgressOption = False,
 ) -> tuple[EigenBasis, EigenBasis]:
     r"""Returns both edges of the spectrum: the k largest and the k smallest eigenpairs.
 
@@ -195,6 +218,7 @@ def spectrum_edges(
         k: pairs at each edge, from 1 to P.
         tol: ``‖Hu − λu‖ ≤ tol · max|λ|`` for each pair.
         seed: of the random start vectors.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         The largest, then the smallest.
@@ -205,7 +229,7 @@ def spectrum_edges(
     Reference:
         `sagun_2017`, Figures 4-8: the right and the left edge.
     """
-    with multiplying(operator):
+    with multiplying(operator, progress):
         largest = solve(operator, operator.matmat, k, tol=tol, seed=seed)
         smallest = lower_edge(operator, k, tol=tol, seed=seed)
     scale = max(largest.largest, smallest.largest)

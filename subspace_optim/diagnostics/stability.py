@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from subspace_optim._progress import ProgressOption
 from subspace_optim._validation import ArgumentError, check_number
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.diagnostics.spectrum import multiplying, solve
@@ -155,6 +156,7 @@ def preconditioned_sharpness(
     *,
     tol: float = 1e-3,
     seed: int = 0,
+    progress: ProgressOption = False,
 ) -> float:
     r"""Returns the sharpness that Adam sees: the largest eigenvalue of its preconditioned Hessian.
 
@@ -173,6 +175,7 @@ def preconditioned_sharpness(
         optimizer: ``torch.optim.Adam`` or ``AdamW``, or several.
         tol: relative residual of the eigenpair.
         seed: of the solve's random vectors.
+        progress: shows how far it is: True for a bar, or a function of each ``ProgressReport``.
 
     Returns:
         The eigenvalue.
@@ -195,7 +198,7 @@ def preconditioned_sharpness(
         scaled = rows * scale
         return operator.matmat(scaled).addcmul_(decay, scaled).mul_(scale)
 
-    with multiplying(operator):
+    with multiplying(operator, progress):
         return float(solve(operator, product, 1, tol=tol, seed=seed).eigenvalues[0])
 
 

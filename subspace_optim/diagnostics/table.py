@@ -59,6 +59,11 @@ class Table:
         values = zip(*self.history.values(), strict=True)
         return [self.flat(dict(zip(self.history, row, strict=True))) for row in values]
 
+    def latest(self, count: int) -> list[dict[str, Any]]:
+        """Returns the last rows, at most ``count`` of them, as ``flat`` makes them."""
+        values = zip(*(column[-count:] for column in self.history.values()), strict=True)
+        return [self.flat(dict(zip(self.history, row, strict=True))) for row in values]
+
     def load(self, history: Mapping[str, Sequence[Any]]) -> None:
         """Puts a history in the place of what is there.
 

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from subspace_optim._display import numbers
 from subspace_optim._validation import ArgumentError, check_integer
 from subspace_optim.linalg.products import own_precision
 
@@ -43,6 +44,9 @@ class EigenBasis:
                 raise ArgumentError(
                     f"the shape of {name}", shape, f"({self.k},), one value a vector"
                 )
+
+    def __repr__(self) -> str:
+        return f"EigenBasis(k={self.k}, P={self.size:,}, eigenvalues={numbers(self.eigenvalues)})"
 
     @property
     def k(self) -> int:

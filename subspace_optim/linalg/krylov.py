@@ -137,7 +137,9 @@ class Krylov:
         self.lost: NDArray[np.float64] = np.zeros((0, 0))
         self.products = 0
         self.ritz_steps = 0
-        self.progress = Progress(f"top {k} eigenpairs")
+        self.progress = Progress(f"top {k} eigenpairs", "products", estimated=True)
+        self.foreseen = min(size, 2 * k + 6)  # products in all, as a first guess
+        self.relative_residual: float | None = None
         self.asymmetry = 0.0
         # Of each pending row, the first one whose product has a part in it.
         self.since: dict[int, int] = {}
@@ -190,7 +192,7 @@ class Krylov:
             products = products.clone()
         for j, product in zip(block, products, strict=True):
             self._expand(j, product)
-        self.progress.tick(lambda: f"{self.products} products")
+        self.progress.tick(self.products, self.foreseen, self.relative_residual)
 
     def _expand(self, j: int, w: Tensor) -> None:
         """Expands the product ``w`` with row ``j`` in all rows; what remains is a new row.

@@ -99,6 +99,23 @@ class _Lanczos(Krylov):
         self.floor = max(50 * self.epsilon, accuracy)
         self.tol = max(tol, self.floor)
 
+    def rayleigh_ritz(self) -> None:
+        """Solves the small eigenproblem, and foresees how many products it will take in all.
+
+        As if the residual had shrunk by the same factor with each product after the first k, and
+        went on to. It is what a solve tells of itself: nothing follows from it.
+        """
+        super().rayleigh_ritz()
+        self.foreseen = max(self.products + 1, self.foreseen)
+        if len(self.values) < self.k or not self.measure:
+            return
+        self.relative_residual = reached = float(self.residuals.max() / self.measure)
+        if 0 < reached < 1:
+            steps = (self.products - self.k) / -math.log(reached)
+            left = max(0.0, math.log(reached / self.tol)) * steps
+            self.foreseen = self.products + 1 + math.ceil(left)
+        self.foreseen = min(self.foreseen, self.max_products)
+
     @property
     def measure(self) -> float:
         """What ``tol`` is relative to: ``max|λ|`` of the wanted pairs; the floor, of all."""
@@ -149,6 +166,23 @@ class _Lanczos(Krylov):
             step = max(step, min(last - float(self.values[self.k]), _BESIDE * step))
         hidden = self.starts.overlooked(self.small_problem(), last + step, self.accuracy)
         return hidden <= _OVERLOOKED
+
+    def solve(self, max_angle: float | None) -> bool:
+        """Takes products until the pairs are the top ones; returns whether they are."""
+        cycle = max(2, self.k // 4)
+        self.extend(self.k + cycle)
+        while not (accurate := self.converged(max_angle)) or not self.complete:
+            if accurate and not self.exhausted:
+                if not len(self.crowded):
+                    break
+                grown, noticed = self.search(), self.accuracy
+                accurate = self.converged(max_angle) and not self.exhausted
+                if accurate and grown <= noticed:
+                    break
+            if self.exhausted:
+                return self.complete
+            self.extend(cycle)
+        return accurate
 
     @property
     def crowded(self) -> NDArray[np.float64]:
@@ -290,21 +324,8 @@ def top_eigenpairs(
         dtype=dtype,
         device=torch.device(device),
     )
-    cycle = max(2, k // 4)
-    solver.extend(k + cycle)
-    while not (accurate := solver.converged(max_angle)) or not solver.complete:
-        if accurate and not solver.exhausted:
-            if not len(solver.crowded):
-                break
-            grown, noticed = solver.search(), solver.accuracy
-            accurate = solver.converged(max_angle) and not solver.exhausted
-            if accurate and grown <= noticed:
-                break
-        if solver.exhausted:
-            accurate = solver.complete
-            break
-        solver.extend(cycle)
-
+    with solver.progress:
+        accurate = solver.solve(max_angle)
     converged = accurate and tol >= solver.floor
     if not converged:
         reached = float(solver.residuals.max() / solver.measure) if solver.measure else 0.0

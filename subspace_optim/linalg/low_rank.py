@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from subspace_optim._display import numbers
 from subspace_optim._validation import ArgumentError
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.products import own_precision
@@ -45,6 +46,10 @@ class LowRankCurvature:
         if shape != (self.k,):
             allowed = f"({self.k},), one value a vector"
             raise ArgumentError("the shape of eigenvalues", shape, allowed)
+
+    def __repr__(self) -> str:
+        values = numbers(self.eigenvalues)
+        return f"LowRankCurvature(k={self.k}, P={self.size:,}, eigenvalues={values})"
 
     @property
     def k(self) -> int:

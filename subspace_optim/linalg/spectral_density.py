@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspace_optim._progress import Progress
 from subspace_optim._validation import ArgumentError, NonFiniteError, check_integer, check_number
 from subspace_optim.linalg.products import not_finite, own_precision
 from subspace_optim.linalg.trace import Estimate, mean_and_error
@@ -206,20 +207,27 @@ def lanczos_quadrature(
     check_integer("steps", steps, minimum=1)
     generator = torch.Generator(device=device).manual_seed(seed)
     nodes, weights = torch.empty(2, probes, steps, dtype=torch.float64)
-    for i in range(probes):
-        start = torch.randn(size, generator=generator, dtype=dtype, device=device)
-        start.div_(torch.linalg.vector_norm(start))
-        diagonal, beside = _tridiagonal(matvec, start, steps)
-        if not (diagonal.isfinite().all() and beside.isfinite().all()):
-            raise NonFiniteError(not_finite((i + 1) * steps))
-        nodes[i], weights[i] = _quadrature(diagonal, beside, torch.finfo(dtype).eps)
+    with Progress("spectral density", "products") as progress:
+        for i in range(probes):
+            start = torch.randn(size, generator=generator, dtype=dtype, device=device)
+            start.div_(torch.linalg.vector_norm(start))
+
+            def tick(step: int, before: int = i * steps) -> None:
+                progress.tick(before + step, probes * steps)
+
+            diagonal, beside = _tridiagonal(matvec, start, steps, tick)
+            if not (diagonal.isfinite().all() and beside.isfinite().all()):
+                raise NonFiniteError(not_finite((i + 1) * steps))
+            nodes[i], weights[i] = _quadrature(diagonal, beside, torch.finfo(dtype).eps)
     return SpectralDensity(nodes, weights, size, probes * steps)
 
 
 def _tridiagonal(
-    matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int
+    matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int, tick: Callable[[int], object]
 ) -> tuple[Tensor, Tensor]:
     """Returns the diagonal of ``T`` and what is beside it, ``(m,)`` each, on the host.
+
+    ``tick`` is called with the number of each product.
 
     In the order that keeps neighbours orthogonal (Paige 1972). Sums are taken in float64: squares
     of float32 overflow from 1e19 on, and vanish below 1e-22.
@@ -227,12 +235,13 @@ def _tridiagonal(
     previous, current = torch.zeros_like(start), start.clone()
     norm = torch.zeros((), dtype=torch.float64, device=start.device)
     rows = []
-    for _ in range(steps):
+    for step in range(steps):
         remainder = previous.mul_(-norm).add_(matvec(current))
         height = (current * remainder).sum(dtype=torch.float64)
         remainder.addcmul_(current, height.to(current.dtype), value=-1)
         norm = torch.linalg.vector_norm(remainder, dtype=torch.float64)
         rows.append(torch.stack([height, norm]))
+        tick(step + 1)
         # Nothing that remains stays nothing: the space is complete, and what follows is cut off.
         previous, current = current, remainder.div_(torch.where(norm > 0, norm, 1.0))
     diagonal, beside = torch.stack(rows, dim=1).cpu()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspace_optim._progress import Progress
 from subspace_optim._validation import NonFiniteError, check_integer
 from subspace_optim.linalg.products import not_finite, own_precision
 
@@ -88,11 +89,20 @@ def hutch_plus_plus(
     remedy = "Two samples tell a standard error, and a sketch of one vector takes two products."
     check_integer("products", products, minimum=4, remedy=remedy)
     products = min(products, size)
-    device = torch.device(device)
-    if products == size:
-        estimate = _summed(matmat, size, dtype, device)
-    else:
-        estimate = _sketched(matmat, size, products, seed, dtype, device)
+    device, taken = torch.device(device), 0
+
+    def counted(rows: Tensor) -> Tensor:
+        nonlocal taken
+        result = matmat(rows)
+        taken += len(rows)
+        progress.tick(taken, products)
+        return result
+
+    with Progress("trace", "products") as progress:
+        if products == size:
+            estimate = _summed(counted, size, dtype, device)
+        else:
+            estimate = _sketched(counted, size, products, seed, dtype, device)
     value, error = torch.stack(estimate).tolist()
     if not (math.isfinite(value) and math.isfinite(error)):
         raise NonFiniteError(not_finite(products))

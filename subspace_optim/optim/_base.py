@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from subspace_optim.step_hooks import moves, outside_autocast, parameters_of
 from subspace_optim.subspaces import Subspace, basis_of, check_subspace, projector_of
 
 Group = dict[str, Any]
+Loss = TypeVar("Loss", bound=float | Tensor)
+"""What a closure returns, and so does ``step``."""
 Part = Literal["dominant", "bulk"]
 Gather = Callable[[Callable[[Group], float | Tensor]], Tensor]
 Moves = list[tuple[list[Tensor], list[Tensor], float]]
@@ -46,12 +48,19 @@ class CheckedOptimizer(torch.optim.Optimizer):
         """Moves the parameters, by the gradients that are there, or raises and changes nothing."""
         raise NotImplementedError
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Takes one step. An exception leaves parameters and state as they were.
 
         Args:
-            closure: evaluates the loss again and returns it; called first, with gradients on.
+            closure: evaluates the loss again and returns it, as a tensor or a number; called
+                first, with gradients on.
 
         Returns:
             What ``closure`` returned.
@@ -142,6 +151,9 @@ class SubspaceOptimizer(CheckedOptimizer):
         check_subspace(subspace, projects=self._projects)
         self.subspace = subspace
         super().__init__(params, defaults)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__().removesuffix(')')}subspace: {self.subspace!r}\n)"
 
     def _update(self, basis: Any, gather: Gather) -> None:
         """Turns the direction ``(P,)`` into the update, in its memory: calls ``gather`` once.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from subspace_optim._validation import ArgumentError, check_flag, check_number
 from subspace_optim.curvature.parameters import times_written
 from subspace_optim.optim._base import (
     CheckedOptimizer,
+    Loss,
     Moves,
     RestrictedSGD,
     options,
@@ -39,7 +40,13 @@ class _TwoSteps(CheckedOptimizer):
         check_number("rho", group["rho"])
         check_flag("adaptive", group["adaptive"])
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Takes one step, with two evaluations of the closure.
 
         A gradient that is not finite, in either of them, leaves parameters and buffers as they
@@ -69,7 +76,7 @@ class _TwoSteps(CheckedOptimizer):
 
     @torch.optim.Optimizer.profile_hook_step
     @torch.no_grad()
-    def _take(self, closure: Callable[[], float] | None) -> float | None:
+    def _take(self, closure: Callable[[], Loss] | None) -> Loss | None:
         """Takes a step from θ_t.
 
         Raises:

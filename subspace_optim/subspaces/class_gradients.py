@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspace_optim._display import Shown, number, numbers
 from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.curvature.contexts import full_precision, random_state_kept
 from subspace_optim.curvature.digests import digest
@@ -42,7 +43,7 @@ class ClassGradientStats:
     seconds: float = 0.0
 
 
-class ClassGradientSubspace:
+class ClassGradientSubspace(Shown):
     r"""A curvature of rank C, made of gradients of logits instead of eigenvectors.
 
     .. math::
@@ -86,7 +87,8 @@ class ClassGradientSubspace:
         decay: γ of the averages, at least 0 and below 1.
         orthogonal: gives the eigenpairs of ``H`` instead of its terms: ``Σ_k v_k v_kᵀ`` as
             printed (eq. 14) is no projector, because class gradients are not orthogonal.
-        params: the parameters to differentiate by (default: all that require a gradient).
+        params: the parameters to differentiate by: tensors, a pattern of names, or a predicate of
+            (name, tensor) (default: all that require a gradient).
         coupled: whether an example's logits depend on the other examples (default: whether there
             is a batch norm layer that uses batch statistics).
         process_group: sums over its ranks, each with its own minibatches (default: none).
@@ -137,6 +139,14 @@ class ClassGradientSubspace:
         self._sums = LogitGradients(self.model, self.parameters, self.num_classes, coupled)
         self._averages: ClassAverages | None = None
         self._given: LowRankCurvature | EigenBasis | None = None
+
+    def _facts(self) -> dict[str, str]:
+        given, stats = self._given, self.stats
+        facts = {"num_classes": str(self.num_classes), "decay": number(self.decay)}
+        facts |= {"orthogonal": str(self.orthogonal), "observations": number(stats.observations)}
+        if given is not None:
+            facts["eigenvalues"] = numbers(given.eigenvalues)
+        return facts | {"parameters": repr(self.parameters)}
 
     def update(self) -> LowRankCurvature | EigenBasis:
         """Returns ``Σ λ_k v_k v_kᵀ`` of the minibatches observed, or with ``orthogonal`` its pairs.

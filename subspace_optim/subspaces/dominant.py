@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
+from subspace_optim._display import Shown, number, numbers
+from subspace_optim._progress import ProgressOption, check_progress, shown
 from subspace_optim._validation import (
     ArgumentError,
     StaleBasisWarning,
@@ -27,7 +29,7 @@ from subspace_optim.subspaces.rule import RefreshRule, Situation, SubspaceStats
 _FAILURES_IN_A_ROW = 3
 
 
-class DominantSubspace:
+class DominantSubspace(Shown):
     r"""The span of the top k eigenvectors of an operator, kept as long as it may be.
 
     .. math:: \mathcal{S}_k(\theta) = \mathrm{span}\{u_1(\theta), \dots, u_k(\theta)\}, \qquad
@@ -63,12 +65,16 @@ class DominantSubspace:
             is of the angle to the subspace of all data in any case.
         seed: of the random vectors of solves and probes, and of samples. With ``refresh=n`` the
             basis is a function of parameters and seed.
+        progress: shows how far a refresh is: True for a bar (by tqdm, or as lines), or a function
+            that is called with each ``ProgressReport``. With False the log of ``subspace_optim``
+            has a line after 10 seconds, and every 20.
 
     Attributes:
         operator: as given.
         k: as given.
         tol: as given.
         seed: as given.
+        progress: as given.
         rule: what decides when the basis is renewed, and holds it.
         steps: the training steps that are known of; who follows an optimizer tells it of more.
 
@@ -86,6 +92,7 @@ class DominantSubspace:
         tol: float = 1e-3,
         sample: int | Literal["auto"] | None = None,
         seed: int = 0,
+        progress: ProgressOption = False,
     ) -> None:
         if not isinstance(operator, CurvatureOperator):
             kind = type(operator).__name__
@@ -98,6 +105,7 @@ class DominantSubspace:
             check_number("tol", tol, exclusive=True)
             self.seed = check_integer("seed", seed, minimum=0)
             self.tol = float(tol)
+            self.progress = check_progress(progress)
         self.operator = operator
         self.rule = rule
         self._ranks.check_alike("Pass the same on each.", **self._options())
@@ -108,6 +116,28 @@ class DominantSubspace:
         self._failures = 0
         self._then = State(0)  # at the last refresh or probe
         self._settled: _Seen | None = None  # at the last decision
+
+    def _facts(self) -> dict[str, str]:
+        stats, basis = self.stats, self.basis
+        facts = {"k": str(self.k)}
+        if basis is None:
+            facts["eigenvalues"] = "none yet, update() finds them"
+        else:
+            age = max(0, self.steps.now - self._refreshed_at)
+            facts["eigenvalues"] = numbers(basis.eigenvalues)
+            facts["age"] = f"{age} {'step' if age == 1 else 'steps'}"
+        limit = getattr(self.rule, "max_angle", None)
+        if stats.estimate is not None:
+            within = "" if limit is None else f" of at most {limit:g}"
+            facts["estimated angle"] = f"{stats.estimate:.2g}{within}"
+        facts |= {name: str(option) for name, option in self.rule.options().items()}
+        if stats.examples is not None:
+            facts["examples"] = number(stats.examples)
+        facts["cost"] = (
+            f"{stats.refreshes} refreshes by {stats.products:,} products and "
+            f"{stats.gradients:,} gradients in {stats.seconds:.3g} s"
+        )
+        return facts | {"operator": repr(self.operator)}
 
     @property
     def parameters(self) -> ParameterSpace:
@@ -205,7 +235,7 @@ class DominantSubspace:
         try:
             with self._ranks.all_or_none():
                 self._check_ranks(trial, plan)
-                with operator.frozen():
+                with shown(self.progress, self._ranks.rank), operator.frozen():
                     trial.carry_out(plan)
         except (RuntimeError, MemoryError) as error:  # non-finite, out of memory, no derivative
             failure = error

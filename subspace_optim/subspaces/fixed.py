@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
+from subspace_optim._display import Shown, numbers
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.objective import unwrapped
-from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.curvature.parameters import ParameterSpace, Params
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
 
 
-class FixedSubspace:
+class FixedSubspace(Shown):
     """The span of given vectors, whatever the parameters are: a basis that never changes.
 
     For a basis of one's own: that of another network, of the start of training, of random
@@ -28,7 +27,8 @@ class FixedSubspace:
         vectors: ``(k, P)``, orthonormal rows, in the coordinates of ``params``.
         eigenvalues: ``(k,)``, the curvatures along them (default: ones). Projections do not look
             at them; optimizers that divide by the curvature, as Newton's method does, need them.
-        params: the parameters (default: all that require a gradient).
+        params: the parameters: tensors, a pattern of names, or a predicate of (name, tensor)
+            (default: all that require a gradient).
 
     Attributes:
         parameters: the coordinates of the basis.
@@ -44,7 +44,7 @@ class FixedSubspace:
         vectors: Tensor,
         eigenvalues: Tensor | None = None,
         *,
-        params: Iterable[Tensor] | None = None,
+        params: Params = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ArgumentError("model", type(model).__name__, "a torch.nn.Module")
@@ -75,6 +75,11 @@ class FixedSubspace:
         orthonormalise_(rows)
         self.parameters = space
         self.basis = EigenBasis(eigenvalues, rows, torch.zeros_like(eigenvalues))
+
+    def _facts(self) -> dict[str, str]:
+        values = numbers(self.basis.eigenvalues)
+        space = repr(self.parameters)
+        return {"k": str(self.basis.k), "eigenvalues": values, "parameters": space}
 
     def update(self) -> EigenBasis:
         """Returns the basis, always the same."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature import ParameterSpace
 from subspace_optim.curvature.digests import digest, in_few_vectors
+from subspace_optim.curvature.names import fits, near_misses
 from tests.dense import TiedMLP
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -172,8 +173,46 @@ def test_params_may_be_a_pattern_of_names_or_a_predicate():
     assert space.names == ["head.vector", "head.empty", "head.strided"]
     with pytest.raises(ArgumentError, match=r"params is 'tail', .* such as 'head.scalar', 'head"):
         ParameterSpace(model, "tail")
+    with pytest.raises(ArgumentError, match=r"params is 'Linear', .* what its `parameters\(\)`"):
+        ParameterSpace(model, nn.Linear(1, 1))
     with pytest.raises(ArgumentError, match=r"called with the name and the tensor of each"):
         ParameterSpace(model, lambda *_: False)
+
+
+def test_params_may_be_beginnings_and_several_patterns_beside_tensors():
+    model = nn.ModuleDict({"head": odd_shapes(), "body": odd_shapes(), "head2": odd_shapes()})
+    own = [name for name, _ in model.named_parameters() if name.startswith("head.")]
+    assert ParameterSpace(model, "head").names == own  # and nothing of head2
+    space = ParameterSpace(model, ["body.s*", model["head"].vector, "*.strided"])
+    strided = [f"{part}.strided" for part in ("head", "head2")]
+    assert space.names == ["body.scalar", "body.strided", "head.vector", *strided]
+    with pytest.raises(ArgumentError, match="without repetition"):
+        ParameterSpace(model, [model["head"].vector, "head.v*"])
+
+
+NAMES = [f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attn", "mlp")] + ["lm_head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("*.atn.*", "Did you mean '*.attn.*'?"),
+        ("block.*.attn.*", "Did you mean 'blocks.*.attn.*'?"),
+        ("blocks.1.atn.wieght", "Did you mean 'blocks.1.attn.weight'?"),
+        ("attn", "Did you mean '*.attn'?"),  # all of the name, or its beginning
+        ("attn.*", "Did you mean '*.attn.*'?"),
+        ("*.atn*.*", "Did you mean '*.attn*.*'?"),
+        ("lmhead", "Did you mean 'lm_head'?"),
+        ("module.lm_head.bias", "Did you mean 'lm_head.bias'?"),  # as a wrapper has it
+        (
+            "decoder.*.q",
+            f"The parameters have names such as {NAMES[0]!r}, {NAMES[1]!r}, {NAMES[2]!r}.",
+        ),
+    ],
+)
+def test_a_pattern_that_means_nothing_is_told_what_it_may_have_meant(pattern, said):
+    assert near_misses(pattern, NAMES) == said
+    assert not any(fits(name, pattern) for name in NAMES)
 
 
 @pytest.mark.parametrize(
@@ -222,8 +261,8 @@ def _half_frozen(model: nn.Module) -> list[Tensor]:
         ),
         (
             odd_shapes,
-            lambda model: ["scalar"],
-            r"params\[0\] is 'scalar', but must be a parameter of the model",
+            lambda model: [model.vector, "scaler"],
+            r"params is 'scaler', but must be a pattern of .* name. Did you mean 'scalar'\?",
         ),
         (odd_shapes, _half_frozen, r"parameter 'vector' is 'frozen', but must be trainable"),
         (
@@ -286,7 +325,7 @@ def test_inside_of_a_promise_parameters_are_looked_up_once_and_after_it_anew():
     model = tower(2)
     space = ParameterSpace(model)
     before, new = space.tensors, nn.Linear(3, 3)
-    with pytest.raises(KeyError), space.looked_up_once():
+    with suppress(KeyError), space.looked_up_once():
         model[0][0] = new
         assert all(a is b for a, b in zip(space.tensors, before, strict=True))
         raise KeyError
@@ -299,7 +338,7 @@ def test_a_module_that_was_replaced_is_followed_and_one_that_is_gone_is_named():
     model[0] = other = tower(3, seed=1)
     assert all(a is b for a, b in zip(space.tensors, other.parameters(), strict=True))
     model[0][1] = nn.Identity()
-    with pytest.raises(ArgumentError, match=r"parameter '0\.1\.0\.weight' is gone"):
+    with pytest.raises(ArgumentError, match=r"parameter '0\.1\.0\.weight' is 'gone'"):
         space.tensors  # noqa: B018
 
 

@@ -103,6 +103,14 @@ def test_which_parameters_a_pattern_has() -> None:
     assert blocks_of(space, "h") == {"h": [part for parts in layers.values() for part in parts]}
     assert blocks_of(space, {"one": "h.1"})["one"] == layers["h.1"]
     assert len(blocks_of(space, {"attention": "*.attn.*"})["attention"]) == 24
+    several = {
+        "predicate": lambda name, p: p.dim() == 1 and name.startswith("h.1."),
+        "tensors": list(model["head"].mlp.parameters()),
+        "both": ["h.1.mlp.bias", "h.1.attn.bias"],
+    }
+    found = blocks_of(space, several)
+    assert found["predicate"] == found["both"] == [slice(7, 8), slice(10, 12)]
+    assert found["tensors"] == [slice(68, 70), slice(70, 72)]
 
 
 def test_float32_and_the_cost() -> None:
@@ -128,6 +136,13 @@ def test_refusals() -> None:
     for blocks, name in (("h.*", "blocks is 'h"), ({"a": "0", "b": ["h"]}, r"blocks\['b'\]")):
         with pytest.raises(ArgumentError, match=rf"{name}.*names such as '0.weight'"):
             block_sharpness(operator, blocks)
+    with pytest.raises(ArgumentError, match=r"blocks\['a'\] is '0.wieght', .* mean '0.weight'\?"):
+        block_sharpness(operator, {"a": "0.wieght"})
+    strange = {"a": [*problem.model.parameters(), torch.nn.Parameter(torch.ones(1))]}
+    with pytest.raises(ArgumentError, match=r"blocks\['a'\] .* of which the operator has"):
+        block_sharpness(operator, strange)
+    with pytest.raises(ArgumentError, match=r"blocks\['a'\] is .of 0 .* names such as '0.weight'"):
+        block_sharpness(operator, {"a": lambda *_: False})
     with pytest.raises(ArgumentError, match="blocks"):
         block_sharpness(operator, {})
     with pytest.raises(ArgumentError, match="tol"):

@@ -27,8 +27,8 @@ def block_sharpness(blocks: Blocks) -> Measure:
     It costs a solve for one eigenvalue for each block, of products over all data.
 
     Args:
-        blocks: a pattern such as ``"transformer.h.*"``, or a mapping of names to patterns, as of
-            ``diagnostics.block_sharpness``.
+        blocks: a pattern such as ``"transformer.h.*"``, or a mapping of names to patterns,
+            predicates or tensors, as of ``diagnostics.block_sharpness``.
 
     Returns:
         The measure.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -98,7 +99,10 @@ def theme_of(name: str) -> Theme:
 
 
 class Picture(Figure):
-    """A figure that is saved as it looks, with text as text in svg and pdf files."""
+    """A figure that is saved as it looks, with text as text in svg and pdf files.
+
+    A notebook shows it without pyplot and ``%matplotlib``, in its own colours.
+    """
 
     def __init__(self, theme: Theme, width: float, height: float) -> None:
         super().__init__(
@@ -108,6 +112,17 @@ class Picture(Figure):
             facecolor=theme.background,
             edgecolor=theme.background,
         )
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, float]]:
+        """Shows it in a notebook: IPython knows of pyplot's figures alone, and this is none.
+
+        Returns:
+            The picture with twice its dots, for sharp screens, and the size to show it in.
+        """
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=2 * self.dpi)
+        width, height = self.get_size_inches() * self.dpi
+        return file.getvalue(), {"width": round(width), "height": round(height)}
 
     def savefig(self, fname: Any, *, transparent: bool | None = None, **options: Any) -> None:
         """Saves it as ``Figure.savefig`` does, with the same arguments.
