@@ -1,6 +1,7 @@
 """``ParameterSpace``: the only flatten and unflatten, and the digest that tells states apart."""
 
 import struct
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
