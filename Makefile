@@ -57,7 +57,7 @@ test: $(VENV)/.installed-test  ## run the tests; ARGS="-m 'not slow'" leaves out
 
 .PHONY: test-clients
 test-clients: $(VENV)/.installed-clients  ## run the tests in the loops of others, which it installs
-	$(bin)/python -m pytest -n $(JOBS) --dist worksteal -m clients tests/integrations $(ARGS)
+	$(bin)/python -m pytest -n $(JOBS) --dist worksteal -m clients tests/integrations tests/test_docs.py $(ARGS)
 
 .PHONY: check
 check: lint types architecture wheel  ## all that follow, one after the other
