@@ -83,7 +83,7 @@ PER_MODEL: Final = (
     "trajectories",
 )
 _DEFAULT: Final = PER_MODEL[:-3]  # without the last, which take longer than all the rest
-GLOBAL: Final = ("apply", "step", "scaling", "sampling", "drift")
+GLOBAL: Final = ("apply", "step", "small", "scaling", "sampling", "drift")
 _ALL: Final = {name: scenario.steps for name, scenario in runs.SCENARIOS.items()}
 _FEW: Final = {"late": 30, "early": 10}
 PLANS: Final = {
@@ -289,6 +289,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "apply": lambda: apply.measure(size, 10, rounds, options.device),
         "step": lambda: step.measure(size, 10, rounds, options.device),
+        "small": lambda: step.measure_small(351, rounds),
         "scaling": lambda: scaling.measure(options.data_root, options.device, quick=options.quick),
         "sampling": lambda: sampling.measure(options.data_root, quick=options.quick),
         "drift": lambda: drift.measure(3 if options.quick else drift.RUNS),

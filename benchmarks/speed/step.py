@@ -1,4 +1,7 @@
-"""What one step of ``DomSGD`` costs while its basis serves, beside one of ``torch.optim.SGD``."""
+"""What a step costs while its basis serves, beside one of ``torch.optim.SGD``.
+
+Of a few large tensors, by the time to read the basis; and of hundreds of small ones.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import subspace_optim as so
-from benchmarks.speed.timing import in_turn, spread
+from benchmarks.speed.timing import in_turn, processor_timed, ratios, spread
 from subspace_optim.curvature import CurvatureOperator, OperatorStats, ParameterSpace
 
 BAR: Final = 2.5
 """Reads of the basis, in units of two, that a step may cost more than SGD's."""
+SMALL_BAR: Final = 1.5
+"""Steps of SGD that one with many small tensors may cost."""
 _LAYER: Final = (512, 512, 3, 3)
 
 
@@ -96,4 +101,43 @@ def measure(size: int, k: int, rounds: int, device: str) -> dict[str, Any]:
         "double_reads": reads,
         "bar": BAR,
         "met": {"DomSGD": spread(reads["DomSGD"]).median <= BAR},
+    }
+
+
+def measure_small(layers: int, rounds: int) -> dict[str, Any]:
+    """Times steps of a network of many small layers, whose Hessian has a kept basis.
+
+    ``BulkSGD`` looks at each step for all that the loss depends on: at every module and tensor.
+
+    Args:
+        layers: of width 16, each with a matrix and a bias.
+        rounds: repetitions.
+
+    Returns:
+        Raw seconds of the processor, on the CPU, and steps over SGD's.
+    """
+    inputs, targets = torch.randn(32, 16), torch.arange(32) % 3
+    loss = nn.CrossEntropyLoss()
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    lr = 1e-9  # the parameters change, and hardly move
+    for name in ("SGD", "BulkSGD", "BulkSGD, refresh auto"):
+        torch.manual_seed(0)
+        hidden = (nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(layers - 1))
+        model = nn.Sequential(*hidden, nn.Linear(16, 3))
+        loss(model(inputs), targets).backward()
+        if name == "SGD":
+            optimizers[name] = torch.optim.SGD(model.parameters(), lr=lr)
+            continue
+        hessian = so.HessianOperator(model, loss, (inputs, targets))
+        kept = so.DominantSubspace(hessian, 2, refresh="auto" if "auto" in name else 10**9)
+        kept.update()
+        optimizers[name] = so.BulkSGD(model.parameters(), lr=lr, subspace=kept)
+    seconds = in_turn({n: o.step for n, o in optimizers.items()}, rounds, processor_timed)
+    times = {n: ratios(found, seconds["SGD"]) for n, found in seconds.items() if n != "SGD"}
+    return {
+        "tensors": 2 * layers,
+        "seconds": seconds,
+        "times": times,
+        "bar": SMALL_BAR,
+        "met": {"BulkSGD": spread(times["BulkSGD"]).median <= SMALL_BAR},
     }

@@ -231,6 +231,21 @@ def step(_: str, result: dict[str, Any]) -> Table:
     return table
 
 
+def small(_: str, result: dict[str, Any]) -> Table:
+    """Times of steps of many small tensors."""
+    title = f"One step of {result['tensors']} small tensors while the basis serves"
+    table = _table(title, "what", "ms of the processor", "over SGD", "target")
+    for name, times in result["seconds"].items():
+        over, met = result["times"].get(name), result["met"].get(name)
+        table.add_row(
+            name,
+            str(spread([1000 * t for t in times])),
+            "" if over is None else str(spread(over)),
+            "" if met is None else f"{result['bar']:g} {_bar(met)}",
+        )
+    return table
+
+
 def monitor(name: str, result: dict[str, Any]) -> Group:
     """Overheads, what rows cost far apart, and whether the errors of samples are the true ones."""
     return Group(
@@ -386,6 +401,7 @@ TABLES: Final[dict[str, Callable[[str, dict[str, Any]], RenderableType]]] = {
     "monitor": monitor,
     "apply": apply,
     "step": step,
+    "small": small,
     "scaling": scaling,
     "sampling": sampling,
     "drift": drift,

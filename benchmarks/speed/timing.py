@@ -73,14 +73,16 @@ def processor_timed(function: Callable[[], T]) -> tuple[float, T]:
     return time.process_time() - start, result
 
 
-def in_turn(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def in_turn(
+    functions: Mapping[str, Callable[[], object]], rounds: int, timer: Timer = timed
+) -> dict[str, list[float]]:
     """Returns the seconds of each function, called in turn ``rounds`` times after a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     with doing("in turn", rounds + 1, unit="round") as task:
         for turn in range(rounds + 1):
             for name, function in functions.items():
                 task.at(turn + 1, name)
-                duration, _ = timed(function)
+                duration, _ = timer(function)
                 if turn:
                     seconds[name].append(duration)
     return seconds
