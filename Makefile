@@ -76,15 +76,16 @@ architecture: $(VENV)/.installed-dev  ## imports point downward only
 	$(bin)/python -m pytest tests/test_architecture.py
 
 .PHONY: wheel
-wheel: $(VENV)/.installed-dev  ## build the wheel and import it in an environment of its own
+wheel: $(VENV)/.installed-dev  ## build sdist and wheel, and import both in an environment of its own
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
-	$(bin)/python -m build --wheel --outdir "$$tmp/dist" .; \
+	$(bin)/python -m build --outdir "$$tmp/dist" .; \
 	$(PYTHON) -m venv "$$tmp/venv"; \
-	"$$tmp/venv/bin/python" $(pip_install) -c $(CONSTRAINTS) "$$tmp"/dist/*.whl; \
-	{ set +x; } 2>/dev/null; \
 	files=$$(find subspace_optim -name '*.py' -o -name py.typed); \
-	mkdir "$$tmp/empty"; cd "$$tmp/empty"; \
-	"$$tmp/venv/bin/python" -I "$(CURDIR)/tests/wheel.py" $$files
+	mkdir "$$tmp/empty"; \
+	"$$tmp/venv/bin/python" $(pip_install) -c $(CONSTRAINTS) "$$tmp"/dist/*.whl; \
+	(cd "$$tmp/empty"; "$$tmp/venv/bin/python" -I "$(CURDIR)/tests/wheel.py" $$files); \
+	"$$tmp/venv/bin/python" $(pip_install) --force-reinstall --no-deps "$$tmp"/dist/*.tar.gz; \
+	(cd "$$tmp/empty"; "$$tmp/venv/bin/python" -I "$(CURDIR)/tests/wheel.py" $$files)
 
 .PHONY: format
 format: $(VENV)/.installed-dev  ## format the code, and mend what ruff can mend

@@ -88,6 +88,7 @@ class Progress:
     Args:
         what: is being done, as a line is to begin.
         unit: of what is counted, in the plural.
+        total: how much there is of it, if that is known.
         estimated: the totals are guesses.
         clock: seconds, from any start.
     """
@@ -96,12 +97,13 @@ class Progress:
         self,
         what: str,
         unit: str,
+        total: int | None = None,
         *,
         estimated: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._what, self._unit, self._estimated = what, unit, estimated
-        self._at: tuple[int, int | None, float | None] = (0, None, None)
+        self._at: tuple[int, int | None, float | None] = (0, total, None)
         self._clock = clock
         self._start = clock()
         self._listener = _LISTENER.get()
@@ -125,10 +127,10 @@ class Progress:
 
         Args:
             done: how much.
-            total: of how much, if that is known.
+            total: of how much, if that is another than before.
             residual: the largest, if there is one.
         """
-        self._at = done, total, residual
+        self._at = done, self._at[1] if total is None else total, residual
         outermost = _OUTERMOST.get() or self
         outermost.tell(self._clock(), self)
 

@@ -33,6 +33,7 @@ _SUBSPACES = {
 _OPTIM = {"._validation", *_VALUES, ".curvature", ".subspaces", ".step_hooks", ".optim._checks"}
 ALLOWED: dict[str, set[str]] = {
     "._validation": set(),
+    ".__main__": set(),
     "._display": set(),
     "._progress": {"._validation"},
     ".linalg.products": {"._validation"},

@@ -1,4 +1,4 @@
-"""What a wheel must bring: run where it is installed, with the files of the package as arguments.
+"""What a distribution must bring: run where it is installed, with the package's files as arguments.
 
 It is no test of pytest's, because the environment has the wheel, what that asks for, and no more.
 """
@@ -6,6 +6,7 @@ It is no test of pytest's, because the environment has the wheel, what that asks
 import importlib.metadata
 import importlib.util
 import pathlib
+import subprocess
 import sys
 
 import subspace_optim
@@ -13,8 +14,17 @@ import subspace_optim
 installed = pathlib.Path(subspace_optim.__file__).resolve().parent.parent
 version = importlib.metadata.version("subspace_optim")
 prefix = pathlib.Path(sys.prefix).resolve()
+metadata = importlib.metadata.metadata("subspace_optim")
+told = subprocess.run(
+    [sys.executable, "-I", "-m", "subspace_optim", "--versions"],
+    capture_output=True,
+    text=True,
+    check=False,
+)
 checks = {
     "the package comes from the wheel": installed.is_relative_to(prefix),
+    "the readme is in the metadata": "## Five minutes" in (metadata.get_payload() or ""),
+    "--versions tells the version": f"subspace_optim    {version}\n" in told.stdout,
     "py.typed is in place": (installed / "subspace_optim" / "py.typed").is_file(),
     "__version__ is the wheel's": getattr(subspace_optim, "__version__", version) == version,
 }

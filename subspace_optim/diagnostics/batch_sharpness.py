@@ -94,14 +94,18 @@ def batch_sharpness(
     quotients: list[float] = []
     taken = 0
     value = error = math.nan
-    with shown(progress, operator.ranks.rank), Progress("batch sharpness", "batches at most") as on:
+    most = min(max_batches, batches.count or max_batches)
+    with (
+        shown(progress, operator.ranks.rank),
+        Progress("batch sharpness", "batches at most", most) as taking,
+    ):
         for view in batches.views:
             taken += 1
             quotient = gradient_sharpness(view)
             if not math.isnan(quotient):
                 quotients.append(quotient)
                 value, error = _mean_and_error(quotients, taken, batches.count)
-            on.tick(taken, min(max_batches, batches.count or max_batches))
+            taking.tick(taken)
             enough = len(quotients) >= _LEAST and error <= relative_error * abs(value)
             if enough or taken == max_batches:
                 view.release()

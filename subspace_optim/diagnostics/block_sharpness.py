@@ -59,10 +59,13 @@ def block_sharpness(
     check_integer("seed", seed, minimum=0)
     found = blocks_of(operator.parameters, blocks)
     sharpness = {}
-    with multiplying(operator, progress), Progress("sharpness of blocks", "blocks") as solving:
+    with (
+        multiplying(operator, progress),
+        Progress("sharpness of blocks", "blocks", len(found)) as solving,
+    ):
         for number, (name, parts) in enumerate(found.items(), 1):
             sharpness[name] = _largest(operator, parts, tol, seed)
-            solving.tick(number, len(found))
+            solving.tick(number)
     return sharpness
 
 

@@ -155,7 +155,7 @@ def central_flow(
     theta, rows = space.flatten(space.tensors), []
     with (
         shown(progress, operator.ranks.rank),
-        Progress("central flow", "steps") as flowing,
+        Progress("central flow", "steps", steps) as flowing,
         operator.frozen(),  # nothing but the parameters is another inside
     ):
         for number in range(steps * substeps + 1):
@@ -164,7 +164,7 @@ def central_flow(
                 rows.append(row)
             if number < steps * substeps:
                 theta = after
-            flowing.tick(number // substeps, steps)
+            flowing.tick(number // substeps)
     return _result(lr, rows, theta)
 
 

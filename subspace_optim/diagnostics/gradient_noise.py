@@ -98,11 +98,14 @@ def gradient_noise(
         raise ArgumentError("the number of batches", found, "at least 2", remedy)
     count = max_batches if batches.count is None else min(max_batches, batches.count)
     rows = torch.empty(count, operator.size, dtype=operator.dtype, device=operator.device)
-    with shown(progress, operator.ranks.rank), Progress("gradient noise", "batches") as reading:
+    with (
+        shown(progress, operator.ranks.rank),
+        Progress("gradient noise", "batches", count) as reading,
+    ):
         # No batch is made past the last row.
         for number, (row, view) in enumerate(zip(rows, batches.views, strict=False), 1):
             row.copy_(view.gradient())
-            reading.tick(number, count)
+            reading.tick(number)
     return _noise(rows, basis)
 
 

@@ -137,12 +137,8 @@ def norm_sharpness(
         directions = torch.cat([operator.gradient()[None] * R, *known, random])
         if not directions.isfinite().all():
             raise NonFiniteError(_NOT_FINITE.format("The gradient"))
-        with Progress("norm sharpness", "steps at most") as searching:
-
-            def tick(number: int) -> None:
-                searching.tick(number, steps)
-
-            best = _search(product, ball, ball.best(directions), steps, tol, tick)
+        with Progress("norm sharpness", "steps at most", steps) as searching:
+            best = _search(product, ball, ball.best(directions), steps, tol, searching.tick)
         return max(0.0, float(torch.dot(best.double(), product(best[None])[0].double())))
 
 

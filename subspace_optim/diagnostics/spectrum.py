@@ -103,10 +103,10 @@ def exact_spectrum(
             "if there is room, or use spectral_density, trace and spectrum_edges.",
         )
     matrix = torch.empty(size, size, dtype=torch.float64)
-    with multiplying(operator, progress), Progress("all eigenvalues", "products") as solving:
+    with multiplying(operator, progress), Progress("all eigenvalues", "products", size) as solving:
         for start, rows in identity_rows(size, operator.dtype, operator.device):
             matrix[start : start + len(rows)] = operator.matmat(rows)
-            solving.tick(start + len(rows), size)
+            solving.tick(start + len(rows))
     if not matrix.isfinite().all():
         message = (
             "A product with the matrix is not finite. Lower the learning rate, or look for NaN in "

@@ -207,13 +207,13 @@ def lanczos_quadrature(
     check_integer("steps", steps, minimum=1)
     generator = torch.Generator(device=device).manual_seed(seed)
     nodes, weights = torch.empty(2, probes, steps, dtype=torch.float64)
-    with Progress("spectral density", "products") as progress:
+    with Progress("spectral density", "products", probes * steps) as progress:
         for i in range(probes):
             start = torch.randn(size, generator=generator, dtype=dtype, device=device)
             start.div_(torch.linalg.vector_norm(start))
 
             def tick(step: int, before: int = i * steps) -> None:
-                progress.tick(before + step, probes * steps)
+                progress.tick(before + step)
 
             diagonal, beside = _tridiagonal(matvec, start, steps, tick)
             if not (diagonal.isfinite().all() and beside.isfinite().all()):

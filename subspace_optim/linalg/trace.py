@@ -95,10 +95,10 @@ def hutch_plus_plus(
         nonlocal taken
         result = matmat(rows)
         taken += len(rows)
-        progress.tick(taken, products)
+        progress.tick(taken)
         return result
 
-    with Progress("trace", "products") as progress:
+    with Progress("trace", "products", products) as progress:
         if products == size:
             estimate = _summed(counted, size, dtype, device)
         else:
