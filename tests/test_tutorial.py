@@ -64,7 +64,7 @@ def test_monitor_and_subspace_are_tables(executed):
     monitor = output_of(cells, "monitor").data
     assert "<table>" in monitor["text/html"]
     assert "chi_gradient" in monitor["text/html"]
-    assert monitor["text/plain"].startswith("Monitor(rows=20, steps 0 to 190, every=10, ")
+    assert monitor["text/plain"].startswith("Monitor(rows=10, steps 0 to 180, every=20, ")
     subspace = output_of(cells, "subspace").data
     assert '<th style="text-align: left">eigenvalues</th>' in subspace["text/html"]
     assert subspace["text/plain"].startswith("DominantSubspace(k=9, eigenvalues=[")
