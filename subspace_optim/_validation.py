@@ -71,6 +71,10 @@ class LogWarning(UserWarning):
     """A row of a monitor that could not be measured, or that a file or a logger did not take."""
 
 
+class OtherGradientWarning(UserWarning):
+    """An optimizer that gets another gradient than that of the loss that is measured."""
+
+
 class UnseenStepsWarning(UserWarning):
     """Parameters that move without the steps of the optimizer that is watched."""
 

@@ -44,12 +44,14 @@ class CurrentBatch:
     def __init__(self) -> None:
         self._held: list[_Held] = []
         self._is_over = False  # the step that they are of
-        self._is_let_go = False  # once that step is over
+        self._is_let_go = False  # once that step is over, and ...
+        self._holders = 0  # ... nobody is left who needs it
         self._accumulates = False  # gradients were there when the latest was added
         self._mark: object = None  # tells whether gradients have changed since
         self._models: list[weakref.ref[nn.Module]] = []
         self._parameters: list[weakref.ref[Tensor]] = []  # theirs: a walk takes long at each call
         self._number = 0
+        self._had_idle = False  # when the number was last asked for
         self._removals: list[Callable[[], None]] = []
         self._follows = False
         self._listen(register_optimizer_step_post_hook(_Ended(self._step_ended)).remove)
@@ -71,7 +73,8 @@ class CurrentBatch:
 
         Taken are calls with gradients enabled, but for those of the package itself and those
         with which checkpointed parts are computed again. Of calls between two backward passes
-        the last one counts. A call while no parameter has a gradient begins a step.
+        the last one counts, and one after the last backward pass of a step, such as one of
+        a validation, does not. A call while no parameter has a gradient begins a step.
 
         Args:
             model: as it is called in training: with its wrappers, of ``DistributedDataParallel``
@@ -129,12 +132,21 @@ class CurrentBatch:
             self._held = []
             self._number += 1
 
-    def let_go(self) -> None:
-        """Drops what is held when the optimizer's step is over, and all who follow it have seen it.
+    def hold(self) -> None:
+        """Keeps what is held until ``let_go``, which has to be called once for each ``hold``."""
+        self._holders += 1
 
-        Torch calls the hook of all optimizers after those of the one that has stepped.
+    def let_go(self, *, drop: bool = True) -> None:
+        """Ends a ``hold``.
+
+        What is held is dropped when an optimizer's step is over, and all who follow it have seen
+        it: torch calls the hook of all optimizers after those of the one that has stepped.
+
+        Args:
+            drop: whether it is; not after a step that has not been taken.
         """
-        self._is_let_go = True
+        self._holders = max(0, self._holders - 1)
+        self._is_let_go = self._is_let_go or drop
 
     def remove(self) -> None:
         """Drops what is held, and takes all hooks off: no step and no call is followed any more."""
@@ -146,7 +158,10 @@ class CurrentBatch:
 
     @property
     def number(self) -> int:
-        """Another one whenever other batches are held."""
+        """Another one whenever ``held`` returns other batches."""
+        if self._has_idle() != self._had_idle:
+            self._had_idle = not self._had_idle
+            self._number += 1
         return self._number
 
     @property
@@ -166,7 +181,7 @@ class CurrentBatch:
     def held(self) -> list[Any]:
         """Returns the batches of the present step."""
         self._settle()
-        return [held.batch for held in self._held]
+        return [held.batch for held in self._held[: len(self._held) - self._has_idle()]]
 
     def __iter__(self) -> Iterator[Any]:
         """Iterates over the batches of the present step.
@@ -234,6 +249,11 @@ class CurrentBatch:
                 break
         self._held = [_Held(held.batch) for held in self._held]
 
+    def _has_idle(self) -> bool:
+        """Whether the latest call was of no backward pass, where earlier ones were."""
+        several = self._follows and not self._is_over and len(self._held) > 1
+        return several and _mark(self._gradients()) == self._mark
+
     def _gradients(self) -> list[Tensor]:
         parameters = [known() for known in self._parameters]
         if not parameters or any(p is None for p in parameters):  # they have been replaced
@@ -245,14 +265,17 @@ class CurrentBatch:
         return [model for model in (known() for known in self._models) if model is not None]
 
     def _step_ended(self, optimizer: Optimizer) -> None:
-        if self._is_let_go:
+        if self._is_let_go and not self._holders:
             self.clear()
         if not self._held or self._is_over:
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._is_over = not self._models or any(
+        if not self._models or any(
             id(p) in stepped for model in self._models_alive() for p in model.parameters()
-        )
+        ):
+            if self._has_idle():  # gradients tell no more of it once they are set to zero
+                del self._held[-1]
+            self._is_over = True
 
     def _listen(self, remove: Callable[[], None]) -> None:
         self._removals.append(remove)

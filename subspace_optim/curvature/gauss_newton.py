@@ -156,6 +156,11 @@ class GaussNewtonOperator(MeanLossOperator):
 
     _products: ClassVar[Products] = "symmetric"
 
+    @property
+    def is_hessian(self) -> bool:
+        """No: it lacks the curvature of the model."""
+        return False
+
     def __init__(
         self,
         model: nn.Module,

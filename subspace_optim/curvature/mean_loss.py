@@ -331,12 +331,23 @@ class MeanLossOperator(CurvatureOperator):
         if self._point is not None:
             self._point.kept = None
 
-    def step_ended(self) -> None:
-        """Is told that a training step has ended: drops a ``CurrentBatch``, and what is of it."""
+    @property
+    def of_current_batch(self) -> bool:
+        """Whether the data are a ``CurrentBatch``."""
+        return self._passes.parts.batches.current is not None
+
+    def step_begins(self) -> None:
+        """Is told that a training step begins: a ``CurrentBatch`` is needed until it has ended."""
+        current = self._passes.parts.batches.current
+        if current is not None:
+            current.hold()
+
+    def step_ended(self, *, taken: bool = True) -> None:
+        """Is told that it has ended: drops a ``CurrentBatch``, and what is of it."""
         current = self._passes.parts.batches.current
         if current is not None:
             self._forget()
-            current.let_go()
+            current.let_go(drop=taken)
 
     # --- parameter states -----------------------------------------------------------------------
 

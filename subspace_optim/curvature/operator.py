@@ -161,6 +161,16 @@ class CurvatureOperator(Shown, ABC):
         """Returns the products with the rows of ``vectors: (j, P)``, a new ``(j, P)``."""
 
     @property
+    def is_hessian(self) -> bool:
+        """Whether the matrix is the Hessian of ``loss()``, which differences of that then tell."""
+        return True
+
+    @property
+    def of_current_batch(self) -> bool:
+        """Whether the data are a ``CurrentBatch``."""
+        return False
+
+    @property
     def examples(self) -> tuple[int, int] | None:
         """Of a sample, how many examples it holds, and how many there are; ``None`` of all data."""
         return None
@@ -271,8 +281,15 @@ class CurvatureOperator(Shown, ABC):
     def release(self) -> None:
         """Frees what is kept for further products at the present parameters."""
 
-    def step_ended(self) -> None:
-        """Is told that a training step has ended: drops a ``CurrentBatch``, and what is of it."""
+    def step_begins(self) -> None:
+        """Is told that a training step begins: a ``CurrentBatch`` is needed until it has ended."""
+
+    def step_ended(self, *, taken: bool = True) -> None:
+        """Is told that it has ended: drops a ``CurrentBatch``, and what is of it.
+
+        Args:
+            taken: whether the step has been taken; if not, its batch is still needed.
+        """
 
 
 def rounding_at(loss: float, dtype: torch.dtype) -> float:

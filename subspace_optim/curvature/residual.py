@@ -86,6 +86,16 @@ class ResidualOperator(CurvatureOperator):
         return max(self.hessian.accuracy, self.gauss_newton.accuracy)
 
     @property
+    def is_hessian(self) -> bool:
+        """No: it is a part of it."""
+        return False
+
+    @property
+    def of_current_batch(self) -> bool:
+        """Whether the data of the Hessian are a ``CurrentBatch``."""
+        return self.hessian.of_current_batch
+
+    @property
     def ranks(self) -> Ranks:
         """Those of the Hessian."""
         return self.hessian.ranks
@@ -161,10 +171,15 @@ class ResidualOperator(CurvatureOperator):
         self.hessian.release()
         self.gauss_newton.release()
 
-    def step_ended(self) -> None:
-        """Is told that a training step has ended, and tells both."""
-        self.hessian.step_ended()
-        self.gauss_newton.step_ended()
+    def step_begins(self) -> None:
+        """Is told that a training step begins, and tells both."""
+        self.hessian.step_begins()
+        self.gauss_newton.step_begins()
+
+    def step_ended(self, *, taken: bool = True) -> None:
+        """Is told that it has ended, and tells both."""
+        self.hessian.step_ended(taken=taken)
+        self.gauss_newton.step_ended(taken=taken)
 
     def _compare_losses(self) -> None:
         """Checks that both are of one loss, which the pass of a product has found already.

@@ -30,8 +30,8 @@ class BatchThresholds(NamedTuple):
     """Where batch sharpness settles.
 
     Attributes:
-        small_batches: ``2 (1 − μ)/η``, where the noise of the batches rules.
-        large_batches: ``2 (1 + μ)/η``, that of the full gradient.
+        small_batches: ``2 (1 − μ)/η − w``, where the noise of the batches rules.
+        large_batches: ``2 (1 + μ)/η − w``, that of the full gradient.
     """
 
     small_batches: float
@@ -113,20 +113,24 @@ def batch_sharpness(
     return Estimate(value, error, taken)
 
 
-def batch_sharpness_thresholds(lr: float, *, momentum: float = 0.0) -> BatchThresholds:
+def batch_sharpness_thresholds(
+    lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0
+) -> BatchThresholds:
     r"""Returns the values at which batch sharpness settles.
 
-    .. math:: \frac{2 (1 - \mu)}{\eta} \quad\text{(small batches)}, \qquad
-              \frac{2 (1 + \mu)}{\eta} \quad\text{(large batches)}
+    .. math:: \frac{2 (1 - \mu)}{\eta} - w \quad\text{(small batches)}, \qquad
+              \frac{2 (1 + \mu)}{\eta} - w \quad\text{(large batches)}
 
-    both 2/η without momentum. Where a batch is small its noise is as large as its gradient, and
-    momentum amplifies noise; where it is large the dynamics are those of the full gradient, which
-    momentum stabilises (``stability_threshold``). Between the two the plateau lies between.
+    both 2/η without momentum and decay. Where a batch is small its noise is as large as its
+    gradient, and momentum amplifies noise; where it is large the dynamics are those of the full
+    gradient, which momentum stabilises (``stability_threshold``). Between the two the plateau lies
+    between.
 
     Args:
         lr: η of ``torch.optim.SGD``.
         momentum: μ, below 1, as there: the buffer is ``μ b + g``, without dampening and not
             Nesterov's.
+        weight_decay: w, as there: it is part of the gradient, and adds w to the Hessian.
 
     Returns:
         Both thresholds; infinite for a rate of 0.
@@ -140,11 +144,13 @@ def batch_sharpness_thresholds(lr: float, *, momentum: float = 0.0) -> BatchThre
     """
     check_number("lr", lr)
     check_number("momentum", momentum)
+    check_number("weight_decay", weight_decay)
     if momentum >= 1:
         raise ArgumentError("momentum", momentum, "below 1")
     if lr == 0:
         return BatchThresholds(math.inf, math.inf)
-    return BatchThresholds(2 * (1 - momentum) / lr, 2 * (1 + momentum) / lr)
+    small, large = (2 * (1 + sign * momentum) / lr - weight_decay for sign in (-1, 1))
+    return BatchThresholds(small, large)
 
 
 def gradient_sharpness(operator: CurvatureOperator) -> float:
@@ -188,6 +194,17 @@ def minibatches_of(operator: CurvatureOperator, batch_size: int | None, seed: in
         remedy = "The data are one batch. Give the size of those that the training steps on."
         raise ArgumentError("batch_size", None, "an integer of at least 1", remedy)
     return batches
+
+
+def check_minibatches(operator: CurvatureOperator, batch_size: int | None) -> None:
+    """Checks that an operator has such minibatches, as far as its data are there already.
+
+    If not, that raises ``ArgumentError``.
+    """
+    if not operator.of_current_batch:
+        minibatches_of(operator, batch_size, 0)
+    elif batch_size is not None:
+        check_integer("batch_size", batch_size, minimum=1)
 
 
 def _mean_and_error(quotients: list[float], taken: int, count: int | None) -> tuple[float, float]:

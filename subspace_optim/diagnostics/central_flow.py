@@ -303,8 +303,8 @@ class _Flow:
 def third_derivatives(operator: CurvatureOperator, theta: Tensor, vectors: Tensor) -> Tensor:
     r"""Returns ``T_ij = ∇(v_iᵀ H v_j)`` for the pairs i ≤ j, by central differences.
 
-    .. math:: T_{ij} pprox rac{H(	heta + arepsilon v_i) - H(	heta - arepsilon v_i)}
-              {2arepsilon}\, v_j
+    .. math:: T_{ij} \approx \frac{H(\theta + \varepsilon v_i) - H(\theta - \varepsilon v_i)}
+              {2\varepsilon}\, v_j
 
     The step is that of ``FiniteDifferenceHessian``: as there, the error is least where that of the
     products, divided by ε, is like what the next derivatives add.

@@ -46,8 +46,7 @@ class Line(NamedTuple):
     Attributes:
         slope: its derivative.
         curvature: its second derivative; NaN where it is lost in rounding.
-        reach: a good distance for differences on a line like this: a quarter of the way to where
-            the quadratic is as high again as at its beginning.
+        reach: a good distance for differences on a line like this.
     """
 
     slope: float
@@ -55,10 +54,16 @@ class Line(NamedTuple):
     reach: float
 
 
-_CLEAR = 8.0
-"""How many times its rounding a second difference has to be."""
-_FARTHER = 8.0
-"""By what factor the reach changes at most, from one line to the next."""
+_LOST = 8.0
+"""Up to so many times its rounding a second difference tells nothing."""
+_CLEAR = 64.0
+"""How many times its rounding it is at a good distance."""
+_LONGER = 8.0
+"""By what factor the reach grows where a difference is lost, or shrinks where a loss overflows."""
+_NEAR = 4.0
+"""By what factor a reach may miss the good distance."""
+_TRIES = 3
+"""How often differences are taken, until the reach is good: once, where it has been learned."""
 
 
 def differences(rise: Callable[[float], float], reach: float, noise: float) -> Line:
@@ -66,21 +71,34 @@ def differences(rise: Callable[[float], float], reach: float, noise: float) -> L
 
     .. math:: \frac{L(h) - L(-h)}{2h}, \qquad \frac{L(h) + L(-h) - 2 L(0)}{h^2}
 
-    Each is off by a share of the order of ``(h / c)²`` where the loss differs from a quadratic at
-    the distance c: at a quarter of the way to where it is as high again, by a few per cent at most.
+    Rounding moves the curvature by ``noise / h²``, which asks for a large h; what the loss has
+    beside a quadratic moves it too, by a share of the order of ``(h / c)²`` for a loss that is
+    smooth over a length c, and by all kinks within h of one with ReLU: that asks for a small h. A
+    good one is the smallest at which the second difference stands clear of rounding, but no more
+    than a quarter of the way to where the quadratic is as high again as at its beginning.
 
     Args:
         rise: ``c -> L(c) − L(0)``.
-        reach: h.
+        reach: h, as earlier lines tell it; where it misses by far, another one is taken.
         noise: rounding of a loss.
     """
-    ahead, behind = rise(reach), rise(-reach)
+    for _ in range(_TRIES):
+        line = _differences(rise, reach, noise)
+        if reach / _NEAR <= line.reach <= reach * _NEAR:
+            break
+        reach = line.reach
+    return line
+
+
+def _differences(rise: Callable[[float], float], h: float, noise: float) -> Line:
+    ahead, behind = rise(h), rise(-h)
     bend = ahead + behind
-    slope, curvature = (ahead - behind) / (2 * reach), bend / reach**2
     if not math.isfinite(bend):
-        return Line(math.nan, math.nan, reach / _FARTHER)
-    if abs(bend) <= _CLEAR * noise:
-        return Line(slope, math.nan, reach * _FARTHER)
-    crossing = abs(2 * slope / curvature)
-    nearest, farthest = reach / _FARTHER, reach * _FARTHER
-    return Line(slope, curvature, min(max(crossing / 4, nearest), farthest))
+        return Line(math.nan, math.nan, h / _LONGER)
+    slope = (ahead - behind) / (2 * h)
+    if abs(bend) <= _LOST * noise:
+        return Line(slope, math.nan, h * _LONGER)
+    curvature = bend / h**2
+    clear = math.sqrt(_CLEAR * noise / abs(curvature))
+    quarter = abs(slope / (2 * curvature))
+    return Line(slope, curvature, min(clear, max(quarter, clear / 2)))  # of half it is not lost yet

@@ -20,9 +20,10 @@ from subspace_optim._validation import (
 )
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.curvature.process_group import Ranks
+from subspace_optim.diagnostics.given_gradient import GivenGradient
 from subspace_optim.diagnostics.logs import logs
 from subspace_optim.diagnostics.measures import Step, Training, dominant, stability
-from subspace_optim.diagnostics.rows import Measures, Rows, attached
+from subspace_optim.diagnostics.rows import COSTS, Measures, Rows, attached
 from subspace_optim.diagnostics.schedules import EveryShare
 from subspace_optim.diagnostics.table import Table
 from subspace_optim.step_hooks import (
@@ -64,7 +65,9 @@ class Monitor(Shown):
     Training does not change by a bit: nothing is written to parameters, gradients, buffers or
     random states. A step that is not recorded costs a counter; steps with all rates zero, such as
     those with which checkpoints are prepared, are no steps. What cannot be measured, for a loss
-    that is not finite or for want of memory, is a row of NaN and one warning: training goes on.
+    that is not finite or for want of memory, is NaN in the columns of its measure, with one
+    warning: training goes on. Of a ``CurrentBatch`` there is one too, an ``OtherGradientWarning``,
+    where the optimizer gets another gradient than that of the loss that is measured.
 
     Wrappers such as Accelerate's, Lightning's and Fabric's are followed to the optimizer inside; of
     an optimizer that steps another one, such as Lookahead, a row is of the whole displacement.
@@ -140,6 +143,8 @@ class Monitor(Shown):
         self._row: dict[str, Any] = {}  # what is known of it
         self._unmeasured: dict[str, Any] | None = None  # the row, if that is not to be had
         self._failing = False
+        self._holds = False  # the operator's batch, until the step has ended
+        self._given = GivenGradient(self._training)
         self._logs = logs(log, self._table.names, append=append, files=self._writes_files())
         twins = [each for each in owners_of(optimizers, Monitor) if each.kind == self.kind]
         for twin in twins:
@@ -174,8 +179,9 @@ class Monitor(Shown):
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What the rows depend on, beside the optimizer."""
-        return id(self.source), self.every, *self._rows.kind
+        """What the rows depend on."""
+        optimizers = frozenset(map(id, self._training.optimizers))
+        return optimizers, id(self.source), self.every, *self._rows.kind
 
     def detach(self) -> None:
         """Removes the monitor from its optimizers. The history stays."""
@@ -225,6 +231,9 @@ class Monitor(Shown):
 
     def _begin(self) -> None:
         self._forget()
+        if self._training.operator is not None:
+            self._training.operator.step_begins()
+            self._holds = True
         every, step = self.every, self._steps
         recorded = bool(every(step)) if callable(every) else step % every == 0
         self._joint.watchful = recorded
@@ -235,6 +244,7 @@ class Monitor(Shown):
             with self._spending():
                 self._row = self._table.unknown(self._steps)
                 begun = Step(self._training, self._steps)
+                self._given.note(closure=self._joint.closure)
                 self._row |= self._rows.before(begun)
                 self._step = begun
         except Exception as error:  # noqa: BLE001 (training is worth more than its record)
@@ -243,42 +253,61 @@ class Monitor(Shown):
 
     def _end(self) -> None:
         row, step, known = self._unmeasured, self._step, self._row
-        self._forget()
         moved = None
-        if step is not None:
-            try:
+        try:
+            if step is not None:
                 with self._spending():
                     step.end()
                     moved = bool(step.update.any())
                     row = self._rows.after(step, known)
-                self._failing = False
-            except Exception as error:  # noqa: BLE001 (training is worth more than its record)
-                row = self._failed(error)
-        self._teller.end(moved)
-        self._steps += 1
-        if self._training.operator is not None:
-            self._training.operator.step_ended()
+                    self._given.compare(step)
+                self._tell_failures()
+        except Exception as error:  # noqa: BLE001 (training is worth more than its record)
+            row = self._failed(error)
+        finally:  # the step has been taken, also where its row is interrupted
+            self._teller.end(moved)
+            self._steps += 1
+            self._forget(taken=True)
         if row is not None:
             self._table.append(row)
             for log in self._logs:
                 log(self._table.flat(row))
 
-    def _forget(self) -> None:
-        """Of a step that raised there is no row."""
+    def _forget(self, *, taken: bool = False) -> None:
+        """Ends a step. Of one that raised there is no row, and its batch is still needed."""
         self._step = self._unmeasured = None
         self._row = {}
+        self._given.forget()
+        if self._holds and self._training.operator is not None:
+            self._training.operator.step_ended(taken=taken)
+        self._holds = False
 
     def _failed(self, error: Exception) -> dict[str, Any]:
-        """Returns the row of what could not be measured. One warning, until a row can be again."""
+        """Returns the row of what could not be measured."""
         if self._training.operator is not None:
             with suppress(Exception):
                 self._training.operator.release()
+        self._warn("The row", f"{error} ({type(error).__name__})")
+        return self._table.unknown(self._steps)
+
+    def _tell_failures(self) -> None:
+        """Tells which measures of a row have raised."""
+        failed = self._rows.failed
+        if not failed:
+            self._failing = False
+            return
+        reason, whole = next(iter(failed.values())), {"step", *failed, *COSTS}
+        if whole == set(self._rows.columns):
+            self._warn("The row", reason)
+        else:
+            self._warn("A part of the row", f"{reason} It is {', '.join(failed)}.")
+
+    def _warn(self, what: str, reason: str) -> None:
+        """Warns, once until all of a row is known again."""
         if not self._failing:
             self._failing = True
-            kind = type(error).__name__
-            message = f"The row of step {self._steps} is NaN: {error} ({kind}) Training goes on."
+            message = f"{what} of step {self._steps} is NaN: {reason} Training goes on."
             warnings.warn(message, LogWarning, stacklevel=2)
-        return self._table.unknown(self._steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns history and counters, for ``torch.save``: a resumed run goes on with them."""

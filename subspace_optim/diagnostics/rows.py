@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from subspace_optim.diagnostics.measures.base import Measure, Row, Training
 from subspace_optim.diagnostics.measures.step import Step
 
 Measures = Measure | Iterable["Measures"]
-_COSTS = {
+COSTS = {
     "gradients": "full_gradients",
     "products": "full_products",
     "forwards": "full_forwards",
@@ -33,7 +35,7 @@ def attached(measures: Measures, training: Training) -> list[Measure]:
     chosen = {measure.key: measure for measure in reversed(_flat(measures))}
     if not chosen:
         raise ArgumentError("measures", "empty", "at least one measure")
-    owner: dict[str, Measure] = {"step": Measure()} | dict.fromkeys(_COSTS, Measure())
+    owner: dict[str, Measure] = {"step": Measure()} | dict.fromkeys(COSTS, Measure())
     copies = []
     for measure in reversed(chosen.values()):
         own = copy.copy(measure)
@@ -61,19 +63,25 @@ def _flat(measures: Any) -> list[Measure]:
 class Rows:
     """Asks measures for what they know, before and after a step, and counts what it takes.
 
+    A measure that raises is NaN in that row, and the others are not.
+
     Args:
         measures: attached ones.
         operator: whose work is counted, if there is one.
+
+    Attributes:
+        failed: of the present row, the columns of measures that have raised, and what.
     """
 
     def __init__(self, measures: Sequence[Measure], operator: CurvatureOperator | None) -> None:
         self._measures, self._operator = measures, operator
+        self.failed: dict[str, str] = {}
 
     @property
     def columns(self) -> list[str]:
         """The names of all columns."""
         own = [column for measure in self._measures for column in measure.columns]
-        return ["step", *own, *_COSTS]
+        return ["step", *own, *COSTS]
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -87,13 +95,16 @@ class Rows:
 
     def before(self, step: Step) -> dict[str, Any]:
         """Returns what is known before the step."""
+        self.failed = {}
         return self._asked(lambda measure: measure.before(step))
 
     def after(self, step: Step, known: Row) -> dict[str, Any]:
         """Returns the row, with what is known of it from before the step."""
         found = self._asked(lambda measure: measure.after(step))
-        costs = {c: known[c] + found[c] for c in _COSTS if c in found}
-        return {**known, **found, **costs}
+        costs = {c: known[c] + found[c] for c in COSTS if c in found}
+        lists = self.lists
+        unknown = {c: [math.nan] * lists[c] if c in lists else math.nan for c in self.failed}
+        return {**known, **found, **costs, **unknown}
 
     @torch.no_grad()
     def _asked(self, ask: Callable[[Measure], Row]) -> dict[str, Any]:
@@ -102,17 +113,22 @@ class Rows:
         row: dict[str, Any] = {}
         refined: dict[str, Any] = {}  # last, in whichever order the measures are
         for measure in self._measures:
-            found = ask(measure)
-            unknown = found.keys() - {*measure.columns, *measure.refines}
-            if unknown:
-                named = ", ".join(sorted(unknown))
-                allowed = f"its columns: {', '.join(measure.columns)}"
-                raise ArgumentError(f"what {type(measure).__name__} returns", named, allowed)
+            if self.failed.keys() & set(measure.columns):
+                continue
+            try:
+                found = _checked(measure, ask(measure))
+            except Exception as error:  # noqa: BLE001 (the others may be known all the same)
+                reason = f"{error} ({type(error).__name__})"
+                self.failed |= dict.fromkeys(measure.columns, reason)
+                if operator is not None:
+                    with suppress(Exception):
+                        operator.release()
+                continue
             row |= {c: value for c, value in found.items() if c in measure.columns}
             refined |= {c: value for c, value in found.items() if c not in measure.columns}
         row = _numbers({c: value for c, value in (row | refined).items() if c in self.columns})
         if operator is not None and spent is not None:
-            for column, count in _COSTS.items():
+            for column, count in COSTS.items():
                 row[column] = getattr(operator.stats, count) - getattr(spent, count)
         return row
 
@@ -138,6 +154,20 @@ class Rows:
         for measure, each in zip(measures, states, strict=True):
             measure.load_state_dict(each["state"])
         return Rows(measures, self._operator)
+
+
+def _checked(measure: Measure, found: Row) -> Row:
+    """Returns what a measure has found.
+
+    Raises:
+        ArgumentError: it has columns that are not its own.
+    """
+    unknown = found.keys() - {*measure.columns, *measure.refines}
+    if unknown:
+        named = ", ".join(sorted(unknown))
+        allowed = f"its columns: {', '.join(measure.columns)}"
+        raise ArgumentError(f"what {type(measure).__name__} returns", named, allowed)
+    return found
 
 
 def _numbers(row: Row) -> dict[str, Any]:

@@ -180,18 +180,14 @@ def preconditioned_sharpness(
     Returns:
         The eigenvalue.
 
-    Raises:
-        ArgumentError: an optimizer is another, or has not taken a step yet.
+    An optimizer that is another, that maximizes, or that has not taken a step yet, raises
+    ``ArgumentError``.
 
     Reference:
         Cohen et al. 2022, *Adaptive gradient methods at the edge of stability*.
     """
     optimizers = [each.optimizer for each in optimizers_of(optimizer, operator.parameters)]
-    for each in optimizers:
-        if not isinstance(each, Adam | AdamW):
-            raise ArgumentError("optimizer", type(each).__name__, "Adam or AdamW of torch.optim")
-        if any(group.get("maximize") for group in each.param_groups):
-            raise ArgumentError("maximize", True, "False: a maximum has no such threshold")
+    check_adam(optimizers)
     scale, decay = _inverse_root(operator, optimizers)
 
     def product(rows: Tensor) -> Tensor:
@@ -200,6 +196,28 @@ def preconditioned_sharpness(
 
     with multiplying(operator, progress):
         return float(solve(operator, product, 1, tol=tol, seed=seed).eigenvalues[0])
+
+
+def check_adam(optimizers: Iterable[Optimizer]) -> None:
+    """Checks that optimizers precondition as Adam does, and descend.
+
+    Raises:
+        ArgumentError: one of them does not.
+    """
+    for each in optimizers:
+        if not isinstance(each, Adam | AdamW):
+            raise ArgumentError("optimizer", type(each).__name__, "Adam or AdamW of torch.optim")
+        if any(group.get("maximize") for group in each.param_groups):
+            raise ArgumentError("maximize", True, "False: a maximum has no such threshold")
+
+
+def has_moments(operator: CurvatureOperator, optimizers: Iterable[Optimizer]) -> bool:
+    """Whether a parameter of the operator has a second moment yet."""
+    return any(
+        "exp_avg_sq" in each.state.get(p, {})
+        for each in optimizers
+        for p in operator.parameters.tensors
+    )
 
 
 def thresholds(optimizers: Iterable[Optimizer], gradient_norm: float) -> dict[str, float]:
@@ -275,7 +293,7 @@ def _inverse_root(
                 decays[p] = float(group["weight_decay"]) if coupled else 0.0
                 pieces[p] = ((1 - beta1**t) * (second.sqrt() + group["eps"])).rsqrt()
     space = operator.parameters
-    if not any(p in pieces for p in space.tensors):
+    if not has_moments(operator, optimizers):
         remedy = "Ask after the first step."
         raise ArgumentError("optimizer", "without second moments", "one that has stepped", remedy)
     roots = space.flatten([pieces.get(p) for p in space.tensors])

@@ -52,6 +52,7 @@ class JointSteps:
     Attributes:
         optimizers: the outermost ones.
         owner: as given.
+        closure: whether the step that begins was called with a closure.
         watchful: whether a round may end early, where the scaler will skip what is left of it. To
             see that takes a pass over the gradients.
     """
@@ -70,6 +71,7 @@ class JointSteps:
         self.optimizers = [each.optimizer for each in optimizers]
         self.owner = owner
         self.watchful = True
+        self.closure = False
         self._begin, self._end, self._undo, self._last = begin, end, undo, last
         self._device = space.device
         self._round: set[int] = set()  # those that step in this round ...
@@ -153,7 +155,7 @@ class JointSteps:
         if self._wrapped:
             self._left = times_written(self._watched)
 
-    def _pre(self, optimizer: Optimizer, *_: object) -> None:
+    def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         followed = self._of[id(optimizer)]
         if not followed.calls:  # it was called past the guard, so that an exception is not seen
             followed.hooks = 0
@@ -174,6 +176,7 @@ class JointSteps:
             self.finish()
         self._round = moving
         self._check_wrapper()
+        self.closure = any(map(callable, (*args[1:], *kwargs.values())))
         self._call(self._begin)
         self._waiting = set(moving)
 

@@ -57,7 +57,7 @@ def test_stability_is_that_of_dense_matrices_and_of_a_fine_grid(name: str) -> No
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_by_losses_the_curvatures_are_the_same_within_some_per_cent(name: str) -> None:
-    """Central differences, at a quarter of the way to where the loss is as high again."""
+    """Central differences, as short as rounding allows."""
     s = Setting()
     dense, optimizers = s.dense(s.x, s.y), TRAINED[name](s)
     monitor = so.Monitor(optimizers, s.operator)  # stability() is the default of an operator
@@ -78,12 +78,15 @@ def test_by_losses_the_curvatures_are_the_same_within_some_per_cent(name: str) -
             row["predicted_change"], abs=0.1 * scale
         )
         assert history["products"][t] == 0
-        assert 3 <= history["forwards"][t] <= 13
+        assert 5 <= history["forwards"][t] <= (21 if t == 0 else 17)  # 4 tell the curvatures
 
 
 @pytest.mark.parametrize("gradient", [True, False])
-def test_by_losses_a_quadratic_is_exact(gradient: bool) -> None:
-    """Linear least squares, whose Hessian is ``XᵀX/N``, twice over."""
+def test_by_losses_a_quadratic_is_exact_to_rounding(gradient: bool) -> None:
+    """Linear least squares, whose Hessian is ``XᵀX/N``, twice over.
+
+    A second difference is as short as rounding allows: about 64 times its bound, 8 times at least.
+    """
     torch.manual_seed(1)
     model = nn.Linear(4, 1, bias=False).double()
     x, y = torch.randn(20, 4).double(), torch.randn(20, 1).double()
@@ -100,12 +103,14 @@ def test_by_losses_a_quadratic_is_exact(gradient: bool) -> None:
         optimizer.step()
         u = model.weight.detach()[0] - before
         row = {column: values[t] for column, values in monitor.history.items()}
-        assert row["update_sharpness"] == pytest.approx(float(u @ H @ u / (u @ u)), rel=1e-6)
-        assert row["predicted_change"] == pytest.approx(float(g @ u + u @ H @ u / 2), rel=1e-6)
-        assert row["predicted_change"] == pytest.approx(row["actual_change"], rel=1e-6)
+        assert row["update_sharpness"] == pytest.approx(float(u @ H @ u / (u @ u)), rel=1 / 16)
+        assert row["predicted_change"] == pytest.approx(float(g @ u + u @ H @ u / 2), rel=1 / 16)
+        assert row["predicted_change"] == pytest.approx(row["actual_change"], rel=1 / 16)
         assert ("gradient_sharpness" in row) is gradient
         if gradient:
-            assert row["gradient_sharpness"] == pytest.approx(float(g @ H @ g / (g @ g)), rel=1e-6)
+            assert row["gradient_sharpness"] == pytest.approx(
+                float(g @ H @ g / (g @ g)), rel=1 / 16
+            )
         assert row["gradients"] == (1 if gradient else 0)
 
 

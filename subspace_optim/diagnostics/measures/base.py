@@ -51,6 +51,17 @@ class Training:
         """The optimizers that step in turn, each the outermost of its own."""
         return [each.optimizer for each in self.followed]
 
+    def moving_groups(self) -> list[dict[str, Any]]:
+        """Returns the parameter groups that move any of the parameters at present."""
+        known = set(map(id, self.parameters.tensors))
+        groups = [group for each in self.optimizers for group in each.param_groups]
+        return [
+            group
+            for group in groups
+            if any(id(p) in known and p.requires_grad for p in group["params"])
+            and (group.get("lr") is None or float(group["lr"]) != 0)
+        ]
+
     @property
     def k(self) -> int:
         """The number of the subspace's eigenpairs; 0 where it has none."""
@@ -74,7 +85,7 @@ class Measure:
     A measure of your own names its columns and overrides ``before`` or ``after``, which get the
     ``Step`` and return what they found: numbers, scalar tensors, or lists of numbers. What two
     measures ask a step for is computed once. A column that is not in what is returned is NaN in
-    that row, and so are all of a measure that raises an ``ArgumentError`` for want of a state.
+    that row, and so are all of a measure that raises: the other measures of the row stay.
 
     Each monitor attaches a copy of the measure that it was given.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 from subspace_optim._validation import check_integer, check_number
 from subspace_optim.diagnostics.batch_sharpness import (
@@ -11,7 +11,7 @@ from subspace_optim.diagnostics.batch_sharpness import (
 )
 from subspace_optim.diagnostics.batch_sharpness import (
     batch_sharpness_thresholds,
-    minibatches_of,
+    check_minibatches,
 )
 from subspace_optim.diagnostics.measures.base import Measure, Row, Training, operator_for
 from subspace_optim.diagnostics.measures.step import Step
@@ -25,12 +25,14 @@ def batch_sharpness(
     ========================= ================================================================
     ``batch_sharpness``       :math:`\mathbb{E}_B[g_B^\top H_B g_B / \|g_B\|^2]` at ``θ_t``
     ``batch_sharpness_error`` its standard error
-    ``small_batch_threshold`` ``2 (1 − μ)/η``, where it settles for small batches with momentum
-    ``large_batch_threshold`` ``2 (1 + μ)/η``, the same for large ones; both 2/η without momentum
+    ``small_batch_threshold`` ``2 (1 − μ)/η − w``, where it settles for small batches with momentum
+    ``large_batch_threshold`` ``2 (1 + μ)/η − w``, the same for large ones; both alike without
+                              momentum
     ========================= ================================================================
 
     It is ``diagnostics.batch_sharpness``; each row draws anew. The thresholds are those of SGD
-    without dampening and Nesterov's momentum, and NaN for other optimizers.
+    with weight decay w, without dampening and Nesterov's momentum, and NaN for other optimizers,
+    SAM among them.
 
     It costs a gradient with its graph and a product of each batch, 8 batches at least.
 
@@ -43,7 +45,7 @@ def batch_sharpness(
         The measure.
 
     An argument that is out of range, and data that have no such batches, raise ``ArgumentError``
-    where it is attached.
+    where it is attached; a ``CurrentBatch``, whose data are not there yet, in the row.
 
     Reference:
         Andreyev & Beneventano 2024, arXiv 2412.20553; with momentum Andreyev et al. 2026,
@@ -72,7 +74,7 @@ class BatchSharpness(Measure):
         operator = operator_for("batch_sharpness", training)
         check_number("relative_error", self.relative_error)
         check_integer("max_batches", self.max_batches, minimum=2)
-        minibatches_of(operator, self.batch_size, 0)
+        check_minibatches(operator, self.batch_size)
 
     def before(self, step: Step) -> Row:
         """Draws batches, until the error is small enough."""
@@ -84,15 +86,19 @@ class BatchSharpness(Measure):
             seed=step.number,
         )
         row = {"batch_sharpness": found.value, "batch_sharpness_error": found.standard_error}
-        momenta = {_momentum(g) for o in step.training.optimizers for g in o.param_groups}
-        if len(momenta) == 1 and step.lr > 0 and (momentum := momenta.pop()) < 1:
-            small, large = batch_sharpness_thresholds(step.lr, momentum=momentum)
+        found_of = {_options(group) for group in step.training.moving_groups()}
+        options = found_of.pop() if len(found_of) == 1 else None
+        if options is not None and options[0] < 1 and step.lr > 0:
+            small, large = batch_sharpness_thresholds(
+                step.lr, momentum=options[0], weight_decay=options[1]
+            )
             row |= {"small_batch_threshold": small, "large_batch_threshold": large}
         return row
 
 
-def _momentum(group: dict[str, object]) -> float:
-    """Returns μ of a group of SGD; NaN for another optimizer, or other options."""
-    if group.get("nesterov", True) or group.get("dampening", 1) or group.get("maximize"):
-        return math.nan
-    return float(str(group.get("momentum", math.nan)))
+def _options(group: dict[str, Any]) -> tuple[float, float] | None:
+    """Returns μ and w of a group of plain SGD; ``None`` of another optimizer, or other options."""
+    others = ("nesterov", "dampening", "maximize")
+    if any(group.get(name) for name in others) or "rho" in group or "nesterov" not in group:
+        return None
+    return float(group["momentum"]), float(group["weight_decay"])

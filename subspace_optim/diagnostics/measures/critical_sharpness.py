@@ -31,6 +31,10 @@ def critical_sharpness(loss_of: CurvatureOperator | None = None) -> Measure:
     ``directional_sharpness()``, placed before it, that pass and the slope are known, and 2 or 3 are
     left mostly. The search begins where the last row has ended.
 
+    Parameters of low precision are as they would be after such a step: rounded to bf16 or fp16. A
+    step that is shorter than what they can tell apart then has another multiple than its update
+    would have in float32, and so has its training.
+
     Args:
         loss_of: the operator of another loss, or of other data, on the parameters that are trained:
             it is then the *relative* critical sharpness of that loss along this training's update
@@ -86,7 +90,7 @@ class CriticalSharpness(Measure):
         return {
             "critical_sharpness": sharpness_of(found.multiple, step.lr),
             "critical_multiple": found.multiple,
-            "critical_threshold": 2 / step.lr if step.lr else math.inf,
+            "critical_threshold": 2 / step.lr,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.diagnostics.directional_sharpness import differences, rayleigh_quotient
+from subspace_optim.curvature.parameters import LOW_PRECISION
+from subspace_optim.diagnostics.directional_sharpness import Line, differences, rayleigh_quotient
 from subspace_optim.diagnostics.measures.base import Measure, Row, Training, operator_for
 from subspace_optim.diagnostics.measures.step import Step
 from subspace_optim.linalg.rows import norm
+
+_NEAREST, _FARTHEST = 2**-24, 2**12
+"""How far differences reach at least and at most, in lengths of the update."""
 
 
 def directional_sharpness(
@@ -32,15 +38,27 @@ def directional_sharpness(
     curvature is NaN.
 
     By products it is exact, and costs a gradient with its graph, a product for each of the two
-    directions, and a forward pass. By losses it takes central differences of the loss, which are
-    off by some per cent where it is not a quadratic, and NaN where they are lost in rounding; that
-    costs a gradient, if ``gradient_sharpness`` is asked for, and 2 forward passes for each
-    direction, one of which is mostly that of ``actual_change``. How far these reach is learned
-    from row to row.
+    directions, and a forward pass. By losses it takes central differences of the loss, no longer
+    than its rounding asks for, a length that is learned from row to row; that costs a gradient, if
+    ``gradient_sharpness`` is asked for, 2 forward passes for each direction, 2 more where the
+    length was wrong, as in the first row, and the one of ``actual_change``. Where rounding hides
+    the curvature it is NaN. Measured against products in float64, in trainings by SGD, momentum,
+    AdamW and LBFGS:
+
+    - of a smooth loss (MLP with tanh, in float32 and float64) curvatures are off by 0.5 % in the
+      median and by 2 % in nine rows of ten; most, where the curvature is near 0;
+    - of a decoder in float32 (2.1 million parameters, warmed up) along the update by 0.2 % in the
+      median, along the gradient by 0.4 %, and by 8 % in the first row, where the length is not
+      known;
+    - with ReLU in float64 the same;
+    - with ReLU in float32 the kinks within the differences count: in the median they are off by
+      15 % to 90 %, along the update with a wrong sign in up to a fifth of the rows, and
+      ``predicted_change`` by up to 6 %. Take products there.
 
     Args:
         gradient: whether ``gradient_sharpness`` is recorded.
-        by: ``"products"`` or ``"losses"``.
+        by: ``"products"`` or ``"losses"``. Losses are refused where the measure is attached to an
+            operator that is no Hessian, such as a ``GaussNewtonOperator``.
 
     Returns:
         The measure.
@@ -58,22 +76,32 @@ class DirectionalSharpness(Measure):
     """See ``directional_sharpness``."""
 
     gradient: bool
-    by: str
+    by: str | None  # None: by losses, where these tell the curvature
 
     def __post_init__(self) -> None:
         of_gradient = ("gradient_sharpness",) if self.gradient else ()
         self.columns = ("update_sharpness", *of_gradient, "predicted_change", "actual_change")
 
     def attach(self, training: Training) -> None:
-        """Checks that there is a loss."""
-        operator_for("directional_sharpness", training)
-        self._reach = 1.0  # of differences along the update, in updates ...
-        self._reach_of_gradient: float | None = None  # ... and along the gradient, in lengths
+        """Checks that there is a loss, and that its differences are of the operator's matrix.
+
+        Raises:
+            ArgumentError: they are not, and are asked for.
+        """
+        operator = operator_for("directional_sharpness", training)
+        if self.by == "losses" and not operator.is_hessian:
+            found = f"directional_sharpness(by='losses') of a {type(operator).__name__}"
+            remedy = "Use by='products'."
+            raise ArgumentError("measures", found, "that of the Hessian of the loss", remedy)
+        coarse = any(p.dtype in LOW_PRECISION for p in training.parameters.tensors)
+        by_default = "losses" if operator.is_hessian and not coarse else "products"
+        self._by = self.by or by_default
+        self._reaches: dict[str, float] = {}  # of differences along each direction
 
     def after(self, step: Step) -> Row:
         """Measures along both directions, and where the step went."""
         with step.at_start():
-            measured = self._by_products(step) if self.by == "products" else self._by_losses(step)
+            measured = self._by_products(step) if self._by == "products" else self._by_losses(step)
             return measured | {"actual_change": step.loss_along(1.0) - step.loss}
 
     def _by_products(self, step: Step) -> dict[str, Any]:
@@ -91,31 +119,34 @@ class DirectionalSharpness(Measure):
 
     def _by_losses(self, step: Step) -> dict[str, Any]:
         row: dict[str, Any] = {}
-        length = float(norm(step.update))
+        longest = float(norm(step.update))
         if self.gradient:
-            slope = float(norm(step.gradient))
-            direction, reach = step.gradient / slope, self._reach_of_gradient or length
-            start = step.loss
-            if slope > 0 and reach > 0:
-                line = differences(
-                    lambda c: step.loss_at(direction, c) - start, reach, step.rounding
-                )
-                self._reach_of_gradient = line.reach
-                row["gradient_sharpness"] = line.curvature
-        if length > 0:
-            start = step.loss
-            reach = 1.0 if 0.7 <= self._reach <= 2 else self._reach  # the loss there is asked for
-            line = differences(lambda c: step.loss_along(c) - start, reach, step.rounding)
-            self._reach = line.reach
-            row["update_sharpness"] = line.curvature / length**2
-            known = step.slope
-            row["predicted_change"] = (line.slope if known is None else known) + line.curvature / 2
-        return row
+            row["gradient_sharpness"] = self._along("gradient", step.gradient, step).curvature
+        line = self._along("update", step.update, step)
+        slope = line.slope * longest if step.slope is None else step.slope
+        return row | {
+            "update_sharpness": line.curvature,
+            "predicted_change": slope + line.curvature * longest**2 / 2,
+        }
+
+    def _along(self, name: str, direction: Tensor, step: Step) -> Line:
+        """Returns the loss along a direction by its length, and learns how far to reach there."""
+        length, start, unit = float(norm(direction)), step.loss, float(norm(step.update))
+        reach = self._reaches.get(name, unit)
+        if unit > 0:  # a loss that is flat for long shall not take it anywhere
+            reach = min(max(reach, _NEAREST * unit), _FARTHEST * unit)
+        if length == 0 or reach == 0:
+            return Line(math.nan, math.nan, reach)
+        line = differences(
+            lambda c: step.loss_at(direction, c / length) - start, reach, step.rounding
+        )
+        self._reaches[name] = line.reach
+        return line
 
     def state_dict(self) -> dict[str, Any]:
         """Returns how far differences reach."""
-        return {"reach": self._reach, "reach_of_gradient": self._reach_of_gradient}
+        return {"reaches": dict(self._reaches)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes it."""
-        self._reach, self._reach_of_gradient = state["reach"], state["reach_of_gradient"]
+        self._reaches = dict(state["reaches"])

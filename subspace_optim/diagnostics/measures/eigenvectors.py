@@ -33,7 +33,8 @@ def eigenvectors() -> Measure:
                           a list: near 1 by chance
     ===================== ====================================================================
 
-    They are ``diagnostics.lowest_eigenvalue``, ``localization`` and ``displacement``. It costs a
+    They are ``diagnostics.lowest_eigenvalue``, ``localization`` and ``displacement``. Of a
+    ``CurrentBatch`` the displacement is mostly that of one minibatch to another. It costs a
     solve for the lower end of the spectrum, and holds the eigenvectors of the row before, which
     are in checkpoints too.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from subspace_optim._validation import check_integer
-from subspace_optim.diagnostics.batch_sharpness import minibatches_of
+from subspace_optim.diagnostics.batch_sharpness import check_minibatches
 from subspace_optim.diagnostics.gradient_noise import gradient_noise as noise_of
 from subspace_optim.diagnostics.measures.base import (
     Measure,
@@ -39,7 +39,7 @@ def gradient_noise(
         The measure.
 
     An argument that is out of range, and data that have no such batches, raise ``ArgumentError``
-    where it is attached.
+    where it is attached; a ``CurrentBatch``, whose data are not there yet, in the row.
 
     Reference:
         Jastrzębski et al. 2020, *The break-even point on optimization trajectories of deep neural
@@ -65,7 +65,7 @@ class GradientNoiseMeasure(Measure):
         k = training.k if self.k is None else self.k
         check_integer("k of gradient_noise", k, minimum=1, maximum=training.k)
         check_integer("max_batches", self.max_batches, minimum=2)
-        minibatches_of(operator, self.batch_size, 0)
+        check_minibatches(operator, self.batch_size)
         self._k, self.lists = k, {"noise": k}
 
     def before(self, step: Step) -> Row:

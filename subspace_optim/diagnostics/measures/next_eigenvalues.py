@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from subspace_optim._validation import check_integer
+from subspace_optim._validation import ArgumentError, check_integer
 from subspace_optim.diagnostics.measures.base import Measure, Row, Training, operator_for
 from subspace_optim.diagnostics.measures.step import Step
 from subspace_optim.subspaces import DominantSubspace
@@ -44,12 +44,22 @@ class NextEigenvalues(Measure):
     refines = ("eigenvalues", "sharpness", "gap")
 
     def attach(self, training: Training) -> None:
-        """Makes the subspace of k + n pairs."""
+        """Makes the subspace of k + n pairs.
+
+        Raises:
+            ArgumentError: there is no k-th, or none below it.
+        """
         operator = operator_for("next_eigenvalues", training)
         self._k = training.k
-        free = training.parameters.size - self._k if self._k else 0
-        remedy = "" if self._k else "More takes a DominantSubspace."
-        n = check_integer("n of next_eigenvalues", self.n, minimum=1, maximum=free, remedy=remedy)
+        if not self._k:
+            found = "next_eigenvalues() of a source without eigenpairs"
+            remedy = "Pass the monitor a DominantSubspace(operator, k=10)."
+            raise ArgumentError("measures", found, "that of a source with a k-th", remedy)
+        free = training.parameters.size - self._k
+        if not free:
+            remedy = "Take a smaller k."
+            raise ArgumentError("measures", "next_eigenvalues() of all pairs", "of some", remedy)
+        n = check_integer("n of next_eigenvalues", self.n, minimum=1, maximum=free)
         options = training.solver_options()
         self._subspace = DominantSubspace(operator, self._k + n, refresh=1, **options)
         self.lists = {"next_eigenvalues": n}

@@ -21,7 +21,8 @@ def norm_sharpness(norm: Norm | None = None, *, starts: int = 2, steps: int = 20
     ``norm_sharpness`` :math:`\max\{d^\top H d : \|d\| \le 1\}` at ``θ_t``: of SGD λ_1, of
                        sign descent over the cube, of Muon over matrices of spectral norm 1
     ``norm_threshold`` 2/η; of steps that are as long as their rate, as those of signs and of Muon,
-                       :math:`2 \|g\|_* / \eta` with the dual norm of the gradient
+                       :math:`2 \|g\|_* / \eta` with the dual norm of the gradient; NaN for
+                       steps of both kinds, as those of Muon beside SGD
     ================== =======================================================================
 
     It is ``diagnostics.norm_sharpness``, a lower bound by a search, which the eigenvectors of the
@@ -57,7 +58,7 @@ class NormSharpness(Measure):
         """Checks that there is a Hessian, and a norm."""
         operator = operator_for("norm_sharpness", training)
         ball = unit_ball(operator, self._whose(training), self.norm)
-        self._euclidean = set(ball.norms) == {"euclidean"}
+        self._norms = set(ball.norms)
 
     def _whose(self, training: Training) -> list[Optimizer] | None:
         return training.optimizers if self.norm is None else None
@@ -76,8 +77,11 @@ class NormSharpness(Measure):
         )
         rates = [g.get("lr") for o in training.optimizers for g in o.param_groups]
         lr = max((float(rate) for rate in rates if rate is not None), default=0.0)
-        length = 1.0
-        if not self._euclidean:
+        if self._norms == {"euclidean"}:
+            length = 1.0
+        elif "euclidean" in self._norms:  # some steps are as long as their rate, and some are not
+            length = math.nan
+        else:
             length = dual_norm(operator, self._whose(training), norm=self.norm)
         threshold = 2 * length / lr if lr else math.inf
         return {"norm_sharpness": value, "norm_threshold": threshold}

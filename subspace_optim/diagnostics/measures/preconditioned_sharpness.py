@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 from torch.optim import Adam, AdamW
@@ -10,6 +9,7 @@ from torch.optim import Adam, AdamW
 from subspace_optim._validation import ArgumentError
 from subspace_optim.diagnostics.measures.base import Measure, Row, Training, operator_for
 from subspace_optim.diagnostics.measures.step import Step
+from subspace_optim.diagnostics.stability import check_adam, has_moments
 from subspace_optim.diagnostics.stability import preconditioned_sharpness as sharpness_of
 
 
@@ -27,7 +27,7 @@ def preconditioned_sharpness() -> Measure:
     Returns:
         The measure.
 
-    Another optimizer raises ``ArgumentError`` where it is attached.
+    Another optimizer, and one that maximizes, raises ``ArgumentError`` where it is attached.
 
     Reference:
         Cohen et al. 2022, *Adaptive gradient methods at the edge of stability*.
@@ -53,11 +53,12 @@ class PreconditionedSharpness(Measure):
             found = f"preconditioned_sharpness() of {type(others[0]).__name__}"
             remedy = "The thresholds of other optimizers are for the sharpness itself."
             raise ArgumentError("measures", found, "that of Adam or AdamW", remedy)
+        check_adam(training.optimizers)
         self._options = training.solver_options()
 
     def before(self, step: Step) -> Row:
         """Solves for it."""
-        with suppress(ArgumentError):  # before the first step there are no moments
-            value = sharpness_of(step.operator, step.training.optimizers, **self._options)
-            return {self.columns[0]: value}
-        return {}
+        optimizers = step.training.optimizers
+        if not has_moments(step.operator, optimizers):  # before the first step
+            return {}
+        return {self.columns[0]: sharpness_of(step.operator, optimizers, **self._options)}

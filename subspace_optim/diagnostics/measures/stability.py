@@ -13,11 +13,12 @@ def stability(*, gradient: bool = True) -> list[Measure]:
 
     The columns of ``directional_sharpness(by="losses")``, ``critical_sharpness()`` and
     ``thresholds()``. They need no basis, so that the source may be an operator, also of the
-    ``CurrentBatch``.
+    ``CurrentBatch``. Curvature is taken by products where losses do not tell it: of an operator
+    that is no Hessian, and of parameters in bf16 or fp16, where points of a line are rounded.
 
-    It costs a gradient and mostly 7 forward passes over the data of the operator, about three steps
-    of a training on these, and up to 13 passes while the rate changes much from row to row;
-    without ``gradient`` two passes and the gradient less.
+    It costs a gradient and mostly 8 to 13 forward passes over the data of the operator: 4 for the
+    curvatures, 1 for the step itself, and up to 8 for the critical multiple; and up to 8 more in
+    the first row. Without ``gradient`` it is two passes and the gradient less.
 
     Args:
         gradient: whether ``gradient_sharpness`` is recorded.
@@ -26,7 +27,7 @@ def stability(*, gradient: bool = True) -> list[Measure]:
         The measures.
     """
     return [
-        DirectionalSharpness(gradient, by="losses"),
+        DirectionalSharpness(gradient, by=None),
         CriticalSharpness(None),
         Thresholds(),
     ]

@@ -46,11 +46,8 @@ class Step:
         space = training.parameters
         self.theta = space.flatten(space.tensors)
         rates = {
-            float(group["lr"])
-            for optimizer in training.optimizers
-            for group in optimizer.param_groups
-            if group.get("lr") is not None
-        } - {0.0}
+            float(group["lr"]) for group in training.moving_groups() if group.get("lr") is not None
+        }
         self.lr = rates.pop() if len(rates) == 1 else math.nan
         self._update: Tensor | None = None
         self._inside = False

@@ -26,7 +26,8 @@ def valley() -> Measure:
                    one, that came from the height above the river
     ============== ========================================================================
 
-    They are ``diagnostics.valley`` and ``hill_share``. It costs a gradient and a forward pass.
+    They are ``diagnostics.valley`` and ``hill_share``. Of a ``CurrentBatch`` there is no share: the
+    losses of two minibatches differ by more than a step. It costs a gradient and a forward pass.
 
     Returns:
         The measure.
@@ -54,7 +55,8 @@ class ValleyMeasure(Measure):
         """Looks down."""
         basis = step.basis
         now, before = valley_at(step.operator, basis), self._before
-        self._before = now
+        if not step.operator.of_current_batch:
+            self._before = now
         row = {"river_loss": now.river_loss}
         return row if before is None else row | {"hill_share": hill_share(before, now)}
 
