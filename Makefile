@@ -19,6 +19,7 @@ SHELL := bash
 
 bin := $(VENV)/bin
 pip_install = -m pip --disable-pip-version-check install
+sphinx = $(bin)/python -m sphinx -q -j $(JOBS) -d docs/_build/doctrees
 
 .PHONY: help
 help:  ## list the targets
@@ -57,10 +58,10 @@ test: $(VENV)/.installed-test  ## run the tests; ARGS="-m 'not slow'" leaves out
 
 .PHONY: test-clients
 test-clients: $(VENV)/.installed-clients  ## run the tests in the loops of others, which it installs
-	$(bin)/python -m pytest -n $(JOBS) --dist worksteal -m clients tests/integrations tests/test_docs.py $(ARGS)
+	$(bin)/python -m pytest -n $(JOBS) --dist worksteal -m clients tests/integrations tests/docs $(ARGS)
 
 .PHONY: check
-check: lint types architecture wheel  ## all that follow, one after the other
+check: lint types architecture docs wheel  ## all that follow, one after the other
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
@@ -74,6 +75,19 @@ types: $(VENV)/.installed-dev  ## mypy, strict
 .PHONY: architecture
 architecture: $(VENV)/.installed-dev  ## imports point downward only
 	$(bin)/python -m pytest tests/test_architecture.py
+
+.PHONY: docs
+docs: $(VENV)/.installed-dev  ## build the site strictly, docs/_build/html; it asks no other site
+	$(sphinx) -b html -W --keep-going docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+.PHONY: docs-serve
+docs-serve: docs  ## show it at http://localhost:8000
+	$(bin)/python -m http.server --bind localhost --directory docs/_build/html 8000
+
+.PHONY: docs-links
+docs-links: $(VENV)/.installed-dev  ## ask the sites that the docs link to
+	$(sphinx) -b linkcheck docs docs/_build/links
 
 .PHONY: wheel
 wheel: $(VENV)/.installed-dev  ## build sdist and wheel, and import both in an environment of its own
@@ -111,5 +125,5 @@ constraints:  ## pin the newest versions anew, with the torch that TORCH names
 
 .PHONY: clean
 clean:  ## remove .venv, caches and build results
-	rm -rf .venv .venv-peers .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-peers .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info docs/_build docs/reference
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

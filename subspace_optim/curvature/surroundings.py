@@ -99,6 +99,8 @@ class Surroundings(Reachable):
             stack.callback(_assign, "grad", [(p, p.grad) for p in self.parameters()])
             held: list[tuple[Tensor, Tensor]] = []
             stack.callback(_assign, "data", held)
+            swapped: list[tuple[Tensor, Tensor]] = []
+            stack.callback(_swap, swapped)
             for p in self.parameters():
                 p.grad = None
             stack.enter_context(no_autocast_inside())
@@ -110,7 +112,11 @@ class Surroundings(Reachable):
             copied |= {id(t) for t in self.plain_tensors()}
             for t in once([*self.parameters(), *buffers, *self._loose, *moved]):
                 wanted = dtype_inside(t, dtype)
-                if id(t) in copied or wanted != t.dtype:
+                if wanted != t.dtype and t.requires_grad and t.is_leaf:
+                    other = t.detach().to(wanted).requires_grad_()
+                    _swap([(t, other)])
+                    swapped.append((t, other))
+                elif id(t) in copied or wanted != t.dtype:
                     held.append((t, t.data))
                     t.data = t.detach().to(wanted, copy=True)
             yield
@@ -212,6 +218,16 @@ def _put_entries_back(now: dict[Any, Any], before: dict[Any, Any]) -> set[Any]:
 def _assign(name: str, held: Sequence[tuple[Tensor, Tensor | None]]) -> None:
     for tensor, value in held:
         setattr(tensor, name, value)
+
+
+def _swap(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Exchanges what two tensors are, and keeps each with what accumulates its gradient.
+
+    To assign data of another dtype makes torch forget that node, with the hooks by which
+    ``DistributedDataParallel`` sums gradients over ranks, without a word.
+    """
+    for tensor, other in pairs:
+        torch._C._swap_tensor_impl(tensor, other)  # noqa: SLF001
 
 
 def dtype_inside(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -218,3 +218,21 @@ def test_no_grad_around_it_stays_and_inside_gradients_are_on():
     model.seen.clear()
     HessianOperator(model, nn.CrossEntropyLoss(), batches).loss()
     assert {grad for _, _, grad in model.seen} == {True}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_of_what_accumulates_a_gradient_outlast_a_look_in_another_dtype(dtype):
+    """``DistributedDataParallel`` sums gradients by them. The proof is made in float64."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(dtype)
+    x, y = torch.randn(20, 4, dtype=dtype), torch.randint(3, (20,))
+    nodes = [p.expand_as(p).grad_fn.next_functions[0][0] for p in model.parameters()]
+    fired = []
+    for node in nodes:
+        node.register_hook(lambda *_: fired.append(1))
+    hessian = HessianOperator(model, nn.functional.cross_entropy, (x, y))
+    assert hessian.matvec(torch.ones(hessian.size)).dtype == torch.float32
+    assert not fired
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert len(fired) == 2
+    assert all(p.grad.dtype == p.dtype == dtype for p in model.parameters())
