@@ -118,7 +118,10 @@ class Monitor(Shown):
         space = source.parameters
         optimizers = optimizers_of(optimizer, space)
         if not callable(every):
-            remedy = "Or a function of the step that tells whether it is recorded."
+            remedy = (
+                "Or a function of the step that tells whether it is recorded, or "
+                "every_share(0.05), which takes that share of the time."
+            )
             every = check_integer("every", every, minimum=1, remedy=remedy)
         self.every = every
         self.source = source
@@ -332,7 +335,9 @@ class Monitor(Shown):
         missing |= self._table.history.keys() - state_dict.get("history", {}).keys()
         if missing:
             found = f"without {', '.join(sorted(missing))}"
-            raise ArgumentError("the loaded state", found, "that of a monitor of this version")
+            remedy = "Give the monitor the measures of the run that is taken up."
+            allowed = "that of a monitor of the same measures"
+            raise ArgumentError("the loaded state", found, allowed, remedy)
         start, own = state_dict["start"], self._training.start
         if start.shape != own.shape:
             raise ArgumentError(

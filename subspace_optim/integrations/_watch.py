@@ -36,7 +36,7 @@ class Watch:
         monitor: the latest; ``None`` until training has begun.
 
     Raises:
-        ArgumentError: a source is given, and what another would be made of.
+        ArgumentError: a source is given, and what another would be made of; or it is none.
     """
 
     def __init__(
@@ -50,6 +50,10 @@ class Watch:
         log: Any,
     ) -> None:
         if source is not None:
+            if not (isinstance(source, CurvatureOperator | Subspace) or callable(source)):
+                allowed = "a subspace, an operator, or a function of the model that makes it"
+                remedy = "Measures are named: measures=..."
+                raise ArgumentError("source", type(source).__name__, allowed, remedy)
             for name, value in {"k": k, **own}.items():
                 if value is not None:
                     remedy = "It is that of the source: give it there."

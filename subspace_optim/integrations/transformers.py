@@ -68,7 +68,7 @@ class MonitorCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Trainer | None = None,
         source: Source | None = None,
         *,
         loss: BatchLossFunction | None = None,
@@ -79,7 +79,7 @@ class MonitorCallback(TrainerCallback):
         every: int | Callable[[int], bool] = 50,
         log: Any = None,
     ) -> None:
-        _check(trainer, "MonitorCallback(trainer, every=50)")
+        trainer = _checked(trainer, "MonitorCallback(trainer, every=50)")
         if source is None and loss is None:
             _check_own_loss(trainer)
         own = {"loss": loss, "data": data, "params": params}
@@ -187,8 +187,8 @@ class SAMCallback(TrainerCallback):
         ArgumentError: ``trainer`` is none.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        _check(trainer, "SAMCallback(trainer)")
+    def __init__(self, trainer: Trainer | None = None) -> None:
+        trainer = _checked(trainer, "SAMCallback(trainer)")
         self._trainer = trainer
         self._step = trainer.training_step
         self._taken: list[tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = []
@@ -221,15 +221,17 @@ class SAMCallback(TrainerCallback):
             trainer.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
 
 
-def _check(trainer: Any, example: str) -> None:
-    """Checks that it is a trainer.
+def _checked(trainer: Any, example: str) -> Trainer:
+    """Returns the trainer.
 
     Raises:
         ArgumentError: it is none.
     """
     if not isinstance(trainer, Trainer):
         remedy = f"After the trainer is made, write {example}: it adds itself to its callbacks."
-        raise ArgumentError("trainer", type(trainer).__name__, "a transformers.Trainer", remedy)
+        found = "left out" if trainer is None else type(trainer).__name__
+        raise ArgumentError("trainer", found, "a transformers.Trainer", remedy)
+    return trainer
 
 
 def _check_own_loss(trainer: Trainer) -> None:

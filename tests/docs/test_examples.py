@@ -34,12 +34,18 @@ TRAINERS = {
     for name, blocks in EXAMPLES.items()
 }
 SEVERAL_RANKS = "docs/guides/several-ranks.md"
+SLOW = {"docs/faq.md", "docs/guides/measures.md", "docs/guides/nanogpt-loop.md"}
 ONE_PROCESS = [name for name, blocks in EXAMPLES.items() if blocks and name != SEVERAL_RANKS]
+
+
+def marks(document):
+    found = [pytest.mark.clients] if TRAINERS[document] else []
+    return found + [pytest.mark.slow] * (document in SLOW)
 
 
 @pytest.mark.parametrize(
     "document",
-    [pytest.param(n, marks=[pytest.mark.clients] if TRAINERS[n] else []) for n in ONE_PROCESS],
+    [pytest.param(name, marks=marks(name)) for name in ONE_PROCESS],
 )
 def test_examples_run(document, tmp_path, monkeypatch):
     for library in TRAINERS[document]:
@@ -63,6 +69,7 @@ def as_rank(rank: int, code: str, port: int, folder: str) -> None:
     Path(f"{rank}.txt").write_text(run(code, SEVERAL_RANKS))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_example_of_several_ranks_runs_on_two(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -239,3 +239,10 @@ def test_a_module_that_steps_itself_needs_a_loss() -> None:
     fitted(Module(manual=True, random=False), callback)
     assert callback.monitor is not None
     assert len(callback.monitor.history["step"]) == 12
+
+
+def test_what_is_no_source_is_refused_at_once() -> None:
+    trainer = lightning.Trainer(logger=False, enable_checkpointing=False)
+    for given in (so.measures.stability(), trainer):
+        with pytest.raises(so.ArgumentError, match=r"^source is .*Measures are named"):
+            MonitorCallback(given)

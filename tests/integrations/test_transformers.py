@@ -291,6 +291,9 @@ def test_sam_of_another_optimizer_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_trainer_and_losses_of_other_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(so.ArgumentError, match=r"write MonitorCallback\(trainer, every=50\)"):
         MonitorCallback(llama())
+    for kind in (MonitorCallback, SAMCallback):
+        with pytest.raises(so.ArgumentError, match=r"^trainer is 'left out', but must be a trans"):
+            kind()
     with pytest.raises(so.ArgumentError, match="one with label smoothing"):
         trained(tmp_path, attach=MonitorCallback, label_smoothing_factor=0.1)
     with pytest.raises(so.ArgumentError, match=r"^data is 'given beside a source'"):
