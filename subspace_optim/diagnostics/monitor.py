@@ -303,7 +303,7 @@ class Monitor(Shown):
         if whole == set(self._rows.columns):
             self._warn("The row", reason)
         else:
-            self._warn("A part of the row", f"{reason} It is {', '.join(failed)}.")
+            self._warn("A part of the row", f"{reason} The part is: {', '.join(failed)}.")
 
     def _warn(self, what: str, reason: str) -> None:
         """Warns, once until all of a row is known again."""

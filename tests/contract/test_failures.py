@@ -236,7 +236,9 @@ def test_a_monitor_for_which_there_is_no_memory_ends_no_training(name: str) -> N
     lost = [t for t, norm in enumerate(rows["update_norm"]) if math.isnan(norm)]
     assert len(lost) > 5
     assert rows["step"] == list(range(len(rows["step"])))
-    assert all(math.isnan(rows["sharpness"][t]) for t in lost)
+    # A measure that fails costs its own columns: those that were known before it are kept.
+    assert any(not math.isnan(rows["sharpness"][t]) for t in lost)
+    assert any(math.isnan(value) for value in rows["sharpness"])
 
 
 @pytest.mark.parametrize("name", ["BulkSGD", "Adam, bulk"])

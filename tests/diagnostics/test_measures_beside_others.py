@@ -113,7 +113,9 @@ def test_each_failure_costs_its_row_and_each_series_of_them_a_warning() -> None:
     s, optimizer, monitor = trained([measures.stability(), Fails()], steps=1)
     for t in range(1, 6):
         if t in (1, 4):  # at 2 another warning would be an error here
-            with pytest.warns(so.LogWarning, match=rf"^The row of step {t} is NaN: at {t} \(Zero"):
+            with pytest.warns(
+                so.LogWarning, match=rf"^A part of the row of step {t} is NaN: at {t} "
+            ):
                 s.step([optimizer])
         else:
             s.step([optimizer])
@@ -124,7 +126,8 @@ def test_each_failure_costs_its_row_and_each_series_of_them_a_warning() -> None:
     assert torch.equal(plain.theta, s.theta)
     for column in ("number", "update_sharpness", "gradients"):
         missing = [math.isnan(value) for value in monitor.history[column]]
-        assert missing == [False, True, True, False, True, False], column
+        lost = [False, True, True, False, True, False]  # of the measure that failed, and no other
+        assert missing == (lost if column == "number" else [False] * 6), column
     assert monitor.history["step"] == list(range(6))
 
 

@@ -33,13 +33,18 @@ def test_rows_are_the_same_on_both_ranks_to_the_last_bit(ranks: Results, scenari
         torch.testing.assert_close(values, second[column], rtol=0, atol=0, equal_nan=True)
 
 
+BY_DIFFERENCES = {"update_sharpness", "gradient_sharpness", "predicted_change"}
+"""Of losses, which are rounded otherwise where they are summed otherwise."""
+
+
 def test_the_current_batch_is_that_of_all_ranks_joined(ranks: Results) -> None:
     found, batches = ranks[0]["current_batch"], worker.problem().batches
     pairs = [worker.joined(batches[i : i + 2]) for i in range(0, len(batches), 2)]
     expected = worker.watched(pairs)
     assert list(found) == list(expected)
     for column, values in expected.items():
-        torch.testing.assert_close(found[column], values, rtol=1e-7, atol=1e-9, equal_nan=True)
+        rtol = 1 / 16 if column in BY_DIFFERENCES else 1e-7
+        torch.testing.assert_close(found[column], values, rtol=rtol, atol=1e-9, equal_nan=True)
     assert found["update_sharpness"].isfinite().all()
     assert found["examples"].tolist() == [8] * worker.STEPS
 
