@@ -90,16 +90,14 @@ docs-links: $(VENV)/.installed-dev  ## ask the sites that the docs link to
 	$(sphinx) -b linkcheck docs docs/_build/links
 
 .PHONY: wheel
-wheel: $(VENV)/.installed-dev  ## build sdist and wheel, and import both in an environment of its own
+wheel: $(VENV)/.installed-dev  ## build the sdist, the wheel from it, and import that in an environment of its own
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
 	$(bin)/python -m build --outdir "$$tmp/dist" .; \
 	$(PYTHON) -m venv "$$tmp/venv"; \
 	files=$$(find subspace_optim -name '*.py' -o -name py.typed); \
 	mkdir "$$tmp/empty"; \
 	"$$tmp/venv/bin/python" $(pip_install) -c $(CONSTRAINTS) "$$tmp"/dist/*.whl; \
-	(cd "$$tmp/empty"; "$$tmp/venv/bin/python" -I "$(CURDIR)/tests/wheel.py" $$files); \
-	"$$tmp/venv/bin/python" $(pip_install) --force-reinstall --no-deps "$$tmp"/dist/*.tar.gz; \
-	(cd "$$tmp/empty"; "$$tmp/venv/bin/python" -I "$(CURDIR)/tests/wheel.py" $$files)
+	cd "$$tmp/empty"; "$$tmp/venv/bin/python" -I "$(CURDIR)/tests/wheel.py" $$files
 
 .PHONY: format
 format: $(VENV)/.installed-dev  ## format the code, and mend what ruff can mend

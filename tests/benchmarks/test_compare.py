@@ -75,6 +75,7 @@ def test_writes_picture_history_and_summary(tmp_path, capsys):
     assert "98.5 %" in out
 
 
+@pytest.mark.slow
 def test_any_optimizer_takes_part_with_its_options(tmp_path, capsys):
     chosen = ["sgd", "dom:adamw", "bulk:muon+adamw", "torch.optim:NAdam"]
     options = ["--set", "adamw.lr=1e-4", "--set", "torch.optim:NAdam.betas=(0.8, 0.9)"]
@@ -114,6 +115,7 @@ def test_the_random_control_takes_all_of_them(tmp_path):
     assert set(summary["branches"]) == set(DEFAULT)
 
 
+@pytest.mark.slow
 def test_claims_are_about_the_papers_optimizers(tmp_path):
     options = [*QUICK, "--optimizers", "sgd", "domsgd", "bulksgd", "--set", "sgd.momentum=0.9"]
     assert main([*options, "--results", str(tmp_path)]) == 0
@@ -123,6 +125,7 @@ def test_claims_are_about_the_papers_optimizers(tmp_path):
     assert summary["branches"]["BulkSGD"]["expected_step_norm"] > 0
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_a_folder_of_its_own_and_k_is_the_number_of_classes(tmp_path):
     for _ in range(2):
         assert main([*QUICK[:-2], "--optimizers", "SGD", "--results", str(tmp_path)]) == 0
@@ -246,6 +249,7 @@ def test_resuming_with_other_options_is_refused(tmp_path, monkeypatch, capsys):
     assert "--lr was 0.01, is 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_another_process_has_in_hand_is_not_resumed(tmp_path, monkeypatch, capsys):
     options = [*QUICK, "--optimizers", "SGD", "--results", str(tmp_path)]
     interrupted(options, monkeypatch)
@@ -257,6 +261,7 @@ def test_what_another_process_has_in_hand_is_not_resumed(tmp_path, monkeypatch, 
     assert main([*options, "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_foreign_checkpoints_are_told_in_one_message_and_left_as_they_are(
     tmp_path, monkeypatch, capsys
 ):

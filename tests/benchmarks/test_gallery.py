@@ -31,6 +31,7 @@ def test_every_picture_is_measured_and_drawn_in_both_themes(made, tmp_path):
         assert light != dark
 
 
+@pytest.mark.slow
 def test_runs_are_recorded_at_equal_distances(made):
     assert made.sgd.history["step"] == [0, 25, 50]
     assert len(made.sgd.bases) == 3

@@ -137,6 +137,7 @@ def test_groups_have_all_samples_of_their_kind():
     assert all(sum(g["samples"] for g in group.values()) == 3 for group in groups.values())
 
 
+@pytest.mark.slow
 def test_a_case_is_followed_through_early_and_late():
     rows = coverage(Case("mlp", "digits", 60, seeds=1, draws=1), "mse", 0, None)
     assert [r["stage"] for r in rows] == [stage for stage in STAGES for _ in SHARES]

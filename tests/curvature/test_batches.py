@@ -428,6 +428,7 @@ def test_passes_in_the_middle_of_an_epoch_leave_the_epoch_as_it_is():
     assert seen == [3, 3, 1] * 2
 
 
+@pytest.mark.slow
 def test_workers_of_an_operator_end_with_it():
     def workers() -> set[Any]:
         return set(multiprocessing.active_children()) - before
@@ -441,6 +442,7 @@ def test_workers_of_an_operator_end_with_it():
     assert not workers()
 
 
+@pytest.mark.slow
 def test_a_program_ends_with_an_operator_whose_workers_wait():
     program = """
 import torch
@@ -537,6 +539,7 @@ def test_data_without_an_end_are_refused_before_much_is_computed(data, monkeypat
     assert len(calls) <= 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [63, 64, 65, 100])
 def test_data_without_a_length_may_have_as_many_batches_as_the_limit(times, monkeypatch):
     monkeypatch.setattr(batches, "UNSIZED_LIMIT", 99)

@@ -341,6 +341,7 @@ BLANK = torch.zeros(12, 3)
 """Inputs of zeros: with biases of zero every unit lies exactly at its kink."""
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),

@@ -60,6 +60,7 @@ def test_all_batches_give_the_dense_covariance(problem: Problem, k: int, seed: i
         assert found.covariance_overlap == pytest.approx(exact, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_some_batches_are_unbiased_for_all() -> None:
     """The mean over all pairs of batches is the variance of all of them, exactly."""
     problem = make_problem(sizes=[2] * 5, seed=1)
@@ -77,6 +78,7 @@ def test_some_batches_are_unbiased_for_all() -> None:
     torch.testing.assert_close(mean, coefficients.var(dim=0))
 
 
+@pytest.mark.slow
 def test_drawn_rows_have_the_noise_of_their_size() -> None:
     """Of single rows the dense variance of all of them, and 1/B of that for B in one pass."""
     problem = make_problem(sizes=[30, 50], seed=4)

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.distributed
 Results = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2_ranks", "4_ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(2, id="2_ranks"), pytest.param(4, id="4_ranks", marks=pytest.mark.slow)],
+)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank has found; the processes run once for all tests."""
     size, folder = request.param, tmp_path_factory.mktemp("ranks")

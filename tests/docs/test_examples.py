@@ -34,7 +34,11 @@ TRAINERS = {
     for name, blocks in EXAMPLES.items()
 }
 SEVERAL_RANKS = "docs/guides/several-ranks.md"
-SLOW = {"docs/faq.md", "docs/guides/measures.md", "docs/guides/nanogpt-loop.md"}
+SLOW = {
+    "docs/faq.md",
+    *(f"docs/guides/{name}.md" for name in ("checkpoints", "measures", "nanogpt-loop")),
+    "docs/guides/sam-under-a-scaler.md",
+}
 ONE_PROCESS = [name for name, blocks in EXAMPLES.items() if blocks and name != SEVERAL_RANKS]
 
 

@@ -28,6 +28,7 @@ def curve(losses, *, diverged=False):
 # --- at the real size ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_method_keeps_as_many_gradients_as_the_paper_says():
     memory = claim("memory")
     for name in memory.runs:
@@ -39,6 +40,7 @@ def test_the_method_keeps_as_many_gradients_as_the_paper_says():
 # --- at a tiny size ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_methods_start_from_the_same_network(tiny):
     losses = {
         curve["loss"][0]
@@ -75,6 +77,7 @@ def test_a_run_of_class_gradients_that_diverged_has_no_figures_and_breaks_nothin
                 show({"class-gradients": {0: raw}})
 
 
+@pytest.mark.slow
 def test_class_gradients_tell_how_far_the_network_was_trained(tiny):
     trained = runs.beside_eigenvectors(
         Job(), **CLASSES | {"lr": 0.05, "epochs": 40, "curvatures": 9}
@@ -85,6 +88,7 @@ def test_class_gradients_tell_how_far_the_network_was_trained(tiny):
     assert trained["accuracy"] > trained["valid_accuracy"] > 0
 
 
+@pytest.mark.slow
 def test_class_gradients_along_a_training_survive_an_interruption(tmp_path, monkeypatch):
     whole = runs.beside_eigenvectors(Job(), **CLASSES)
     calls, step = 0, torch.optim.SGD.step
