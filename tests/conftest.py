@@ -18,7 +18,7 @@ settings.register_profile(
 settings.register_profile(
     "subspace_optim",
     settings.get_profile("drawn"),
-    max_examples=10,
+    max_examples=8,
     derandomize=True,  # the same examples in every run: a red test is red for everyone
 )
 settings.load_profile("subspace_optim")

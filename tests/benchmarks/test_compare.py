@@ -49,6 +49,7 @@ def files(folder):
         return summary, list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_writes_picture_history_and_summary(tmp_path, capsys):
     assert main([*QUICK, "--spectrum", "4", "--results", str(tmp_path)]) == 0
     folder = tmp_path / "digits-mlp-mse-seed0"

@@ -157,6 +157,7 @@ def whole():
     return compare(model, loss_fn, data, settings=SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 6, 7, 8, 12, 17, 30])
 def test_resumed_run_equals_the_uninterrupted_one(stop_after, whole):
     taken = []

@@ -204,6 +204,7 @@ def test_residuals_need_no_true_pairs(problem, matrix):
     torch.testing.assert_close(exact.product(v), matrix @ v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", problems.NAMES)
 def test_problems_in_miniature_have_a_second_derivative(name):
     made = problems.made(name, "tiny", None, "cpu")

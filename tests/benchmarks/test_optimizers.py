@@ -373,6 +373,7 @@ def test_one_that_diverges_ends_alone():
     assert not result.branches["SGD"].stopped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refresh", [2, "auto"])
 @pytest.mark.parametrize(
     "spelling", ["quasinewton", "newton", "domsam", "lbfgs", "bulk:muon+adamw"]

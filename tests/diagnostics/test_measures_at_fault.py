@@ -157,7 +157,7 @@ def test_a_measure_that_raises_costs_its_own_columns_of_that_row(when: str) -> N
     s = Setting()
     optimizer = s.sgd()
     monitor = so.Monitor(optimizer, s.operator(), measures=[Failing(when), measures.update()])
-    told = r"^A part of the row of step 1 is NaN: not now \(ValueError\) It is early, late\."
+    told = r"^A part of the row of step 1 is NaN: not now \(ValueError\) The part is: early, late\."
     with pytest.warns(so.LogWarning, match=told):
         s.train(optimizer)
     assert not any(map(math.isnan, monitor.history["update_norm"]))

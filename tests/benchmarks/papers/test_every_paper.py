@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "name"), RUNS)
 def test_a_run_has_the_figures_of_its_claims(key, name, tiny):
     raw = tiny(key, name)

@@ -118,6 +118,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [KilledError, KeyboardInterrupt])
 def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch, run_of_clouds, end):
     monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0.0)
