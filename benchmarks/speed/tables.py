@@ -219,24 +219,21 @@ def observation(name: str, result: dict[str, Any]) -> Table:
 def step(_: str, result: dict[str, Any]) -> Table:
     """Times of steps."""
     title = f"One step while the basis serves, P = {result['size']:,}, k = {result['k']}"
-    table = _table(title, "what", "ms", "more than SGD, in double reads of the basis", "target")
-    for name, times in result["seconds"].items():
-        reads, met = result["double_reads"].get(name), result["met"].get(name)
-        table.add_row(
-            name,
-            str(spread([1000 * t for t in times])),
-            "" if reads is None else str(spread(reads)),
-            "" if met is None else f"{result['bar']:g} {_bar(met)}",
-        )
-    return table
+    columns = "what", "ms", "more than SGD, in double reads of the basis", "target"
+    return _beside_sgd(_table(title, *columns), result, result["double_reads"])
 
 
 def small(_: str, result: dict[str, Any]) -> Table:
     """Times of steps of many small tensors."""
     title = f"One step of {result['tensors']} small tensors while the basis serves"
-    table = _table(title, "what", "ms of the processor", "over SGD", "target")
+    columns = "what", "ms of the processor", "over SGD", "target"
+    return _beside_sgd(_table(title, *columns), result, result["times"])
+
+
+def _beside_sgd(table: Table, result: dict[str, Any], more: dict[str, list[float]]) -> Table:
+    """Adds a row for each kind of step, with what it takes more than SGD's."""
     for name, times in result["seconds"].items():
-        over, met = result["times"].get(name), result["met"].get(name)
+        over, met = more.get(name), result["met"].get(name)
         table.add_row(
             name,
             str(spread([1000 * t for t in times])),
