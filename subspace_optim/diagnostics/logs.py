@@ -82,15 +82,20 @@ def logs(targets: Any, columns: Sequence[str], *, append: bool, files: bool = Tr
 
     A target that is none of these, or a file that cannot be written, raises ``ArgumentError``.
     """
-    if targets is None:
-        return []
-    several = isinstance(targets, Iterable) and not _is_one(targets)
-    chosen = list(targets) if several else [targets]
+    chosen = targets_of(targets)
     if not files:
         chosen = [target for target in chosen if not isinstance(target, str | Path)]
     for target in chosen:
         _check(target, append)
     return [_log(target, columns) for target in chosen]
+
+
+def targets_of(targets: Any) -> list[Any]:
+    """Returns one target, several, or none as a list."""
+    if targets is None:
+        return []
+    several = isinstance(targets, Iterable) and not _is_one(targets)
+    return list(targets) if several else [targets]
 
 
 def _is_one(target: Any) -> bool:

@@ -11,9 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.curvature import CurvatureOperator
+from subspace_optim.curvature import CurrentBatch, CurvatureOperator, HessianOperator
+from subspace_optim.curvature.objective import BatchLossFunction
+from subspace_optim.curvature.parameters import Params
 from subspace_optim.diagnostics import Monitor
-from subspace_optim.diagnostics.logs import Row
+from subspace_optim.diagnostics.logs import Row, targets_of
 from subspace_optim.diagnostics.rows import Measures
 from subspace_optim.subspaces import DominantSubspace, Subspace
 
@@ -24,16 +26,17 @@ Source = Subspace | CurvatureOperator | Callable[[nn.Module], Subspace | Curvatu
 class Watch:
     """Makes a monitor when training begins, and keeps its state beside a trainer's checkpoints.
 
-    A state may be loaded before there is a monitor: it waits for it.
-
     Args:
-        source: where to measure (default: the curvature that ``operator`` makes).
-        k: of a ``DominantSubspace`` of that; ``None`` for the operator itself.
-        own: names and values of the other arguments of which the curvature is made.
+        source: where to measure (default: a ``HessianOperator``, made of what follows).
+        loss, data, params: of the operator.
+        k: of a ``DominantSubspace`` of it; ``None`` for the operator itself.
         measures, every, log: as of ``Monitor``.
+        track: takes each row as it comes, for the trainer's own loggers.
 
     Attributes:
         monitor: the latest; ``None`` until training has begun.
+        loss: as given.
+        data: as given.
 
     Raises:
         ArgumentError: a source is given, and what another would be made of; or it is none.
@@ -42,46 +45,59 @@ class Watch:
     def __init__(
         self,
         source: Source | None,
-        k: int | None,
-        own: dict[str, Any],
         *,
+        loss: BatchLossFunction | None,
+        data: Any,
+        params: Params,
+        k: int | None,
         measures: Measures | None,
         every: int | Callable[[int], bool],
         log: Any,
+        track: Callable[[Row], object],
     ) -> None:
         if source is not None:
             if not (isinstance(source, CurvatureOperator | Subspace) or callable(source)):
                 allowed = "a subspace, an operator, or a function of the model that makes it"
                 remedy = "Measures are named: measures=..."
                 raise ArgumentError("source", type(source).__name__, allowed, remedy)
-            for name, value in {"k": k, **own}.items():
+            own = {"k": k, "loss": loss, "data": data, "params": params}
+            for name, value in own.items():
                 if value is not None:
                     remedy = "It is that of the source: give it there."
                     raise ArgumentError(name, "given beside a source", "left out", remedy)
         self.monitor: Monitor | None = None
-        self._source, self._k = source, k
-        self._measures, self._every, self._log = measures, every, log
+        self.loss, self.data = loss, data
+        self._source, self._params, self._k = source, params, k
+        self._measures, self._every = measures, every
+        self._logs = [track, *targets_of(log)]
+        self._batch: CurrentBatch | None = None
         self._loaded: dict[str, Any] | None = None  # waits for a monitor
-        self._seen = 0  # rows that were handed out
 
     def begin(
         self,
         model: nn.Module,
         optimizers: Optimizer | Sequence[Optimizer],
-        operator: Callable[[], CurvatureOperator],
+        *,
+        loss: Callable[[], BatchLossFunction],
+        data: Callable[[], Any],
     ) -> Monitor:
         """Attaches a monitor.
 
         Args:
             model: without its wrappers.
             optimizers: that train it, wrapped or not.
-            operator: makes the curvature, where no source was given.
+            loss: makes the loss of the operator, where there is no source.
+            data: makes its data; a ``CurrentBatch`` is removed at the end.
         """
         self.end()
         source: Any = self._source
         if source is None:
-            made = operator()
-            source = made if self._k is None else DominantSubspace(made, k=self._k)
+            batch_loss, batches = loss(), data()
+            self._batch = batches if isinstance(batches, CurrentBatch) else None
+            options = {"params": self._params, "process_group": _all_ranks()}
+            source = HessianOperator.from_loss(model, batch_loss, batches, **options)
+            if self._k is not None:
+                source = DominantSubspace(source, k=self._k)
         elif not isinstance(source, CurvatureOperator | Subspace):
             source = source(model)
         monitor = Monitor(
@@ -89,24 +105,29 @@ class Watch:
             source,
             measures=self._measures,
             every=copy.copy(self._every),  # a schedule belongs to one monitor
-            log=self._log,
+            log=self._logs,
             append=self._loaded is not None,
         )
-        self.monitor, self._seen = monitor, 0
+        self.monitor = monitor
         if self._loaded is not None:
-            self.load_state_dict(self._loaded)
+            if self._loaded["subspace"] is not None:
+                source.load_state_dict(self._loaded["subspace"])
+            monitor.load_state_dict(self._loaded["monitor"])
+            self._loaded = None
         return monitor
+
+    def add(self, batch: Any) -> None:
+        """Adds a micro-batch, where the minibatches of training are measured."""
+        if self._batch is not None:
+            self._batch.add(batch)
 
     def end(self) -> None:
         """Detaches the monitor, which keeps its history."""
         if self.monitor is not None:
             self.monitor.detach()
-
-    def new_rows(self) -> list[Row]:
-        """Returns the rows that have come since the last call."""
-        rows: list[Row] = [] if self.monitor is None else [*self.monitor.rows()[self._seen :]]
-        self._seen += len(rows)
-        return rows
+        if self._batch is not None:
+            self._batch.remove()
+            self._batch = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of monitor and subspace; what was loaded, as long as it waits."""
@@ -120,18 +141,11 @@ class Watch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes states, now or when there is a monitor."""
-        if self.monitor is None:
-            self._loaded = state or None
-            return
-        subspace: Any = self.monitor.source
-        if state["subspace"] is not None:
-            subspace.load_state_dict(state["subspace"])
-        self.monitor.load_state_dict(state["monitor"])
-        self._seen, self._loaded = len(self.monitor.history["step"]), None
+        """Takes states for the monitor that begins next, in the place of the one that there is."""
+        self.monitor, self._loaded = None, state or None
 
 
-def ranks() -> Any:
+def _all_ranks() -> Any:
     """Returns the process group of all ranks; ``None`` where there is but one."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return dist.group.WORLD if several else None

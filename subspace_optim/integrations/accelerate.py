@@ -10,14 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.curvature import CurrentBatch, HessianOperator
+from subspace_optim.curvature import CurrentBatch
 from subspace_optim.curvature.objective import BatchLossFunction
 from subspace_optim.curvature.parameters import Params
 from subspace_optim.diagnostics import Monitor
 from subspace_optim.diagnostics.logs import Row, measured
 from subspace_optim.diagnostics.rows import Measures
 from subspace_optim.integrations._losses import ModelLoss
-from subspace_optim.integrations._watch import Source, Watch, ranks
+from subspace_optim.integrations._watch import Source, Watch
 
 
 def attach(
@@ -72,19 +72,27 @@ def attach(
         raise ArgumentError("accelerator", found, "an accelerate.Accelerator")
     inner = accelerator.unwrap_model(model)
 
-    def operator() -> HessianOperator:
-        batches = CurrentBatch.from_forward(model) if data is None else data
-        options = {"params": params, "process_group": ranks()}
-        return HessianOperator.from_loss(inner, loss or ModelLoss(), batches, **options)
-
     def track(row: Row) -> None:
         if accelerator.trackers:
             accelerator.log(measured(row), step=row["step"])
 
-    own = {"loss": loss, "data": data, "params": params}
-    logs = [track] if log is None else [track, *(log if isinstance(log, list | tuple) else [log])]
-    watch = Watch(source, k, own, measures=measures, every=every, log=logs)
-    monitor = watch.begin(inner, optimizer, operator)
+    watch = Watch(
+        source,
+        loss=loss,
+        data=data,
+        params=params,
+        k=k,
+        measures=measures,
+        every=every,
+        log=log,
+        track=track,
+    )
+    monitor = watch.begin(
+        inner,
+        optimizer,
+        loss=lambda: ModelLoss() if loss is None else loss,
+        data=lambda: CurrentBatch.from_forward(model) if data is None else data,
+    )
     states = [each for each in (monitor, monitor.source) if hasattr(each, "state_dict")]
     accelerator.register_for_checkpointing(*states)
     return monitor

@@ -10,14 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.curvature import CurrentBatch, CurvatureOperator, HessianOperator
+from subspace_optim.curvature import CurrentBatch
 from subspace_optim.curvature.objective import BatchLossFunction
 from subspace_optim.curvature.parameters import Params
 from subspace_optim.diagnostics import Monitor
-from subspace_optim.diagnostics.logs import measured
+from subspace_optim.diagnostics.logs import Row, measured
 from subspace_optim.diagnostics.rows import Measures
 from subspace_optim.integrations._losses import loss_of, size_of
-from subspace_optim.integrations._watch import Source, Watch, ranks
+from subspace_optim.integrations._watch import Source, Watch
 
 
 class MonitorCallback(Callback):
@@ -67,33 +67,37 @@ class MonitorCallback(Callback):
         every: int | Callable[[int], bool] = 50,
         log: Any = None,
     ) -> None:
-        own = {"loss": loss, "data": data, "params": params}
-        self._watch = Watch(source, k, own, measures=measures, every=every, log=log)
-        self._loss, self._data, self._params = loss, data, params
-        self._batch: CurrentBatch | None = None
+        self._rows: list[Row] = []  # that the trainer's loggers have not got yet
+        self._watch = Watch(
+            source,
+            loss=loss,
+            data=data,
+            params=params,
+            k=k,
+            measures=measures,
+            every=every,
+            log=log,
+            track=self._rows.append,
+        )
 
     @property
     def monitor(self) -> Monitor | None:
         """The monitor; ``None`` until training begins."""
         return self._watch.monitor
 
-    def _operator(self, module: LightningModule) -> CurvatureOperator:
-        """Makes the curvature of a module.
+    def _loss(self, module: LightningModule) -> BatchLossFunction:
+        """Returns the loss that was given, or that of the module's ``training_step``.
 
         Raises:
-            ArgumentError: its ``training_step`` is no function of parameters and batch.
+            ArgumentError: that is no function of parameters and batch.
         """
-        loss, data = self._loss, self._data
-        if loss is None:
-            if not module.automatic_optimization:
-                found = "a module that steps its optimizers itself"
-                remedy = "Pass loss=, a function of the module and a batch."
-                raise ArgumentError("training_step", found, "one that returns a loss", remedy)
-            loss = StepLoss(weighs=data is not None)
-        if data is None:
-            data = self._batch = CurrentBatch()
-        options = {"params": self._params, "process_group": ranks()}
-        return HessianOperator.from_loss(module, loss, data, **options)
+        if self._watch.loss is not None:
+            return self._watch.loss
+        if not module.automatic_optimization:
+            found = "a module that steps its optimizers itself"
+            remedy = "Pass loss=, a function of the module and a batch."
+            raise ArgumentError("training_step", found, "one that returns a loss", remedy)
+        return StepLoss(weighs=self._watch.data is not None)
 
     # --- events ---------------------------------------------------------------------------------
 
@@ -101,7 +105,13 @@ class MonitorCallback(Callback):
         """Attaches the monitor to the optimizers that step."""
         optimizers = trainer.optimizers
         watched = optimizers[0] if len(optimizers) == 1 else optimizers
-        self._watch.begin(pl_module, watched, lambda: self._operator(pl_module))
+        data = self._watch.data
+        self._watch.begin(
+            pl_module,
+            watched,
+            loss=lambda: self._loss(pl_module),
+            data=lambda: CurrentBatch() if data is None else data,
+        )
 
     def on_train_batch_start(
         self,
@@ -111,8 +121,7 @@ class MonitorCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Takes the batch."""
-        if self._batch is not None:
-            self._batch.add(batch)
+        self._watch.add(batch)
 
     def on_train_batch_end(
         self,
@@ -124,13 +133,14 @@ class MonitorCallback(Callback):
     ) -> None:
         """Hands rows to the trainer's loggers, at the step of its other metrics."""
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001 (as its own callbacks)
-        for row in self._watch.new_rows():
+        for row in self._rows:
             for logger in trainer.loggers:
                 logger.log_metrics(measured(row), step=step)
+        self._rows.clear()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detaches the monitor."""
-        self._end()
+        self._watch.end()
 
     def on_exception(
         self,
@@ -139,13 +149,7 @@ class MonitorCallback(Callback):
         exception: BaseException,
     ) -> None:
         """Detaches the monitor."""
-        self._end()
-
-    def _end(self) -> None:
         self._watch.end()
-        if self._batch is not None:
-            self._batch.remove()
-            self._batch = None
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -155,7 +159,6 @@ class MonitorCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them; there may be no monitor yet."""
-        self._watch.monitor = None  # that of a training before: this one begins with the state
         self._watch.load_state_dict(state_dict)
 
 

@@ -15,14 +15,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from subspace_optim._validation import ArgumentError, LogWarning
-from subspace_optim.curvature import CurrentBatch, CurvatureOperator, HessianOperator
+from subspace_optim.curvature import CurrentBatch
 from subspace_optim.curvature.objective import BatchLossFunction
 from subspace_optim.curvature.parameters import Params
 from subspace_optim.diagnostics import Monitor
-from subspace_optim.diagnostics.logs import measured
+from subspace_optim.diagnostics.logs import Row, measured
 from subspace_optim.diagnostics.rows import Measures
 from subspace_optim.integrations._losses import ModelLoss
-from subspace_optim.integrations._watch import Source, Watch, ranks
+from subspace_optim.integrations._watch import Source, Watch
 from subspace_optim.step_hooks import innermost
 
 STATE = "subspace_optim.pt"
@@ -82,11 +82,20 @@ class MonitorCallback(TrainerCallback):
         trainer = _checked(trainer, "MonitorCallback(trainer, every=50)")
         if source is None and loss is None:
             _check_own_loss(trainer)
-        own = {"loss": loss, "data": data, "params": params}
-        self._watch = Watch(source, k, own, measures=measures, every=every, log=log)
-        self._trainer, self._loss, self._data, self._params = trainer, loss, data, params
+        self._rows: list[Row] = []  # that the trainer's loggers have not got yet
+        self._watch = Watch(
+            source,
+            loss=loss,
+            data=data,
+            params=params,
+            k=k,
+            measures=measures,
+            every=every,
+            log=log,
+            track=self._rows.append,
+        )
+        self._trainer = trainer
         self._own: ModelLoss | None = None
-        self._batch: CurrentBatch | None = None
         self._from: Any = None  # what training was asked to go on from
         train = trainer.train
 
@@ -102,18 +111,21 @@ class MonitorCallback(TrainerCallback):
         """The monitor; ``None`` until training begins."""
         return self._watch.monitor
 
-    def _operator(self) -> CurvatureOperator:
-        """Makes the curvature of the trainer's model."""
-        trainer = self._trainer
-        loss, data = self._loss, self._data
-        if loss is None:
-            loss = self._own = ModelLoss(counts=trainer.model_accepts_loss_kwargs)
+    def _loss(self) -> BatchLossFunction:
+        """Returns the loss that was given, or makes the model's own."""
+        if self._watch.loss is not None:
+            return self._watch.loss
+        self._own = ModelLoss(counts=self._trainer.model_accepts_loss_kwargs)
+        return self._own
+
+    def _data(self) -> Any:
+        """Returns the minibatches of training, or batches of the data set that was given."""
+        data, trainer = self._watch.data, self._trainer
         if data is None:
-            data = self._batch = CurrentBatch.from_forward(trainer.model_wrapped)
-        elif not isinstance(data, torch.utils.data.DataLoader):
-            data = trainer.get_eval_dataloader(data)
-        options = {"params": self._params, "process_group": ranks()}
-        return HessianOperator.from_loss(trainer.model, loss, data, **options)
+            return CurrentBatch.from_forward(trainer.model_wrapped)
+        if isinstance(data, torch.utils.data.DataLoader):
+            return data
+        return trainer.get_eval_dataloader(data)
 
     # --- events ---------------------------------------------------------------------------------
 
@@ -121,9 +133,8 @@ class MonitorCallback(TrainerCallback):
         """Attaches the monitor, and takes up its state where a training is resumed."""
         trainer = self._trainer
         if state.global_step:
-            self._watch.monitor = None  # the state is that of the checkpoint
             self._watch.load_state_dict(_load(self._folders()))
-        self._watch.begin(trainer.model, trainer.optimizer, self._operator)
+        self._watch.begin(trainer.model, trainer.optimizer, loss=self._loss, data=self._data)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Learns what the losses of this step's micro-batches are divided by."""
@@ -135,10 +146,11 @@ class MonitorCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Hands rows to the trainer's loggers."""
-        for row in self._watch.new_rows():
+        for row in self._rows:
             should_log = control.should_log
             self._trainer.log(measured(row))
             control.should_log = should_log  # which a log takes as done
+        self._rows.clear()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Saves monitor and subspace with a checkpoint."""
@@ -152,9 +164,6 @@ class MonitorCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Detaches the monitor."""
         self._watch.end()
-        if self._batch is not None:
-            self._batch.remove()
-            self._batch = None
 
     # --- checkpoints ----------------------------------------------------------------------------
 

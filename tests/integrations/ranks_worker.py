@@ -25,6 +25,8 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class WithLoss(nn.Module):
+    """Returns its own loss, as models of ``transformers`` do."""
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)

@@ -17,6 +17,7 @@ accelerate = pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from subspace_optim.integrations.accelerate import attach  # noqa: E402
+from tests.integrations.ranks_worker import WithLoss  # noqa: E402
 
 pytestmark = pytest.mark.clients
 torch.manual_seed(0)
@@ -29,19 +30,6 @@ def _one_accelerator() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-class WithLoss(nn.Module):
-    """Returns its own loss, as models of ``transformers`` do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits = self.net(x)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 class Tracker(accelerate.tracking.GeneralTracker):
