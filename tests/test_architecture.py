@@ -17,11 +17,11 @@ PACKAGE = "subspace_optim"
 # room: the rooms that it may import from. A leading dot stands for the package, and a dot alone for
 # the package's own public names. A room is a module, or a package with all that is in it but for
 # what has a row of its own; `__init__` is that one file. A module in no room is an error.
+_COMMON = {"._validation", "._display", "._inner_product"}
 _VALUES = {".linalg.eigenbasis", ".linalg.low_rank"}  # bases: the rest of linalg makes them
 _ARITHMETIC = {".linalg.products", ".linalg.rows"}
 _SUBSPACES = {
-    "._validation",
-    "._display",
+    *_COMMON,
     "._progress",
     ".linalg",
     *_ARITHMETIC,
@@ -35,13 +35,14 @@ ALLOWED: dict[str, set[str]] = {
     "._validation": set(),
     ".__main__": set(),
     "._display": set(),
+    "._inner_product": set(),
     "._progress": {"._validation"},
     ".linalg.products": {"._validation"},
-    ".linalg.rows": {"._validation", ".linalg.products"},
-    ".linalg.eigenbasis": {"._validation", "._display", ".linalg.products"},
-    ".linalg.low_rank": {"._validation", "._display", *_ARITHMETIC, ".linalg.eigenbasis"},
-    ".linalg": {"._validation", "._display", "._progress", *_ARITHMETIC, *_VALUES, ".linalg"},
-    ".curvature": {"._validation", "._display", "._progress", ".curvature"},
+    ".linalg.rows": {"._validation", "._inner_product", ".linalg.products"},
+    ".linalg.eigenbasis": {*_COMMON, ".linalg.products"},
+    ".linalg.low_rank": {*_COMMON, *_ARITHMETIC, ".linalg.eigenbasis"},
+    ".linalg": {*_COMMON, "._progress", *_ARITHMETIC, *_VALUES, ".linalg"},
+    ".curvature": {*_COMMON, "._progress", ".curvature"},
     ".step_hooks": {"._validation", ".curvature", ".step_hooks"},
     ".subspaces": _SUBSPACES,
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim._display import Shown, number
+from subspace_optim._inner_product import InnerProduct
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.samples import PIECES
@@ -131,6 +132,11 @@ class CurvatureOperator(Shown, ABC):
     def size(self) -> int:
         """P."""
         return self.parameters.size
+
+    @property
+    def inner(self) -> InnerProduct:
+        """How sums over the coordinates of its vectors are completed."""
+        return self.parameters.inner
 
     @property
     def dtype(self) -> torch.dtype:

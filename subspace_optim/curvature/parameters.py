@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.digests import PLAIN, digest, in_few_vectors, one_vector
 from subspace_optim.curvature.names import fits, near_misses
@@ -47,6 +48,7 @@ class ParameterSpace:
         model: as given.
         names: their names in the model.
         shapes: their shapes, one a name.
+        inner: how sums over the coordinates are completed.
 
     Raises:
         ArgumentError: there are none, or none that a pattern means; one is not the model's, frozen,
@@ -78,6 +80,7 @@ class ParameterSpace:
         self.model = model
         self.names = [names[id(p)] for p in those]
         self.shapes = [p.shape for p in those]
+        self.inner: InnerProduct = WHOLE
         self._sizes = [p.numel() for p in those]
         self._owners, self._places = _places(self.names)
         self._found: list[Tensor] | None = None  # inside of looked_up_once()
@@ -141,6 +144,11 @@ class ParameterSpace:
     @property
     def size(self) -> int:
         """P, the number of coordinates."""
+        return sum(self._sizes)
+
+    @property
+    def size_here(self) -> int:
+        """How many of the coordinates lie on this rank: P, where the model is not sharded."""
         return sum(self._sizes)
 
     @property
