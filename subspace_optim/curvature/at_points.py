@@ -139,7 +139,8 @@ class AtPoints(CurvatureOperator):
         if self._dtypes != dtypes:  # the data may have been converted with the model
             self._passes.parts.batches.forget()
             self._dtypes = dtypes
-        if self._point is not None and self._point.key != key:
+        point = self._point
+        if point is not None and self.parameters.ranks.any(lambda: point.key != key):
             self._forget()  # first: its graphs are gone before others are built
         self._agree()
         if self._point is None:
@@ -152,6 +153,8 @@ class AtPoints(CurvatureOperator):
             surroundings,
             in_place=self.stats.engine != "func",
             written=self._proof.written,
+            layout=self.parameters.layout,
+            keep_gathered=self._passes.keeps_gathered,
             key=key,
         )
 
@@ -187,7 +190,9 @@ class AtPoints(CurvatureOperator):
         """
         if self.ranks.group is None:
             return
-        theta = int(digest(self.model.parameters()))
+        theta = 0  # each rank has its own shards
+        if self.parameters.layout is None:
+            theta = int(digest(self.model.parameters()))
         known = 0 if self._point is None else self._point.known()
         same_theta, same_knowledge = self.ranks.agree([theta, known], self.device)
         if not same_theta:

@@ -41,7 +41,8 @@ class Dependencies:
         own, others = self._tensors(surroundings)
         numbers = surroundings.numbers(self._proof.moved_names)
         elsewhere = hash((int(digest(others)), numbers))
-        return State(int(digest(own)), elsewhere, self._modes(surroundings))
+        own_bits, elsewhere = self._space.same_on_all(int(digest(own)), elsewhere)
+        return State(own_bits, elsewhere, self._modes(surroundings))
 
     def key(self, surroundings: Surroundings) -> object:
         """Returns a key that stays the same as long as known derivatives stay valid.

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspace_optim.curvature.dtensors import local
+
 PLAIN = (Tensor, nn.Parameter)
 """The classes of tensors that are torch's own."""
 _PIECE = 1 << 20
@@ -66,7 +68,7 @@ def in_few_vectors(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, int]]:
     costs more than their elements. Vectors of large ones are views where they can be.
     """
     small: dict[Any, list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
+    for tensor in map(local, tensors):
         if tensor.numel() <= _SMALL:
             small[_KIND(tensor)].append(tensor)
         else:

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError, DataChangedError
+from subspace_optim.curvature.dtensors import local
+from subspace_optim.curvature.gathered_places import GatheredPlaces
 from subspace_optim.curvature.objective import BatchLoss, Places
 from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.curvature.second_derivatives import refuse_reentrant_checkpoints, written_out
+from subspace_optim.curvature.sharding import Layout
 from subspace_optim.curvature.surroundings import Surroundings, dtype_inside
 
 PerParameter = Sequence[Tensor | None]
@@ -36,10 +39,12 @@ class Point:
         surroundings: what else the loss can reach.
         in_place: differentiates by the user's parameters themselves; otherwise by leaves that
             share their memory. Where another dtype is needed the leaves are copies all the same,
-            but for ``"always"``.
+            but for ``"always"``. Those of a sharded model are always leaves.
         dtype: of everything inside of an evaluation (default: as it is, with float32 in the place
             of low precision).
         written: tensors that an evaluation is known to write to, beside buffers.
+        layout: of a model that is sharded: the leaves are what lies on this rank.
+        keep_gathered: whether parameters that were gathered stay for backward passes.
         key: tells this state from others.
         weight: N, what the loss of all data is a mean over.
         loss: of all data, once it is known.
@@ -53,6 +58,8 @@ class Point:
     in_place: bool | Literal["always"]
     dtype: torch.dtype | None = None
     written: list[Tensor] = field(default_factory=list)
+    layout: Layout | None = None
+    keep_gathered: bool = False
     key: object = None
     weight: float = 0.0
     loss: float | None = None
@@ -64,13 +71,20 @@ class Point:
         self.upcast = any(p.dtype in LOW_PRECISION for p in self.surroundings.parameters())
         low = any(p.dtype in LOW_PRECISION for p in self.own)
         copied = self.dtype is not None or (low and self.in_place != "always")
-        self.in_place = bool(self.in_place) and not copied
-        self._places = Places(self.surroundings.modules, self.own)
+        sharded = self.layout is not None
+        self.in_place = bool(self.in_place) and not copied and not sharded
+        self._places = self._find_places()
         self.leaves = self.own
         if not self.in_place:
-            self.leaves = [p.detach().to(dtype_inside(p, self.dtype)) for p in self.own]
+            self.leaves = [local(p).detach().to(dtype_inside(p, self.dtype)) for p in self.own]
             for leaf in self.leaves:
                 leaf.requires_grad_()
+
+    def _find_places(self) -> Places | GatheredPlaces:
+        modules = self.surroundings.modules
+        if self.layout is None:
+            return Places(modules, self.own)
+        return GatheredPlaces(self.layout, modules, self.own, self.dtype, keep=self.keep_gathered)
 
     @contextmanager
     def at(self, seed: int, *, hooks: bool = False, forward: bool = True) -> Iterator[None]:

@@ -18,7 +18,7 @@ from subspace_optim.curvature.evaluation import (
 )
 from subspace_optim.curvature.hessian import MeanLossHessian
 from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction, Supervised
-from subspace_optim.curvature.parameters import Params, length
+from subspace_optim.curvature.parameters import Params
 from subspace_optim.curvature.report import Products
 
 
@@ -141,7 +141,7 @@ class FiniteDifferenceHessian(MeanLossHessian):
 
     def _linearize(self, batch_loss: BatchLoss, point: Point) -> Derivatives:
         leaves = point.leaves
-        step = (3 * self.rounding) ** (1 / 3) * length(leaves)
+        step = (3 * self.rounding) ** (1 / 3) * self.parameters.length(leaves)
 
         def gradient(direction: list[Tensor], distance: Tensor) -> PerParameter:
             moved = [
@@ -152,7 +152,7 @@ class FiniteDifferenceHessian(MeanLossHessian):
                 return loss_and_gradient(batch_loss, there).gradient
 
         def product(v: list[Tensor]) -> PerParameter:
-            norm = torch.stack([torch.linalg.vector_norm(piece) for piece in v]).norm()
+            norm = self.parameters.norm(v)
             distance = torch.where(norm > 0, step / norm, 0.0)
             ahead, behind = gradient(v, distance), gradient(v, -distance)
             return [

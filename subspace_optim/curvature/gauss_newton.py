@@ -14,7 +14,7 @@ from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.contexts import Mode
 from subspace_optim.curvature.evaluation import Derivatives, PerParameter, Point
 from subspace_optim.curvature.mean_loss import MeanLossOperator
-from subspace_optim.curvature.objective import BatchLoss, Supervised, as_scalars
+from subspace_optim.curvature.objective import BatchLoss, Supervised
 from subspace_optim.curvature.parameters import Params
 from subspace_optim.curvature.report import Products
 from subspace_optim.curvature.second_derivatives import explained, refuse_functions_of_one_pass
@@ -192,5 +192,5 @@ class GaussNewtonOperator(MeanLossOperator):
         x, y, count = loss_fn.split(batch_loss.batch)
         with explained():
             output, cuts = cut(batch_loss.model(x))
-            loss, weight = as_scalars(loss_fn.of_output(output, y, count))
+            loss, weight = batch_loss.scalars(loss_fn.of_output(output, y, count))
             return gauss_newton(loss, weight, cuts, point.leaves)

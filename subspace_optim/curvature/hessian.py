@@ -238,7 +238,9 @@ class HessianOperator(MeanLossHessian):
         super()._set_up(model, batch_loss, data, **options)
         self._asked_for_func = engine == "func"
         # Without a proof, by the parameters themselves: that cannot miss one.
-        preferred = "func" if options.get("verify", True) else "double_backward"
+        # And so is a sharded model: torch.func cannot transform what gathers its parameters.
+        transforms = options.get("verify", True) and self.parameters.layout is None
+        preferred = "func" if transforms else "double_backward"
         self.stats.engine = preferred if engine == "auto" else engine
 
     def check(self) -> Report:

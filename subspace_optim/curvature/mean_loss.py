@@ -92,6 +92,7 @@ class MeanLossOperator(AtPoints):
                 raise ArgumentError("verify", verify, "True or False")
             self.model = unwrapped(model)
             self.parameters = ParameterSpace(self.model, params)
+            self._take_ranks_of_shards(process_group)
             batches = Batches(data, pairs=isinstance(batch_loss, Supervised))
             warn_without_group(model, process_group)
             if batches.current is not None:
@@ -114,6 +115,21 @@ class MeanLossOperator(AtPoints):
         self._dependencies = Dependencies(self.parameters, batch_loss, batches, self._proof)
         self._in_pieces: Self | None = None  # a sample in more batches
         self._point = self._frozen_by = None
+
+    def _take_ranks_of_shards(self, process_group: Any) -> None:
+        """Takes the ranks of a model that is sharded, which need no argument.
+
+        Raises:
+            ArgumentError: another process group was given.
+        """
+        if self.parameters.layout is None:
+            return
+        given, self._ranks = self._ranks, self.parameters.ranks
+        if process_group is not None and given.size != self._ranks.size:
+            found = f"a group of {given.size} ranks"
+            remedy = "Leave it out: a sharded model is evaluated on all ranks that hold a part."
+            allowed = f"the {self._ranks.size} ranks of the model, or None"
+            raise ArgumentError("process_group", found, allowed, remedy)
 
     def _facts(self) -> dict[str, str]:
         stats, of = self.stats, self.examples
@@ -198,16 +214,17 @@ class MeanLossOperator(AtPoints):
         Raises:
             ArgumentError: the shape is another.
         """
-        if vectors.dim() != 2 or vectors.shape[1] != self.size:
+        here = self.parameters.size_here
+        if vectors.dim() != 2 or vectors.shape[1] != here:
             shape = tuple(vectors.shape)
-            raise ArgumentError("the shape of vectors", shape, f"(j, {self.size}), one a row")
+            raise ArgumentError("the shape of vectors", shape, f"(j, {here}), one a row")
         with self._fixed(products=True) as point:
             self.linearize()
             kept = point.kept or {}
             vectors = vectors.to(self.device, self.dtype).contiguous()
             progress = Progress(f"{len(vectors)} products", "of a batch each")
             taken = 0
-            with self.ranks.summed(vectors.shape, self.dtype, self.device) as products:
+            with self.ranks.found(vectors.shape, self.dtype, self.device) as products:
 
                 def multiply(derivatives: Derivatives) -> None:
                     nonlocal taken

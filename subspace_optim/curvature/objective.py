@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.averages import Weight, averaged, examples
+from subspace_optim.curvature.dtensors import as_local
+from subspace_optim.curvature.gathering import joint
+from subspace_optim.curvature.sharding import Layout
 
 BatchLossFunction = Callable[[Any, Any], tuple[Tensor, Any]]
 """``batch_loss(model, batch) -> (mean loss, weight)``: ``Supervised``, or the user's own."""
@@ -71,16 +74,30 @@ class BatchLoss:
         function: the loss of (model, batch).
         batch: the data.
         seed: of what draws at random while it is evaluated.
+        layout: of a model that is sharded: the ranks' batches are then one, and its loss and weight
+            are those of all of them together.
+        idle: whether the batch stands in for one that this rank does not have, and counts nothing.
     """
 
     model: nn.Module
     function: BatchLossFunction
     batch: Any
     seed: int
+    layout: Layout | None = None
+    idle: bool = False
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Returns the loss and its weight, both scalars."""
-        return as_scalars(self.function(self.model, self.batch))
+        return self.scalars(self.function(self.model, self.batch))
+
+    def scalars(self, result: Any) -> tuple[Tensor, Tensor]:
+        """Returns what the function has returned as two scalars, of the batches of all ranks."""
+        if self.layout is None:
+            return as_scalars(result)
+        if isinstance(result, tuple) and len(result) == 2:
+            result = as_local(result[0]), result[1]
+        loss, weight = as_scalars(result)
+        return joint(self.layout, loss, torch.zeros_like(weight) if self.idle else weight)
 
 
 def as_scalars(result: Any) -> tuple[Tensor, Tensor]:

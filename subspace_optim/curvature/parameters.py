@@ -14,7 +14,17 @@ from torch.nn.parameter import is_lazy
 from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.digests import PLAIN, digest, in_few_vectors, one_vector
+from subspace_optim.curvature.dtensors import (
+    check_placements,
+    holding_memory,
+    is_sharded,
+    local,
+    placed_like,
+)
+from subspace_optim.curvature.fully_sharded import reshard
 from subspace_optim.curvature.names import fits, near_misses
+from subspace_optim.curvature.process_group import Ranks
+from subspace_optim.curvature.sharding import Layout, ShardedInnerProduct
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """Parameters of these dtypes are differentiated through float32 copies."""
@@ -33,6 +43,10 @@ def times_written(tensors: Iterable[Tensor]) -> int:
 class ParameterSpace:
     """Parameters of a model, in order, as the coordinates of ``θ``.
 
+    Where the model is sharded, a rank holds some of the coordinates: ``P_here`` of the P, which are
+    those of its shards. ``flatten`` and ``unflatten`` are of these. What several ranks have the
+    same of is divided among them, so that each coordinate lies on one rank.
+
     They are known by their names. So parameters that ``load_state_dict(assign=True)`` or a new
     layer of the same shape have put in their places are followed; a name that is gone, or has
     another shape, is an error.
@@ -47,16 +61,20 @@ class ParameterSpace:
     Attributes:
         model: as given.
         names: their names in the model.
-        shapes: their shapes, one a name.
+        sizes: how many coordinates of each lie on this rank.
+        shapes: of what lies on this rank, one a name: of the parameters, or of their shards.
+        layout: which coordinates lie on which rank; ``None`` for a model that is not sharded.
+        ranks: that hold coordinates; this process alone for a model that is not sharded.
         inner: how sums over the coordinates are completed.
 
     Raises:
         ArgumentError: there are none, or none that a pattern means; one is not the model's, frozen,
-            complex, sparse, sharded, listed twice, or they are on several devices; or the model has
-            lazy layers that have not seen a batch.
+            complex, sparse, a partial sum, listed twice, or they are on several devices; or the
+            model has lazy layers that have not seen a batch.
     """
 
     def __init__(self, model: nn.Module, params: Params = None) -> None:
+        reshard(model)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if is_lazy(tensor):
                 remedy = "Call the model on a batch first: lazy layers take their shapes from it."
@@ -79,9 +97,25 @@ class ParameterSpace:
             raise ArgumentError("the devices of params", found, "one device", "Move the model.")
         self.model = model
         self.names = [names[id(p)] for p in those]
-        self.shapes = [p.shape for p in those]
+        self._placements = [getattr(p, "placements", None) for p in those]
+        self._registered = [p.shape for p in those]
+        self.shapes = [local(p).shape for p in those]
+        self.size: int = sum(p.numel() for p in those)
+        """P, the number of coordinates."""
+        self.layout = Layout(model, those) if any(map(is_sharded, model.parameters())) else None
+        self.ranks = Ranks(None) if self.layout is None else self.layout.ranks
+        self._owned = [
+            None if self.layout is None else self.layout.owned(i, shape.numel())
+            for i, shape in enumerate(self.shapes)
+        ]
+        self._pieces = [
+            shape if owned is None else torch.Size([owned.stop - owned.start])
+            for shape, owned in zip(self.shapes, self._owned, strict=True)
+        ]
+        self.sizes = [shape.numel() for shape in self._pieces]
         self.inner: InnerProduct = WHOLE
-        self._sizes = [p.numel() for p in those]
+        if self.layout is not None:
+            self.inner = ShardedInnerProduct(self.ranks, self.size, self.size_here)
         self._owners, self._places = _places(self.names)
         self._found: list[Tensor] | None = None  # inside of looked_up_once()
 
@@ -102,12 +136,14 @@ class ParameterSpace:
         """
         if self._found is not None:
             return list(self._found)
+        if self.layout is not None:
+            reshard(self.model)
         modules: list[Any] = [self.model]
         try:
             for owner, name in self._owners:
                 modules.append(modules[owner]._modules[name])  # noqa: SLF001
             found = [modules[owner]._parameters[name] for owner, name in self._places]  # noqa: SLF001
-            if all(map(eq, map(_SHAPE, found), self.shapes)):
+            if all(map(eq, map(_SHAPE, found), self._registered)):
                 return found
         except (AttributeError, KeyError):
             pass
@@ -120,7 +156,7 @@ class ParameterSpace:
             ArgumentError: one is gone, or has another shape.
         """
         found = []
-        for name, shape in zip(self.names, self.shapes, strict=True):
+        for name, shape in zip(self.names, self._registered, strict=True):
             p = _under(self.model, name)
             if p is None or p.shape != shape:
                 state = "gone" if p is None else f"of shape {tuple(p.shape)}"
@@ -142,14 +178,9 @@ class ParameterSpace:
             self._found = before
 
     @property
-    def size(self) -> int:
-        """P, the number of coordinates."""
-        return sum(self._sizes)
-
-    @property
     def size_here(self) -> int:
         """How many of the coordinates lie on this rank: P, where the model is not sharded."""
-        return sum(self._sizes)
+        return sum(self.sizes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,25 +196,31 @@ class ParameterSpace:
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Returns whether every parameter is."""
+        """Returns whether every parameter is: the same on all ranks."""
         finite = [
             torch.linalg.vector_norm(elements, torch.inf).isfinite()
             for elements, _ in in_few_vectors(self.tensors)
             if elements.numel()
         ]
-        return not finite or bool(torch.stack(finite).all())
+        return not self.ranks.any(lambda: bool(finite) and not torch.stack(finite).all())
 
     @torch.no_grad()
     def flatten(self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
-        """Returns one tensor a parameter as a new vector ``(P,)``; zeros stand for ``None``."""
+        """Returns one tensor a parameter as a new vector ``(P,)``; zeros stand for ``None``.
+
+        Args:
+            tensors: of the shapes of the parameters, or of what lies on this rank.
+            dtype: of the vector (default: the space's).
+        """
         dtype, device = dtype or self.dtype, self.device
+        tensors = self.pieces(tensors)
         found = [t for t in tensors if t is not None]
         kinds = {(type(t) in PLAIN, t.layout, t.dtype, t.device) for t in found}
-        whole = len(found) == len(tensors) and list(map(_SHAPE, found)) == self.shapes
+        whole = len(found) == len(tensors) and list(map(_SHAPE, found)) == self._pieces
         if whole and kinds == {(True, torch.strided, dtype, device)}:
             return one_vector(found)
-        flat = torch.empty(self.size, dtype=dtype, device=device)
-        for view, tensor in zip(self.unflatten(flat), tensors, strict=True):
+        flat = torch.empty(self.size_here, dtype=dtype, device=device)
+        for view, tensor in zip(self.views(flat), tensors, strict=True):
             if tensor is None:
                 view.zero_()
             else:
@@ -191,9 +228,29 @@ class ParameterSpace:
         return flat
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
-        """Returns ``flat: (P,)`` as views, one of the shape of each parameter."""
-        pieces = flat.split(self._sizes)
-        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        """Returns ``flat: (P,)`` in the shapes of the parameters, or of what lies on this rank.
+
+        They are views, but for what other ranks have pieces of: that comes from them.
+        """
+        views = self.views(flat)
+        return views if self.layout is None else self.layout.gather(views, self.shapes)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Returns ``flat: (P,)`` as views, one a parameter: of its shape, or flat, of its piece."""
+        pieces = flat.split(self.sizes)
+        return [piece.view(shape) for piece, shape in zip(pieces, self._pieces, strict=True)]
+
+    def pieces(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Returns what belongs to this rank of one tensor a parameter, as ``views`` has it."""
+        if self.layout is None:
+            return tensors
+        return [None if t is None else self.piece(i, t) for i, t in enumerate(tensors)]
+
+    def piece(self, index: int, tensor: Tensor) -> Tensor:
+        """Returns what belongs to this rank of the tensor of one parameter."""
+        here = local(placed_like(tensor, self._placements[index]))
+        owned = self._owned[index]
+        return here if owned is None else here.reshape(-1)[owned]
 
     @contextmanager
     def holding(self, flat: Tensor) -> Iterator[None]:
@@ -204,17 +261,12 @@ class ParameterSpace:
         Raises:
             ArgumentError: the shape is another.
         """
-        if flat.shape != (self.size,):
-            raise ArgumentError("the shape of theta", tuple(flat.shape), f"({self.size},)")
-        held = [(p, p.data) for p in self.tensors]
+        if flat.shape != (self.size_here,):
+            raise ArgumentError("the shape of theta", tuple(flat.shape), f"({self.size_here},)")
+        tensors = self.tensors
         values = self.unflatten(flat.detach().to(self.device))
-        try:
-            for (p, _), value in zip(held, values, strict=True):
-                p.data = value.to(p.dtype)
+        with holding_memory(tensors, [v.to(p.dtype) for p, v in zip(tensors, values, strict=True)]):
             yield
-        finally:
-            for p, data in held:
-                p.data = data
 
     def add_(self, flat: Tensor, tensors: Sequence[Tensor | None], weight: Tensor) -> None:
         """Adds ``weight`` times one tensor a parameter to ``flat: (P,)`` in place.
@@ -228,7 +280,8 @@ class ParameterSpace:
         Raises:
             ArgumentError: a tensor is sparse.
         """
-        for total, tensor, name in zip(self.unflatten(flat), tensors, self.names, strict=True):
+        tensors = self.pieces(tensors)
+        for total, tensor, name in zip(self.views(flat), tensors, self.names, strict=True):
             if tensor is not None:
                 if tensor.layout != torch.strided:
                     label = f"the gradient of '{name}'"
@@ -246,7 +299,41 @@ class ParameterSpace:
         differentiated by. Version counters would not do: fused optimizers and writes through
         ``p.data`` do not change them.
         """
-        return int(digest(self.model.parameters()))
+        return self.same_on_all(int(digest(self.model.parameters())))[0]
+
+    def same_on_all(self, *numbers: int) -> tuple[int, ...]:
+        """Returns 64-bit numbers of what lies here, each as one of what lies on all ranks."""
+        if self.layout is None:
+            return numbers
+        signed = [(n + 2**63) % 2**64 - 2**63 for n in numbers]
+        return tuple(self.inner.sum(torch.tensor(signed, device=self.device)).tolist())
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Returns the length of a vector that comes as one tensor a parameter."""
+        norms = [torch.linalg.vector_norm(t) for t in self.pieces(tensors) if t is not None]
+        if self.layout is None:
+            length: Tensor = torch.stack(norms).norm()
+            return length
+        return self.inner.sum(torch.stack(norms).square().sum()).sqrt()
+
+    def length(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Returns ℓ, the median of ``‖W‖ / n^{1/4}`` over the matrices; 1 where they are zero.
+
+        A direction of high curvature moves a matrix by about a matrix of rank one. That is compared
+        with the spectral norm, which for a square W of n random entries is about ``‖W‖ / n^{1/4}``.
+        It is the lower median over matrices that are not zero, so that neither an embedding's large
+        norm nor a layer that starts at zero decides.
+
+        Args:
+            tensors: one a parameter.
+        """
+        pieces = [t for t in self.pieces(tensors) if t is not None]
+        squares = self.inner.sum(torch.stack([t.detach().double().square().sum() for t in pieces]))
+        kinds = [len(shape) > 1 for shape in self._registered]
+        counts = [shape.numel() for shape in self._registered]
+        chosen = [i for i, matrix in enumerate(kinds) if matrix or not any(kinds)]
+        lengths = torch.stack([squares[i].sqrt() / counts[i] ** 0.25 for i in chosen])
+        return torch.where(lengths > 0, lengths, torch.nan).nanmedian().nan_to_num(1.0)
 
 
 def _places(names: Sequence[str]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
@@ -319,9 +406,7 @@ def _check(label: str, p: Tensor) -> None:
         raise ArgumentError(label, p.dtype, "real", "View it as real numbers, or leave it out.")
     if p.layout != torch.strided:
         raise ArgumentError(label, p.layout, "dense", "Use a dense layer, or leave it out.")
-    if hasattr(p, "placements"):  # a DTensor: of FSDP2, or of tensor parallel layers
-        remedy = "Measure before the model is sharded, or a copy that is not."
-        raise ArgumentError(label, f"sharded ({type(p).__name__})", "whole on each rank", remedy)
+    check_placements(label, p)
 
 
 def _under(model: nn.Module, name: str) -> Tensor | None:
@@ -339,16 +424,3 @@ def _under(model: nn.Module, name: str) -> Tensor | None:
 def weighted(value: Tensor, weight: Tensor) -> Tensor:
     """Returns ``weight · value``, and zeros where the weight is 0 and the value may be NaN."""
     return torch.where(weight > 0, value * weight, 0.0)
-
-
-def length(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns ℓ, the median of ``‖W‖ / n^{1/4}`` over the matrices; 1 where they are zero.
-
-    A direction of high curvature moves a matrix by about a matrix of rank one. That is compared
-    with the spectral norm, which for a square W of n random entries is about ``‖W‖ / n^{1/4}``.
-    It is the lower median over matrices that are not zero, so that neither an embedding's large
-    norm nor a layer that starts at zero decides.
-    """
-    matrices = [t.detach() for t in tensors if t.dim() > 1] or [t.detach() for t in tensors]
-    lengths = torch.stack([t.double().norm() / t.numel() ** 0.25 for t in matrices])
-    return torch.where(lengths > 0, lengths, torch.nan).nanmedian().nan_to_num(1.0)

@@ -56,6 +56,18 @@ class Passes:
     minibatch: bool = False
 
     @property
+    def keeps_gathered(self) -> bool:
+        """Whether the parameters of a sharded model may stay gathered for backward passes."""
+        if self.parts.space.layout is None:
+            return False
+        budget: float | None = self.memory_budget
+        if budget is None:
+            budget = free_memory(self.parts.space.device) / (4 * self.ranks.size)
+        allowed = budget
+        needed = sum(p.numel() * 4 for p in self.parts.model.parameters())
+        return not self.ranks.any(lambda: needed > allowed)
+
+    @property
     def share(self) -> float:
         """The share of all data that these are."""
         return 1.0 if self.examples is None else self.examples[0] / self.examples[1]
@@ -64,15 +76,44 @@ class Passes:
         self, point: Point, skip: Collection[int] = ()
     ) -> Iterator[tuple[int, BatchLoss, int]]:
         """Yields the index of each batch of a pass, its loss, and its bytes."""
-        parts = self.parts
+        parts, layout = self.parts, self.parts.space.layout
         parts.stats.passes += 1
         progress = Progress("pass over the data", "batches")
-        for index, batch, nbytes in self._read(point):
+        for index, batch, nbytes, idle in self._together(self._read(point)):
             progress.tick(index)
             if index not in skip:
                 # Batches that the ranks take in turn have the masks that one process gives them.
-                seed = parts.seed + index * self.ranks.size + self.ranks.rank
-                yield index, BatchLoss(parts.model, parts.batch_loss, batch, seed), nbytes
+                seed = parts.seed + index * self.ranks.data_size + self.ranks.data_rank
+                loss = BatchLoss(parts.model, parts.batch_loss, batch, seed, layout, idle)
+                yield index, loss, nbytes
+
+    def _together(
+        self, batches: Iterator[tuple[int, Any, int]]
+    ) -> Iterator[tuple[int, Any, int, bool]]:
+        """Yields batches, and whether each stands in for one that this rank does not have.
+
+        Where the ranks evaluate their batches together, each has to have as many: one that has no
+        more takes its first one again, which counts nothing.
+
+        Raises:
+            ArgumentError: a rank has none at all.
+        """
+        if not self.ranks.together:
+            for here in batches:
+                yield *here, False
+            return
+        first = index = None
+        while True:
+            with self.ranks.all_or_none():
+                found = next(batches, None)
+            if not self.ranks.any(lambda found=found: found is not None):  # type: ignore[misc]
+                return
+            with self.ranks.all_or_none():
+                first = first or found
+                if first is None:
+                    raise ArgumentError("data", "of no batch", "at least one batch on every rank")
+            index = 0 if index is None else index + 1
+            yield index, *(found or first)[1:], found is None
 
     def _read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
         return self.parts.batches.read(self.parts.space.device, upcast=point.upcast)
@@ -96,16 +137,16 @@ class Passes:
         kept: dict[int, Derivatives] = {}
         used = count = 0
         examples = 0.0
-        size = 0 if differentiate is loss_alone else space.size
+        size = 0 if differentiate is loss_alone else space.size_here
         gradient = torch.zeros(size, dtype=space.dtype, device=device)
         mean = "mean" if self.examples is None else "mean of a sample"
         proves_mean = not self.minibatch and self.proof.is_due(mean)
         pieces: list[Any] = []
-        with self.ranks.summed((3,), torch.float64, device) as sums:
+        with self.ranks.found((3,), torch.float64, device) as sums:
             for index, batch_loss, nbytes in self.losses(point):
                 watching = nullcontext() if count else self.proof.watching(point)
                 count += 1
-                if proves_mean:
+                if proves_mean and not batch_loss.idle:
                     pieces = see(batch_loss.batch, pieces)
                 metering = AllocationMeter() if keep else nullcontext()
                 with metering as meter, point.at(batch_loss.seed), watching:
@@ -113,17 +154,21 @@ class Passes:
                 weight = found.weight
                 own = torch.stack([weighted(found.loss.double(), weight), weight])
                 sums[:2].add_(own)
-                examples += _examples(batch_loss.batch)
+                examples += 0.0 if batch_loss.idle else _examples(batch_loss.batch)
                 if size:
                     space.add_(gradient, found.gradient, weight)
                     found.gradient = ()  # it has been added up, and is held no longer
-                if meter is not None and used + (held := meter.alive() + nbytes) <= budget:
-                    used += held
-                    kept[index] = found
+                if meter is not None:
+                    held = meter.alive() + nbytes
+                    if self._fits(used + held, budget):
+                        used += held
+                        kept[index] = found
                 del found, batch_loss  # before the graph of the next one is built
             sums[2] = examples
-            if pieces:
+            if proves_mean and not self._any_lacks(pieces):
                 self.proof.mean(point, pieces)
+        if self.ranks.together:
+            sums[2] = self._of_all_data(sums[2])
         total, N, examples = sums.tolist()
         if self.examples is None and math.isfinite(examples):
             stats.examples = int(examples)
@@ -140,13 +185,35 @@ class Passes:
         if size:
             stats.gradients += 1
             stats.full_gradients += self.share
-            point.gradient = self.ranks.sum_(gradient).div_(N)
+            point.gradient = self.ranks.of_all(gradient).div_(N)
         else:
             stats.full_forwards += self.share
         if keep:
             point.kept, point.streamed = kept, count - len(kept)
             stats.graphs_kept, stats.graphs_streamed = len(kept), point.streamed
             stats.graph_bytes = used
+
+    def _fits(self, used: int, budget: float) -> bool:
+        """Whether what is kept fits the budget, on all ranks that keep the same batches."""
+        if not self.ranks.together:
+            return used <= budget
+        return not self.ranks.any(lambda: used > budget)
+
+    def _any_lacks(self, pieces: list[Any]) -> bool:
+        """Whether there are no two batches to be compared; on all ranks that do so together."""
+        if not self.ranks.together:
+            return not pieces
+        return bool(self.ranks.any(lambda: len(pieces) < 2))
+
+    def _of_all_data(self, own: Tensor) -> Tensor:
+        """Returns the sum of numbers over the ranks with data of their own."""
+        return self.ranks.sum_(own.clone()) * self.ranks.data_size / self.ranks.size
+
+    def _counts(self, count: int) -> Tensor:
+        """Returns a count of each rank with data of its own."""
+        counts = torch.zeros(self.ranks.data_size, device=self.parts.space.device)
+        counts[self.ranks.data_rank] = count
+        return self._of_all_data(counts)
 
     @property
     def _summed(self) -> bool:
@@ -190,18 +257,24 @@ class Passes:
         space, ranks, device = self.parts.space, self.ranks, self.parts.space.device
         with ranks.all_or_none():
             count = sum(1 for _ in self._read(point))
-            gradients = torch.zeros(groups, space.size, dtype=space.dtype, device=device)
-        own_seed = seed * ranks.size + ranks.rank
-        group_of = dealt(count, groups, own_seed, first=ranks.rank * count)
-        with ranks.summed((groups, 3), torch.float64, device) as sums:
+            gradients = torch.zeros(groups, space.size_here, dtype=space.dtype, device=device)
+        own_seed, first = seed * ranks.data_size + ranks.data_rank, ranks.data_rank * count
+        if ranks.together:  # batch by batch, and so group by group
+            count = int(self._counts(count).max())
+            own_seed, first = seed, 0
+        group_of = dealt(count, groups, own_seed, first=first)
+        with ranks.found((groups, 3), torch.float64, device) as sums:
             for index, batch_loss, _ in self.losses(point):
                 with point.at(batch_loss.seed):
                     found = loss_and_gradient(batch_loss, point)
                 group, weight = group_of[index], found.weight.double()
-                size = torch.full_like(weight, size_of(batch_loss.batch))
+                own = 0.0 if batch_loss.idle else size_of(batch_loss.batch)
+                size = torch.full_like(weight, own)
                 sums[group] += torch.stack([weighted(found.loss.double(), weight), weight, size])
                 space.add_(gradients[group], found.gradient, found.weight)
-        ranks.sum_(gradients)
+        ranks.of_all(gradients)
+        if ranks.together:
+            sums[:, 2] = self._of_all_data(sums[:, 2])
         totals, weights, sizes = sums.T
         if self._summed:  # the loss of all data, as each group would have it alone
             weights = sizes * (self.share / sizes.sum())
@@ -226,8 +299,8 @@ class Passes:
             batch_size: rows of each on this rank (default: the batches are those of the data).
             seed: of their order, and of the draws.
         """
-        parts, ranks = self.parts, self.ranks
-        own_seed = seed * ranks.size + ranks.rank
+        ranks = self.ranks
+        own_seed = seed * ranks.data_size + ranks.data_rank
 
         def read() -> Iterator[Any]:
             return (batch for _, batch, _ in self._read(point))
@@ -240,9 +313,7 @@ class Passes:
                 sizes = rows_of_all(read(), batch_size)
         total, count = sum(sizes), len(sizes)
         if batch_size is None:
-            counts = torch.zeros(ranks.size, dtype=torch.int64, device=parts.space.device)
-            counts[ranks.rank] = count
-            least: int | None = int(ranks.sum_(counts).min())
+            least: int | None = int(self._counts(count).min())
             batches = own_batches(read, count, own_seed)
         else:
             # The one batch of all rows is the same at every draw.
@@ -263,7 +334,7 @@ class Passes:
         """Returns passes over one batch, with the masks that it has among all of them."""
         parts = self.parts
         pairs = isinstance(parts.batch_loss, Supervised)
-        seed = parts.seed + number * self.ranks.size
+        seed = parts.seed + number * self.ranks.data_size
         own = replace(parts, batches=Batches([batch], pairs=pairs), seed=seed)
         return replace(self, parts=own, examples=(size_of(batch), total), minibatch=True)
 
@@ -285,20 +356,20 @@ class Passes:
             return (batch for _, batch, _ in self._read(point))
 
         def differentiate(batch: Any) -> tuple[Tensor, Tensor]:
-            loss = BatchLoss(parts.model, parts.batch_loss, batch, parts.seed)
+            loss = BatchLoss(parts.model, parts.batch_loss, batch, parts.seed, space.layout)
             with point.at(parts.seed):
                 found = loss_and_gradient(loss, point)
-            gradient = torch.zeros(space.size, dtype=space.dtype, device=space.device)
+            gradient = torch.zeros(space.size_here, dtype=space.dtype, device=space.device)
             space.add_(gradient, found.gradient, torch.ones_like(found.weight))
             return found.weight, gradient
 
         def count(number: int) -> int:
-            return int(self.ranks.sum_(torch.tensor([number], device=space.device)))
+            return int(self._of_all_data(torch.tensor([number], device=space.device)))
 
         with self.ranks.all_or_none():
             sizes = [size_of(batch) for batch in batches()]
         total = count(sum(sizes))
-        own_seed = seed * self.ranks.size + self.ranks.rank
+        own_seed = seed * self.ranks.data_size + self.ranks.data_rank
         with self.ranks.all_or_none():
             found = drawn(batches, sizes, examples / total, own_seed, differentiate, pieces)
         if self.ranks.any(lambda: found is None):

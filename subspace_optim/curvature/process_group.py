@@ -39,6 +39,10 @@ class Ranks:
     Attributes:
         size: how many they are.
         rank: which of them this one is.
+        data_size: how many have data of their own: of tensor-parallel ranks, one.
+        data_rank: which of these this one is.
+        together: whether their batches are evaluated together, as those of a sharded model are:
+            what one of them finds of a batch is then of the batches of all.
 
     Raises:
         ArgumentError: it is no process group, or one that this process does not belong to.
@@ -55,6 +59,7 @@ class Ranks:
         self.group = process_group
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
+        self.together, self.data_size, self.data_rank = False, self.size, self.rank
         # Made once: a rank that has run out of memory still has to say so.
         self._message = torch.zeros(0) if process_group is None else _message(process_group)
         self._on_cpu = self._message.numpy() if self._message.device.type == "cpu" else None
@@ -78,6 +83,22 @@ class Ranks:
             self._meet(f"the sum of a tensor of shape {tuple(tensor.shape)}")
             self._all_reduce(tensor)
         return tensor
+
+    @contextmanager
+    def found(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Iterator[Tensor]:
+        """Yields zeros to add to what each rank finds of its batches; then it is of all ranks."""
+        if not self.together:
+            with self.summed(shape, dtype, device) as total:
+                yield total
+            return
+        with self.all_or_none():
+            yield torch.zeros(shape, dtype=dtype, device=device)
+
+    def of_all(self, found: Tensor) -> Tensor:
+        """Returns what all ranks have found of their batches, from what this one has, in place."""
+        return found if self.together else self.sum_(found)
 
     def agree(self, values: Sequence[int], device: torch.device) -> list[bool]:
         """Returns for each 64-bit value whether it is the same on all ranks."""

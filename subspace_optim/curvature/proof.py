@@ -19,8 +19,8 @@ dtype than the model's. It is made once, and again where the structure of the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -141,27 +141,32 @@ class Proof:
         self._parts.stats.verification += report.gradients
         return report
 
-    def _read(self, point: Point) -> Iterator[Any]:
+    def _read(self, point: Point) -> Generator[Any]:
         parts = self._parts
         for _, batch, _ in parts.batches.read(parts.space.device, upcast=point.upcast):
             yield batch
 
     def _trial(self, point: Point, report: Report) -> Trial | None:
         """Returns the trial on the first batch with a finite loss, or on a part of that batch."""
-        for whole in self._read(point):
-            part = head(whole, _EXAMPLES)
-            for batch in [whole] if part is None else [part, whole]:
-                trial = Trial(self._parts, point, batch, report)
-                try:
-                    usable = trial.one_function(self.watching(point))
-                except Exception as error:
-                    if batch is whole or isinstance(error, NotOneFunctionError):
-                        raise
-                    continue  # a batch that cannot be cut
-                self.moved_names |= point.surroundings.moved_names
-                if usable:
-                    return trial
-        return None
+        ranks = self._parts.space.ranks
+        with closing(self._read(point)) as batches:
+            while True:
+                whole = next(batches, None)
+                if ranks.any(lambda whole=whole: whole is None):  # type: ignore[misc]
+                    return None
+                part = head(whole, _EXAMPLES)
+                cut = not ranks.any(lambda part=part: part is None)  # type: ignore[misc]
+                for batch in [part, whole] if cut else [whole]:
+                    trial = Trial(self._parts, point, batch, report)
+                    try:
+                        usable = trial.one_function(self.watching(point))
+                    except Exception as error:
+                        if batch is whole or isinstance(error, NotOneFunctionError):
+                            raise
+                        continue  # a batch that cannot be cut
+                    self.moved_names |= point.surroundings.moved_names
+                    if usable:
+                        return trial
 
     # --- what the mean is over ------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from subspace_optim.curvature.contexts import (
     no_autocast_inside,
     states_kept,
 )
+from subspace_optim.curvature.dtensors import is_sharded
 from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.curvature.reachable import MISSING, Reachable, contents_of, once
 
@@ -111,6 +112,8 @@ class Surroundings(Reachable):
             copied = {id(b) for b in buffers} | written
             copied |= {id(t) for t in self.plain_tensors()}
             for t in once([*self.parameters(), *buffers, *self._loose, *moved]):
+                if is_sharded(t):
+                    continue  # the model computes with others in their places
                 wanted = dtype_inside(t, dtype)
                 if wanted != t.dtype and t.requires_grad and t.is_leaf:
                     other = t.detach().to(wanted).requires_grad_()
@@ -127,7 +130,8 @@ class Surroundings(Reachable):
 
         The list is filled at the end. It has no buffers: each evaluation copies them in any case.
         """
-        watch = _Writes([t for t in self.parameters() + self._loose if t.layout == torch.strided])
+        watched = [t for t in self.parameters() + self._loose if not is_sharded(t)]
+        watch = _Writes([t for t in watched if t.layout == torch.strided])
         written: list[Tensor] = []
         try:
             with watch:

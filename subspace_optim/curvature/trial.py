@@ -18,7 +18,7 @@ from subspace_optim._validation import (
 from subspace_optim.curvature.evaluation import PerParameter, Point, loss_alone, loss_and_gradient
 from subspace_optim.curvature.objective import BatchLoss
 from subspace_optim.curvature.operator import rounding_at
-from subspace_optim.curvature.parameters import LOW_PRECISION, length
+from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.curvature.report import Parts, Report
 from subspace_optim.curvature.second_derivatives import has_functions
 from subspace_optim.curvature.stopped_gradients import ReplayError, StoppedGradients
@@ -58,11 +58,16 @@ class Trial:
 
     def of(self, batch: Any) -> BatchLoss:
         """Returns the loss of a batch."""
-        return BatchLoss(self.parts.model, self.parts.batch_loss, batch, self.parts.seed)
+        parts = self.parts
+        return BatchLoss(parts.model, parts.batch_loss, batch, parts.seed, parts.space.layout)
 
     def flat(self, pieces: PerParameter) -> Tensor:
         """Returns a gradient, or a product, as one vector in float64."""
         return self.parts.space.flatten(pieces, torch.float64)
+
+    def norm(self, v: Tensor) -> float:
+        """Returns the length of a vector."""
+        return math.sqrt(float(self.parts.space.inner.sum(v.square().sum())))
 
     def one_function(self, watching: AbstractContextManager[Any]) -> bool:
         """Evaluates the loss twice.
@@ -116,6 +121,8 @@ class Trial:
             InconsistentDerivativeError: they differ.
         """
         point = self.point
+        if point.layout is not None:
+            return  # the user's own is for fully_shard to compute, with what hangs on its hooks
         low = any(p.dtype in LOW_PRECISION for p in point.own)
         user = replace(point, in_place="always")
         self.report.gradients += 1
@@ -125,15 +132,15 @@ class Trial:
                 stack.enter_context(user.displaced(wide))
             found = loss_and_gradient(self.batch_loss, user)
         theirs = self.flat(found.gradient)
-        scale = float(torch.maximum(self.ours.norm(), theirs.norm()))
-        error = float((self.ours - theirs).norm())
+        scale = max(self.norm(self.ours), self.norm(theirs))
+        error = self.norm(self.ours - theirs)
         self.report.gradient_error = error / scale if scale > 0 else 0.0
         # Torch rounds a gradient to the dtype that it knows the parameter by.
         tolerance = _ROUNDED if low else _SAME[self.parts.space.dtype]
         if not self.report.gradient_error <= tolerance:
             message = (
-                f"The gradient that is measured ({float(self.ours.norm()):.4g}) is not the one "
-                f"that loss.backward() gives the model's parameters ({float(theirs.norm()):.4g}): "
+                f"The gradient that is measured ({self.norm(self.ours):.4g}) is not the one "
+                f"that loss.backward() gives the model's parameters ({self.norm(theirs):.4g}): "
                 f"they differ by {self.report.gradient_error:.2g} of it. The loss reaches "
                 "parameters past the modules that hold them: in a list, a closure, a cache, or "
                 "another module's attribute. engine='double_backward' differentiates by the "
@@ -194,7 +201,7 @@ class Trial:
         ):
             return None
         near = _AGREE[torch.float32] + rounding_at(float(there.loss), torch.float32)
-        if float((gradient - self.ours).norm()) > near * float(gradient.norm()):
+        if self.norm(gradient - self.ours) > near * self.norm(gradient):
             return None
         return self._measured(wide, batch_loss)
 
@@ -209,9 +216,10 @@ class Trial:
             TransformError: the loss is another inside of the transform.
         """
         dtype = point.leaves[0].dtype if point.dtype is None else point.dtype
-        scale = float(length(point.leaves))
-        generator = torch.Generator("cpu").manual_seed(self.parts.seed + 1)
-        aside, v = (_random_like(point.leaves, generator) for _ in range(2))
+        scale = float(self.parts.space.length(point.leaves))
+        seed = self.parts.space.inner.seed(self.parts.seed + 1)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        aside, v = (self._random(point.leaves, generator) for _ in range(2))
         base = [p.detach().clone() for p in point.leaves]
         if dtype == torch.float64:
             base = [b + _ASIDE * scale * a for b, a in zip(base, aside, strict=True)]
@@ -221,7 +229,7 @@ class Trial:
             here = self.parts.linearize(batch_loss, there)
             gradient = self.flat(here.gradient)
             product = self.flat(here.product(v))
-            norm = float(product.norm())
+            norm = self.norm(product)
             u = torch.nan_to_num(product / norm) if norm > 0 else product
             again = self.flat(here.product(self.parts.space.unflatten(u.to(dtype))))
         with point.at(self.parts.seed), point.displaced(base):
@@ -229,10 +237,10 @@ class Trial:
         if not math.isclose(plain, float(here.loss), rel_tol=1e-4, abs_tol=1e-6):
             message = f"The transformed loss is {float(here.loss):.6g}, and not {plain:.6g}."
             raise TransformError(message)
-        if not math.isfinite(norm) and bool(gradient.isfinite().all()):
+        if not math.isfinite(norm) and math.isfinite(self.norm(gradient)):
             raise SecondDerivativeError(_NOT_FINITE)
-        along = float(self.flat(v) @ again)
-        largest = max(norm, float(again.norm()))
+        along = float(self.parts.space.inner.sum(self.flat(v) @ again))
+        largest = max(norm, self.norm(again))
         asymmetry = abs(norm - along) / largest if largest > 0 else 0.0
         written = set(map(id, point.written)) & set(map(id, point.own))
         if self.parts.products == "symmetric" or written:
@@ -241,9 +249,17 @@ class Trial:
             return _Found(math.nan, asymmetry, plain, dtype)
         # The bound of `rounding_at` is rarely met: a fortieth of it is what one finds.
         rounded = 100 * torch.finfo(dtype).eps + rounding_at(plain, dtype) / 40
-        rounding = rounded * max(float(gradient.norm()), norm * scale)
+        rounding = rounded * max(self.norm(gradient), norm * scale)
         error = self._error(point, batch_loss, base, v, product, rounding)
         return _Found(error, asymmetry, plain, dtype)
+
+    def _random(self, leaves: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+        """Returns a random direction of unit length, in tensors like the leaves."""
+        space = self.parts.space
+        drawn = torch.randn(space.size_here, generator=generator, dtype=torch.float64, device="cpu")
+        drawn = drawn.to(space.device)
+        pieces = space.unflatten(drawn / self.norm(drawn))
+        return [d.to(p) for d, p in zip(pieces, leaves, strict=True)]
 
     def _error(
         self,
@@ -268,7 +284,7 @@ class Trial:
             How far they are apart, beyond rounding, relative to the longer of them; NaN where the
             loss stops gradients in another order at other parameters.
         """
-        dtype, scale = base[0].dtype, float(length(point.leaves))
+        dtype, scale = base[0].dtype, float(self.parts.space.length(point.leaves))
         stopped = StoppedGradients()
         if self.stops:
             with point.at(self.parts.seed), point.displaced(base), stopped:
@@ -291,11 +307,11 @@ class Trial:
         except ReplayError:
             return math.nan
         rounding = rounding / (step * scale)
-        longer = max(float(product.norm()), float(found.norm()))
-        off = float((product - found).norm()) - rounding
+        longer = max(self.norm(product), self.norm(found))
+        off = self.norm(product - found) - rounding
         if off > _AGREE[dtype] * longer:  # kinks, or gradients that are rounded by more than that
             nearer = difference(step / 8)
-            off = float((product - nearer).norm()) - 2 * float((found - nearer).norm()) - rounding
+            off = self.norm(product - nearer) - 2 * self.norm(found - nearer) - rounding
         return max(0.0, off) / longer if longer > 0 else 0.0
 
 
@@ -310,11 +326,3 @@ class _Found(NamedTuple):
 
 class TransformError(RuntimeError):
     """The loss has another value inside of a transform, as where it draws in another order."""
-
-
-def _random_like(leaves: Any, generator: torch.Generator) -> list[Tensor]:
-    """Returns a random direction of unit length, in tensors of the leaves' shapes."""
-    options: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
-    drawn = [torch.randn(p.shape, **options) for p in leaves]
-    norm = torch.stack([d.norm() for d in drawn]).norm()
-    return [(d / norm).to(p) for d, p in zip(drawn, leaves, strict=True)]

@@ -24,7 +24,7 @@ from subspace_optim._validation import (
     check_number,
 )
 from subspace_optim.curvature.operator import CurvatureOperator
-from subspace_optim.curvature.parameters import LOW_PRECISION, length
+from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.diagnostics.spectrum import multiplying
 from subspace_optim.linalg.complementarity import solve_complementarity
 from subspace_optim.linalg.refinement import refine
@@ -317,7 +317,7 @@ def third_derivatives(operator: CurvatureOperator, theta: Tensor, vectors: Tenso
     Returns:
         ``(k(k + 1)/2, P)``: (1, 1), (1, 2), …, (1, k), (2, 2), …; 2k gradients, k(k + 1) products.
     """
-    step = float(length(operator.parameters.unflatten(theta)))
+    step = float(operator.parameters.length(operator.parameters.unflatten(theta)))
     step *= (3 * torch.finfo(operator.dtype).eps) ** (1 / 3)
     differences = []
     for i, v in enumerate(vectors):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.dtensors import local
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
@@ -178,7 +179,7 @@ class SubspaceOptimizer(CheckedOptimizer):
 
         def gather(factor: Callable[[Group], float | Tensor]) -> Tensor:
             by_id = dict(zip(map(id, tensors), views, strict=True))
-            self._gather(vector, by_id, factor, buffers)
+            self._gather(vector, space, by_id, factor, buffers)
             return vector
 
         if basis is None:
@@ -186,11 +187,13 @@ class SubspaceOptimizer(CheckedOptimizer):
             self._commit(buffers, [])
         else:
             self._update(basis, gather)
-            self._commit(buffers, [(tensors, views, 1.0)])
+            added = views if space.layout is None else space.unflatten(vector)
+            self._commit(buffers, [(tensors, added, 1.0)])
 
     def _gather(
         self,
         vector: Tensor,
+        space: ParameterSpace,
         views: dict[int, Tensor],
         factor: Callable[[Group], float | Tensor],
         buffers: dict[Tensor, Tensor],
@@ -199,6 +202,7 @@ class SubspaceOptimizer(CheckedOptimizer):
         given = {id(p) for p in parameters_of(self) if p.grad is not None}
         for absent in views.keys() - given:
             views[absent].zero_()
+        order = {p: index for index, p in enumerate(views)}
         for group in self.param_groups:
             scale = factor(group)
             scale = scale.reshape(()) if isinstance(scale, Tensor) else scale
@@ -206,6 +210,8 @@ class SubspaceOptimizer(CheckedOptimizer):
             # Torch takes any entry of a group, and loads those of other optimizers: ignored.
             own = {name: group[name] for name in self.defaults if name in group}
             found = sgd_directions(params, own, self.state, buffers)
+            if space.layout is not None:
+                found = ((p, space.piece(order[id(p)], d)) for p, d in found)
             if len(params) == len(views) and len(vector) <= _SMALL * len(views):
                 pairs = list(found)
                 written = [views[id(p)] for p, _ in pairs]
@@ -227,8 +233,8 @@ class SubspaceOptimizer(CheckedOptimizer):
         wanted = space.shapes, like.dtype, like.device
         if self._memory is not None and self._memory[0] == wanted:
             return self._memory[1:]
-        vector = torch.empty(space.size, dtype=like.dtype, device=like.device)
-        self._memory = wanted, vector, space.unflatten(vector)
+        vector = torch.empty(space.size_here, dtype=like.dtype, device=like.device)
+        self._memory = wanted, vector, space.views(vector)
         return self._memory[1:]
 
     def _trained(self, space: ParameterSpace) -> list[Tensor]:
@@ -305,10 +311,11 @@ def write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copies ``values`` to ``tensors``, all of them: an exception in between is raised after."""
     if not tensors:
         return
+    tensors, values = list(map(local, tensors)), list(map(local, values))
     try:
-        torch._foreach_copy_(list(tensors), list(values))
+        torch._foreach_copy_(tensors, values)
     except BaseException:
-        torch._foreach_copy_(list(tensors), list(values))
+        torch._foreach_copy_(tensors, values)
         raise
     finally:
         torch.clear_autocast_cache()  # its copies of parameters
@@ -316,6 +323,7 @@ def write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _add(params: list[Tensor], added: list[Tensor], factor: float) -> BaseException | None:
     """Adds in one call of torch, and returns the exception that was raised before or after it."""
+    params, added = list(map(local, params)), list(map(local, added))
     version: int | None = None
     try:
         version = params[0]._version  # noqa: SLF001 (counts what is written)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError, check_flag, check_number
+from subspace_optim.curvature.dtensors import local
 from subspace_optim.curvature.parameters import ParameterSpace
 
 
@@ -66,7 +67,7 @@ def check_buffer(parameter: Any, entries: Any) -> None:
     if isinstance(buffer, Tensor):
         found = f"of shape {tuple(buffer.shape)}, {buffer.layout}"
         if buffer.shape == parameter.shape and buffer.layout == torch.strided:
-            if bool(buffer.isfinite().all()):
+            if bool(local(buffer).isfinite().all()):
                 return
             found = "not finite"
     allowed = f"a dense tensor of finite numbers, of shape {tuple(parameter.shape)}"

@@ -48,10 +48,13 @@ class SubspaceNewton(SubspaceOptimizer):
 
     def _update(self, basis: Curvature, gather: Gather) -> None:
         update = gather(lambda _: 1.0)
+        space = self._subspace().parameters
         rates = {p: self._rates(group) for group in self.param_groups for p in group["params"]}
         runs = [
-            (sum(p.numel() for p in members), of_run)
-            for of_run, members in groupby(self._subspace().parameters.tensors, rates.__getitem__)
+            (sum(size for _, size in members), of_run)
+            for of_run, members in groupby(
+                zip(space.tensors, space.sizes, strict=True), lambda member: rates[member[0]]
+            )
         ]  # neighbours with the same rates are one piece: all of the vector, if there is one group
         coefficients = basis.coefficients(update)
         lengths = [length for length, _ in runs]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from subspace_optim._validation import ArgumentError, check_flag, check_number
+from subspace_optim.curvature.dtensors import total_norm
 from subspace_optim.curvature.parameters import times_written
 from subspace_optim.optim._base import (
     CheckedOptimizer,
@@ -269,10 +270,9 @@ def _wide(tensors: list[Tensor]) -> list[Tensor]:
 def _norm(tensors: list[Tensor]) -> float:
     """Returns the norm of all tensors together, summed up in float32 at least."""
     wide = _wide(tensors)
-    norm = float(torch.nn.utils.get_total_norm(wide))
+    norm = total_norm(wide)
     if norm == 0 or math.isinf(norm):  # squares of float32 vanish, or overflow from 1e19 on
-        double = [t.to(torch.promote_types(t.dtype, torch.float64)) for t in wide]
-        norm = float(torch.nn.utils.get_total_norm(double))
+        norm = total_norm([t.to(torch.promote_types(t.dtype, torch.float64)) for t in wide])
     return norm
 
 

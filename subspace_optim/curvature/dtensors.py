@@ -1,0 +1,129 @@
+"""``DTensor``s and the local tensors that they are made of: what the rest needs of both.
+
+Nothing here asks another rank, but for ``placed_like``, ``as_local`` and ``total_norm``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from subspace_optim._validation import ArgumentError
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
+else:  # without it there is no such tensor either
+    DTensor = type("DTensor", (), {})  # type: ignore[misc,assignment]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns the part of a tensor that lies on this rank, in its memory; a plain one itself."""
+    # to_local() would be differentiable.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # noqa: SLF001
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a ``DTensor``."""
+    return isinstance(tensor, DTensor)
+
+
+def placed_like(tensor: Any, placements: Any) -> Tensor:
+    """Returns a ``DTensor`` in other placements on its mesh; a plain tensor as it is."""
+    if not isinstance(tensor, DTensor) or tensor.placements == placements:
+        return tensor  # type: ignore[no-any-return]
+    result: Tensor = tensor.redistribute(placements=placements)
+    return result
+
+
+def check_placements(label: str, p: Tensor) -> None:
+    """Checks that a parameter that is sharded lies in a way that can be followed.
+
+    Raises:
+        ArgumentError: it is a partial sum, or offloaded to another device.
+    """
+    if not isinstance(p, DTensor):
+        return
+    if any(placement.is_partial() for placement in p.placements):
+        raise ArgumentError(label, p.placements, "sharded or replicated: no partial sums")
+    if p.device_mesh.device_type != p.device.type:
+        found = f"on {p.device.type}, of a mesh on {p.device_mesh.device_type}"
+        remedy = "Leave CPUOffloadPolicy out."
+        raise ArgumentError(label, found, "on the device that computes with it", remedy)
+
+
+def total_norm(tensors: Sequence[Tensor]) -> float:
+    """Returns the norm of all tensors together, whatever of them lies on other ranks."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        kind = (t.device_mesh, t.placements) if isinstance(t, DTensor) else None
+        kinds.setdefault(kind, []).append(t)
+    norms = [as_local(torch.nn.utils.get_total_norm(some)) for some in kinds.values()]
+    return math.hypot(*map(float, norms))
+
+
+@contextmanager
+def holding_memory(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Lets tensors have the memory of ``values``, local ones, inside."""
+    held = [(t, local(t) if isinstance(t, DTensor) else t.data) for t in tensors]
+    try:
+        for t, value in zip(tensors, values, strict=True):
+            _take_memory(t, value)
+        yield
+    finally:
+        for t, value in held:
+            _take_memory(t, value)
+
+
+def _take_memory(tensor: Tensor, value: Tensor) -> None:
+    if isinstance(tensor, DTensor):
+        tensor._local_tensor = value  # noqa: SLF001
+    else:
+        tensor.data = value
+
+
+# --- in a graph: torch's own from_local() and to_local() have no second derivative ----------------
+
+
+class _AsDTensor(torch.autograd.Function):
+    """A local tensor as the ``DTensor`` that it is a part of."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, spec: Any) -> Any:
+        ctx.spec = spec
+        return DTensor(tensor.view_as(tensor), spec, requires_grad=tensor.requires_grad)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        placed = gradient.redistribute(ctx.spec.mesh, ctx.spec.placements)
+        return _AsLocal.apply(placed), None  # type: ignore[no-untyped-call]
+
+
+class _AsLocal(torch.autograd.Function):
+    """The local tensor of a ``DTensor``."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        ctx.spec = tensor._spec  # noqa: SLF001
+        held = local(tensor)
+        return held.view_as(held)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _AsDTensor.apply(gradient, ctx.spec)  # type: ignore[no-untyped-call]
+
+
+def as_dtensor(tensor: Tensor, like: Any) -> Any:
+    """Returns a local tensor as a ``DTensor`` laid out as another, or as its specification says."""
+    spec = like._spec if isinstance(like, DTensor) else like  # noqa: SLF001
+    return _AsDTensor.apply(tensor, spec)  # type: ignore[no-untyped-call]
+
+
+def as_local(tensor: Tensor) -> Tensor:
+    """Returns the value of a ``DTensor`` scalar, which all ranks have; a plain one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,173 @@
+"""Which coordinates of ``θ`` lie on which rank, where a model is sharded.
+
+Each rank has a *local* tensor of every parameter: its shard, or all of it. Several ranks may have
+the same one, over a replicated dimension of a mesh, or where the parameter is no ``DTensor``. They
+are *replicas*, and each owns a piece of it: every coordinate of ``θ`` belongs to one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from subspace_optim._inner_product import InnerProduct
+from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.dtensors import is_sharded
+from subspace_optim.curvature.fully_sharded import fsdp_groups
+from subspace_optim.curvature.process_group import Ranks
+
+
+class Layout:
+    """Which coordinates lie on which rank.
+
+    Args:
+        model: sharded.
+        tensors: the parameters that are the coordinates.
+
+    Attributes:
+        groups: what ``fully_shard`` gathers together.
+        ranks: that hold a part of the model.
+        data: the process group of those with data of their own; ``None``: this rank alone.
+        replicas: for each parameter the ranks, in order, that have the same local tensor.
+
+    Raises:
+        ArgumentError: a parameter is sharded in a way that cannot be followed.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Sequence[Any]) -> None:
+        self.groups = fsdp_groups(model)
+        meshes = {tuple(sorted(group.mesh)) for group in self.groups}
+        if len(meshes) > 1:
+            allowed = "one of all that fully_shard has divided"
+            raise ArgumentError("the data-parallel mesh", sorted(meshes), allowed)
+        own = dist.get_rank()
+        data = next(iter(meshes), (own,))
+        everyone = {own, *data}
+        for t in tensors:
+            if is_sharded(t):
+                everyone |= set(t.device_mesh.mesh.flatten().tolist())
+        ranks = tuple(sorted(everyone))
+        like = _a_group_of(tensors)
+        self.ranks = Ranks(_group(ranks, like))
+        self.ranks.together = True
+        self.ranks.data_size, self.ranks.data_rank = len(data), data.index(own)
+        self.data = _group(data, like) if len(data) > 1 else None
+        found: list[Any] = [None] * len(ranks)
+        dist.all_gather_object(found, [_shard_of(t) for t in tensors], self.ranks.group)
+        self.replicas = [
+            tuple(rank for rank, theirs in zip(ranks, found, strict=True) if theirs[i] == of)
+            for i, of in enumerate(found[ranks.index(own)])
+        ]
+
+    def owned(self, index: int, elements: int) -> slice | None:
+        """Returns which elements of a parameter's local tensor belong to this rank.
+
+        Args:
+            index: of the parameter.
+            elements: of its local tensor.
+
+        Returns:
+            ``None`` for all of them.
+        """
+        replicas = self.replicas[index]
+        if len(replicas) == 1:
+            return None
+        piece = -(-elements // len(replicas))
+        start = min(elements, piece * replicas.index(dist.get_rank()))
+        return slice(start, min(elements, start + piece))
+
+    def gather(self, pieces: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """Returns local tensors of which each rank has its piece: an all-gather for each set.
+
+        Args:
+            pieces: as ``owned`` says, one a parameter.
+            shapes: of the local tensors.
+        """
+        result = list(pieces)
+        for ranks in sorted(set(self.replicas)):
+            those = [i for i, r in enumerate(self.replicas) if r == ranks and len(ranks) > 1]
+            if not those:
+                continue
+            lengths = [-(-shapes[i].numel() // len(ranks)) for i in those]
+            own = pieces[those[0]].new_zeros(sum(lengths))
+            for room, i in zip(own.split(lengths), those, strict=True):
+                room[: pieces[i].numel()] = pieces[i].reshape(-1)
+            every = own.new_empty(len(ranks), len(own))
+            dist.all_gather_into_tensor(every.view(-1), own, _group(ranks, self.ranks.group))
+            for whole, i in zip(every.split(lengths, dim=1), those, strict=True):
+                result[i] = whole.reshape(-1)[: shapes[i].numel()].view(shapes[i])
+        return result
+
+
+class ShardedInnerProduct(InnerProduct):
+    """Of vectors that are sharded as the parameters are: sums are all-reduced.
+
+    Args:
+        ranks: that hold the coordinates.
+        size: P, how many there are.
+        here: how many lie on this rank.
+    """
+
+    def __init__(self, ranks: Ranks, size: int, here: int) -> None:
+        self._ranks, self._size, self._here = ranks, size, here
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """Returns sums over all coordinates, of those over the coordinates that lie here."""
+        partial = partial.contiguous()
+        dist.all_reduce(partial, group=self._ranks.group)
+        return partial
+
+    def size(self, here: int) -> int:  # noqa: ARG002
+        """Returns P."""
+        return self._size
+
+    def here(self, size: int) -> int:  # noqa: ARG002
+        """Returns how many coordinates lie here."""
+        return self._here
+
+    def seed(self, seed: int) -> int:
+        """Returns another seed on each rank."""
+        return seed * self._ranks.size + self._ranks.rank
+
+
+def _shard_of(tensor: Any) -> tuple[int, ...]:
+    """Returns what tells one shard of a parameter from another: its place in each division."""
+    if not is_sharded(tensor):
+        return ()
+    place = tensor.device_mesh.get_coordinate() or ()
+    divided = zip(place, tensor.placements, strict=True)
+    return tuple(i for i, placement in divided if not placement.is_replicate())
+
+
+def _a_group_of(tensors: Iterable[Any]) -> Any:
+    """Returns a process group that the model itself uses."""
+    mesh = next(t.device_mesh for t in tensors if is_sharded(t))
+    return mesh.get_group(0)
+
+
+_GROUPS: dict[Any, Any] = {}
+
+
+def _group(ranks: tuple[int, ...], like: Any) -> Any:
+    """Returns a process group of these ranks that nobody else communicates in.
+
+    A rank that has failed says so here, while others wait for it in a group of the model's own.
+
+    Args:
+        ranks: in ascending order.
+        like: has the time limit that it gets.
+    """
+    world = dist.group.WORLD
+    key = id(world), ranks
+    if key not in _GROUPS:
+        limit = None
+        with suppress(Exception):
+            limit = like._get_backend(torch.device("cpu")).options._timeout  # noqa: SLF001
+        group = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
+        _GROUPS[key] = world, group  # alive, so that no other world gets its id
+    return _GROUPS[key][1]

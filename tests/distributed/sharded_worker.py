@@ -1,0 +1,144 @@
+"""What each rank does with sharded models: every scenario in turn, its results in a file."""
+
+import copy
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import subspace_optim as so
+from tests.distributed import sharding
+from tests.distributed.sharding import MODELS, batches, fsdp, made, own, part, rows, whole
+
+KINDS = {
+    "exact": so.HessianOperator,
+    "gauss-newton": so.GaussNewtonOperator,
+    "differences": so.FiniteDifferenceHessian,
+}
+
+
+def directions(size: int) -> torch.Tensor:
+    return torch.randn(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def readings(operator: Any) -> dict[str, Any]:
+    space = operator.parameters
+    v = directions(space.size)
+    V = torch.stack([part(space, row) for row in v]).to(operator.dtype)
+    return {
+        "products": rows(space, operator.matmat(V)),
+        "gradient": whole(space, operator.gradient()),
+        "loss": operator.loss(),
+    }
+
+
+def operator_of(kind: str, model: nn.Module, data: Any, **options: Any) -> Any:
+    return KINDS[kind](model, F.cross_entropy, data, **options)
+
+
+# --- scenarios: each takes the number of ranks ---------------------------------------------------
+
+
+def operators(size: int) -> dict[str, Any]:
+    """Every kind of operator, and every kind of model by the exact one."""
+    found: dict[str, Any] = {}
+    data = own(batches())
+    for kind in KINDS:
+        found[f"mlp {kind}"] = readings(operator_of(kind, fsdp(made(sharding.Net)), data))
+    for name, make in MODELS.items():
+        model = fsdp(made(make))
+        found[name] = readings(operator_of("exact", model, data))
+        # Nothing kept: parameters are gathered again for backward passes, and graphs made anew.
+        streamed = operator_of("exact", model, data, memory_budget=0, verify=False)
+        found[f"{name} streamed"] = readings(streamed)
+    return found
+
+
+def layouts(size: int) -> dict[str, Any]:
+    """Every way of sharding a model."""
+    data, found = batches(), {}
+    mesh = init_device_mesh("cpu", (size,))
+    model = made(sharding.Net)
+    whole_head = copy.deepcopy(model)
+    fully_shard(whole_head, mesh=mesh, ignored_params=set(whole_head.head.parameters()))
+    frozen = copy.deepcopy(model)
+    frozen.head.requires_grad_(False)
+    uneven = data[:1] if dist.get_rank() == 0 else own(data[1:], dist.get_rank() - 1, size - 1)
+    cases: dict[str, tuple[nn.Module, Any]] = {
+        "in one": (fully_shard(copy.deepcopy(model), mesh=mesh), own(data)),
+        "a layer on all ranks": (whole_head, own(data)),
+        "a frozen layer": (fsdp(frozen), own(data)),
+        "more batches on one rank": (fsdp(model), uneven),
+        "checkpointed": (fsdp(made(sharding.Checkpointed)), own(data)),
+        "bf16": (sharding.bf16(made(sharding.Net, torch.float32)), own(batches(torch.float32))),
+    }
+    parallel = made(sharding.Parallel)
+    if size == 2:
+        cases["tensor parallel"] = sharding.tensor_parallel(parallel, mesh), data
+    else:
+        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+        split = sharding.tensor_parallel(parallel, both["model"])
+        place = both["data"].get_local_rank()
+        cases["2 x 2"] = fully_shard(split, mesh=both["data"]), own(data, place, 2)
+        cases["hybrid"] = fsdp(model, both), own(data)
+    for name, (sharded, mine) in cases.items():
+        for budget in (None, 0):
+            verify = budget is None
+            operator = operator_of("exact", sharded, mine, memory_budget=budget, verify=verify)
+            found[name if budget is None else f"{name} streamed"] = readings(operator)
+    return found
+
+
+def untouched(size: int) -> dict[str, Any]:
+    """A training with an operator that is asked between the steps, and one without."""
+    return {f"asked {asked}": _trained(asked) for asked in (False, True)}
+
+
+def _trained(asked: bool) -> list[Any]:
+    model = fsdp(made(sharding.Net))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    data = own(batches())
+    operator = operator_of("exact", model, data)
+    losses = []
+    for step in range(6):
+        x, y = data[step % len(data)]
+        loss = F.cross_entropy(model(x), y)
+        if asked and step == 3:  # between a forward pass and its backward pass, as well
+            model.eval()
+            with torch.no_grad():
+                model(x)
+            model.train()
+            operator.gradient()
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        if asked:
+            operator.matvec(torch.ones(operator.parameters.size_here, dtype=torch.float64))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return [*losses, *(p.full_tensor().detach() for p in model.parameters())]
+
+
+SCENARIOS: list[Callable[[int], dict[str, Any]]] = [operators, layouts, untouched]
+
+
+def run(rank: int, size: int, folder: str) -> None:
+    """Takes part as one of ``size`` ranks, and saves what every scenario gave it."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=60),
+    )
+    results = {scenario.__name__: scenario(size) for scenario in SCENARIOS}
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()

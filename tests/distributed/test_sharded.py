@@ -1,0 +1,112 @@
+"""A sharded model has the curvature of the same model in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+
+from tests.distributed import sharded_worker as worker
+from tests.distributed import sharding
+from tests.distributed.sharding import batches, made
+from tests.processes import together
+
+pytestmark = pytest.mark.distributed
+
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(2, id="2_ranks"), pytest.param(4, id="4_ranks", marks=pytest.mark.slow)],
+)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each rank has found; the processes run once for all tests."""
+    size, folder = request.param, tmp_path_factory.mktemp("sharded")
+    together(worker.run, (size, str(folder)), size)
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def alike(ranks: Results, scenario: str) -> Any:
+    """What all ranks have found in a scenario, bit by bit."""
+    first, *others = ([*tree_leaves(results[scenario])] for results in ranks)
+    assert len(first) > 1
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    return ranks[0][scenario]
+
+
+def dense(model: nn.Module) -> dict[str, Tensor]:
+    """Loss and derivatives of the whole model, row by row: torch.func's are wrong for LayerNorm."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with sdpa_kernel(SDPBackend.MATH):
+        data = batches()
+        total = sum(len(y) for _, y in data)
+        loss = sum(F.cross_entropy(model(x), y) * (len(y) / total) for x, y in data)
+    slopes = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradient = torch.cat([g.reshape(-1) for g in slopes])
+    held = {"retain_graph": True, "materialize_grads": True}
+    products = [
+        torch.cat([h.reshape(-1) for h in torch.autograd.grad(gradient @ v, parameters, **held)])
+        for v in worker.directions(len(gradient))
+    ]
+    return {"loss": loss.detach(), "gradient": gradient.detach(), "products": torch.stack(products)}
+
+
+def check(found: dict[str, Any], model: nn.Module, *, size: float = 1e-12) -> None:
+    """The readings of all ranks, against those of the whole model."""
+    for name, expected in dense(model).items():
+        error = (torch.as_tensor(found[name], dtype=torch.float64) - expected).abs().max()
+        assert error <= size * expected.abs().max(), (name, float(error))
+
+
+@pytest.mark.parametrize("name", sharding.MODELS)
+@pytest.mark.parametrize("how", ["", " streamed"])
+def test_loss_gradient_and_products_are_those_of_the_whole_model(ranks, name, how):
+    check(alike(ranks, "operators")[name + how], made(sharding.MODELS[name]))
+
+
+def test_the_gauss_newton_matrix_and_differences_are_those_of_the_whole_model(ranks):
+    found = alike(ranks, "operators")
+    model = made(sharding.Net)
+    check(found["mlp differences"], model, size=1e-9)
+    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
+    x = torch.cat([x for x, _ in batches()])
+
+    def outputs(*values: Tensor) -> Tensor:
+        return functional_call(model, dict(zip(names, values, strict=True)), (x,))
+
+    jacobians = torch.autograd.functional.jacobian(outputs, tuple(parameters.values()))
+    J = torch.cat([j.reshape(len(x), 3, -1) for j in jacobians], dim=2)
+    p = model(x).softmax(1).detach()
+    H = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    G = torch.einsum("ncp,ncd,ndq->pq", J, H, J) / len(x)
+    expected = worker.directions(len(G)) @ G
+    torch.testing.assert_close(found["mlp gauss-newton"]["products"], expected, rtol=0, atol=1e-12)
+
+
+def test_every_layout_is_that_of_the_whole_model(ranks):
+    found = alike(ranks, "layouts")
+    frozen = made(sharding.Net)
+    frozen.head.requires_grad_(False)
+    for name, readings in found.items():
+        case = name.removesuffix(" streamed")
+        parallel = case in ("tensor parallel", "2 x 2")
+        whole = made(sharding.Parallel) if parallel else made(sharding.Net)
+        if case == "bf16":  # from the float32 shards, and not from what they are rounded to
+            check(readings, made(sharding.Net, torch.float32).double(), size=1e-6)
+        else:
+            check(readings, frozen if case == "a frozen layer" else whole)
+
+
+def test_a_training_is_bit_for_bit_the_same_with_an_operator(ranks):
+    for results in ranks:
+        without, beside = results["untouched"].values()
+        assert all(map(torch.equal, without, beside))
