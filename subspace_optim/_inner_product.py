@@ -7,6 +7,7 @@ itself needs nothing else; a sum over all of them is the sum of what each rank h
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -25,6 +26,16 @@ class InnerProduct:
         """
         return partial
 
+    def sums(self, *partial: Tensor) -> list[Tensor]:
+        """Returns several sums over all coordinates, completed at once.
+
+        Args:
+            *partial: of any shapes, as of ``sum``; the results have the widest of their dtypes.
+        """
+        whole = self.sum(torch.cat([each.flatten() for each in partial]))
+        parts = whole.split([each.numel() for each in partial])
+        return [part.view(each.shape) for part, each in zip(parts, partial, strict=True)]
+
     def size(self, here: int) -> int:
         """Returns P, the number of coordinates of vectors of which ``here`` lie here."""
         return here
@@ -32,6 +43,10 @@ class InnerProduct:
     def here(self, size: int) -> int:
         """Returns how many coordinates of a vector of P = ``size`` lie here."""
         return size
+
+    def before(self, size: int) -> int:  # noqa: ARG002 (others look it up)
+        """Returns how many coordinates of a vector of P = ``size`` lie on ranks before this one."""
+        return 0
 
     def seed(self, seed: int) -> int:
         """Returns the seed of what is drawn for the coordinates here: each rank has its own."""

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim.linalg.products import own_precision
 from subspace_optim.linalg.rows import gram
 
@@ -27,17 +29,25 @@ class ControlVariate:
         matmat: products with the cheap matrix ``S``.
         rows: ``(j, P)``, orthonormal.
         offset: ``(j, P)``, the products of ``S`` with the rows less those of ``H``.
+        inner: completes sums over coordinates.
     """
 
-    def __init__(self, matmat: Callable[[Tensor], Tensor], rows: Tensor, offset: Tensor) -> None:
-        self._matmat, self.rows, self.offset = matmat, rows, offset
-        inside = gram(offset, rows)
+    def __init__(
+        self,
+        matmat: Callable[[Tensor], Tensor],
+        rows: Tensor,
+        offset: Tensor,
+        inner: InnerProduct = WHOLE,
+    ) -> None:
+        self._matmat, self.rows, self.offset, self._inner = matmat, rows, offset, inner
+        inside = gram(offset, rows, inner)
         self._inside = ((inside + inside.T) / 2).to(rows)
 
     @own_precision
     def __call__(self, vectors: Tensor) -> Tensor:
         """Returns the products with the rows of ``vectors: (i, P)``."""
         products = self._matmat(vectors)
-        along, offset = vectors @ self.rows.T, vectors @ self.offset.T
+        parts = torch.stack([vectors @ self.rows.T, vectors @ self.offset.T])
+        along, offset = self._inner.sum(parts)
         products.addmm_(along, self.offset, alpha=-1)
         return products.addmm_(along @ self._inside - offset, self.rows)

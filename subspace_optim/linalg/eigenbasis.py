@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim._display import numbers
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError, check_integer
 from subspace_optim.linalg.products import own_precision
 
@@ -25,7 +26,10 @@ class EigenBasis:
     Attributes:
         eigenvalues: ``(k,)``, descending.
         vectors: ``(k, P)``, one eigenvector a row, orthonormal to a few units in the last place.
+            Of a model that is sharded, the coordinates that lie on this rank, as of all vectors
+            that it is asked about.
         residuals: ``(k,)``, the norms ``‖H u_i − λ_i u_i‖`` that the solver reached.
+        inner: completes sums over coordinates.
 
     Raises:
         ArgumentError: the shapes do not belong together.
@@ -34,6 +38,7 @@ class EigenBasis:
     eigenvalues: Tensor
     vectors: Tensor
     residuals: Tensor
+    inner: InnerProduct = WHOLE
 
     def __post_init__(self) -> None:
         if self.vectors.dim() != 2:
@@ -56,7 +61,7 @@ class EigenBasis:
     @property
     def size(self) -> int:
         """P, the number of coordinates of a vector."""
-        return self.vectors.shape[1]
+        return self.inner.size(self.vectors.shape[1])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,12 +84,15 @@ class EigenBasis:
         A ``k`` that is not from 0 to the basis's own raises ``ArgumentError``.
         """
         k = check_integer("k", k, minimum=0, maximum=self.k)
-        return EigenBasis(self.eigenvalues[:k], self.vectors[:k], self.residuals[:k])
+        values, vectors, residuals = (
+            each[:k] for each in (self.eigenvalues, self.vectors, self.residuals)
+        )
+        return EigenBasis(values, vectors, residuals, self.inner)
 
     @own_precision
     def coefficients(self, v: Tensor) -> Tensor:
         """Returns ``⟨u_i, v⟩``: ``(k,)`` for ``v`` of shape ``(P,)``, ``(j, k)`` for ``(j, P)``."""
-        return v.to(self.dtype) @ self.vectors.T
+        return self.inner.sum(v.to(self.dtype) @ self.vectors.T)
 
     @own_precision
     def project(self, v: Tensor, *, out: Tensor | None = None) -> Tensor:

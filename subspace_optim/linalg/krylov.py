@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._progress import Progress
 from subspace_optim._validation import NonFiniteError
 from subspace_optim.linalg.eigenbasis import EigenBasis
@@ -31,17 +32,39 @@ _LARGE = 1 << 12
 """From this size on, random vectors are nearly orthogonal to the few rows that there are."""
 
 
-def _perhaps(condition: Tensor) -> bool:
-    """Whether a condition may hold; it is looked up where that does not wait for a device."""
-    return condition.device.type != "cpu" or bool(condition)
+def _perhaps(condition: Tensor, inner: InnerProduct) -> bool:
+    """Whether a condition may hold; it is looked up where that costs less than to act as if.
+
+    That is where it does not wait for a device, or where what is done is summed over ranks.
+    """
+    waits = condition.device.type != "cpu" and type(inner) is InnerProduct
+    return waits or bool(condition)
 
 
 class KrylovRows:
-    """Orthonormal rows, held in two blocks so that the first becomes the result without a copy."""
+    """Orthonormal rows, held in two blocks so that the first becomes the result without a copy.
 
-    def __init__(self, k: int, rows: int, size: int, dtype: torch.dtype, device: torch.device):
-        self.head = torch.empty(k, size, dtype=dtype, device=device)
-        self.tail = torch.empty(rows - k, size, dtype=dtype, device=device)
+    Args:
+        k: rows of the first block.
+        rows: of both.
+        size: P.
+        dtype: of the rows.
+        device: of the rows.
+        inner: completes sums over coordinates.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        rows: int,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        inner: InnerProduct = WHOLE,
+    ):
+        self._inner, here = inner, inner.here(size)
+        self.head = torch.empty(k, here, dtype=dtype, device=device)
+        self.tail = torch.empty(rows - k, here, dtype=dtype, device=device)
 
     def __getitem__(self, j: int) -> Tensor:
         k = len(self.head)
@@ -72,10 +95,12 @@ class KrylovRows:
             What it was, ``⟨q_j, v⟩`` of these rows.
         """
         blocks = [rows for rows in self._blocks(first, end) if len(rows)]
-        parts = [rows @ v for rows in blocks]
-        for rows, part in zip(blocks, parts, strict=True):
+        if not blocks:
+            return v.new_zeros(0)
+        parts = self._inner.sum(torch.cat([rows @ v for rows in blocks]))
+        for rows, part in zip(blocks, parts.split([len(rows) for rows in blocks]), strict=True):
             v.addmv_(rows.T, part, alpha=-1)
-        return torch.cat(parts) if parts else v[:0]
+        return parts
 
     def rotate_(self, rotation: NDArray[np.float64]) -> None:
         """Replaces the first ``n`` rows by ``p`` combinations of them; ``rotation`` is ``(p, n)``.
@@ -108,6 +133,8 @@ class Krylov:
 
     Args:
         known: orthonormal rows to begin with, in the place of random ones; fewer than ``START``.
+        inner: completes sums over coordinates. Three of them are taken for each product, and all
+            else follows from what they give.
     """
 
     def __init__(
@@ -121,13 +148,14 @@ class Krylov:
         dtype: torch.dtype,
         device: torch.device,
         known: Tensor | None = None,
+        inner: InnerProduct = WHOLE,
     ):
-        self.matmat, self.size, self.k = matmat, size, k
+        self.matmat, self.size, self.k, self.inner = matmat, size, k, inner
         self.max_products = max(max_products, k)  # without k products there are no k pairs
         self.max_rows = size if size <= max(_SMALL, 4 * k + 12) else 2 * k + 6
-        self.rows = KrylovRows(k, self.max_rows, size, dtype, device)
+        self.rows = KrylovRows(k, self.max_rows, size, dtype, device, inner)
         self.projected = torch.zeros(self.max_rows, self.max_rows, dtype=dtype, device=device)
-        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.generator = torch.Generator(device=device).manual_seed(inner.seed(seed))
         self.epsilon = torch.finfo(dtype).eps
         self.longest = torch.zeros((), dtype=torch.float64, device=device)
         self.count = 0
@@ -159,15 +187,14 @@ class Krylov:
     def _random(self) -> Tensor:
         """Returns a random direction outside the rows, of length 1."""
         v = torch.randn(
-            self.size,
+            self.inner.here(self.size),
             generator=self.generator,
             dtype=self.projected.dtype,
             device=self.projected.device,
         )
         for _ in range(1 if self.size >= _LARGE else 2):
-            v.div_(torch.linalg.vector_norm(v))
             self.rows.project_out_(v, 0, self.count)
-        return v.div_(torch.linalg.vector_norm(v))
+        return v.div_(norm(v, self.inner))
 
     def _add_row(self, v: Tensor, length: Tensor | float, since: int) -> None:
         """Adds ``v`` over its length to the pending rows."""
@@ -218,9 +245,9 @@ class Krylov:
             return
         # Beside the largest product so far: that of a row in the kernel is rounding altogether.
         self.longest = torch.maximum(self.longest, norm(column))
-        length = coupling = norm(w)
+        length = coupling = norm(w, self.inner)
         broke_down = length <= 4 * self.epsilon * self.longest
-        if _perhaps(broke_down):
+        if _perhaps(broke_down, self.inner):
             w = torch.where(broke_down, self._random(), w)
             length = torch.where(broke_down, 1.0, length)
             coupling = torch.where(broke_down, 0.0, coupling)
@@ -347,9 +374,9 @@ class Krylov:
         self.rows.rotate_(rotation)
         vectors, guard = self.rows.head, self.rows.tail[: n - k].clone()
         del self.rows
-        orthonormalise_(vectors)
+        orthonormalise_(vectors, self.inner)
         values, reached = (torch.from_numpy(a[:n]).to(vectors) for a in (self.values, residuals))
         return (
-            EigenBasis(values[:k], vectors, reached[:k]),
-            EigenBasis(values[k:], guard, reached[k:]),
+            EigenBasis(values[:k], vectors, reached[:k], self.inner),
+            EigenBasis(values[k:], guard, reached[k:], self.inner),
         )

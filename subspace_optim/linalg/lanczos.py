@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ConvergenceWarning, check_integer
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.krylov import Krylov
@@ -92,9 +93,17 @@ class _Lanczos(Krylov):
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        inner: InnerProduct,
     ):
         super().__init__(
-            matmat, size, k, max_products=max_products, seed=seed, dtype=dtype, device=device
+            matmat,
+            size,
+            k,
+            max_products=max_products,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            inner=inner,
         )
         self.floor = max(50 * self.epsilon, accuracy)
         self.tol = max(tol, self.floor)
@@ -261,6 +270,7 @@ def top_eigenpairs(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     accuracy: float = 0.0,
+    inner: InnerProduct = WHOLE,
 ) -> EigenSolution:
     r"""Returns the k largest (algebraic) eigenpairs of the symmetric matrix behind ``matmat``.
 
@@ -303,6 +313,8 @@ def top_eigenpairs(
         dtype: of the vectors.
         device: of the vectors.
         accuracy: relative error of the products, where it is more than the dtype's.
+        inner: completes sums over coordinates, where the vectors that ``matmat`` takes and returns
+            hold those that lie here.
 
     Returns:
         The pairs, what they cost, and whether they converged.
@@ -323,6 +335,7 @@ def top_eigenpairs(
         seed=seed,
         dtype=dtype,
         device=torch.device(device),
+        inner=inner,
     )
     with solver.progress:
         accurate = solver.solve(max_angle)

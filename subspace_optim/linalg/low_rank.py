@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim._display import numbers
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.products import own_precision
@@ -31,6 +32,8 @@ class LowRankCurvature:
     Attributes:
         eigenvalues: ``(C,)``, the ``λ_k`` in the order of the classes.
         vectors: ``(C, P)``, one ``v_k`` a row, of norm 1, or zero for a term that is not there.
+            Of a model that is sharded, the coordinates that lie on this rank.
+        inner: completes sums over coordinates.
 
     Raises:
         ArgumentError: the shapes do not belong together.
@@ -38,6 +41,7 @@ class LowRankCurvature:
 
     eigenvalues: Tensor
     vectors: Tensor
+    inner: InnerProduct = WHOLE
 
     def __post_init__(self) -> None:
         if self.vectors.dim() != 2:
@@ -59,7 +63,7 @@ class LowRankCurvature:
     @property
     def size(self) -> int:
         """P, the number of coordinates of a vector."""
-        return self.vectors.shape[1]
+        return self.inner.size(self.vectors.shape[1])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,13 +78,13 @@ class LowRankCurvature:
     @cached_property
     def largest(self) -> float:
         """The largest ``λ_k`` of the terms that are there; 0 without any."""
-        there = torch.linalg.vector_norm(self.vectors, dim=1) > 0
+        there = self.inner.sum(torch.linalg.vector_norm(self.vectors, dim=1)) > 0
         return float(torch.where(there, self.eigenvalues, 0.0).max()) if self.k else 0.0
 
     @own_precision
     def coefficients(self, v: Tensor) -> Tensor:
         """Returns ``⟨v_k, v⟩``: ``(C,)`` for ``v`` of shape ``(P,)``, ``(j, C)`` for ``(j, P)``."""
-        return v.to(self.dtype) @ self.vectors.T
+        return self.inner.sum(v.to(self.dtype) @ self.vectors.T)
 
     @own_precision
     def orthogonalised(self) -> EigenBasis:
@@ -102,7 +106,7 @@ class LowRankCurvature:
             ArgumentError: a ``λ_k`` is negative, or something is not finite.
         """
         weights = self.eigenvalues.double()
-        gram, roots = exact_gram(self.vectors).cpu(), weights.sqrt().cpu()
+        gram, roots = exact_gram(self.vectors, self.inner).cpu(), weights.sqrt().cpu()
         if not (gram.isfinite().all() and roots.isfinite().all()):
             found = self.eigenvalues.tolist()
             raise ArgumentError("eigenvalues", found, "at least 0 and finite, as the vectors")
@@ -112,11 +116,11 @@ class LowRankCurvature:
         kept = values > max(epsilon, self.k * _GRAM_DIGITS) * values[:1].clamp(min=0)
         values, combinations = values[kept], combinations[kept]
         combinations = (combinations * roots / values.sqrt()[:, None]).to(self.device)
-        vectors = self.vectors.new_empty(len(values), self.size)
-        for columns in column_blocks(self.size):
+        vectors = self.vectors.new_empty(len(values), self.vectors.shape[1])
+        for columns in column_blocks(vectors.shape[1]):
             vectors[:, columns] = (combinations @ self.vectors[:, columns].double()).to(self.dtype)
         # Rounding of the Gram matrix makes rows that are not orthogonal by this much.
         if len(vectors) and self.k * _GRAM_DIGITS * values[0] > values[-1] * epsilon:
-            orthonormalise_(vectors)
+            orthonormalise_(vectors, self.inner)
         eigenvalues = values.to(self.device, self.dtype)
-        return EigenBasis(eigenvalues, vectors, torch.zeros_like(eigenvalues))
+        return EigenBasis(eigenvalues, vectors, torch.zeros_like(eigenvalues), self.inner)

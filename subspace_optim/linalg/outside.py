@@ -73,7 +73,7 @@ def look_outside(
 
     def outside(rows: Tensor) -> Tensor:
         # What rounding leaves inside of the basis is sent to the lower end, where nobody looks.
-        within = rows @ basis.vectors.T
+        within = basis.coefficients(rows)
         products = basis.project_out(matmat(rows - within @ basis.vectors))
         return products.addmm_(within, basis.vectors, alpha=least)
 
@@ -86,6 +86,7 @@ def look_outside(
         dtype=guard.dtype,
         device=guard.vectors.device,
         known=guard.vectors,
+        inner=basis.inner,
     )
     missed, block = 1.0, krylov.pending
     while missed > MISS_PROBABILITY and not krylov.exhausted:
@@ -104,5 +105,5 @@ def look_outside(
         missed = 0.0
     top, _ = krylov.pairs()
     row = basis.project_out(top.vectors)
-    orthonormalise_(row)
-    return Outside(EigenBasis(top.eigenvalues, row, top.residuals), missed)
+    orthonormalise_(row, basis.inner)
+    return Outside(EigenBasis(top.eigenvalues, row, top.residuals, basis.inner), missed)

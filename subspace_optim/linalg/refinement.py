@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from subspace_optim._inner_product import InnerProduct
 from subspace_optim._validation import NonFiniteError
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.products import not_finite, own_precision
-from subspace_optim.linalg.rows import column_blocks, gram, largest_sine, orthonormalise_
+from subspace_optim.linalg.rows import column_blocks, gram, largest_sine, orthonormalise_, square
 
 FAILURE_PROBABILITY = 0.04
 """How likely the bound of a probe is to be too small."""
@@ -204,15 +205,20 @@ def probe(
     rotation = torch.linalg.qr(draws).Q.T / torch.from_numpy(gaps)
     rows = rotation.to(basis.vectors) @ basis.vectors
     products = matmat(torch.cat([rows, guard.vectors]) if guarded else rows)
-    quotients = torch.linalg.vecdot(rows, products[:vectors]).double().cpu()
-    basis.project_out(products, out=products)
-    overlaps = gram(products[:vectors], products[:vectors]).cpu().numpy()
+    inside = basis.coefficients(products)
+    products.addmm_(inside, basis.vectors, alpha=-1)
+    quotients = torch.linalg.vecdot(rotation, inside[:vectors].double().cpu())
+    # Those of the vectors, and with the guard's product what is left of its own.
+    squares, along = basis.inner.sums(
+        gram(products[:vectors], products[:vectors]), gram(guard.vectors, products[-1:])
+    )
+    overlaps = squares.cpu().numpy()
     found = math.sqrt(np.trace(overlaps))
     if not math.isfinite(found):
         raise NonFiniteError(not_finite())
     if guarded:
         shift = _shift(values, mean, lowest, float(guard.eigenvalues), basis.size)
-        guard = _power_step(guard.vectors[0], products[-1], shift)
+        guard = _power_step(guard.vectors[0], products[-1], along[0, 0], shift, basis.inner)
     weights = rotation.square()  # Σ_i weights (λ_i − μ) is what the quotients tell anew
     below = max(below, float(guard.eigenvalues))
     known = float((weights @ torch.from_numpy(gaps)).sum())
@@ -225,21 +231,22 @@ def probe(
     return Probe(staleness, min(1.0, bound), guard, shrunk, _effective_rank(overlaps, k))
 
 
-def _power_step(vector: Tensor, product: Tensor, shift: float) -> EigenBasis:
+def _power_step(
+    vector: Tensor, product: Tensor, quotient: Tensor, shift: float, inner: InnerProduct
+) -> EigenBasis:
     """Returns the pair of ``(H − ρ) v``, with the Rayleigh quotient and the residual of ``v``.
 
     Raises:
         NonFiniteError: the product is not finite.
     """
-    value = vector @ product
-    residual = torch.linalg.vector_norm(product - value * vector)
+    value = quotient.to(vector)
+    moved = product.sub(vector, alpha=shift)
+    squares = inner.sums(square(product - value * vector), square(moved))
+    residual, size = torch.stack(squares).sqrt().to(vector)
     if not torch.isfinite(torch.stack([value, residual])).all():
         raise NonFiniteError(not_finite())
-    moved = product.sub(vector, alpha=shift)
-    size = torch.linalg.vector_norm(moved)
-    return EigenBasis(
-        value[None], torch.where(size > 0, moved / size, vector)[None], residual[None]
-    )
+    row = torch.where(size > 0, moved / size, vector)
+    return EigenBasis(value[None], row[None], residual[None], inner)
 
 
 @own_precision
@@ -278,22 +285,22 @@ def refine(
     Raises:
         NonFiniteError: a product is not finite.
     """
-    k, rows = basis.k, torch.cat([basis.vectors, guard.vectors])
+    k, rows, inner = basis.k, torch.cat([basis.vectors, guard.vectors]), basis.inner
     products = matmat(rows)
-    projected = gram(rows, products).cpu().numpy()
+    projected = gram(rows, products, inner).cpu().numpy()
     if not np.isfinite(projected).all():
         raise NonFiniteError(not_finite())
     values, ritz = np.linalg.eigh((projected + projected.T) / 2)
     values, ritz = values[::-1].copy(), ritz[:, ::-1].copy()
     below = float(values[k]) if len(values) > k else -math.inf
-    shift = _shift(values[:k], mean, lowest, below, rows.shape[1])
+    shift = _shift(values[:k], mean, lowest, below, basis.size)
     distances = values - shift
     # No correction where it would be a division by nothing: a guard at the mean of the bulk.
     inverse = np.where(distances > 1e-2 * distances[0], 1 / np.maximum(distances, _TINY), 0.0)
-    overlaps = _correct_(rows, products, ritz, values, inverse)
+    overlaps = _correct_(rows, products, ritz, values, inverse, inner)
     residuals = np.sqrt(np.diagonal(overlaps))
     del products
-    orthonormalise_(rows)
+    orthonormalise_(rows, inner)
 
     spread = max(abs(below - shift), abs(min(lowest, below) - shift)) if math.isfinite(below) else 0
     remaining = np.minimum(1.0, spread * inverse) * residuals
@@ -306,11 +313,11 @@ def refine(
     found, reached = (torch.from_numpy(a).to(rows) for a in (corrected, remaining))
     gaps = values[:k] - (_top_of_bulk(values[:k], below, residuals[k]) if guard.k else -math.inf)
     return Refinement(
-        EigenBasis(found[order], vectors, reached[order]),
-        EigenBasis(found[k:], last, reached[k:]),
+        EigenBasis(found[order], vectors, reached[order], inner),
+        EigenBasis(found[k:], last, reached[k:], inner),
         _staleness(residuals[:k], gaps),
         _staleness(remaining[:k], gaps),
-        largest_sine(basis.vectors, vectors),
+        largest_sine(basis.vectors, vectors, inner),
         _effective_rank(overlaps[:k, :k] / np.outer(gaps, gaps), k) or float(k),
     )
 
@@ -336,6 +343,7 @@ def _correct_(
     ritz: NDArray[np.float64],
     values: NDArray[np.float64],
     inverse: NDArray[np.float64],
+    inner: InnerProduct,
 ) -> NDArray[np.float64]:
     """Replaces the rows by the corrected Ritz vectors, in place, and returns ``⟨r_i, r_j⟩``."""
     rotation, theta, factors = (
@@ -348,5 +356,5 @@ def _correct_(
         residuals = (rotation @ products[:, columns]).addcmul_(theta, vectors, value=-1)
         overlaps += residuals @ residuals.T
         rows[:, columns] = vectors.addcmul_(factors, residuals)
-    result: NDArray[np.float64] = overlaps.cpu().numpy()
+    result: NDArray[np.float64] = inner.sum(overlaps).cpu().numpy()
     return result

@@ -1,7 +1,8 @@
 """The arithmetic of tall bases: k orthonormal rows of P numbers, k small and P large.
 
 What is k×k is computed in float64. What is k×P is taken some columns at a time, so that nothing
-allocates as much as another vector.
+allocates as much as another vector. The columns are the coordinates that lie here; ``inner``
+completes what is summed over them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import math
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.linalg.products import own_precision
 
 _COLUMNS = 1 << 16
 """Columns that are taken at a time, at most."""
+_DEPENDENT = 1e-12
+"""An eigenvalue of a Gram matrix below this, relative to the largest, is hardly more than rounding:
+in float64 the row that it makes is still orthogonal to the others within a hundredth."""
 
 
 def column_blocks(size: int) -> list[slice]:
@@ -25,43 +30,50 @@ def column_blocks(size: int) -> list[slice]:
 
 
 @own_precision
-def norm(v: Tensor) -> Tensor:
-    """Returns the length of a vector, in float64.
+def square(v: Tensor) -> Tensor:
+    """Returns the sum of the squares of the coordinates of a vector that lie here, in float64.
 
     Squares of float32 overflow from 1e19 on, and vanish below 1e-22.
     """
     if v.device.type != "cpu":
         length: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64)
-        return length
+        return length.square()
     # The same would make a copy of all of it on a CPU, which takes five times as long.
-    pieces = (v[columns].double() for columns in column_blocks(len(v)))
-    squares: Tensor = torch.stack([piece.dot(piece) for piece in pieces]).sum()
-    return squares.sqrt()
+    total = torch.zeros((), dtype=torch.float64)
+    for columns in column_blocks(len(v)):
+        piece = v[columns].double()
+        total += piece.dot(piece)
+    return total
+
+
+def norm(v: Tensor, inner: InnerProduct = WHOLE) -> Tensor:
+    """Returns the length of a vector, in float64."""
+    return inner.sum(square(v)).sqrt()
 
 
 @own_precision
-def gram(first: Tensor, second: Tensor) -> Tensor:
+def gram(first: Tensor, second: Tensor, inner: InnerProduct = WHOLE) -> Tensor:
     """Returns the inner products of the rows, summed up in float64 from blocks of columns."""
     result = torch.zeros(len(first), len(second), dtype=torch.float64, device=first.device)
     for columns in column_blocks(first.shape[1]):
         result += first[:, columns] @ second[:, columns].T
-    return result
+    return inner.sum(result)
 
 
 @own_precision
-def exact_gram(rows: Tensor) -> Tensor:
+def exact_gram(rows: Tensor, inner: InnerProduct = WHOLE) -> Tensor:
     """Returns the inner products of the rows with each other, all in float64."""
     result = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for columns in column_blocks(rows.shape[1]):
         piece = rows[:, columns].double()
         result.addmm_(piece, piece.T)
-    return result
+    return inner.sum(result)
 
 
 @own_precision
-def orthonormalise_(rows: Tensor) -> None:
+def orthonormalise_(rows: Tensor, inner: InnerProduct = WHOLE) -> None:
     """Makes nearly orthonormal rows orthonormal: one Cholesky step, its k×k part in float64."""
-    factor, _ = torch.linalg.cholesky_ex(exact_gram(rows))
+    factor, _ = torch.linalg.cholesky_ex(exact_gram(rows, inner))
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(rows.dtype)
     for columns in column_blocks(rows.shape[1]):
@@ -69,20 +81,40 @@ def orthonormalise_(rows: Tensor) -> None:
 
 
 @own_precision
-def largest_sine(first: Tensor, second: Tensor) -> float:
+def orthonormal_span(rows: Tensor, inner: InnerProduct = WHOLE) -> Tensor:
+    """Returns orthonormal rows of the span of any finite ones, as new ones.
+
+    Fewer than these, where they depend on each other within ``√_DEPENDENT`` of the longest
+    combination.
+    """
+    values, combinations = torch.linalg.eigh(exact_gram(rows, inner).cpu())
+    kept = values > _DEPENDENT * values[-1:].clamp(min=0)
+    weights = (combinations[:, kept] / values[kept].sqrt()).T.to(rows.device)
+    result = rows.new_empty(len(weights), rows.shape[1])
+    for columns in column_blocks(rows.shape[1]):
+        result[:, columns] = (weights @ rows[:, columns].double()).to(rows.dtype)
+    orthonormalise_(result, inner)
+    return result
+
+
+@own_precision
+def largest_sine(first: Tensor, second: Tensor, inner: InnerProduct = WHOLE) -> float:
     """Returns the sine of the largest angle between the spans of orthonormal rows.
 
     From the part of ``first`` outside ``second``: small sines are as accurate as large ones.
     """
-    overlaps = gram(first, second).to(first)
+    overlaps = gram(first, second, inner).to(first)
     outside = torch.zeros(len(first), len(first), dtype=torch.float64, device=first.device)
     for columns in column_blocks(first.shape[1]):
         part = first[:, columns] - overlaps @ second[:, columns]
         outside += part @ part.T
+    outside = inner.sum(outside)
     return min(1.0, math.sqrt(max(0.0, float(torch.linalg.eigvalsh(outside)[-1]))))
 
 
-def check_orthonormal(name: str, rows: Tensor, accuracy: float) -> None:
+def check_orthonormal(
+    name: str, rows: Tensor, accuracy: float, inner: InnerProduct = WHOLE
+) -> None:
     r"""Checks that rows are orthonormal, as exactly as rounding lets anybody make them.
 
     .. math:: |\langle v_i, v_j \rangle - \delta_{ij}| \le
@@ -98,13 +130,14 @@ def check_orthonormal(name: str, rows: Tensor, accuracy: float) -> None:
         name: of the argument.
         rows: ``(k, P)``.
         accuracy: ε of what they were computed in.
+        inner: completes sums over coordinates.
 
     Raises:
         ArgumentError: they are not orthonormal.
     """
-    k, size = rows.shape
+    k, size = len(rows), inner.size(rows.shape[1])
     identity = torch.eye(k, dtype=torch.float64, device=rows.device)
-    off = float((exact_gram(rows) - identity).abs().max())
+    off = float((exact_gram(rows, inner) - identity).abs().max())
     tolerance = min(accuracy * (k * (32 + 2 * math.sqrt(size)) + size / 16), 0.01)
     if not off <= tolerance:  # NaN too
         found = f"off by {off:.3g}"

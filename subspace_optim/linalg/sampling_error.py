@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.linalg.rows import gram
+from subspace_optim.linalg.rows import gram, square
 
 _BUCKETS = 1024
 """Length of the sketches by which it is seen in how many dimensions the error varies."""
@@ -66,27 +66,32 @@ class Scatter:
         options: Any = {"dtype": torch.float64, "device": vectors.device}
         self._overlaps = torch.zeros(basis.k, basis.k, **options)
         self._sketches: list[Tensor] = []
-        self._signs = torch.randint(2, (basis.size,), generator=generator, device="cpu")
+        # Of each coordinate that lies here: a draw that has its own seed on each rank.
+        seed = basis.inner.seed(int(torch.randint(1 << 31, (), generator=generator, device="cpu")))
+        signs = torch.Generator("cpu").manual_seed(seed)
+        self._signs = torch.randint(2, vectors.shape[1:], generator=signs, device="cpu")
         self._counts = torch.zeros(4, **options)
         self._gaps = torch.zeros(2, basis.k, **options)
 
     def see(self, products: Tensor) -> None:
         """Adds what one batch adds to the products with basis and guard, ``(k + 1, P)``."""
-        part = products[: self._basis.k]
-        gap = torch.linalg.vecdot(part, self._basis.vectors)
-        gap = gap - torch.linalg.vecdot(products[self._basis.k :], self._guard.vectors).sum()
+        part, rest = products[: self._basis.k], products[self._basis.k :]
+        inside, own, beside = self._basis.inner.sums(
+            gram(part, self._basis.vectors),
+            gram(part, part),
+            torch.linalg.vecdot(rest, self._guard.vectors).sum().double(),
+        )
+        gap = inside.diagonal() - beside
         self._gaps += torch.stack([gap, gap.square()])
-        self._overlaps += self._outside(part)
-        combined = self._basis.project_out(self._combination @ part)
+        self._overlaps += own - inside @ inside.T
+        combined = self._combination @ part
+        combined.addmv_(self._basis.vectors.T, self._combination @ inside.to(part), alpha=-1)
         draw = float(torch.randn((), generator=self._generator, device="cpu"))
         self._error.add_(combined, alpha=draw)
         signed = combined * (2 * self._signs.to(combined) - 1)
-        padded = torch.nn.functional.pad(signed, (0, -len(signed) % _BUCKETS))
+        before = self._basis.inner.before(self._basis.size) % _BUCKETS
+        padded = torch.nn.functional.pad(signed, (before, -(before + len(signed)) % _BUCKETS))
         self._sketches.append(padded.view(-1, _BUCKETS).sum(0).double())
-
-    def _outside(self, part: Tensor) -> Tensor:
-        inside = gram(part, self._basis.vectors)
-        return gram(part, part) - inside @ inside.T
 
     def gather(self, sum_: Callable[[Tensor], Tensor]) -> None:
         """Adds up what all processes have seen, each of batches of its own; once, at the end.
@@ -94,7 +99,7 @@ class Scatter:
         Args:
             sum_: sums a tensor over the processes, in place.
         """
-        sketches = torch.stack(self._sketches)
+        sketches = self._basis.inner.sum(torch.stack(self._sketches))
         m = len(sketches)
         sketches = sketches - sketches.mean(0)
         inner = sketches @ sketches.T
@@ -150,21 +155,25 @@ class Scatter:
             return 0.0
         if m < 2:
             return 1.0
-        part = products[: self._basis.k]
         unsampled = (1 - share) * m / (m - 1)
         total, squares = self._gaps
         errors = (unsampled * (squares - total.square() / m).clamp_min(0)).sqrt()
         values = (eigenvalues.double() - errors).cpu().numpy()
         if values.min() <= below:
             return 1.0
-        length = torch.linalg.vector_norm(self._error)
-        if not length > 0:
+        inner, part = self._basis.inner, products[: self._basis.k]
+        inside, own, squares = inner.sums(
+            gram(part, self._basis.vectors), gram(part, part), square(self._error)
+        )
+        if not squares > 0:
             return 0.0
-        covariance = unsampled * (self._overlaps - self._outside(part) / m).cpu().numpy()
-        e = self._error / length
+        overlaps = self._overlaps - (own - inside @ inside.T) / m
+        covariance = unsampled * overlaps.cpu().numpy()
+        e = (self._error / squares.sqrt()).to(self._error)
         product = self._basis.project_out(matmat(e[None])[0])
-        mean, square = torch.stack([e @ product, product @ product]).double().tolist()
-        factors = np.sqrt([_radau(mean, square, value, below) for value in values])
+        moments = inner.sum(torch.stack([e @ product, product @ product]).double())
+        mean, second = moments.tolist()
+        factors = np.sqrt([_radau(mean, second, value, below) for value in values])
         sines = covariance * factors[:, None] * factors
         largest = float(np.linalg.eigvalsh((sines + sines.T) / 2)[-1])
         sine = self.margin * math.sqrt(max(0.0, largest))

@@ -24,9 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._progress import Progress
 from subspace_optim._validation import ArgumentError, NonFiniteError, check_integer, check_number
 from subspace_optim.linalg.products import not_finite, own_precision
+from subspace_optim.linalg.rows import norm
 from subspace_optim.linalg.trace import Estimate, mean_and_error
 
 _ROUNDING = 4.0
@@ -174,6 +176,7 @@ def lanczos_quadrature(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    inner: InnerProduct = WHOLE,
 ) -> SpectralDensity:
     """Returns the spectral density of the symmetric matrix behind ``matvec``.
 
@@ -194,6 +197,7 @@ def lanczos_quadrature(
         seed: of the random vectors.
         dtype: of the vectors.
         device: of the vectors.
+        inner: completes sums over coordinates, where the vectors hold those that lie here.
 
     Returns:
         Nodes and weights.
@@ -205,17 +209,18 @@ def lanczos_quadrature(
     remedy = "It takes two to tell by how much they differ: without, there is no standard error."
     check_integer("probes", probes, minimum=2, remedy=remedy)
     check_integer("steps", steps, minimum=1)
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(inner.seed(seed))
+    here = inner.here(size)
     nodes, weights = torch.empty(2, probes, steps, dtype=torch.float64)
     with Progress("spectral density", "products", probes * steps) as progress:
         for i in range(probes):
-            start = torch.randn(size, generator=generator, dtype=dtype, device=device)
-            start.div_(torch.linalg.vector_norm(start))
+            start = torch.randn(here, generator=generator, dtype=dtype, device=device)
+            start.div_(norm(start, inner))
 
             def tick(step: int, before: int = i * steps) -> None:
                 progress.tick(before + step)
 
-            diagonal, beside = _tridiagonal(matvec, start, steps, tick)
+            diagonal, beside = _tridiagonal(matvec, start, steps, tick, inner)
             if not (diagonal.isfinite().all() and beside.isfinite().all()):
                 raise NonFiniteError(not_finite((i + 1) * steps))
             nodes[i], weights[i] = _quadrature(diagonal, beside, torch.finfo(dtype).eps)
@@ -223,7 +228,11 @@ def lanczos_quadrature(
 
 
 def _tridiagonal(
-    matvec: Callable[[Tensor], Tensor], start: Tensor, steps: int, tick: Callable[[int], object]
+    matvec: Callable[[Tensor], Tensor],
+    start: Tensor,
+    steps: int,
+    tick: Callable[[int], object],
+    inner: InnerProduct,
 ) -> tuple[Tensor, Tensor]:
     """Returns the diagonal of ``T`` and what is beside it, ``(m,)`` each, on the host.
 
@@ -233,17 +242,17 @@ def _tridiagonal(
     of float32 overflow from 1e19 on, and vanish below 1e-22.
     """
     previous, current = torch.zeros_like(start), start.clone()
-    norm = torch.zeros((), dtype=torch.float64, device=start.device)
+    length = torch.zeros((), dtype=torch.float64, device=start.device)
     rows = []
     for step in range(steps):
-        remainder = previous.mul_(-norm).add_(matvec(current))
-        height = (current * remainder).sum(dtype=torch.float64)
+        remainder = previous.mul_(-length).add_(matvec(current))
+        height = inner.sum((current * remainder).sum(dtype=torch.float64))
         remainder.addcmul_(current, height.to(current.dtype), value=-1)
-        norm = torch.linalg.vector_norm(remainder, dtype=torch.float64)
-        rows.append(torch.stack([height, norm]))
+        length = norm(remainder, inner)
+        rows.append(torch.stack([height, length]))
         tick(step + 1)
         # Nothing that remains stays nothing: the space is complete, and what follows is cut off.
-        previous, current = current, remainder.div_(torch.where(norm > 0, norm, 1.0))
+        previous, current = current, remainder.div_(torch.where(length > 0, length, 1.0))
     diagonal, beside = torch.stack(rows, dim=1).cpu()
     return diagonal, beside
 

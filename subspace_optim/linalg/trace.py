@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._progress import Progress
 from subspace_optim._validation import NonFiniteError, check_integer
 from subspace_optim.linalg.products import not_finite, own_precision
+from subspace_optim.linalg.rows import orthonormal_span
 
 _ROWS = 16
 """Rows that are multiplied at a time: what bounds the memory beside a sketch."""
@@ -47,6 +49,7 @@ def hutch_plus_plus(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    inner: InnerProduct = WHOLE,
 ) -> Estimate:
     r"""Returns an estimate of the trace of the symmetric matrix behind ``matmat``.
 
@@ -64,8 +67,8 @@ def hutch_plus_plus(
     With as many products as rows, or more, the trace is summed up from the diagonal: exact, by P
     products, with a standard error of 0.
 
-    Memory: about as many vectors as ``products``, a third of them for ``Q``. The host is visited
-    once.
+    Memory: about as many vectors as ``products``, two thirds of them for ``H S`` and ``Q``. The
+    host is visited three times.
 
     Args:
         matmat: the rows ``(j, P)`` to their products ``(j, P)``, for j up to 16.
@@ -74,6 +77,7 @@ def hutch_plus_plus(
         seed: of the random signs.
         dtype: of the vectors.
         device: of the vectors.
+        inner: completes sums over coordinates, where the rows hold those that lie here.
 
     Returns:
         The trace.
@@ -83,7 +87,8 @@ def hutch_plus_plus(
 
     Reference:
         Meyer, Musco, Musco & Woodruff 2021, *Hutch++: optimal stochastic trace estimation*,
-        algorithm 1. What of ``products`` is no multiple of three goes to the last part.
+        algorithm 1. What of ``products`` is no multiple of three goes to the last part, and so
+        does what the sketch of a matrix of low rank leaves of the second.
     """
     check_integer("size", size, minimum=1)
     remedy = "Two samples tell a standard error, and a sketch of one vector takes two products."
@@ -100,9 +105,9 @@ def hutch_plus_plus(
 
     with Progress("trace", "products", products) as progress:
         if products == size:
-            estimate = _summed(counted, size, dtype, device)
+            estimate = _summed(counted, size, dtype, device, inner)
         else:
-            estimate = _sketched(counted, size, products, seed, dtype, device)
+            estimate = _sketched(counted, size, products, seed, dtype, device, inner)
     value, error = torch.stack(estimate).tolist()
     if not (math.isfinite(value) and math.isfinite(error)):
         raise NonFiniteError(not_finite(products))
@@ -110,23 +115,34 @@ def hutch_plus_plus(
 
 
 def identity_rows(
-    size: int, dtype: torch.dtype, device: torch.device | str
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    inner: InnerProduct = WHOLE,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yields the rows of the identity in blocks, each with the index of its first row."""
+    """Yields the rows of the identity in blocks.
+
+    Each with the offset of the diagonal in it, of the coordinates that lie here: that of the
+    whole matrix, in the order of the ranks.
+    """
+    before, here = inner.before(size), inner.here(size)
     for start in range(0, size, _ROWS):
-        block = torch.zeros(min(_ROWS, size - start), size, dtype=dtype, device=device)
-        block.diagonal(start).fill_(1)
-        yield start, block
+        block = torch.zeros(min(_ROWS, size - start), here, dtype=dtype, device=device)
+        block.diagonal(start - before).fill_(1)
+        yield start - before, block
 
 
 def _summed(
-    matmat: Callable[[Tensor], Tensor], size: int, dtype: torch.dtype, device: torch.device
+    matmat: Callable[[Tensor], Tensor],
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    inner: InnerProduct,
 ) -> tuple[Tensor, Tensor]:
     """Returns the trace by as many products as there are rows, and an error of 0."""
-    blocks = identity_rows(size, dtype, device)
-    trace = torch.cat([matmat(rows).diagonal(start) for start, rows in blocks]).sum(
-        dtype=torch.float64
-    )
+    blocks = identity_rows(size, dtype, device, inner)
+    here = torch.cat([matmat(rows).diagonal(offset) for offset, rows in blocks])
+    trace = inner.sum(here.sum(dtype=torch.float64))
     return trace, torch.zeros_like(trace)
 
 
@@ -137,12 +153,18 @@ def _sketched(
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
+    inner: InnerProduct,
 ) -> tuple[Tensor, Tensor]:
-    """Returns trace and standard error by fewer products than there are rows."""
-    generator = torch.Generator(device=device).manual_seed(seed)
+    """Returns trace and standard error by fewer products than there are rows.
+
+    Raises:
+        NonFiniteError: a product of the sketch was NaN or infinite.
+    """
+    generator = torch.Generator(device=device).manual_seed(inner.seed(seed))
+    here = inner.here(size)
 
     def signs(rows: int) -> Tensor:
-        bits = torch.randint(2, (rows, size), generator=generator, device=device, dtype=torch.int8)
+        bits = torch.randint(2, (rows, here), generator=generator, device=device, dtype=torch.int8)
         return bits.to(dtype).mul_(2).sub_(1)
 
     def forms(rows: Tensor) -> Tensor:
@@ -150,17 +172,17 @@ def _sketched(
 
     sketch = products // 3
     range_ = torch.cat([matmat(signs(j)) for j in _blocks(sketch)])
-    largest = range_.abs().max()  # so that no square overflows, or vanishes
-    range_.div_(torch.where(largest > 0, largest, 1.0))
-    Q = torch.linalg.qr(range_.T).Q.T.contiguous()
+    if not inner.sum(range_.sum(dtype=torch.float64)).isfinite():
+        raise NonFiniteError(not_finite(sketch))
+    Q = orthonormal_span(range_, inner)
     del range_
-    inside = torch.cat([forms(rows) for rows in Q.split(_ROWS)]).sum()
-    samples = []
-    for j in _blocks(products - 2 * sketch):
+    samples = [forms(rows) for rows in Q.split(_ROWS)]
+    for j in _blocks(products - sketch - len(Q)):
         z = signs(j)
-        samples.append(forms(z.addmm_(z @ Q.T, Q, alpha=-1)))
-    outside, error = mean_and_error(torch.cat(samples))
-    return inside + outside, error
+        samples.append(forms(z.addmm_(inner.sum(z @ Q.T), Q, alpha=-1)))
+    inside, outside = inner.sum(torch.cat(samples)).tensor_split([len(Q)])
+    mean, error = mean_and_error(outside)
+    return inside.sum() + mean, error
 
 
 def _blocks(count: int) -> list[int]:

@@ -38,7 +38,7 @@ def rounding(solver, matrix):
 def as_on_a_device(request, monkeypatch):
     """Both ways through a breakdown: looked up, as on a CPU, and computed for all cases."""
     if request.param:
-        monkeypatch.setattr(krylov, "_perhaps", lambda _: True)
+        monkeypatch.setattr(krylov, "_perhaps", lambda *_: True)
 
 
 @pytest.mark.usefixtures("as_on_a_device")
@@ -82,7 +82,7 @@ def test_restarts_are_a_part_of_what_was_tested():
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", ["zero", "identity", "low_rank", "repeated_at_the_top", "tiny"])
 def test_a_device_finds_the_same_where_the_host_never_looks(name, dtype, monkeypatch):
-    monkeypatch.setattr(krylov, "_perhaps", lambda _: True)
+    monkeypatch.setattr(krylov, "_perhaps", lambda *_: True)
     for size in (40, 300, SIZE):
         matrix = Matrix(SPECTRA[name](size).to(dtype))
         check(solve(matrix, 5, TIGHT[dtype], dtype), matrix, 5, TIGHT[dtype])

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.linalg.rows import check_orthonormal, exact_gram, norm, orthonormalise_
+from subspace_optim.linalg.rows import (
+    check_orthonormal,
+    exact_gram,
+    norm,
+    orthonormal_span,
+    orthonormalise_,
+)
 from tests.dense import DTYPES
 
 
@@ -62,6 +68,28 @@ def test_rows_that_qr_or_the_library_made_are_orthonormal(kind, size, data, dtyp
     rows += 1e-3 * rows_of("normal", k, size, dtype, seed + 1) / math.sqrt(size)
     orthonormalise_(rows)
     check_orthonormal("vectors", rows, torch.finfo(dtype).eps)
+
+
+@given(
+    k=st.integers(1, 8),
+    rank=st.integers(0, 8),
+    decay=st.sampled_from([1.0, 1e-2, 1e-5]),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    seed=st.integers(0, 9999),
+)
+def test_the_span_of_rows_that_depend_on_each_other(k, rank, decay, dtype, seed):
+    """Combinations of ``rank`` orthonormal rows, the last of them ``decay`` as strong."""
+    rank = min(k, rank)
+    frame = torch.linalg.qr(rows_of("normal", rank, 200, torch.float64, seed).T).Q.T
+    mixed = torch.linalg.qr(rows_of("normal", rank, k, torch.float64, seed + 1).T).Q
+    strengths = torch.logspace(0, math.log10(decay), rank, dtype=torch.float64)
+    span = orthonormal_span(((mixed * strengths) @ frame).to(dtype))
+    assert len(span) >= rank
+    if rank:
+        check_orthonormal("vectors", span, torch.finfo(dtype).eps)
+    # All that was there is in it; in float32 rounding of the rows has turned the weakest.
+    outside = frame - frame @ span.double().T @ span.double()
+    assert outside.norm() <= 1e2 * torch.finfo(dtype).eps / decay if rank else len(span) == 0
 
 
 @given(
