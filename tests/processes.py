@@ -23,6 +23,13 @@ def together(work: Callable[..., None], args: tuple[Any, ...], count: int) -> No
     torch.multiprocessing.start_processes(work, args, count, start_method="forkserver")
 
 
+def apart(work: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
+    """Starts ``work(*args)``; what becomes of it is nobody else's end."""
+    process = _FORKS.Process(target=work, args=args)
+    process.start()
+    return process
+
+
 def started(
     command: Callable[[Sequence[str]], int], options: Sequence[str], output: Path
 ) -> BaseProcess:

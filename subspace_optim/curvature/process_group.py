@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import hashlib
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -212,18 +213,24 @@ class Ranks:
         try:
             dist.all_reduce(tensor, operation, self.group)
         except Exception as error:
-            self.told(error)  # without a connection no other rank can be told
-            raise
+            message = (
+                f"The ranks have lost each other: one has ended, or did not come within the time "
+                f"limit of the process group ({str(error).splitlines()[0]}). What went wrong is in "
+                "the log of that rank."
+            )
+            raise self.told(RuntimeError(message)) from error  # no other rank can be told
 
     def _raise_first(self, error: Exception | None) -> None:
         """Raises, on every rank, the error of the lowest rank that has one.
 
-        The kind is the same on all, because what is done about an error depends on its kind.
+        The kind is the same on all, because what is done about an error depends on its kind. That
+        others have waited for a rank in vain is no error of their own.
         """
         own = None if error is None else (_plain_kind(error), _text(error))
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, own, self.group)
-        first = next(rank for rank, described in enumerate(found) if described)
+        failed = [rank for rank, described in enumerate(found) if described]
+        first = min(failed, key=lambda rank: _waited_in_vain(found[rank][1]))
         if error is not None and first == self.rank:
             raise self.told(error)
         kind, message = found[first]
@@ -270,6 +277,11 @@ def warn_without_group(model: nn.Module, process_group: Any) -> None:
             "process_group=torch.distributed.group.WORLD, or give every rank the same data."
         )
         warnings.warn(message, RanksWarning, stacklevel=2)
+
+
+def _waited_in_vain(message: str) -> bool:
+    """Whether an error is one of communication: gloo's, or NCCL's."""
+    return re.search("gloo|NCCL|ProcessGroup", message) is not None
 
 
 def _message(group: Any) -> Tensor:

@@ -53,10 +53,10 @@ class Layout:
                 everyone |= set(t.device_mesh.mesh.flatten().tolist())
         ranks = tuple(sorted(everyone))
         like = _a_group_of(tensors)
-        self.ranks = Ranks(_group(ranks, like))
+        self.ranks = Ranks(_group(ranks, like, "meetings"))
         self.ranks.together = True
         self.ranks.data_size, self.ranks.data_rank = len(data), data.index(own)
-        self.data = _group(data, like) if len(data) > 1 else None
+        self.data = _group(data, like, "losses") if len(data) > 1 else None
         found: list[Any] = [None] * len(ranks)
         dist.all_gather_object(found, [_shard_of(t) for t in tensors], self.ranks.group)
         self.replicas = [
@@ -98,7 +98,9 @@ class Layout:
             for room, i in zip(own.split(lengths), those, strict=True):
                 room[: pieces[i].numel()] = pieces[i].reshape(-1)
             every = own.new_empty(len(ranks), len(own))
-            dist.all_gather_into_tensor(every.view(-1), own, _group(ranks, self.ranks.group))
+            dist.all_gather_into_tensor(
+                every.view(-1), own, _group(ranks, self.ranks.group, "replicas")
+            )
             for whole, i in zip(every.split(lengths, dim=1), those, strict=True):
                 result[i] = whole.reshape(-1)[: shapes[i].numel()].view(shapes[i])
         return result
@@ -153,21 +155,24 @@ def _a_group_of(tensors: Iterable[Any]) -> Any:
 _GROUPS: dict[Any, Any] = {}
 
 
-def _group(ranks: tuple[int, ...], like: Any) -> Any:
-    """Returns a process group of these ranks that nobody else communicates in.
+def _group(ranks: tuple[int, ...], like: Any, use: str) -> Any:
+    """Returns a process group of these ranks that is used for one thing.
 
-    A rank that has failed says so here, while others wait for it in a group of the model's own.
+    A rank that has failed says so in one, while the others wait for it in another, or in one of the
+    model's own: two different collectives in one group would be taken for each other.
 
     Args:
         ranks: in ascending order.
         like: has the time limit that it gets.
+        use: names it.
     """
     world = dist.group.WORLD
-    key = id(world), ranks
+    key = id(world), ranks, use
     if key not in _GROUPS:
         limit = None
         with suppress(Exception):
             limit = like._get_backend(torch.device("cpu")).options._timeout  # noqa: SLF001
+            limit *= 1 if use != "meetings" else 2  # those who have waited in vain come to it
         group = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
         _GROUPS[key] = world, group  # alive, so that no other world gets its id
     return _GROUPS[key][1]
