@@ -16,9 +16,14 @@ TORCH ?= 2.13.0
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
+# Python keeps what it has compiled: else each process of the tests would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 bin := $(VENV)/bin
-pip_install = -m pip --disable-pip-version-check install
+# Of torch alone 2,000 modules would be compiled that nothing here imports; imports compile the rest.
+pip_install = -m pip --disable-pip-version-check install --no-compile
+# Today's pip chooses the versions in half the time of the one that Python brings.
+venv = $(PYTHON) -m venv --upgrade-deps
 sphinx = $(bin)/python -m sphinx -q -j $(JOBS) -d docs/_build/doctrees
 
 .PHONY: help
@@ -26,11 +31,14 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "Variables: ARGS (of compare, speed, gpu, gallery, papers and test), DEVICE ($(DEVICE)), SIZE ($(SIZE)), JOBS ($(JOBS)), PYTHON ($(PYTHON)), VENV ($(VENV)), TORCH ($(TORCH))"
 
-# One stamp for each extra of pyproject.toml.
+# One stamp for each extra of pyproject.toml, and for those that it holds.
+held_by_test := bench
+held_by_clients := bench test
+held_by_dev := bench test
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
-	@[ -x $(bin)/pip ] || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@[ -x $(bin)/pip ] || { echo "making $(VENV)"; $(venv) $(VENV); }
 	$(bin)/python $(pip_install) -c $(CONSTRAINTS) -e ".[$*]"
-	@touch $@
+	@touch $@ $(held_by_$*:%=$(VENV)/.installed-%)
 
 .PHONY: compare
 compare: $(VENV)/.installed-bench  ## run the main comparison; ARGS="--help" lists its options
@@ -93,7 +101,7 @@ docs-links: $(VENV)/.installed-dev  ## ask the sites that the docs link to
 wheel: $(VENV)/.installed-dev  ## build the sdist, the wheel from it, and import that in an environment of its own
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
 	$(bin)/python -m build --outdir "$$tmp/dist" .; \
-	$(PYTHON) -m venv "$$tmp/venv"; \
+	$(venv) "$$tmp/venv"; \
 	files=$$(find subspace_optim -name '*.py' -o -name py.typed); \
 	mkdir "$$tmp/empty"; \
 	"$$tmp/venv/bin/python" $(pip_install) -c $(CONSTRAINTS) "$$tmp"/dist/*.whl; \
@@ -113,7 +121,7 @@ export CONSTRAINTS_HEADER
 .PHONY: constraints
 constraints:  ## pin the newest versions anew, with the torch that TORCH names
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; set -x; \
-	$(PYTHON) -m venv "$$tmp/venv"; \
+	$(venv) "$$tmp/venv"; \
 	"$$tmp/venv/bin/python" $(pip_install) "torch==$(TORCH)" -e ".[dev,clients]"; \
 	{ set +x; } 2>/dev/null; \
 	"$$tmp/venv/bin/python" -m pip freeze --all --exclude-editable --exclude pip > "$$tmp/frozen"; \
