@@ -117,13 +117,7 @@ class Monitor(Shown):
             subspace, operator = source, operator_of(source)
         space = source.parameters
         optimizers = optimizers_of(optimizer, space)
-        if not callable(every):
-            remedy = (
-                "Or a function of the step that tells whether it is recorded, or "
-                "every_share(0.05), which takes that share of the time."
-            )
-            every = check_integer("every", every, minimum=1, remedy=remedy)
-        self.every = every
+        self.every = every = checked_schedule(every)
         self.source = source
         self._training = Training(
             space,
@@ -384,6 +378,20 @@ class Monitor(Shown):
         if path is not None:
             figure.savefig(path)
         return figure
+
+
+def checked_schedule(every: int | Callable[[int], bool]) -> int | Callable[[int], bool]:
+    """Returns the argument ``every``.
+
+    ``ArgumentError`` where it is neither a number of steps nor a function.
+    """
+    if callable(every):
+        return every
+    remedy = (
+        "Or a function of the step that tells whether it is recorded, or every_share(0.05), which "
+        "takes that share of the time."
+    )
+    return check_integer("every", every, minimum=1, remedy=remedy)
 
 
 def _name_of(schedule: Any) -> str:
