@@ -17,8 +17,8 @@ from subspace_optim.curvature.objective import BatchLossFunction
 from subspace_optim.curvature.parameters import Params
 from subspace_optim.diagnostics import Monitor
 from subspace_optim.diagnostics.logs import Row, check_targets, targets_of
-from subspace_optim.diagnostics.monitor import checked_schedule
 from subspace_optim.diagnostics.rows import Measures, flat_measures
+from subspace_optim.diagnostics.schedules import checked_schedule
 from subspace_optim.step_hooks import innermost
 from subspace_optim.subspaces import DominantSubspace, Subspace
 
