@@ -158,6 +158,7 @@ class MonitorCallback(TrainerCallback):
             raise ArgumentError("the callback", "of another trainer", "this trainer's", remedy)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ArgumentError("the model", "sharded by FSDP or DeepSpeed", "whole on each rank")
+        self._rows.clear()  # of a training that broke off: its monitor and files have them
         if state.global_step:
             self._watch.load_state_dict(_load(self._folders(), self._file))
         self._watch.begin(trainer.model, trainer.optimizer, loss=self._loss, data=self._data)

@@ -525,3 +525,33 @@ def test_an_optimizer_that_is_exchanged_is_told_of(tmp_path: Path) -> None:
     with pytest.warns(so.UnseenStepsWarning, match="^The trainer has exchanged its optimizer"):
         _, _, callback = trained(tmp_path, attach=attach)
     assert callback.monitor.history["step"] == [0, 1]
+
+
+def test_a_training_that_breaks_off_loses_no_row_and_leaves_none_to_the_next(
+    tmp_path: Path,
+) -> None:
+    class Breaking(transformers.TrainerCallback):
+        broken = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3 and not self.broken:
+                self.broken = True
+                raise KeyboardInterrupt
+
+    log, made = tmp_path / "run.csv", list[Any]()
+
+    def attach(trainer: Any) -> None:
+        trainer.add_callback(Breaking())
+        made.extend([trainer, MonitorCallback(trainer, every=1, log=log)])
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, attach=attach)
+    trainer, callback = made
+    first = callback.monitor
+    assert first.history["step"] == [0, 1, 2]
+    assert len(log.read_text().splitlines()) == 4
+    trainer.train()
+    logged = [e["step"] for e in trainer.state.log_history if "subspace/actual_change" in e]
+    assert logged == list(range(1, 7))
+    assert first.history["step"] == [0, 1, 2]
+    assert callback.monitor.history["step"] == list(range(6))

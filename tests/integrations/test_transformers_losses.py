@@ -62,18 +62,19 @@ def watched(
     kind: Any = transformers.Trainer,
     *,
     each: int = 1,
+    steps: int = 4,
     callbacks: Any = (),
     loss: Any = None,
     data: Any = None,
     compute_loss_func: Any = None,
     **options: Any,
 ) -> tuple[dict[str, list[float]], Recorder]:
-    """Four steps, of which the last has fewer micro-batches: five batches of four make an epoch."""
+    """Steps of which some have fewer micro-batches: five batches of four make an epoch."""
     model = llama()
     recorder = Recorder(model)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        max_steps=4,
+        max_steps=steps,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=each,
         learning_rate=1e-2,
