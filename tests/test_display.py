@@ -115,6 +115,16 @@ def test_an_operator_of_a_loss_of_ones_own_and_of_a_sample():
     assert "N=300 of 1,200, " in repr(hessian.sample(300, seed=0))
 
 
+def test_an_operator_of_the_current_batch_says_so():
+    model, _, (x, y) = problem()
+    batch = so.CurrentBatch()
+    hessian = so.HessianOperator(model, nn.CrossEntropyLoss(), batch)
+    assert "N=not read yet of the CurrentBatch, " in repr(hessian)
+    batch.set(x[:30], y[:30])
+    hessian.loss()
+    assert "N=30 of the CurrentBatch, " in repr(hessian)
+
+
 def test_an_operator_of_two_and_one_that_could_not_be_made():
     model, hessian, data = problem()
     gauss_newton = so.GaussNewtonOperator(model, nn.CrossEntropyLoss(), data)

@@ -135,6 +135,7 @@ class MeanLossOperator(AtPoints):
         stats, of = self.stats, self.examples
         own = "train" if self.model.training else "eval"
         read = f"{stats.examples:,}" if stats.examples else "not read yet"
+        read += " of the CurrentBatch" if self.of_current_batch else ""
         return super()._facts() | {
             "N": read if of is None else f"{of[0]:,} of {of[1]:,}",
             "mean over": self._passes.parts.mean_over,

@@ -64,7 +64,9 @@ class GivenGradient:
                 f"The gradient that the optimizer gets has a cosine of {product / lengths:.2f} "
                 "with that of the loss that is measured. It is of another loss or of another batch "
                 "than the operator has, or it was changed after the backward pass. Give the "
-                "operator the loss that is trained on, and set the batch before `optimizer.step()`."
+                "operator the loss that is trained on, and set the batch before "
+                "`optimizer.step()`; where gradients are accumulated, `batch.add(x, y)` each "
+                "micro-batch: `batch.set` keeps the last one alone."
             )
             warnings.warn(message, OtherGradientWarning, stacklevel=2)
 

@@ -85,8 +85,9 @@ def logs(targets: Any, columns: Sequence[str], *, append: bool, files: bool = Tr
     chosen = targets_of(targets)
     if not files:
         chosen = [target for target in chosen if not isinstance(target, str | Path)]
+    check_targets(chosen)
     for target in chosen:
-        _check(target, append)
+        _check_is_new(target, append)
     return [_log(target, columns) for target in chosen]
 
 
@@ -114,24 +115,49 @@ _ALLOWED = (
 )
 
 
-def _check(target: Any, append: bool) -> None:
+def check_targets(targets: Iterable[Any]) -> None:
+    """Checks what rows are to go to, before anything is made.
+
+    Raises:
+        ArgumentError: one is no log, or a file that cannot be.
+    """
+    for target in targets:
+        if not _is_one(target):
+            raise ArgumentError("log", type(target).__name__, _ALLOWED)
+        if isinstance(target, str | Path):
+            if Path(target).suffix not in _FORMATS:
+                raise ArgumentError("log", str(target), _ALLOWED)
+            check_folder("log", target)
+
+
+def check_folder(argument: str, path: str | Path) -> Path:
+    """Returns the path of a file that can be made: that of a name in a folder.
+
+    Raises:
+        ArgumentError: the folder is not there, or the path is a folder itself.
+    """
+    file = Path(path)
+    if file.is_dir():
+        remedy = "Add the name of the file."
+        raise ArgumentError(argument, f"{file} (a folder)", "a file in a folder", remedy)
+    if not file.absolute().parent.is_dir():
+        remedy = "Make its folder, or choose another."
+        found = f"{file} (no such folder)"
+        raise ArgumentError(argument, found, "a file in a folder", remedy)
+    return file
+
+
+def _check_is_new(target: Any, append: bool) -> None:
     """Checks a target before any file is made.
 
     Raises:
-        ArgumentError: it is no log, or a file that is there or cannot be.
+        ArgumentError: it has no run, or is a file that is there.
     """
-    if not _is_one(target):
-        raise ArgumentError("log", type(target).__name__, _ALLOWED)
     if hasattr(target, "define_metric") and getattr(target, "run", target) is None:
         raise ArgumentError("log", "wandb without a run", "one", "Call wandb.init() before.")
     if not isinstance(target, str | Path):
         return
     path = Path(target)
-    if path.suffix not in _FORMATS:
-        raise ArgumentError("log", str(path), _ALLOWED)
-    if not path.absolute().parent.is_dir():
-        remedy = "Make its folder, or choose another."
-        raise ArgumentError("log", f"{path} (no such folder)", "a file in a folder", remedy)
     if path.exists() and path.stat().st_size and not append:
         remedy = "Choose another name, or append=True to add the rows of a resumed run."
         raise ArgumentError("log", str(path), "a file that is not there yet", remedy)

@@ -12,19 +12,14 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from subspace_optim._display import Shown, html_facts, html_rows, number
-from subspace_optim._validation import (
-    ArgumentError,
-    AttachedTwiceWarning,
-    LogWarning,
-    check_integer,
-)
+from subspace_optim._validation import ArgumentError, AttachedTwiceWarning, LogWarning
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.diagnostics.given_gradient import GivenGradient
-from subspace_optim.diagnostics.logs import logs
+from subspace_optim.diagnostics.logs import check_folder, logs
 from subspace_optim.diagnostics.measures import Step, Training, dominant, stability
 from subspace_optim.diagnostics.rows import COSTS, Measures, Rows, attached
-from subspace_optim.diagnostics.schedules import EveryShare
+from subspace_optim.diagnostics.schedules import EveryShare, checked_schedule
 from subspace_optim.diagnostics.table import Table
 from subspace_optim.step_hooks import (
     JointSteps,
@@ -117,13 +112,7 @@ class Monitor(Shown):
             subspace, operator = source, operator_of(source)
         space = source.parameters
         optimizers = optimizers_of(optimizer, space)
-        if not callable(every):
-            remedy = (
-                "Or a function of the step that tells whether it is recorded, or "
-                "every_share(0.05), which takes that share of the time."
-            )
-            every = check_integer("every", every, minimum=1, remedy=remedy)
-        self.every = every
+        self.every = every = checked_schedule(every)
         self.source = source
         self._training = Training(
             space,
@@ -364,9 +353,21 @@ class Monitor(Shown):
         return self._table.to_frame()
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes the history as a table, one row a recorded step."""
+        """Writes the history as a table, one row a recorded step.
+
+        Args:
+            path: of the file, which is overwritten where there is one.
+
+        Raises:
+            ArgumentError: it cannot be written.
+        """
         self._joint.check()
-        self._table.to_csv(path)
+        file = check_folder("path", path)
+        try:
+            self._table.to_csv(file)
+        except OSError as error:
+            found, allowed = f"{file} ({error.strerror})", "a file that can be written"
+            raise ArgumentError("path", found, allowed, "Choose another.") from error
 
     def plot(self, path: str | Path | None = None, *, theme: ThemeName = "light") -> Any:
         """Draws the dashboard: a panel for each part of what was recorded.
@@ -376,10 +377,16 @@ class Monitor(Shown):
             theme: the colours, ``"light"`` or ``"dark"``.
 
         Returns:
-            The matplotlib figure. A notebook shows it, whether pyplot is in use there or not.
+            The matplotlib figure. A notebook shows it as the last line of a cell, or by
+            ``display(monitor.plot())``. It is none of pyplot's, so ``plt.show()`` does not show it:
+            in a script give a ``path``.
+
+        ``ArgumentError`` where the folder of ``path`` is not there.
         """
         from subspace_optim.diagnostics.plots import dashboard  # noqa: PLC0415 (needs an extra)
 
+        if path is not None:
+            check_folder("path", path)
         figure = dashboard(self.history, theme=theme)
         if path is not None:
             figure.savefig(path)

@@ -32,7 +32,7 @@ def attached(measures: Measures, training: Training) -> list[Measure]:
     Raises:
         ArgumentError: there is none, one is no measure, or two of them have a column of one name.
     """
-    chosen = {measure.key: measure for measure in reversed(_flat(measures))}
+    chosen = {measure.key: measure for measure in reversed(flat_measures(measures))}
     if not chosen:
         raise ArgumentError("measures", "empty", "at least one measure")
     owner: dict[str, Measure] = {"step": Measure()} | dict.fromkeys(COSTS, Measure())
@@ -50,11 +50,16 @@ def attached(measures: Measures, training: Training) -> list[Measure]:
     return copies
 
 
-def _flat(measures: Any) -> list[Measure]:
+def flat_measures(measures: Any) -> list[Measure]:
+    """Returns all measures of a measure, or of lists within lists of them.
+
+    Raises:
+        ArgumentError: one is no measure.
+    """
     if isinstance(measures, Measure):
         return [measures]
     if isinstance(measures, Iterable) and not isinstance(measures, str | Mapping):
-        return [measure for each in measures for measure in _flat(each)]
+        return [measure for each in measures for measure in flat_measures(each)]
     remedy = "Call the function: measures.stability()." if callable(measures) else ""
     allowed = "a measure of subspace_optim.measures, or a list of them"
     raise ArgumentError("measures", getattr(measures, "__name__", measures), allowed, remedy)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import fmean, median
 from typing import Any
 
 import torch
 
-from subspace_optim._validation import ArgumentError, check_number
+from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.curvature.process_group import Ranks
 
 _STEPS = 64
@@ -183,3 +183,17 @@ def every_share(share: float) -> EveryShare:
         The schedule: ``EveryShare``, which tells how it decides.
     """
     return EveryShare(share)
+
+
+def checked_schedule(every: int | Callable[[int], bool]) -> int | Callable[[int], bool]:
+    """Returns the argument ``every``.
+
+    ``ArgumentError`` where it is neither a number of steps nor a function.
+    """
+    if callable(every):
+        return every
+    remedy = (
+        "Or a function of the step that tells whether it is recorded, or every_share(0.05), which "
+        "takes that share of the time."
+    )
+    return check_integer("every", every, minimum=1, remedy=remedy)

@@ -11,28 +11,13 @@ from torch import Tensor, nn
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.forwards import Call
 
-IGNORED = -100
-"""The label of what does not count, in the losses of ``transformers``."""
-
 
 class ModelLoss:
     """``batch_loss(model, batch)`` of models that return their own loss.
 
-    A batch is a ``Call`` that was taken in training, whose loss counts as it did there: the
-    micro-batches of a step count alike. Or it is a mapping of keyword arguments, from a data set:
-    its mean counts by its labels where the model takes ``num_items_in_batch``, and else by its
-    examples.
-
-    Args:
-        counts: whether the model divides the sum over labels by ``num_items_in_batch``.
-
-    Attributes:
-        scale: what the loss of a call with ``num_items_in_batch`` is multiplied by, so that the
-            mean over the calls is what the trainer's backward passes add up to.
+    A batch is a ``Call`` that was taken in training; the micro-batches of a step count alike. Or
+    it is a mapping of keyword arguments, whose mean counts by its examples.
     """
-
-    def __init__(self, *, counts: bool = False) -> None:
-        self.counts, self.scale = counts, 1.0
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         """Returns the loss and its weight.
@@ -41,15 +26,10 @@ class ModelLoss:
             ArgumentError: the batch is neither, or the model returns no loss.
         """
         if isinstance(batch, Call):
-            scale = self.scale if "num_items_in_batch" in batch.kwargs else 1.0
-            return loss_of(batch(model)) * scale, 1
+            return loss_of(batch(model)), 1
         if not isinstance(batch, Mapping):
             remedy = "Pass loss=, a function of the model and a batch."
             raise ArgumentError("a batch", type(batch).__name__, "a mapping", remedy)
-        labels = batch.get("labels")
-        if self.counts and isinstance(labels, Tensor):
-            count = labels.ne(IGNORED).sum()
-            return loss_of(model(**batch, num_items_in_batch=count)), count
         return loss_of(model(**batch)), size_of(batch)
 
 

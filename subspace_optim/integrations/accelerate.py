@@ -33,6 +33,7 @@ def attach(
     measures: Measures | None = None,
     every: int | Callable[[int], bool] = 50,
     log: Any = None,
+    append: bool = False,
 ) -> Monitor:
     """Attaches a ``Monitor`` to what ``accelerator.prepare`` has returned.
 
@@ -60,6 +61,7 @@ def attach(
         measures: as of ``Monitor``.
         every: as of ``Monitor``.
         log: as of ``Monitor``, beside the trackers.
+        append: as of ``Monitor``.
 
     Returns:
         The monitor.
@@ -85,6 +87,7 @@ def attach(
         measures=measures,
         every=every,
         log=log,
+        append=append,
         track=track,
     )
     monitor = watch.begin(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.optim import Optimizer
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature import CurrentBatch
@@ -45,14 +47,15 @@ class MonitorCallback(Callback):
         data: a loader of the batches to measure on (default: the minibatches as they come).
         params: of the curvature: a pattern, a predicate, or tensors (default: all trained ones).
         k: measures in a ``DominantSubspace`` of so many eigenvectors (default: in none).
-        measures, every, log: as of ``Monitor``.
+        measures, every, log, append: as of ``Monitor``.
 
     Attributes:
         monitor: the monitor; ``None`` until training begins.
 
     Raises:
-        ArgumentError: a source is given, and what it is made of. When training begins: the module
-            steps its optimizers itself, and neither ``loss`` nor ``source`` is given.
+        ArgumentError: a source is given, and what it is made of; or an argument cannot be. When
+            training begins: the module steps its optimizers itself, and neither ``loss`` nor
+            ``source`` is given.
     """
 
     def __init__(
@@ -66,8 +69,14 @@ class MonitorCallback(Callback):
         measures: Measures | None = None,
         every: int | Callable[[int], bool] = 50,
         log: Any = None,
+        append: bool = False,
     ) -> None:
         self._rows: list[Row] = []  # that the trainer's loggers have not got yet
+        self._latest: Any = None  # the batch at hand, until a backward pass shows that it is used
+        self._used: list[Any] = []  # the batches of the present step, ...
+        self._held: list[Any] = []  # ... what the watch takes for these, ...
+        self._at = -1  # ... and the number of the step
+        self._stage = "fit"
         self._watch = Watch(
             source,
             loss=loss,
@@ -77,6 +86,7 @@ class MonitorCallback(Callback):
             measures=measures,
             every=every,
             log=log,
+            append=append,
             track=self._rows.append,
         )
 
@@ -97,18 +107,27 @@ class MonitorCallback(Callback):
             found = "a module that steps its optimizers itself"
             remedy = "Pass loss=, a function of the module and a batch."
             raise ArgumentError("training_step", found, "one that returns a loss", remedy)
-        return StepLoss(weighs=self._watch.data is not None)
+        return StepLoss()
+
+    @property
+    def state_key(self) -> str:
+        """The name of its state in a checkpoint: several callbacks may measure different things."""
+        key: str = self._generate_state_key(**self._watch.key)
+        return key
 
     # --- events ---------------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learns what a checkpoint is loaded for, if one is."""
+        self._stage = stage
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches the monitor to the optimizers that step."""
-        optimizers = trainer.optimizers
-        watched = optimizers[0] if len(optimizers) == 1 else optimizers
         data = self._watch.data
+        self._drop()
         self._watch.begin(
             pl_module,
-            watched,
+            _one_or_all(trainer.optimizers),
             loss=lambda: self._loss(pl_module),
             data=lambda: CurrentBatch() if data is None else data,
         )
@@ -120,8 +139,35 @@ class MonitorCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Takes the batch."""
-        self._watch.add(batch)
+        """Takes the batch: its step may begin before its loss is computed, within a closure."""
+        given = Given(batch, batch_idx) if self._watch.loss is None else batch
+        if not pl_module.automatic_optimization:
+            self._watch.add(given)
+            return
+        if trainer.global_step != self._at:
+            self._used, self._at = [], trainer.global_step
+        goes_on = list(map(id, self._held)) == list(map(id, self._used))
+        self._held, self._latest = [*self._used, given], given
+        for index, each in enumerate([given] if goes_on else self._held):
+            self._watch.add(each, first=index == 0 and not goes_on)
+
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Learns that the step begins with the batch at hand, whatever was there before."""
+        if self._latest is not None:
+            self._used = []
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Learns that the batch at hand is used: others are skipped, and belong to no step."""
+        if self._latest is not None:
+            self._used.append(self._latest)
+            self._latest = None
+
+    def _drop(self) -> None:
+        self._latest, self._used, self._held, self._at = None, [], [], -1
 
     def on_train_batch_end(
         self,
@@ -132,6 +178,10 @@ class MonitorCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Hands rows to the trainer's loggers, at the step of its other metrics."""
+        self._hand_over(trainer)
+        self._watch.look(_one_or_all(trainer.optimizers))
+
+    def _hand_over(self, trainer: Trainer) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001 (as its own callbacks)
         for row in self._rows:
             for logger in trainer.loggers:
@@ -140,6 +190,7 @@ class MonitorCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detaches the monitor."""
+        self._drop()
         self._watch.end()
 
     def on_exception(
@@ -148,8 +199,9 @@ class MonitorCallback(Callback):
         pl_module: LightningModule,
         exception: BaseException,
     ) -> None:
-        """Detaches the monitor."""
+        """Detaches the monitor, and hands over what it has recorded."""
         self._watch.end()
+        self._hand_over(trainer)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -158,25 +210,32 @@ class MonitorCallback(Callback):
         return self._watch.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them; there may be no monitor yet."""
-        self._watch.load_state_dict(state_dict)
+        """Takes them for a training that goes on; a test of a checkpoint leaves the monitor."""
+        if self._stage == "fit":
+            self._watch.load_state_dict(state_dict)
+
+
+class Given(NamedTuple):
+    """A batch as ``training_step`` was given it."""
+
+    batch: Any
+    batch_idx: int
 
 
 class StepLoss:
     """``batch_loss(module, batch)`` of the loss that ``training_step`` returns.
 
-    Args:
-        weighs: counts batches by their examples; the micro-batches of a step count alike.
+    A batch is one that was ``Given`` in training; the micro-batches of a step count alike. Or it
+    is one of a data set, which counts by its examples, as the first of an epoch.
     """
-
-    def __init__(self, *, weighs: bool) -> None:
-        self.weighs = weighs
 
     def __call__(self, module: Any, batch: Any) -> tuple[Tensor, Any]:
         """Returns the loss and its weight."""
+        given = batch if isinstance(batch, Given) else Given(batch, 0)
+        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         with _silent(module):
-            output = module.training_step(batch, 0)
-        return loss_of(output), size_of(batch) if self.weighs else 1
+            output = module.training_step(*(given if takes_index else given[:1]))
+        return loss_of(output), 1 if given is batch else size_of(batch)
 
 
 @contextmanager
@@ -192,6 +251,10 @@ def _silent(module: Any) -> Iterator[None]:
         for name in names:
             vars(module).pop(name)
         vars(module).update(own)
+
+
+def _one_or_all(optimizers: list[Optimizer]) -> Optimizer | list[Optimizer]:
+    return optimizers[0] if len(optimizers) == 1 else optimizers
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

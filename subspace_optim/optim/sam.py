@@ -129,7 +129,7 @@ class _TwoSteps(CheckedOptimizer):
             own.first_step(zero_grad)
             return
         if self._before is not None:
-            self._put_back()
+            self.put_back()
             raise RuntimeError(
                 "first_step() was called before: second_step() has to follow it. The parameters "
                 "are back where that first_step() found them: begin the step anew."
@@ -195,12 +195,14 @@ class _TwoSteps(CheckedOptimizer):
 
     def _return(self) -> bool:
         """Puts θ_t back, and tells whether the gradients of both passes were finite."""
-        self._put_back()
+        self.put_back()
         gradients = [p.grad for group in self.param_groups for p in _with_gradients(group)]
         with outside_autocast(self._device):
             return self._finite and math.isfinite(_norm(gradients))
 
-    def _put_back(self) -> None:
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Puts the parameters back to θ_t, if ``first_step()`` has moved them from there."""
         before = self._before or {}
         with outside_autocast(self._device):
             try:
@@ -214,7 +216,7 @@ class _TwoSteps(CheckedOptimizer):
         try:
             yield
         except BaseException:
-            self._put_back()
+            self.put_back()
             raise
 
 

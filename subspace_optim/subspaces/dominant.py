@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 from subspace_optim._display import Shown, number, numbers
-from subspace_optim._progress import ProgressOption, check_progress, shown
+from subspace_optim._progress import LOGGER, ProgressOption, check_progress, shown
 from subspace_optim._validation import (
     ArgumentError,
     StaleBasisWarning,
@@ -27,6 +27,10 @@ from subspace_optim.subspaces.refresh import ByAngle, EveryNSteps
 from subspace_optim.subspaces.rule import RefreshRule, Situation, SubspaceStats
 
 _FAILURES_IN_A_ROW = 3
+_SHORT = 2
+"""Steps: a basis that serves for no more of them is short-lived, ..."""
+_SHORT_IN_A_ROW = 10
+"""... and so many of these in a row are worth a line in the log."""
 
 
 class DominantSubspace(Shown):
@@ -112,6 +116,7 @@ class DominantSubspace(Shown):
         rule.attach(operator, self.k, tol=self.tol, seed=self.seed)
         self.steps = StepCount(operator)
         self._refreshed_at = 0
+        self._short_in_a_row, self._told = 0, False  # short-lived bases, and whether of them
         self._attempted: int | None = None  # the state at which a refresh was last tried
         self._failures = 0
         self._then = State(0)  # at the last refresh or probe
@@ -241,6 +246,8 @@ class DominantSubspace(Shown):
             failure = error
         else:
             if trial.basis is not self.basis:
+                short = self.basis is not None and self.clock - self._refreshed_at <= _SHORT
+                self._short_in_a_row = self._short_in_a_row + 1 if short else 0
                 self._refreshed_at = self.clock
             self._take(trial)
             self._failures, self._attempted, self._then = 0, hash(state), state
@@ -252,6 +259,7 @@ class DominantSubspace(Shown):
                 setattr(stats, name, getattr(stats, name) + spent)
         if failure is None:
             self.rule.warn()
+            self._tell_of_short_lives()
             return
         stats.failures += 1
         self._failures += 1
@@ -266,6 +274,27 @@ class DominantSubspace(Shown):
             f"{_FAILURES_IN_A_ROW - 1} in a row."
         )
         warnings.warn(message, StaleBasisWarning, stacklevel=4)
+
+    def _tell_of_short_lives(self) -> None:
+        """Tells the log, once, why nearly each step pays for a refresh, and what would help."""
+        limit = getattr(self.rule, "max_angle", None)
+        if limit is None or self._told or self._short_in_a_row < _SHORT_IN_A_ROW:
+            return
+        self._told = True
+        if self._ranks.rank == 0:
+            LOGGER.info(
+                "%d bases in a row have served for no more than %d steps: the dominant subspace "
+                "turns by more than max_angle=%g (the sine of an angle) within these. So far %d "
+                "refreshes took %d products and %.1f s. In the first steps of a training that is "
+                "common; a larger max_angle, sample='auto', a k above a gap, or refresh=n costs "
+                "less.",
+                self._short_in_a_row,
+                _SHORT,
+                limit,
+                self.stats.refreshes,
+                self.stats.products,
+                self.stats.seconds,
+            )
 
     def _take(self, trial: RefreshRule) -> None:
         """Takes over all that a trial has found; ``rule`` and ``stats`` stay the same objects."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,26 @@ def test_a_gradient_that_is_not_the_losss_is_told_once(fault: str) -> None:
         s.train(optimizer, steps=4, **FAULTS[fault])
     assert len(told) == 1
     assert len(monitor.history["step"]) == 4
+
+
+def test_micro_batches_that_are_set_are_told_the_way_out_and_those_that_are_added_are_right() -> (
+    None
+):
+    """Of two accumulated micro-batches ``set`` keeps the second, whose gradient is another."""
+    for take in ("set", "add"):
+        s = Setting()
+        optimizer = s.sgd()
+        monitor = so.Monitor(optimizer, s.operator(), measures=so.measures.stability())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for x, y in (s.rows(0), (s.rows(1)[0], (s.rows(1)[1] + 1) % 3)):
+                getattr(s.batch, take)(x, y)
+                nn.functional.cross_entropy(s.model(x), y).backward()
+            optimizer.step()
+        assert len(monitor.history["step"]) == 1
+        assert ["`batch.add(x, y)` each micro-batch" in str(w.message) for w in told] == (
+            [True] if take == "set" else []
+        )
 
 
 def scaled(model: nn.Module) -> None:

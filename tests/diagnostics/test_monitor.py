@@ -447,6 +447,35 @@ def test_to_csv_without_rows_writes_the_names(tmp_path: Path) -> None:
     assert (tmp_path / "run.csv").read_text().split() == [",".join([*NAMES, *EIGENVALUES])]
 
 
+@pytest.mark.parametrize("write", ["to_csv", "plot"])
+def test_a_path_that_cannot_be_is_refused_before_anything_is_drawn(
+    write: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn(*_: Any, **__: Any) -> None:
+        raise AssertionError("drawn for nothing")
+
+    monkeypatch.setattr("subspace_optim.diagnostics.plots.dashboard", drawn)
+    monitor = recorded()
+    with pytest.raises(so.ArgumentError, match=r"^path is .*no such folder.* Make its folder, or"):
+        getattr(monitor, write)(tmp_path / "missing" / "run.csv")
+    with pytest.raises(so.ArgumentError, match=r"^path is .*a folder.* Add the name of the file"):
+        getattr(monitor, write)(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = recorded()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(so.ArgumentError, match=r"run\.csv \(No space left on device\)'"):
+        monitor.to_csv(tmp_path / "run.csv")
+
+
 def test_to_frame_holds_the_history() -> None:
     monitor = recorded()
     frame = monitor.to_frame()

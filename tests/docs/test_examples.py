@@ -30,7 +30,9 @@ def run(code: str, document: str) -> str:
 
 
 TRAINERS = {
-    name: re.findall(r"^from (transformers|lightning|accelerate)\b", "\n".join(blocks), re.M)
+    name: re.findall(
+        r"^from (transformers|lightning|accelerate|ignite|skorch)\b", "\n".join(blocks), re.M
+    )
     for name, blocks in EXAMPLES.items()
 }
 SEVERAL_RANKS = "docs/guides/several-ranks.md"

@@ -210,3 +210,28 @@ def run(rank: int, ranks: int, port: int, folder: str, loop: str) -> None:
     torch.save(found, Path(folder) / f"{rank}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def counted(rank: int, ranks: int, port: int, folder: str) -> None:
+    """Trains a ``Trainer`` that counts labels over all ranks, and measures on a data set."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    from tests.integrations.test_transformers import sentences
+    from tests.integrations.test_transformers_losses import watched
+
+    found = {}
+    for name, options in {"data": {"data": sentences(16, seed=3)}, "steps": {"each": 2}}.items():
+        history, seen = watched(Path(folder) / name, steps=2, ddp_backend="gloo", **options)
+        batches = [{key: batch[key] for key in batch} for batch in seen.batches]
+        found[name] = {"loss": history["loss"], "path": seen.path, "batches": batches}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()

@@ -185,3 +185,33 @@ def test_what_is_no_accelerator_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(so.ArgumentError, match=r"^accelerator is 'WithLoss', but must be an"):
         attach(model, model, optimizer)
+
+
+def test_a_loss_that_the_loop_computes_is_given_with_its_batches() -> None:
+    """Labels are in no call of such a model: the loop adds its batches."""
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    net = WithLoss().net
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=8)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.02)
+    model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    batches = so.CurrentBatch()
+
+    def loss(model: Any, batch: Any) -> Any:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]), len(batch[0])
+
+    measures = [so.measures.stability(), so.measures.loss_and_gradient()]
+    options: dict[str, Any] = {"data": batches, "loss": loss, "measures": measures}
+    monitor = attach(accelerator, model, optimizer, every=1, **options)
+    expected: list[float] = []
+    for index, (x, y) in enumerate(loader):
+        batches.add(x, y)
+        if index % 2 == 0:
+            both = slice(8 * index, 8 * index + 16)
+            with torch.no_grad():
+                found = nn.functional.cross_entropy(net(X[both]).double(), Y[both])
+            expected.append(found.item())
+        with accelerator.accumulate(model):
+            accelerator.backward(nn.functional.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert monitor.history["loss"] == pytest.approx(expected, rel=2e-6)

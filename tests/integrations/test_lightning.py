@@ -246,3 +246,164 @@ def test_what_is_no_source_is_refused_at_once() -> None:
     for given in (so.measures.stability(), trainer):
         with pytest.raises(so.ArgumentError, match=r"^source is .*Measures are named"):
             MonitorCallback(given)
+
+
+def loss_at(path: list[torch.Tensor], batches: list[Any]) -> float:
+    other = Module(random=False)
+    with torch.no_grad():
+        for p, value in zip(other.parameters(), path, strict=True):
+            p.copy_(value)
+        return sum(float(ce(other.net(x).double(), y)) for x, y in batches) / len(batches)
+
+
+MEASURES = [so.measures.stability(), so.measures.loss_and_gradient()]
+
+
+class WithoutIndex(Module):
+    def training_step(self, batch: Any) -> torch.Tensor:  # type: ignore[override]
+        return ce(self.net(batch[0]), batch[1])
+
+
+class ByIndex(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (1 + batch_idx) * ce(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("kind", [WithoutIndex, ByIndex])
+def test_a_training_step_is_given_what_it_was_given_in_training(kind: type[Module]) -> None:
+    module, callback = kind(random=False), MonitorCallback(every=1, measures=MEASURES)
+    fitted(module, callback)
+    assert callback.monitor is not None
+    for t, found in enumerate(callback.monitor.history["loss"]):
+        scale = 1 + t % 6 if kind is ByIndex else 1
+        expected = scale * loss_at(module.path[t], module.batches[t : t + 1])
+        assert found == pytest.approx(expected, rel=2e-6)
+
+
+def test_a_batch_that_is_skipped_is_in_no_row() -> None:
+    """The fourth of an epoch ends it. Then the next begins with a step of its own, as Lightning
+    has it: the gradients of the third micro-batch are dropped."""
+
+    class Ending(Module):
+        def on_train_batch_start(self, batch: Any, index: int) -> Any:
+            super().on_train_batch_start(batch, index)
+            return -1 if index == 3 else None
+
+    module, callback = Ending(random=False), MonitorCallback(every=1, measures=MEASURES)
+    fitted(module, callback, accumulate_grad_batches=2)
+    assert callback.monitor is not None
+    expected = [loss_at(module.path[first], module.batches[first : first + 2]) for first in (0, 4)]
+    assert callback.monitor.history["loss"] == pytest.approx(expected, rel=2e-6)
+    alone = MonitorCallback(every=1, measures=MEASURES)
+    module = Ending(random=False)
+    fitted(module, alone)
+    assert alone.monitor is not None
+    trained_on = [0, 1, 2, 4, 5, 6]
+    expected = [loss_at(module.path[i], module.batches[i : i + 1]) for i in trained_on]
+    assert alone.monitor.history["loss"] == pytest.approx(expected, rel=2e-6)
+
+
+def test_metrics_of_the_training_step_count_each_batch_once() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Measured(Module):
+        def __init__(self) -> None:
+            super().__init__(random=False)
+            self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
+            self.mean = torchmetrics.MeanMetric()
+            self.seen: list[float] = []
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            logits = self.net(batch[0])
+            loss = ce(logits, batch[1])
+            self.accuracy(logits, batch[1])
+            self.mean(loss)
+            self.seen.append(loss.item())
+            return loss
+
+    plain, seen = Measured(), Measured()
+    fitted(plain, epochs=1)
+    fitted(seen, MonitorCallback(every=1), epochs=1)
+    assert seen.seen == plain.seen
+    for name in ("accuracy", "mean"):
+        assert torch.equal(getattr(seen, name).compute(), getattr(plain, name).compute())
+
+
+def test_a_test_of_a_checkpoint_leaves_the_monitor_of_the_training(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Tested(Module):
+        def test_step(self, batch: Any, index: int) -> None:
+            self.log("test", ce(self.net(batch[0]), batch[1]))
+
+    saver, callback = ModelCheckpoint(tmp_path, filename="{epoch}"), MonitorCallback(every=1)
+    module = Tested(random=False)
+    trainer = fitted(module, callback, saver, enable_checkpointing=True)
+    monitor = callback.monitor
+    assert monitor is not None
+    assert len(monitor.history["step"]) == 12
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=8)
+    trainer.test(module, loader, ckpt_path=saver.best_model_path, verbose=False)
+    assert callback.monitor is monitor
+    fitted(Tested(random=False), callback)  # and the next training begins anew
+    assert callback.monitor is not monitor
+    assert len(callback.monitor.history["step"]) == 12
+
+
+def test_two_callbacks_have_states_of_their_own(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def callbacks() -> list[MonitorCallback]:
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=24)
+        return [MonitorCallback(every=1), MonitorCallback(k=2, data=loader, every=3)]
+
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1, filename="{epoch}")
+    whole, resumed = callbacks(), callbacks()
+    fitted(Module(random=False), *whole, saver, enable_checkpointing=True)
+    fitted(Module(random=False), *resumed, resume=tmp_path / "epoch=0.ckpt")
+    for one, other, count in zip(whole, resumed, (12, 4), strict=True):
+        assert one.monitor is not None
+        assert other.monitor is not None
+        same = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(one.monitor.history, other.monitor.history, **same)
+        assert len(one.monitor.history["step"]) == count
+
+
+def test_a_training_that_breaks_off_loses_no_row(tmp_path: Path) -> None:
+    """Not even the one that its loggers would have got a moment later; then it is begun anew."""
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Breaking(Callback):
+        def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            if args[-1] == 2:
+                raise ValueError("broken off")
+
+    log = tmp_path / "run.csv"
+    callback, logger = MonitorCallback(every=1, log=log), CSVLogger(tmp_path)
+    with pytest.raises(ValueError, match="broken off"):
+        fitted(Module(random=False), Breaking(), callback, logger=logger)
+    assert callback.monitor is not None
+    assert callback.monitor.history["step"] == [0, 1, 2]
+    logger.save()
+    with (Path(logger.log_dir) / "metrics.csv").open(newline="") as file:
+        assert sum(bool(row["subspace/actual_change"]) for row in csv.DictReader(file)) == 3
+    fitted(Module(random=False), callback)
+    steps = [row.partition(",")[0] for row in log.read_text().splitlines()]
+    assert steps == ["step", *map(str, range(3)), *map(str, range(12))]
+
+
+def test_an_optimizer_that_is_exchanged_is_told_of() -> None:
+    class Exchanging(Module):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1 and self.current_epoch == 0:
+                self.trainer.optimizers = [torch.optim.SGD(self.parameters(), lr=0.1)]
+
+    callback = MonitorCallback(every=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fitted(Exchanging(random=False), callback)
+    (only,) = (each for each in told if issubclass(each.category, so.UnseenStepsWarning))
+    assert str(only.message).startswith("The trainer has exchanged its optimizer")
+    assert callback.monitor is not None
+    assert callback.monitor.history["step"] == [0, 1]

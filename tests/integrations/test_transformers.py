@@ -108,6 +108,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "clipped": {"max_grad_norm": 0.05},
     "bf16": {"bf16": True},
     "checkpointing": {"activation_checkpointing": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
 }
 
 
@@ -288,16 +289,150 @@ def test_sam_of_another_optimizer_is_refused(tmp_path: Path) -> None:
         trained(tmp_path, attach=SAMCallback)
 
 
-def test_what_is_no_trainer_and_losses_of_other_kinds_are_refused(tmp_path: Path) -> None:
+class Interrupting(transformers.Trainer):
+    """Raises at one of its micro-batches; those of SAM's second passes count."""
+
+    at = 0
+    seen = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen += 1
+        if self.seen == self.at:
+            raise KeyboardInterrupt
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("at", [3, 5])
+def test_a_sam_step_that_is_interrupted_leaves_nothing_behind(at: int, tmp_path: Path) -> None:
+    """Of two micro-batches a step: in the second pass, and before it; then it trains on."""
+
+    def prepared(folder: Path, at: int) -> tuple[Any, Recorder]:
+        model = llama()
+        recorder = Recorder(model)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            lr_scheduler_type="constant",
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        optimizer = so.SAM(model.parameters(), lr=0.1, rho=0.5)
+        trainer = Interrupting(
+            model,
+            arguments,
+            train_dataset=sentences(),
+            callbacks=[recorder],
+            optimizers=(optimizer, None),
+        )
+        SAMCallback(trainer)
+        trainer.at = at
+        return trainer, recorder
+
+    trainer, recorder = prepared(tmp_path / "interrupted", at)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    before = recorder.path[-1] if at == 3 else [p.detach() for p in llama().parameters()]
+    if at == 3:  # nothing has moved
+        assert all(map(torch.equal, trainer.model.parameters(), before))
+    other, _ = prepared(tmp_path / "whole", 0)
+    trainer.model.load_state_dict(other.model.state_dict())
+    trainer.model.zero_grad()
+    trainer.train()
+    other.train()
+    assert all(map(torch.equal, trainer.model.parameters(), other.model.parameters()))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_sam_under_a_scaler_steps_as_without_one_and_skips_what_overflows(
+    clip: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale is a power of two: in float32 nothing is lost. The first one is too large.
+
+    The scaler is there and is asked to unscale as under fp16, which a CPU does not train in.
+    """
+
+    class Scaling(transformers.TrainerCallback):
+        trainer: Any = None
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            accelerator = self.trainer.accelerator
+            monkeypatch.setattr(accelerator, "native_amp", True)
+            monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+
+    def run(scale: float | None) -> tuple[list[torch.Tensor], Recorder, Any]:
+        def attach(trainer: Any) -> SAMCallback:
+            if scale is not None:
+                trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+                scaling = Scaling()
+                scaling.trainer = trainer
+                trainer.add_callback(scaling)
+            return SAMCallback(trainer)
+
+        model = llama()
+        trainer, recorder, _ = trained(
+            tmp_path / f"{scale}",
+            model=model,
+            attach=attach,
+            optimizer=lambda m: so.SAM(m.parameters(), lr=0.1, rho=0.05),
+            steps=3,
+            max_grad_norm=clip,
+            lr_scheduler_type="constant",
+        )
+        monkeypatch.undo()
+        return [p.detach() for p in model.parameters()], recorder, trainer
+
+    plain, _, _ = run(None)
+    scaled, _, trainer = run(2.0**10)
+    for p, q in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    assert trainer.accelerator.scaler.get_scale() == 2.0**10
+
+    _, recorder, trainer = run(2.0**127)  # the gradients of the first pass are infinite, and so on
+    first, second = recorder.path[:2]
+    assert all(map(torch.equal, first, second))
+    assert trainer.accelerator.scaler.get_scale() < 2.0**127
+
+
+def test_what_is_no_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(so.ArgumentError, match=r"write MonitorCallback\(trainer, every=50\)"):
         MonitorCallback(llama())
     for kind in (MonitorCallback, SAMCallback):
         with pytest.raises(so.ArgumentError, match=r"^trainer is 'left out', but must be a trans"):
             kind()
-    with pytest.raises(so.ArgumentError, match="one with label smoothing"):
-        trained(tmp_path, attach=MonitorCallback, label_smoothing_factor=0.1)
     with pytest.raises(so.ArgumentError, match=r"^data is 'given beside a source'"):
         trained(tmp_path, attach=lambda t: MonitorCallback(t, of_all, data=sentences()))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "k": ({"k": 0}, r"^k is 0, but must be an integer of at least 1"),
+    "a fraction": ({"k": 2.5}, r"^k is 2\.5, but must be an integer"),
+    "folder": ({"log": "missing/run.csv"}, r"^log is 'missing/run\.csv \(no such folder\)'"),
+    "params": ({"params": 3}, r"^params is 3, but must be a pattern of names"),
+    "one of params": ({"params": ["*.mlp.*", 3]}, r"^params\[1\] is 3, but must be a tensor or"),
+    "every": ({"every": 0}, r"^every is 0, but must be an integer of at least 1"),
+    "measures": ({"measures": so.measures.stability}, r"Call the function: measures\.stability"),
+    "loss": ({"loss": "models"}, r"^loss is 'models', but must be a function of the model and"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_can_be_checked_is_before_the_training_begins(what: str, tmp_path: Path) -> None:
+    options, message = REFUSED[what]
+    with pytest.raises(so.ArgumentError, match=message):
+        trained(tmp_path, attach=lambda t: MonitorCallback(t, **options), steps=0)
+
+
+def test_sharded_models_are_refused(tmp_path: Path) -> None:
+    trainer, _, callback = trained(tmp_path, attach=MonitorCallback, steps=1)
+    for way in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+        setattr(trainer, way, True)
+        with pytest.raises(so.ArgumentError, match="sharded by FSDP or DeepSpeed"):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+        setattr(trainer, way, False)
 
 
 def test_the_state_is_written_whole_and_no_other_file_is_left(tmp_path: Path) -> None:
@@ -313,3 +448,110 @@ def test_the_state_is_written_whole_and_no_other_file_is_left(tmp_path: Path) ->
         assert len(state["monitor"]["history"]["step"]) == step
         assert not list(folder.glob("*.part"))
         json.loads((folder / "trainer_state.json").read_text())
+
+
+def test_rows_are_not_printed_and_go_to_all_other_callbacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got: list[dict[str, float]] = []
+
+    class Logger(transformers.TrainerCallback):
+        def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+            got.append(dict(logs))
+
+    def attach(trainer: Any) -> MonitorCallback:
+        trainer.add_callback(Logger())
+        return MonitorCallback(trainer, every=2)
+
+    trained(tmp_path, attach=attach)
+    printed = capsys.readouterr().out
+    assert "'loss'" in printed
+    assert "subspace/" not in printed
+    rows = [logs for logs in got if "subspace/actual_change" in logs]
+    assert [row["epoch"] for row in rows] == pytest.approx([1 / 16, 3 / 16, 5 / 16])
+
+
+def test_a_second_training_adds_to_the_log_of_the_first(tmp_path: Path) -> None:
+    log = tmp_path / "run.csv"
+    trainer, _, callback = trained(
+        tmp_path, attach=lambda t: MonitorCallback(t, every=1, log=log), steps=3
+    )
+    trainer.train()
+    rows = log.read_text().splitlines()
+    assert [row.partition(",")[0] for row in rows] == ["step", "0", "1", "2", "0", "1", "2"]
+    assert callback.monitor.history["step"] == [0, 1, 2]
+    with pytest.raises(so.ArgumentError, match="append=True to add the rows"):
+        trained(tmp_path, attach=lambda t: MonitorCallback(t, every=1, log=log), steps=1)
+    trained(tmp_path, attach=lambda t: MonitorCallback(t, every=1, log=log, append=True), steps=1)
+    assert len(log.read_text().splitlines()) == 8
+
+
+def test_two_callbacks_have_states_of_their_own(tmp_path: Path) -> None:
+    def attach(trainer: Any) -> tuple[MonitorCallback, MonitorCallback]:
+        fixed = MonitorCallback(trainer, every=2, k=2, data=sentences(8, seed=3))
+        return MonitorCallback(trainer, every=1), fixed
+
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    _, _, whole = trained(tmp_path / "whole", attach=attach, **options)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    _, _, resumed = trained(tmp_path / "new", attach=attach, resume=checkpoint, **options)
+    for one, other in zip(whole, resumed, strict=True):
+        same = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(one.monitor.history, other.monitor.history, **same)
+    assert [len(each.monitor.history["step"]) for each in resumed] == [6, 3]
+
+
+def test_the_callback_of_another_trainer_is_refused(tmp_path: Path) -> None:
+    _, _, callback = trained(tmp_path, attach=lambda t: MonitorCallback(t, every=1), steps=1)
+    with pytest.raises(so.ArgumentError, match=r"the callback is 'of another trainer'"):
+        trained(tmp_path, attach=lambda t: t.add_callback(callback))
+
+
+def test_an_optimizer_that_is_exchanged_is_told_of(tmp_path: Path) -> None:
+    class Exchanging(transformers.TrainerCallback):
+        trainer: Any = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                other = torch.optim.SGD(self.trainer.model.parameters(), lr=0.1)
+                self.trainer.optimizer = self.trainer.accelerator.prepare(other)
+
+    def attach(trainer: Any) -> MonitorCallback:
+        exchanging = Exchanging()
+        exchanging.trainer = trainer
+        trainer.add_callback(exchanging)
+        return MonitorCallback(trainer, every=1)
+
+    with pytest.warns(so.UnseenStepsWarning, match="^The trainer has exchanged its optimizer"):
+        _, _, callback = trained(tmp_path, attach=attach)
+    assert callback.monitor.history["step"] == [0, 1]
+
+
+def test_a_training_that_breaks_off_loses_no_row_and_leaves_none_to_the_next(
+    tmp_path: Path,
+) -> None:
+    class Breaking(transformers.TrainerCallback):
+        broken = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3 and not self.broken:
+                self.broken = True
+                raise KeyboardInterrupt
+
+    log, made = tmp_path / "run.csv", list[Any]()
+
+    def attach(trainer: Any) -> None:
+        trainer.add_callback(Breaking())
+        made.extend([trainer, MonitorCallback(trainer, every=1, log=log)])
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, attach=attach)
+    trainer, callback = made
+    first = callback.monitor
+    assert first.history["step"] == [0, 1, 2]
+    assert len(log.read_text().splitlines()) == 4
+    trainer.train()
+    logged = [e["step"] for e in trainer.state.log_history if "subspace/actual_change" in e]
+    assert logged == list(range(1, 7))
+    assert first.history["step"] == [0, 1, 2]
+    assert callback.monitor.history["step"] == list(range(6))

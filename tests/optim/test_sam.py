@@ -360,3 +360,19 @@ def test_complex_parameters_step_as_their_moduli_say(adaptive: bool) -> None:
     optimizer.first_step()
     optimizer.second_step()
     assert torch.equal(z, before)
+
+
+def test_put_back_undoes_a_first_step_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = so.SAM(model.parameters(), lr=0.1, rho=0.5)
+    model(torch.randn(4, 3)).square().mean().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.put_back()
+    assert all(map(torch.equal, model.parameters(), before))
+    optimizer.first_step()
+    assert not any(map(torch.equal, model.parameters(), before))
+    optimizer.put_back()
+    assert all(map(torch.equal, model.parameters(), before))
+    with pytest.raises(RuntimeError, match="without first_step"):
+        optimizer.second_step()

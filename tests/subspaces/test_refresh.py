@@ -474,3 +474,26 @@ def test_two_copies_go_on_by_themselves():
     twin.update()
     assert twin.stats.probes > probes
     assert subspace.stats.probes == probes
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_the_log_tells_once_why_nearly_each_step_pays_for_a_refresh(
+    far: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Parameters that are drawn anew at each step, and such that stay where they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    data = torch.randn(40, 4), torch.randint(3, (40,))
+    subspace = so.DominantSubspace(so.HessianOperator(model, F.cross_entropy, data), k=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0 if far else 1e-6)
+    generator = torch.Generator().manual_seed(0)
+    with so.Monitor(optimizer, subspace), caplog.at_level("INFO", logger="subspace_optim"):
+        for _ in range(30):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+    told = [line for line in caplog.messages if "bases in a row" in line]
+    assert len(told) == far
+    if far:
+        assert told[0].startswith("10 bases in a row have served for no more than 2 steps")
+        assert f"So far {11} refreshes took " in told[0]
