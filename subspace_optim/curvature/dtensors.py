@@ -17,7 +17,7 @@ from torch import Tensor
 from subspace_optim._validation import ArgumentError
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 else:  # without it there is no such tensor either
     DTensor = type("DTensor", (), {})  # type: ignore[misc,assignment]
 
@@ -87,6 +87,64 @@ def _take_memory(tensor: Tensor, value: Tensor) -> None:
         tensor.data = value
 
 
+# --- rows of several, in one tensor --------------------------------------------------------------
+
+
+def stacked(tensor: Tensor, like: Any, lead: int) -> Tensor:
+    """Returns local tensors that were stacked, as a ``DTensor`` if the one that they are of is.
+
+    Args:
+        tensor: of shape ``(…, *shape)``.
+        like: of shape ``shape``, the parameter.
+        lead: how many dimensions come first.
+    """
+    if not isinstance(like, DTensor):
+        return tensor
+    size = torch.Size([*tensor.shape[:lead], *like.shape])
+    stride = torch.empty(size, device="meta").stride()
+    found: Tensor = DTensor.from_local(
+        tensor, like.device_mesh, _moved(like, lead), run_check=False, shape=size, stride=stride
+    )
+    return found
+
+
+def part_of(tensor: Any, like: Any, lead: int) -> Tensor:
+    """Returns the local part of a tensor of several, which may be whole, or laid out otherwise.
+
+    Args:
+        tensor: of shape ``(…, *shape)``.
+        like: of shape ``shape``, the parameter.
+        lead: how many dimensions come first.
+    """
+    if not isinstance(like, DTensor):
+        return as_local(tensor)
+    mesh = like.device_mesh
+    if isinstance(tensor, DTensor) and tensor.device_mesh != mesh:
+        tensor = tensor.full_tensor()
+    if not isinstance(tensor, DTensor):
+        tensor = DTensor.from_local(
+            tensor.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False
+        )
+    return local(tensor.redistribute(mesh, _moved(like, lead)))
+
+
+def _moved(like: Any, lead: int) -> list[Any]:
+    """Returns the placements of a parameter, for a tensor with more dimensions before its own."""
+    moved = []
+    for placement in like.placements:
+        if placement.is_replicate():
+            moved.append(placement)
+        else:
+            strided = {"split_factor": placement.split_factor} if _is_strided(placement) else {}
+            moved.append(type(placement)(placement.dim + lead, **strided))
+    return moved
+
+
+def _is_strided(placement: Any) -> bool:
+    """Whether another dimension of the mesh has divided it first: tensor parallel, then FSDP."""
+    return hasattr(placement, "split_factor")
+
+
 # --- in a graph: torch's own from_local() and to_local() have no second derivative ----------------
 
 
@@ -125,5 +183,5 @@ def as_dtensor(tensor: Tensor, like: Any) -> Any:
 
 
 def as_local(tensor: Tensor) -> Tensor:
-    """Returns the value of a ``DTensor`` scalar, which all ranks have; a plain one as it is."""
+    """Returns all of a ``DTensor``; a plain tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

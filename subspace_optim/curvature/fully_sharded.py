@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from subspace_optim._validation import ArgumentError
 
 if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule
-else:  # without it there is no such module either
-    FSDPModule = type("FSDPModule", (), {})  # type: ignore[misc,assignment]
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+else:  # without it there are no such modules either
+    FSDPModule = FullyShardedDataParallel = type("Absent", (), {})  # type: ignore[misc,assignment]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +106,18 @@ def _inside(roots: Iterable[nn.Module]) -> list[nn.Module]:
         inside = [m for m in module.children() if not isinstance(m, FSDPModule)]
         pending += [m for m in inside if id(m) not in found]
     return list(found.values())
+
+
+def refuse_flattened(model: nn.Module) -> None:
+    """Checks that the parameters are not flattened and divided by the first FSDP.
+
+    Raises:
+        ArgumentError: they are.
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        remedy = "Shard it by torch.distributed.fsdp.fully_shard (FSDP2), which keeps parameters."
+        allowed = "one with parameters of its own"
+        raise ArgumentError("model", "in FullyShardedDataParallel (FSDP1)", allowed, remedy)
 
 
 def reshard(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from subspace_optim.curvature.dtensors import (
     local,
     placed_like,
 )
-from subspace_optim.curvature.fully_sharded import reshard
+from subspace_optim.curvature.fully_sharded import refuse_flattened, reshard
 from subspace_optim.curvature.names import fits, near_misses
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.sharding import Layout, ShardedInnerProduct
@@ -74,6 +74,7 @@ class ParameterSpace:
     """
 
     def __init__(self, model: nn.Module, params: Params = None) -> None:
+        refuse_flattened(model)
         reshard(model)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if is_lazy(tensor):

@@ -171,7 +171,8 @@ def _group(ranks: tuple[int, ...], like: Any, use: str) -> Any:
     if key not in _GROUPS:
         limit = None
         with suppress(Exception):
-            limit = like._get_backend(torch.device("cpu")).options._timeout  # noqa: SLF001
+            device = next(iter(like._device_types))  # noqa: SLF001
+            limit = like._get_backend(device).options._timeout  # noqa: SLF001
             limit *= 1 if use != "meetings" else 2  # those who have waited in vain come to it
         group = dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
         _GROUPS[key] = world, group  # alive, so that no other world gets its id
