@@ -106,12 +106,9 @@ TRAINED: dict[str, Callable[[Setting], Optimizers]] = {
 
 def crossing(dense: Landscape, theta: Tensor, u: Tensor) -> float:
     """The first point of a grid of half a percent at which the loss is above where it was."""
-    start, c = float(dense.loss(theta)), 0.02
-    while float(dense.loss(theta + c * u)) <= start:
-        c *= 1.005
-        if c > 100:
-            return math.nan
-    return c
+    grid = 0.02 * 1.005 ** torch.arange(1709, dtype=torch.float64)  # up to 100
+    above = torch.func.vmap(dense.loss)(theta + grid[:, None] * u) > dense.loss(theta)
+    return float(grid[above][0]) if above.any() else math.nan
 
 
 def expected_row(dense: Landscape, theta: Tensor, following: Tensor) -> dict[str, float]:
