@@ -1,6 +1,7 @@
 """What each rank does with sharded models: every scenario in turn, its results in a file."""
 
 import copy
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -54,7 +55,7 @@ def operators(size: int) -> dict[str, Any]:
         found[f"mlp {kind}"] = readings(operator_of(kind, fsdp(made(sharding.Net)), data))
     for name, make in MODELS.items():
         model = fsdp(made(make))
-        found[name] = readings(operator_of("exact", model, data))
+        found[name] = readings(operator_of("exact", model, data, verify=name == "gpt"))
         # Nothing kept: parameters are gathered again for backward passes, and graphs made anew.
         streamed = operator_of("exact", model, data, memory_budget=0, verify=False)
         found[f"{name} streamed"] = readings(streamed)
@@ -126,7 +127,108 @@ def _trained(asked: bool) -> list[Any]:
     return [*losses, *(p.full_tensor().detach() for p in model.parameters())]
 
 
-SCENARIOS: list[Callable[[int], dict[str, Any]]] = [operators, layouts, untouched]
+def solves(size: int) -> dict[str, Any]:
+    """The subspace of every kind of model, and what it has cost."""
+    found: dict[str, Any] = {}
+    for name, make in MODELS.items():
+        operator = operator_of("exact", fsdp(made(make)), own(batches()), verify=False)
+        subspace = so.DominantSubspace(operator, k=4, tol=1e-10)
+        basis = subspace.update()
+        found[name] = {
+            "eigenvalues": basis.eigenvalues,
+            "vectors": rows(operator.parameters, basis.vectors),
+            "products": operator.stats.products,
+        }
+    return found
+
+
+class Small(nn.Module):
+    """So few coordinates that a solve is exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(7, 9), nn.Linear(9, 5)])
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.head(x)
+
+
+TRAININGS = ("BulkSGD", "DomSAM", "LowRankNewton", "AdamW", "auto")
+STEPS = 20
+MEASURED = ("loss", "chi_gradient", "dom_lr", "bulk_lr", "sharpness")
+
+
+def trained(name: str, model: nn.Module, data: list[Any], scales: list[float]) -> dict[str, Any]:
+    """A training of 20 steps: the parameters, the rows of a monitor, and what the basis has cost.
+
+    Args:
+        name: of the optimizer.
+        model: sharded or whole.
+        data: the batches of this rank, one a step.
+        scales: of the losses of the batches, so that their mean over ranks is that of all examples.
+    """
+    operator = operator_of("exact", model, data, verify=name == "AdamW")
+    parameters = list(model.parameters())
+    subspace: Any = so.DominantSubspace(operator, k=3, refresh=10, tol=1e-13)
+    if name == "auto":
+        subspace = so.DominantSubspace(operator, k=3, tol=1e-13)
+    optimizer: Any = {
+        "BulkSGD": lambda: so.BulkSGD(
+            parameters, lr=0.05, momentum=0.9, weight_decay=0.01, subspace=subspace
+        ),
+        "DomSAM": lambda: so.DomSAM(parameters, lr=0.05, subspace=subspace),
+        "LowRankNewton": lambda: so.LowRankNewton(
+            parameters, lr=0.1, damping=0.1, bulk_ratio=0.1, subspace=subspace
+        ),
+        "AdamW": lambda: torch.optim.AdamW(parameters, lr=0.01),
+        "auto": lambda: so.BulkSGD(parameters, lr=0.02, subspace=subspace),
+    }[name]()
+    if name == "AdamW":
+        so.project_updates(optimizer, subspace, onto="bulk")
+    monitor = so.Monitor(optimizer, subspace, every=5)
+    for step in range(STEPS):
+        (x, y), scale = data[step % len(data)], scales[step % len(data)]
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = scale * F.cross_entropy(model(x), y)  # noqa: B023 (called in this step)
+            loss.backward()
+            return loss
+
+        if name == "DomSAM":
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+    return {
+        "theta": torch.cat([sharding.everywhere(p).reshape(-1) for p in parameters]),
+        "rows": {c: monitor.history[c] for c in MEASURED},
+        "refreshes": subspace.stats.refreshes,
+    }
+
+
+def trainings(size: int) -> dict[str, Any]:
+    """Every optimizer, on a model of which each rank has a part, as on the whole one."""
+    full = batches()
+    rank, groups = dist.get_rank(), range(0, len(full) - size + 1, size)
+    scales = []
+    for first in groups:
+        counts = [len(y) for _, y in full[first : first + size]]
+        scales.append(size * counts[rank] / sum(counts))
+    mine = [full[first + rank] for first in groups]
+    return {name: trained(name, fsdp(made(Small)), mine, scales) for name in TRAININGS}
+
+
+SCENARIOS: list[Callable[[int], dict[str, Any]]] = [
+    operators,
+    layouts,
+    untouched,
+    solves,
+    trainings,
+]
 
 
 def run(rank: int, size: int, folder: str) -> None:
@@ -139,6 +241,11 @@ def run(rank: int, size: int, folder: str) -> None:
         world_size=size,
         timeout=timedelta(seconds=60),
     )
-    results = {scenario.__name__: scenario(size) for scenario in SCENARIOS}
+    results, seconds = {}, {}
+    for scenario in SCENARIOS:
+        start = time.process_time()
+        results[scenario.__name__] = scenario(size)
+        seconds[scenario.__name__] = round(time.process_time() - start, 1)
+    print(rank, seconds, flush=True)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

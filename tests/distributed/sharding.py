@@ -48,6 +48,11 @@ def part(space: ParameterSpace, vector: Tensor) -> Tensor:
     return space.flatten(pieces, vector.dtype)
 
 
+def everywhere(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 # --- models --------------------------------------------------------------------------------------
 
 

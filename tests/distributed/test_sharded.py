@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from subspace_optim.linalg.rows import largest_sine
 from tests.distributed import sharded_worker as worker
 from tests.distributed import sharding
 from tests.distributed.sharding import batches, made
@@ -57,6 +58,21 @@ def dense(model: nn.Module) -> dict[str, Tensor]:
         for v in worker.directions(len(gradient))
     ]
     return {"loss": loss.detach(), "gradient": gradient.detach(), "products": torch.stack(products)}
+
+
+def dense_hessian(model: nn.Module) -> Tensor:
+    """All rows of it."""
+    parameters = list(model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        total = sum(len(y) for _, y in batches())
+        loss = sum(F.cross_entropy(model(x), y) * (len(y) / total) for x, y in batches())
+    slopes = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradient = torch.cat([g.reshape(-1) for g in slopes])
+    rows = [
+        torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True)
+        for g in gradient
+    ]
+    return torch.stack([torch.cat([h.reshape(-1) for h in row]) for row in rows])
 
 
 def check(found: dict[str, Any], model: nn.Module, *, size: float = 1e-12) -> None:
@@ -110,3 +126,27 @@ def test_a_training_is_bit_for_bit_the_same_with_an_operator(ranks):
     for results in ranks:
         without, beside = results["untouched"].values()
         assert all(map(torch.equal, without, beside))
+
+
+@pytest.mark.parametrize("name", sharding.MODELS)
+def test_the_subspace_is_that_of_the_whole_model(ranks, name):
+    found = alike(ranks, "solves")[name]  # and so each rank has taken as many products
+    hessian = dense_hessian(made(sharding.MODELS[name]))
+    values, vectors = torch.linalg.eigh(hessian)
+    top = values.flip(0)[:4]
+    assert (found["eigenvalues"] - top).abs().max() <= 1e-10 * top.max()
+    assert largest_sine(vectors.T.flip(0)[:4].contiguous(), found["vectors"]) <= 1e-6
+
+
+@pytest.mark.parametrize("name", worker.TRAININGS)
+def test_trainings_are_those_of_one_process(ranks, name):
+    found, size = alike(ranks, "trainings")[name], len(ranks)
+    data = [
+        tuple(torch.cat(parts) for parts in zip(*batches()[first : first + size], strict=True))
+        for first in range(0, len(batches()) - size + 1, size)
+    ]
+    expected = worker.trained(name, made(worker.Small), data, [1.0] * len(data))
+    assert (found["theta"] - expected["theta"]).abs().max() <= 1e-10
+    assert found["refreshes"] == expected["refreshes"]
+    for column, values in expected["rows"].items():
+        assert found["rows"][column] == pytest.approx(values, rel=1e-8, abs=1e-12), column
