@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,28 +69,8 @@ class SplitSpace(ParameterSpace):
 
     def __init__(self, model: SplitModel, inner: Either) -> None:
         super().__init__(model)
-        self.inner = inner
+        self.size, self.inner = P, inner
         self._own: Either = inner
-
-    @property
-    def size(self) -> int:
-        return P
-
-    def flatten(self, tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
-        pairs = zip(tensors, self.tensors, strict=True)
-        given = [torch.zeros_like(p) if t is None else t.detach() for t, p in pairs]
-        return torch.cat([t.reshape(-1) for t in given]).to(dtype or self.dtype)
-
-    @contextmanager
-    def holding(self, flat: Tensor) -> Iterator[None]:
-        held = [(p, p.data) for p in self.tensors]
-        for (p, _), value in zip(held, self.unflatten(flat.clone()), strict=True):
-            p.data = value.to(p.dtype)
-        try:
-            yield
-        finally:
-            for p, data in held:
-                p.data = data
 
     def is_finite(self) -> bool:
         return bool(self._own.whole(self.flatten(self.tensors)).isfinite().all())

@@ -1,6 +1,7 @@
 """What each rank does with sharded models: every scenario in turn, its results in a file."""
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -132,7 +133,7 @@ def solves(size: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, make in MODELS.items():
         operator = operator_of("exact", fsdp(made(make)), own(batches()), verify=False)
-        subspace = so.DominantSubspace(operator, k=4, tol=1e-10)
+        subspace = so.DominantSubspace(operator, k=3, tol=1e-8)
         basis = subspace.update()
         found[name] = {
             "eigenvalues": basis.eigenvalues,
@@ -204,7 +205,7 @@ def trained(name: str, model: nn.Module, data: list[Any], scales: list[float]) -
             closure()
             optimizer.step()
     return {
-        "theta": torch.cat([sharding.everywhere(p).reshape(-1) for p in parameters]),
+        "theta": theta(model),
         "rows": {c: monitor.history[c] for c in MEASURED},
         "refreshes": subspace.stats.refreshes,
     }
@@ -222,12 +223,37 @@ def trainings(size: int) -> dict[str, Any]:
     return {name: trained(name, fsdp(made(Small)), mine, scales) for name in TRAININGS}
 
 
+def not_finite(size: int) -> dict[str, Any]:
+    """A gradient that is NaN on one rank, in a step of SAM; and then a step as usual."""
+    model, data = fsdp(made(Small)), own(batches())
+    optimizer = so.SAM(model.parameters(), lr=0.1, adaptive=True)
+    found = {"before": theta(model)}
+    for name in ("not finite", "finite"):
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(data[0][0]), data[0][1])
+            loss.backward()
+            if name == "not finite" and dist.get_rank() == size - 1:  # noqa: B023
+                next(model.parameters()).grad.to_local().fill_(math.nan)
+            return loss
+
+        optimizer.step(closure)
+        found[name] = theta(model)
+    return found
+
+
+def theta(model: nn.Module) -> torch.Tensor:
+    return torch.cat([sharding.everywhere(p).reshape(-1) for p in model.parameters()])
+
+
 SCENARIOS: list[Callable[[int], dict[str, Any]]] = [
     operators,
     layouts,
     untouched,
     solves,
     trainings,
+    not_finite,
 ]
 
 

@@ -133,9 +133,9 @@ def test_the_subspace_is_that_of_the_whole_model(ranks, name):
     found = alike(ranks, "solves")[name]  # and so each rank has taken as many products
     hessian = dense_hessian(made(sharding.MODELS[name]))
     values, vectors = torch.linalg.eigh(hessian)
-    top = values.flip(0)[:4]
+    top = values.flip(0)[:3]
     assert (found["eigenvalues"] - top).abs().max() <= 1e-10 * top.max()
-    assert largest_sine(vectors.T.flip(0)[:4].contiguous(), found["vectors"]) <= 1e-6
+    assert largest_sine(vectors.T.flip(0)[:3].contiguous(), found["vectors"]) <= 1e-6
 
 
 @pytest.mark.parametrize("name", worker.TRAININGS)
@@ -146,7 +146,15 @@ def test_trainings_are_those_of_one_process(ranks, name):
         for first in range(0, len(batches()) - size + 1, size)
     ]
     expected = worker.trained(name, made(worker.Small), data, [1.0] * len(data))
-    assert (found["theta"] - expected["theta"]).abs().max() <= 1e-10
+    # What a refinement leaves depends on the guard, which each number of ranks draws otherwise.
+    near = 1e-6 if name == "auto" else 1e-10
+    assert (found["theta"] - expected["theta"]).abs().max() <= near
     assert found["refreshes"] == expected["refreshes"]
     for column, values in expected["rows"].items():
-        assert found["rows"][column] == pytest.approx(values, rel=1e-8, abs=1e-12), column
+        assert found["rows"][column] == pytest.approx(values, rel=1e3 * near, abs=near), column
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_sam_on_all(ranks):
+    found = alike(ranks, "not_finite")
+    assert torch.equal(found["not finite"], found["before"])
+    assert not torch.equal(found["finite"], found["before"])

@@ -20,7 +20,7 @@ from subspace_optim.linalg.low_rank import LowRankCurvature
 from subspace_optim.linalg.rows import largest_sine
 from subspace_optim.subspaces.class_averages import averaged, check_averages
 from subspace_optim.subspaces.put_aside import are_back
-from tests.split import Either, SplitInnerProduct, Unsplit, alike, joined, on_ranks, unlocked
+from tests.split import Either, Unsplit, alike, joined, on_ranks, unlocked
 from tests.split_model import P, SplitModel, SplitOperator
 
 unlocked(LowRankCurvature)
@@ -40,12 +40,6 @@ def newton(model: SplitModel, subspace: Any) -> Any:
         {"params": [model.second], "lr": 0.2, "bulk_ratio": 0.1},
     ]
     return so.LowRankNewton(groups, momentum=0.3, subspace=subspace)
-
-
-def sam(kind: Any, **options: Any) -> Callable[[SplitModel, Any], Any]:
-    return lambda model, subspace: kind(
-        model.parameters(), lr=0.05, rho=0.1, subspace=subspace, **options
-    )
 
 
 def projected(model: SplitModel, subspace: Any) -> Any:
@@ -72,14 +66,12 @@ OPTIMIZERS: dict[str, Callable[[SplitModel, Any], Any]] = {
     "DomSGD": lambda m, s: so.DomSGD(m.parameters(), lr=0.05, momentum=0.5, subspace=s),
     "BulkSGD": lambda m, s: so.BulkSGD(m.parameters(), lr=0.05, weight_decay=0.1, subspace=s),
     "newton": newton,
-    "DomSAM": sam(so.DomSAM),
-    "BulkSAM": sam(so.BulkSAM, adaptive=True),
     "projected": projected,
     "jointly": jointly,
 }
 
 
-REFRESH = {"DomSGD": 2, "DomSAM": 2}
+REFRESH = {"DomSGD": 2}
 """Where a training stays in the subspace, what of its drift is outside is rounding, and so is what
 ``"auto"`` makes of it."""
 
@@ -113,29 +105,6 @@ def test_it_goes_where_the_whole_model_goes(name, sizes):
     torch.testing.assert_close(told, angles, rtol=1e-4, atol=1e-7)
     assert largest_sine(found[0][2], basis) < 1e-6
     torch.testing.assert_close(found[0][3], theta, rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("kind", [so.DomSAM, so.BulkSAM])
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_sam_on_all(kind, rank):
-    def each(inner: SplitInnerProduct) -> int:
-        model, subspace = made(inner)
-        optimizer, before = sam(kind)(model, subspace), model.theta()
-
-        def closure() -> float:
-            loss = model.backward()
-            if inner.rank == rank:
-                given = model.first if len(model.first) else model.second
-                given.grad[0] = math.nan
-            return loss
-
-        optimizer.step(closure)
-        assert torch.equal(model.theta(), before)
-        optimizer.step(model.backward)
-        assert not torch.equal(model.theta(), before)
-        return subspace.clock
-
-    on_ranks([10, 0, 30] if rank == 2 else [30, 0, 10], each)
 
 
 def test_a_state_is_taken_up_by_each_rank():
