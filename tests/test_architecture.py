@@ -30,7 +30,15 @@ _SUBSPACES = {
     ".step_hooks",
     ".subspaces",
 }
-_OPTIM = {"._validation", *_VALUES, ".curvature", ".subspaces", ".step_hooks", ".optim._checks"}
+_OPTIM = {
+    "._validation",
+    "._inner_product",
+    *_VALUES,
+    ".curvature",
+    ".subspaces",
+    ".step_hooks",
+    ".optim._checks",
+}
 ALLOWED: dict[str, set[str]] = {
     "._validation": set(),
     ".__main__": set(),
@@ -43,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     ".linalg.low_rank": {*_COMMON, *_ARITHMETIC, ".linalg.eigenbasis"},
     ".linalg": {*_COMMON, "._progress", *_ARITHMETIC, *_VALUES, ".linalg"},
     ".curvature": {*_COMMON, "._progress", ".curvature"},
-    ".step_hooks": {"._validation", ".curvature", ".step_hooks"},
+    ".step_hooks": {"._validation", "._inner_product", ".curvature", ".step_hooks"},
     ".subspaces": _SUBSPACES,
     # An optimizer is one formula: it knows the base, no other optimizer, and no eigensolver.
     ".optim._checks": {"._validation", ".curvature"},

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.rows import norm, square
 
 
 def alignment(v: Tensor, basis: EigenBasis) -> Tensor:
@@ -27,9 +29,9 @@ def alignment(v: Tensor, basis: EigenBasis) -> Tensor:
         `song_2024`, Definition 2.
     """
     # In float64: the squares of tiny and of huge float32 numbers are zeros and infinities.
-    norm = torch.linalg.vector_norm(v.to(basis.dtype), dtype=torch.float64)
-    fraction = torch.linalg.vector_norm(basis.coefficients(v), dtype=torch.float64) / norm
-    return torch.where(norm == 0, 0.0, fraction.clamp(max=1.0)).to(basis.dtype)
+    length = norm(v.to(basis.dtype), basis.inner)
+    fraction = torch.linalg.vector_norm(basis.coefficients(v), dtype=torch.float64) / length
+    return torch.where(length == 0, 0.0, fraction.clamp(max=1.0)).to(basis.dtype)
 
 
 def gradient_fraction(gradient: Tensor, basis: EigenBasis) -> Tensor:
@@ -68,12 +70,14 @@ def eigenvector_fractions(gradient: Tensor, basis: EigenBasis) -> Tensor:
     Reference:
         `gur_ari_2018`, eq. 12.
     """
-    norm = torch.linalg.vector_norm(gradient.to(basis.dtype), dtype=torch.float64)
-    fractions = (basis.coefficients(gradient) / norm).square().clamp(max=1.0)
-    return torch.where(norm == 0, 0.0, fractions).to(basis.dtype)
+    length = norm(gradient.to(basis.dtype), basis.inner)
+    fractions = (basis.coefficients(gradient) / length).square().clamp(max=1.0)
+    return torch.where(length == 0, 0.0, fractions).to(basis.dtype)
 
 
-def hessian_gradient_overlap(gradient: Tensor, product: Tensor) -> Tensor:
+def hessian_gradient_overlap(
+    gradient: Tensor, product: Tensor, *, inner: InnerProduct = WHOLE
+) -> Tensor:
     r"""Returns the cosine between a gradient and its product with the Hessian.
 
     .. math:: \mathrm{overlap}(g, Hg) = \frac{g^\top H g}{\|g\| \, \|Hg\|}
@@ -84,6 +88,7 @@ def hessian_gradient_overlap(gradient: Tensor, product: Tensor) -> Tensor:
     Args:
         gradient: ``g``, ``(P,)``.
         product: ``Hg``, ``(P,)``: ``operator.matvec(gradient)``.
+        inner: completes sums over coordinates, of a model that is sharded: ``operator.inner``.
 
     Returns:
         A scalar tensor from -1 to 1; NaN where ``g`` or ``Hg`` is 0.
@@ -98,9 +103,9 @@ def hessian_gradient_overlap(gradient: Tensor, product: Tensor) -> Tensor:
         found, allowed = tuple(product.shape), f"{tuple(gradient.shape)}, as the gradient's"
         raise ArgumentError("the shape of product", found, allowed)
     both = gradient.to(product.dtype), product
-    norms = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in both]
-    units = [(v / norm).to(v.dtype) for v, norm in zip(both, norms, strict=True)]
-    return torch.dot(*units).clamp(-1.0, 1.0)
+    squares = inner.sums(*map(square, both))
+    units = [(v / of_v.sqrt()).to(v.dtype) for v, of_v in zip(both, squares, strict=True)]
+    return inner.sum(torch.dot(*units)).clamp(-1.0, 1.0)
 
 
 def expected_overlap(eigenvalues: Tensor) -> Tensor:

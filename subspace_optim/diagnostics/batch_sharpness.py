@@ -164,10 +164,10 @@ def gradient_sharpness(operator: CurvatureOperator) -> float:
     with operator.frozen():
         operator.linearize()
         gradient = operator.gradient()
-        length = norm(gradient)
+        length = norm(gradient, operator.inner)
         direction = (gradient.double() / torch.where(length > 0, length, 1.0)).to(gradient.dtype)
         product = operator.matvec(direction)
-    curvature = torch.dot(direction.double(), product.double())
+    curvature = operator.inner.sum(torch.dot(direction.double(), product.double()))
     curvature, length = torch.stack([curvature, length]).tolist()
     if not (math.isfinite(curvature) and math.isfinite(length)):
         message = (

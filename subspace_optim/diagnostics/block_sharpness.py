@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import InnerProduct
 from subspace_optim._progress import Progress, ProgressOption
 from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.curvature.names import near_misses
@@ -98,12 +100,13 @@ def block_diagonal_share(sharpness_of_blocks: Mapping[str, float], sharpness: fl
 
 
 def blocks_of(space: ParameterSpace, blocks: Blocks) -> dict[str, list[slice]]:
-    """Returns the coordinates of each block.
+    """Returns the coordinates of each block, as far as they lie here.
 
     Raises:
         ArgumentError: a block has no parameters, or some that are not of the space.
     """
-    ends = list(accumulate(shape.numel() for shape in space.shapes))
+    here = space.unflatten(torch.empty(space.size_here, device="meta"))
+    ends = list(accumulate(of_one.numel() for of_one in here))
     parts = [slice(*bounds) for bounds in pairwise([0, *ends])]
     found: dict[str, list[slice]] = {}
     if isinstance(blocks, str):
@@ -138,11 +141,38 @@ def _beginning(name: str, pattern: str) -> str | None:
     return ".".join(beginning) if fit else None
 
 
+class _Block(InnerProduct):
+    """That of vectors whose coordinates are some of another's.
+
+    Args:
+        inner: the other's.
+        here: the coordinates that lie here.
+        device: of the vectors.
+    """
+
+    def __init__(self, inner: InnerProduct, here: int, device: torch.device) -> None:
+        self._inner, self._here = inner, here
+        everywhere = torch.tensor(here, dtype=torch.float64, device=device)
+        self.whole = int(inner.sum(everywhere))
+
+    def sum(self, partial: Tensor) -> Tensor:
+        return self._inner.sum(partial)
+
+    def size(self, here: int) -> int:  # noqa: ARG002 (there are no other vectors)
+        return self.whole
+
+    def here(self, size: int) -> int:  # noqa: ARG002 (as above)
+        return self._here
+
+    def seed(self, seed: int) -> int:
+        return self._inner.seed(seed)
+
+
 def _largest(operator: CurvatureOperator, parts: list[slice], tol: float, seed: int) -> float:
     """Returns the largest eigenvalue of a block."""
 
     def product(rows: Tensor) -> Tensor:
-        whole = rows.new_zeros(len(rows), operator.size)
+        whole = rows.new_zeros(len(rows), operator.parameters.size_here)
         start = 0
         for part in parts:
             width = part.stop - part.start
@@ -151,5 +181,7 @@ def _largest(operator: CurvatureOperator, parts: list[slice], tol: float, seed: 
         products = operator.matmat(whole)
         return torch.cat([products[:, part] for part in parts], dim=1)
 
-    size = sum(part.stop - part.start for part in parts)
-    return float(solve(operator, product, 1, tol=tol, seed=seed, size=size).eigenvalues[0])
+    here = sum(part.stop - part.start for part in parts)
+    inner = _Block(operator.inner, here, operator.device)
+    options: Any = {"tol": tol, "seed": seed, "size": inner.whole, "inner": inner}
+    return float(solve(operator, product, 1, **options).eigenvalues[0])

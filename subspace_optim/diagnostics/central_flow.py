@@ -28,7 +28,7 @@ from subspace_optim.curvature.parameters import LOW_PRECISION, length
 from subspace_optim.diagnostics.spectrum import multiplying
 from subspace_optim.linalg.complementarity import solve_complementarity
 from subspace_optim.linalg.refinement import refine
-from subspace_optim.linalg.rows import gram
+from subspace_optim.linalg.rows import gram, square
 from subspace_optim.subspaces.eigenpairs import TopPairs, solve
 
 _PAIRS: Final = 2
@@ -219,7 +219,7 @@ class _Flow:
         with operator.at(theta), multiplying(operator):
             pairs = self._follow()
             loss, gradient = operator.loss(), operator.gradient()
-        squared_norm = float(gradient.double().square().sum())
+        squared_norm = float(operator.inner.sum(square(gradient)))
         if not np.isfinite(loss + squared_norm):
             message = f"The loss is {loss:g} along the flow, and its gradient {squared_norm:g}²."
             raise NonFiniteError(message)
@@ -288,8 +288,9 @@ class _Flow:
         i, j = np.triu_indices(k)
         pair[i, j] = pair[j, i] = np.arange(len(i))
         scale = self.lr**2 * self.h
-        rises = gram(derivatives, gradient[None]).cpu().numpy()[:, 0]
-        falls = gram(derivatives, derivatives).cpu().numpy()
+        both = gram(derivatives, gradient[None]), gram(derivatives, derivatives)
+        sums = self.operator.inner.sums(*both)
+        rises, falls = sums[0].cpu().numpy()[:, 0], sums[1].cpu().numpy()
         slack = 2 * np.eye(k) - self.lr * np.diag(eigenvalues) + scale * rises[pair]
         found = solve_complementarity(slack, scale / 2 * falls[pair[:, :, None, None], pair])
         if found is None:

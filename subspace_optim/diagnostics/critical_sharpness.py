@@ -82,8 +82,9 @@ def critical_sharpness(
         training dynamics of LLMs*, arXiv 2601.16979.
     """
     check_number("lr", lr, exclusive=True)
-    if update.shape != (operator.size,):
-        raise ArgumentError("the shape of update", tuple(update.shape), f"({operator.size},)")
+    expected = (operator.parameters.size_here,)
+    if update.shape != expected:
+        raise ArgumentError("the shape of update", tuple(update.shape), f"{expected}")
     space = operator.parameters
     theta = space.flatten(space.tensors)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.operator import CurvatureOperator
 
@@ -28,16 +29,18 @@ def directional_sharpness(operator: CurvatureOperator, direction: Tensor) -> Ten
     Raises:
         ArgumentError: the shape of the direction is another.
     """
-    if direction.shape != (operator.size,):
+    expected = (operator.parameters.size_here,)
+    if direction.shape != expected:
         shape = tuple(direction.shape)
-        raise ArgumentError("the shape of direction", shape, f"({operator.size},)")
-    return rayleigh_quotient(direction, operator.matvec(direction))
+        raise ArgumentError("the shape of direction", shape, f"{expected}")
+    return rayleigh_quotient(direction, operator.matvec(direction), operator.inner)
 
 
-def rayleigh_quotient(direction: Tensor, product: Tensor) -> Tensor:
+def rayleigh_quotient(direction: Tensor, product: Tensor, inner: InnerProduct = WHOLE) -> Tensor:
     """Returns ``d'Hd / d'd`` of a direction and its product, in float64."""
     d = direction.double()
-    return torch.dot(d, product.double()) / torch.dot(d, d)
+    along, square = inner.sums(torch.dot(d, product.double()), torch.dot(d, d))
+    return along / square
 
 
 class Line(NamedTuple):

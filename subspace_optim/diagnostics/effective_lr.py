@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.rows import norm, square
 
 
 def dom_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
@@ -35,9 +37,10 @@ def dom_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
     Reference:
         `song_2024`, Definition 4.
     """
-    # ⟨Δθ, P g⟩ = ⟨U Δθ, U g⟩, in the k coordinates of the subspace.
-    inside = basis.coefficients(gradient)
-    return _rate(basis.coefficients(update), inside, gradient, basis.k)
+    # ⟨Δθ, P g⟩ = ⟨U Δθ, U g⟩, in the k coordinates of the subspace, which all ranks have.
+    inside, along = basis.coefficients(gradient), basis.coefficients(update)
+    length = norm(gradient, basis.inner)
+    return _rate(along, inside, norm(inside), length, basis.k, WHOLE)
 
 
 def bulk_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
@@ -65,10 +68,12 @@ def bulk_lr(update: Tensor, gradient: Tensor, basis: EigenBasis) -> Tensor:
     # Twice, and of the update too: what rounding leaves of a large dominant part in a small bulk
     # part would be multiplied by the large dominant part of the update.
     outside = basis.project_out(basis.project_out(gradient))
-    return _rate(basis.project_out(update), outside, gradient, basis.k)
+    inner = basis.inner
+    lengths = torch.stack(inner.sums(square(outside), square(gradient))).sqrt()
+    return _rate(basis.project_out(update), outside, lengths[0], lengths[1], basis.k, inner)
 
 
-def distance(theta: Tensor, start: Tensor) -> Tensor:
+def distance(theta: Tensor, start: Tensor, *, inner: InnerProduct = WHOLE) -> Tensor:
     r"""Returns how far the parameters have come.
 
     .. math:: \|\theta_t - \theta_0\|
@@ -77,6 +82,7 @@ def distance(theta: Tensor, start: Tensor) -> Tensor:
         theta: ``(P,)``, as ``space.flatten(space.tensors)`` gives it of ``subspace.parameters``.
         start: ``(P,)``, where the distance is counted from, such as the switch to another
             optimizer.
+        inner: completes sums over coordinates, of a model that is sharded: ``operator.inner``.
 
     Returns:
         A scalar tensor.
@@ -90,16 +96,29 @@ def distance(theta: Tensor, start: Tensor) -> Tensor:
     if theta.shape != start.shape:
         found, allowed = tuple(start.shape), f"{tuple(theta.shape)}, as that of theta"
         raise ArgumentError("the shape of start", found, allowed)
-    norm: Tensor = torch.linalg.vector_norm(theta - start, dtype=torch.float64)
-    return norm.to(theta.dtype)
+    return norm(theta - start, inner).to(theta.dtype)
 
 
-def _rate(update: Tensor, component: Tensor, gradient: Tensor, k: int) -> Tensor:
-    """Returns ``−⟨update, component⟩ / ‖component‖²``, NaN for a component that is rounding."""
-    # Norms in float64: the squares of tiny and of huge float32 numbers are zeros and infinities.
-    norm = torch.linalg.vector_norm(component, dtype=torch.float64)
+def _rate(
+    update: Tensor,
+    component: Tensor,
+    length: Tensor,
+    of_gradient: Tensor,
+    k: int,
+    inner: InnerProduct,
+) -> Tensor:
+    """Returns ``−⟨update, component⟩ / ‖component‖²``, NaN for a component that is rounding.
+
+    Args:
+        update: in the coordinates of the component.
+        component: of the gradient.
+        length: ``‖component‖``; both in float64, since the squares of tiny and of huge float32
+            numbers are zeros and infinities.
+        of_gradient: ``‖gradient‖``.
+        k: of the basis.
+        inner: completes sums over the coordinates of the component.
+    """
     noise = (10 + math.sqrt(k)) * torch.finfo(component.dtype).eps
-    seen = norm > noise * torch.linalg.vector_norm(gradient, dtype=torch.float64)
-    unit = (component / norm).to(component.dtype)
-    rate = -torch.dot(update.to(component.dtype), unit) / norm
-    return torch.where(seen, rate, torch.nan).to(component.dtype)
+    unit = (component / length).to(component.dtype)
+    rate = -inner.sum(torch.dot(update.to(component.dtype), unit)) / length
+    return torch.where(length > noise * of_gradient, rate, torch.nan).to(component.dtype)

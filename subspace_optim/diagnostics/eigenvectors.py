@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._progress import ProgressOption
 from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.diagnostics.spectrum import lower_edge, multiplying
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.linalg.rows import column_blocks
+from subspace_optim.linalg.rows import column_blocks, largest_entries
 
 
 def lowest_eigenvalue(
@@ -54,7 +55,7 @@ def lowest_eigenvalue(
         return float(lower_edge(operator, 1, tol=tol, seed=seed).eigenvalues[0])
 
 
-def localization(vectors: Tensor | EigenBasis) -> Tensor:
+def localization(vectors: Tensor | EigenBasis, *, inner: InnerProduct = WHOLE) -> Tensor:
     r"""Returns how concentrated each vector is on few coordinates: its inverse participation ratio.
 
     .. math:: \sum_i v_i^4 \Big/ \Big( \sum_i v_i^2 \Big)^2
@@ -66,6 +67,8 @@ def localization(vectors: Tensor | EigenBasis) -> Tensor:
 
     Args:
         vectors: one a row, ``(k, P)``, of any length; or a basis. They have to be floating point.
+        inner: completes sums over coordinates, of a model that is sharded: ``operator.inner``. A
+            basis has its own.
 
     Returns:
         ``(k,)``, in float64, on the device of the vectors; NaN for a vector of zeros.
@@ -74,18 +77,19 @@ def localization(vectors: Tensor | EigenBasis) -> Tensor:
         ArgumentError: they are not of shape ``(k, P)``.
     """
     rows = vectors.vectors if isinstance(vectors, EigenBasis) else vectors
+    inner = vectors.inner if isinstance(vectors, EigenBasis) else inner
     if rows.dim() != 2 or not rows.is_floating_point():
         found = f"of shape {tuple(rows.shape)} and {rows.dtype}"
         raise ArgumentError("vectors", found, "of shape (k, P), one a row, in floating point")
     # By the largest entry first: the fourth powers of tiny and of huge numbers are zeros, or
     # infinities. And some columns at a time, since float64 copies of all would be twice as large.
-    largest = rows.abs().amax(dim=1, keepdim=True).double()
-    squares = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-    fourths = torch.zeros_like(squares)
+    largest = largest_entries(rows, inner).double()[:, None]
+    squares, fourths = torch.zeros(2, len(rows), dtype=torch.float64, device=rows.device)
     for columns in column_blocks(rows.shape[1]):
         piece = (rows[:, columns].double() / largest).square()
         squares += piece.sum(dim=1)
         fourths += piece.square().sum(dim=1)
+    squares, fourths = inner.sums(squares, fourths)
     return fourths / squares.square()
 
 
@@ -100,7 +104,9 @@ def chance_localization(size: int) -> float:
     return 3 / (check_integer("size", size, minimum=1) + 2)
 
 
-def displacement(now: Tensor | EigenBasis, before: Tensor | EigenBasis) -> Tensor:
+def displacement(
+    now: Tensor | EigenBasis, before: Tensor | EigenBasis, *, inner: InnerProduct = WHOLE
+) -> Tensor:
     r"""Returns how far each eigenvector has turned since an earlier step.
 
     .. math:: 1 - |\langle v_i(t), v_i(t') \rangle|
@@ -114,6 +120,7 @@ def displacement(now: Tensor | EigenBasis, before: Tensor | EigenBasis) -> Tenso
     Args:
         now: eigenvectors, ``(k, P)``, unit rows; or a basis.
         before: those of the earlier step, as many.
+        inner: as of ``localization``.
 
     Returns:
         ``(k,)``, in float64, each from 0 to 1, on the device of ``now``.
@@ -121,17 +128,19 @@ def displacement(now: Tensor | EigenBasis, before: Tensor | EigenBasis) -> Tenso
     Raises:
         ArgumentError: the shapes differ, or are no ``(k, P)``.
     """
+    bases = [b for b in (now, before) if isinstance(b, EigenBasis)]
+    inner = bases[0].inner if bases else inner
     first, second = (b.vectors if isinstance(b, EigenBasis) else b for b in (now, before))
     if first.dim() != 2 or first.shape != second.shape:
         found = f"of shape {tuple(second.shape)}"
         allowed = f"of that of now, {tuple(first.shape)}, one vector a row"
         remedy = "Compare the first of both: basis.first(k)."
         raise ArgumentError("before", found, allowed, remedy)
-    inner = torch.zeros(len(first), dtype=torch.float64, device=first.device)
+    cosines = torch.zeros(len(first), dtype=torch.float64, device=first.device)
     for columns in column_blocks(first.shape[1]):
         pieces = (first[:, columns].double(), second[:, columns].to(first.device).double())
-        inner += (pieces[0] * pieces[1]).sum(dim=1)
-    return (1 - inner.abs()).clamp(min=0.0)
+        cosines += (pieces[0] * pieces[1]).sum(dim=1)
+    return (1 - inner.sum(cosines).abs()).clamp(min=0.0)
 
 
 def chance_displacement(size: int) -> float:

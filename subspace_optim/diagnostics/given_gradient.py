@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from subspace_optim._validation import OtherGradientWarning
 from subspace_optim.diagnostics.measures import Step, Training
-from subspace_optim.linalg.rows import norm
+from subspace_optim.linalg.rows import square
 from subspace_optim.step_hooks import in_two_calls
 
 _ALIKE = 0.9
@@ -56,8 +57,10 @@ class GivenGradient:
             return
         parts = zip(self._space.unflatten(step.gradient), self._has, strict=True)
         own = self._space.flatten([part if has else None for part, has in parts])
-        lengths = float(norm(own)) * float(norm(self._given))
-        product = float(torch.dot(own.double(), self._given.double()))
+        along = torch.dot(own.double(), self._given.double())
+        sums = self._space.inner.sums(square(own), square(self._given), along)
+        *squares, product = torch.stack(sums).tolist()
+        lengths = math.sqrt(squares[0]) * math.sqrt(squares[1])
         if lengths > 0 and product < _ALIKE * lengths:
             self._watches = False
             message = (

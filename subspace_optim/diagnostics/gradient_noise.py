@@ -14,7 +14,7 @@ from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.diagnostics.batch_sharpness import minibatches_of
 from subspace_optim.diagnostics.overlap import subspace_overlap
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.linalg.rows import exact_gram, orthonormalise_
+from subspace_optim.linalg.rows import exact_gram, largest_entries, orthonormalise_
 
 
 class GradientNoise(NamedTuple):
@@ -97,7 +97,9 @@ def gradient_noise(
         found, remedy = "1", "Give a smaller batch_size."
         raise ArgumentError("the number of batches", found, "at least 2", remedy)
     count = max_batches if batches.count is None else min(max_batches, batches.count)
-    rows = torch.empty(count, operator.size, dtype=operator.dtype, device=operator.device)
+    rows = torch.empty(
+        count, operator.parameters.size_here, dtype=operator.dtype, device=operator.device
+    )
     with (
         shown(progress, operator.ranks.rank),
         Progress("gradient noise", "batches", count) as reading,
@@ -115,10 +117,10 @@ def _noise(rows: Tensor, basis: EigenBasis) -> GradientNoise:
     Raises:
         NonFiniteError: one is NaN or infinite.
     """
-    m = len(rows)
+    m, inner = len(rows), basis.inner
     rows.sub_(rows.mean(dim=0))
     # By the largest first: the squares of tiny and of huge numbers are zeros, and infinities.
-    largest = float(rows.abs().max())
+    largest = float(largest_entries(rows, inner).max())
     if not math.isfinite(largest):
         raise NonFiniteError(
             "The gradient of a minibatch is not finite. Lower the learning rate, or look for NaN "
@@ -127,7 +129,7 @@ def _noise(rows: Tensor, basis: EigenBasis) -> GradientNoise:
     scale = largest or 1.0
     rows.div_(scale)
     noise = basis.coefficients(rows).double().square().sum(dim=0).cpu() * (scale**2 / (m - 1))
-    values, combinations = torch.linalg.eigh(exact_gram(rows))
+    values, combinations = torch.linalg.eigh(exact_gram(rows, inner))
     values, combinations = values.flip(0), combinations.flip(1)
     total = float(values.clamp(min=0).sum()) * scale**2 / (m - 1)
     cut = m * torch.finfo(rows.dtype).eps * float(values[0])
@@ -137,5 +139,5 @@ def _noise(rows: Tensor, basis: EigenBasis) -> GradientNoise:
     weights = combinations[:, :rank] / values[:rank].sqrt()
     top = weights.T.to(rows.dtype) @ rows
     for _ in range(2):
-        orthonormalise_(top)
+        orthonormalise_(top, inner)
     return GradientNoise(noise, total, float(subspace_overlap(top, basis)), rank, m)

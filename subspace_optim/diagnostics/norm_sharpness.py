@@ -36,6 +36,7 @@ from subspace_optim.diagnostics.unit_balls import (
     ball_of_optimizer,
 )
 from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.rows import is_finite
 
 _Product = Callable[[Tensor], Tensor]
 
@@ -125,21 +126,23 @@ def norm_sharpness(
             largest = solve(operator, product, 1, tol=tol, seed=seed).eigenvalues[0]
             return max(0.0, float(largest))
         operator.linearize()
-        generator = torch.Generator(operator.device).manual_seed(seed)
+        inner = operator.inner
+        generator = torch.Generator(operator.device).manual_seed(inner.seed(seed))
         random = torch.randn(
             starts - 1,
-            operator.size,
+            operator.parameters.size_here,
             generator=generator,
             dtype=operator.dtype,
             device=operator.device,
         )
         known = [] if basis is None else [basis.vectors.to(random)]
         directions = torch.cat([operator.gradient()[None] * R, *known, random])
-        if not directions.isfinite().all():
+        if not is_finite(directions, inner):
             raise NonFiniteError(_NOT_FINITE.format("The gradient"))
         with Progress("norm sharpness", "steps at most", steps) as searching:
             best = _search(product, ball, ball.best(directions), steps, tol, searching.tick)
-        return max(0.0, float(torch.dot(best.double(), product(best[None])[0].double())))
+        along = torch.dot(best.double(), product(best[None])[0].double())
+        return max(0.0, float(inner.sum(along)))
 
 
 def dual_norm(
@@ -169,7 +172,7 @@ def dual_norm(
     """
     ball = unit_ball(operator, optimizer, norm)
     g = (operator.gradient() if gradient is None else gradient.to(operator.dtype)) * ball.radius()
-    return float(torch.dot(g.double(), ball.best(g[None])[0].double()))
+    return float(operator.inner.sum(torch.dot(g.double(), ball.best(g[None])[0].double())))
 
 
 def _search(
@@ -185,8 +188,9 @@ def _search(
     Raises:
         NonFiniteError: a product is NaN or infinite.
     """
+    inner = ball.space.inner
     d, product_of_d = start, product(start)
-    values = _dots(d, product_of_d)
+    values = inner.sum(_dots(d, product_of_d))
     c = torch.zeros_like(values)  # how negative the curvature was along the steps of each row
     going = torch.arange(len(d), device=d.device)
     for number in range(steps):
@@ -203,21 +207,22 @@ def _search(
             target = torch.where(flat, target, ball.nearest(point + slope / scale))
         step = target - point
         product_of_step = product(step)
-        rise, bend = _dots(slope, step).clamp(min=0.0), _dots(step, product_of_step)
+        pairs = (slope, step), (step, product_of_step), (step, step)
+        rise, bend, lengths = inner.sum(torch.stack([_dots(*pair) for pair in pairs]))
+        rise = rise.clamp(min=0.0)
         # The value along the step is v + 2 t rise + t² bend, for t up to 1.
         t = torch.where(bend < 0, (rise / -bend).clamp(max=1.0), 1.0)
         gain = 2 * t * rise + t.square() * bend
         d[going] = point.addcmul_(step, t[:, None].to(d))
         product_of_d[going] = slope.addcmul_(product_of_step, t[:, None].to(d))
         values[going] += gain
-        lengths = _dots(step, step)
         c[going] = torch.maximum(c[going], -bend / lengths.where(lengths > 0, 1.0))
         going = going[gain > tol * values[going].abs()]
     return d[values.argmax()]
 
 
 def _dots(first: Tensor, second: Tensor) -> Tensor:
-    """Returns the inner product of each pair of rows, in float64."""
+    """Returns what the coordinates here add to the inner product of each pair, in float64."""
     return (first * second).sum(dim=1, dtype=torch.float64)
 
 

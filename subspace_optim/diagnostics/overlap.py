@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
-from subspace_optim.linalg.rows import check_orthonormal
+from subspace_optim.linalg.rows import check_orthonormal, largest_entries, singular_values
 
 
-def subspace_overlap(a: EigenBasis | Tensor, b: EigenBasis | Tensor) -> Tensor:
+def subspace_overlap(
+    a: EigenBasis | Tensor, b: EigenBasis | Tensor, *, inner: InnerProduct = WHOLE
+) -> Tensor:
     r"""Returns the normalised inner product of two projectors.
 
     .. math:: \mathrm{overlap}(A, B) =
@@ -28,6 +31,8 @@ def subspace_overlap(a: EigenBasis | Tensor, b: EigenBasis | Tensor) -> Tensor:
     Args:
         a: a basis, or orthonormal rows ``(k_A, P)``.
         b: the same, ``(k_B, P)``.
+        inner: completes sums over coordinates, of a model that is sharded: ``operator.inner``. A
+            basis has its own.
 
     Returns:
         A scalar tensor from 0 to 1, in float64.
@@ -35,11 +40,12 @@ def subspace_overlap(a: EigenBasis | Tensor, b: EigenBasis | Tensor) -> Tensor:
     Reference:
         `gur_ari_2018`, eq. 5.
     """
-    rows, others = _rows("a", a), _rows("b", b)
-    return _overlap(rows, others)
+    inner = _inner_of([a, b], inner)
+    rows, others = _rows("a", a, inner), _rows("b", b, inner)
+    return _overlap(rows, others, inner)
 
 
-def overlap_matrix(bases: Sequence[EigenBasis | Tensor]) -> Tensor:
+def overlap_matrix(bases: Sequence[EigenBasis | Tensor], *, inner: InnerProduct = WHOLE) -> Tensor:
     """Returns the overlaps of every basis with every other, ``(n, n)``, in float64 on the CPU.
 
     Of bases that were saved in the course of training it is the evolution of the top subspace:
@@ -47,6 +53,7 @@ def overlap_matrix(bases: Sequence[EigenBasis | Tensor]) -> Tensor:
 
     Args:
         bases: n of them, of the same model; each may have a dimension of its own.
+        inner: as of ``subspace_overlap``.
 
     Raises:
         ArgumentError: there is none, or one is not orthonormal or of another length.
@@ -56,15 +63,18 @@ def overlap_matrix(bases: Sequence[EigenBasis | Tensor]) -> Tensor:
     """
     if not bases:
         raise ArgumentError("bases", "an empty sequence", "at least one basis")
-    rows = [_rows(f"bases[{i}]", basis) for i, basis in enumerate(bases)]
+    inner = _inner_of(bases, inner)
+    rows = [_rows(f"bases[{i}]", basis, inner) for i, basis in enumerate(bases)]
     matrix = torch.empty(len(rows), len(rows), dtype=torch.float64)
     for i, a in enumerate(rows):
         for j, b in enumerate(rows[: i + 1]):
-            matrix[i, j] = matrix[j, i] = _overlap(a, b)
+            matrix[i, j] = matrix[j, i] = _overlap(a, b, inner)
     return matrix
 
 
-def principal_angles(a: EigenBasis | Tensor, b: EigenBasis | Tensor) -> Tensor:
+def principal_angles(
+    a: EigenBasis | Tensor, b: EigenBasis | Tensor, *, inner: InnerProduct = WHOLE
+) -> Tensor:
     r"""Returns the principal angles between two subspaces, in radians.
 
     .. math:: \cos \phi_i = \sigma_i(A B^\top), \qquad 0 \le \phi_1 \le \dots \le \pi / 2
@@ -77,18 +87,20 @@ def principal_angles(a: EigenBasis | Tensor, b: EigenBasis | Tensor) -> Tensor:
     Args:
         a: a basis, or orthonormal rows ``(k_A, P)``.
         b: the same, ``(k_B, P)``.
+        inner: as of ``subspace_overlap``.
 
     Returns:
         ``(min(k_A, k_B),)``, ascending, in float64.
     """
-    rows, others = _rows("a", a), _rows("b", b)
+    inner = _inner_of([a, b], inner)
+    rows, others = _rows("a", a, inner), _rows("b", b, inner)
     _check_lengths(rows, others)
     if len(rows) < len(others):
         rows, others = others, rows
     others = others.to(rows)
-    inner = others @ rows.T
-    cosines = torch.linalg.svdvals(inner).double().clamp(max=1.0)
-    sines = torch.linalg.svdvals(others - inner @ rows).double().flip(0).clamp(max=1.0)
+    along = inner.sum(others @ rows.T)
+    cosines = torch.linalg.svdvals(along).double().clamp(max=1.0)
+    sines = singular_values(others - along @ rows, inner).flip(0).clamp(max=1.0)
     return torch.where(sines < cosines, sines.asin(), cosines.acos())
 
 
@@ -143,7 +155,7 @@ def class_gradient_cosines(
     from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 (a tenth of a second)
 
     rows = _class_rows(vectors, basis)
-    cosines = (rows @ basis.vectors.T).abs().clamp(max=1.0).double().cpu()
+    cosines = basis.coefficients(rows).abs().clamp(max=1.0).double().cpu()
     assignment = torch.full((len(cosines),), -1)
     classes, eigenvectors = linear_sum_assignment(cosines.numpy(), maximize=True)
     assignment[torch.from_numpy(classes)] = torch.from_numpy(eigenvectors)
@@ -221,11 +233,16 @@ def intersection_rank(
     if rtol is None:
         rtol = 10 * (len(rows) + len(span)) * torch.finfo(basis.dtype).eps
     for _ in range(2):  # the eigenvectors are orthonormal to their own rounding
-        rows = rows - (rows @ span.T) @ span
-    return basis.k + int((torch.linalg.svdvals(rows) > rtol).sum())
+        rows = rows - basis.inner.sum(rows @ span.T) @ span
+    return basis.k + int((singular_values(rows, basis.inner) > rtol).sum())
 
 
-def _rows(name: str, basis: EigenBasis | Tensor) -> Tensor:
+def _inner_of(bases: Sequence[EigenBasis | Tensor], given: InnerProduct) -> InnerProduct:
+    """Returns what completes the sums of those that are bases, or what was given for tensors."""
+    return next((basis.inner for basis in bases if isinstance(basis, EigenBasis)), given)
+
+
+def _rows(name: str, basis: EigenBasis | Tensor, inner: InnerProduct) -> Tensor:
     """Returns the orthonormal rows of a basis.
 
     Raises:
@@ -236,7 +253,7 @@ def _rows(name: str, basis: EigenBasis | Tensor) -> Tensor:
     if not isinstance(basis, Tensor) or basis.dim() != 2 or not basis.is_floating_point():
         found = tuple(basis.shape) if isinstance(basis, Tensor) else type(basis).__name__
         raise ArgumentError(name, found, "an EigenBasis, or orthonormal rows (k, P)")
-    check_orthonormal(name, basis, torch.finfo(basis.dtype).eps)
+    check_orthonormal(name, basis, torch.finfo(basis.dtype).eps, inner)
     return basis
 
 
@@ -246,10 +263,10 @@ def _check_lengths(a: Tensor, b: Tensor) -> None:
         raise ArgumentError("the two bases", found, "of the same model")
 
 
-def _overlap(a: Tensor, b: Tensor) -> Tensor:
+def _overlap(a: Tensor, b: Tensor, inner: InnerProduct) -> Tensor:
     _check_lengths(a, b)
-    inner = a @ b.to(a).T
-    overlap: Tensor = inner.double().square().sum() / (len(a) * len(b)) ** 0.5
+    cosines = inner.sum(a @ b.to(a).T)
+    overlap: Tensor = cosines.double().square().sum() / (len(a) * len(b)) ** 0.5
     return overlap.clamp(max=1.0)
 
 
@@ -260,11 +277,13 @@ def _class_rows(vectors: Tensor | LowRankCurvature | EigenBasis, basis: EigenBas
         ArgumentError: they are of another length than the eigenvectors.
     """
     rows = vectors if isinstance(vectors, Tensor) else vectors.vectors
-    if rows.dim() != 2 or rows.shape[1] != basis.size:
-        found, allowed = tuple(rows.shape), f"(C, {basis.size}), one class a row"
+    here = basis.vectors.shape[1]
+    if rows.dim() != 2 or rows.shape[1] != here:
+        found, allowed = tuple(rows.shape), f"(C, {here}), one class a row"
         raise ArgumentError("the shape of vectors", found, allowed)
     rows = rows.to(basis.vectors)
     # By the largest first: the squares of tiny and huge numbers are zeros and infinities.
-    largest = rows.abs().amax(dim=1, keepdim=True)
+    largest = largest_entries(rows, basis.inner)[:, None]
     rows = torch.where(largest == 0, 0.0, rows / largest)
-    return torch.nn.functional.normalize(rows)
+    squares = basis.inner.sum(torch.linalg.vector_norm(rows, dim=1, keepdim=True).square())
+    return rows / torch.where(squares > 0, squares, 1.0).sqrt()

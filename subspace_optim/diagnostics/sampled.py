@@ -110,7 +110,7 @@ class SampledGradient:
         for _ in range(2):  # twice, as in ``bulk_lr``
             basis.project_out(self._outside, out=self._outside)
         self._square_inside = self._groups.squares(self._inside @ self._inside.T)
-        self._square_outside = self._groups.squares(exact_gram(self._outside))
+        self._square_outside = self._groups.squares(exact_gram(self._outside, basis.inner))
         self._square = self._square_inside + self._square_outside
         noise = (10 + math.sqrt(basis.k)) * torch.finfo(basis.dtype).eps
         self._rounding = noise**2  # of a component whose square is less, nothing is known
@@ -132,7 +132,8 @@ class SampledGradient:
     def bulk_lr(self, update: Tensor) -> Sampled:
         """Returns the effective learning rate of an update outside of the subspace."""
         update = self._basis.project_out(update)
-        along = gram(self._outside, update.to(self._outside)[None])[:, 0]
+        update = update.to(self._outside)[None]
+        along = gram(self._outside, update, self._basis.inner)[:, 0]
         return self._rate(along, self._square_outside)
 
     def _rate(self, along: Tensor, squares: Tensor) -> Sampled:

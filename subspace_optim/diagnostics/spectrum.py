@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import InnerProduct
 from subspace_optim._progress import Progress, ProgressOption, shown
 from subspace_optim._validation import (
     ArgumentError,
@@ -48,6 +49,7 @@ def solve(
     tol: float,
     seed: int,
     size: int | None = None,
+    inner: InnerProduct | None = None,
 ) -> EigenBasis:
     """Returns the top k eigenpairs of a matrix whose products are made of those of an operator.
 
@@ -58,6 +60,7 @@ def solve(
         tol: relative residual.
         seed: of the random vectors.
         size: of the matrix (default: that of the operator).
+        inner: of the vectors that it multiplies (default: that of the operator).
     """
     return top_eigenpairs(
         matmat,
@@ -68,6 +71,7 @@ def solve(
         dtype=operator.dtype,
         device=operator.device,
         accuracy=operator.accuracy,
+        inner=operator.inner if inner is None else inner,
     ).basis
 
 
@@ -104,9 +108,14 @@ def exact_spectrum(
         )
     matrix = torch.empty(size, size, dtype=torch.float64)
     with multiplying(operator, progress), Progress("all eigenvalues", "products", size) as solving:
-        for start, rows in identity_rows(size, operator.dtype, operator.device):
-            matrix[start : start + len(rows)] = operator.matmat(rows)
-            solving.tick(start + len(rows))
+        inner, taken = operator.inner, 0
+        own = slice(inner.before(size), inner.before(size) + inner.here(size))
+        for _, rows in identity_rows(size, operator.dtype, operator.device, inner):
+            block = torch.zeros(len(rows), size, dtype=operator.dtype, device=operator.device)
+            block[:, own] = operator.matmat(rows)
+            matrix[taken : taken + len(rows)] = inner.sum(block)
+            taken += len(rows)
+            solving.tick(taken)
     if not matrix.isfinite().all():
         message = (
             "A product with the matrix is not finite. Lower the learning rate, or look for NaN in "
@@ -155,6 +164,7 @@ def spectral_density(
             seed=seed,
             dtype=operator.dtype,
             device=operator.device,
+            inner=operator.inner,
         )
 
 
@@ -187,6 +197,7 @@ def trace(
             seed=seed,
             dtype=operator.dtype,
             device=operator.device,
+            inner=operator.inner,
         )
 
 
@@ -248,5 +259,8 @@ def lower_edge(operator: CurvatureOperator, k: int, *, tol: float, seed: int) ->
         mirrored = solve(operator, lambda v: -operator.matmat(v), pairs, tol=tol, seed=seed)
     mirrored = mirrored.first(k)
     return EigenBasis(
-        -mirrored.eigenvalues.flip(0), mirrored.vectors.flip(0), mirrored.residuals.flip(0)
+        -mirrored.eigenvalues.flip(0),
+        mirrored.vectors.flip(0),
+        mirrored.residuals.flip(0),
+        mirrored.inner,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from subspace_optim._inner_product import InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.step_hooks import optimizers_of
@@ -43,11 +44,20 @@ class UnitBall:
         norms: of each parameter. Those that are Euclidean are so all together, each matrix has a
             spectral norm of its own, and for signs every coordinate is a part.
         radii: of each parameter, 0 for those that do not move.
+
+    Raises:
+        ArgumentError: matrices that have a spectral norm lie on several ranks.
     """
 
     space: ParameterSpace
     norms: list[NormName]
     radii: list[float]
+
+    def __post_init__(self) -> None:
+        if "spectral" in self.norms and type(self.space.inner) is not InnerProduct:
+            found = "'spectral', of a model that is sharded"
+            remedy = "Measure a copy of the model that is not."
+            raise ArgumentError("norm", found, "that of matrices that are whole on a rank", remedy)
 
     def radius(self) -> Tensor:
         """Returns R as a vector, ``(P,)``."""
@@ -84,7 +94,7 @@ class UnitBall:
         squares = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         for own, _ in self._euclidean(rows, rows):
             squares += own.square().sum(dim=1, dtype=torch.float64)
-        return squares.sqrt().to(rows)
+        return self.space.inner.sum(squares).sqrt().to(rows)
 
     def _euclidean(self, rows: Tensor, out: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         return ((rows[:, part], out[:, part]) for part, _ in self._parts("euclidean"))
@@ -98,10 +108,11 @@ class UnitBall:
     def _parts(self, norm: NormName) -> Iterable[tuple[slice, torch.Size]]:
         """Yields the coordinates of each parameter of this norm."""
         start = 0
-        for name, shape in zip(self.norms, self.space.shapes, strict=True):
-            end = start + shape.numel()
+        views = self.space.unflatten(torch.empty(self.space.size_here, device="meta"))
+        for name, of_one in zip(self.norms, views, strict=True):
+            end = start + of_one.numel()
             if name == norm:
-                yield slice(start, end), shape
+                yield slice(start, end), of_one.shape
             start = end
 
 

@@ -39,11 +39,26 @@ def square(v: Tensor) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64)
         return length.square()
     # The same would make a copy of all of it on a CPU, which takes five times as long.
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=v.device)
     for columns in column_blocks(len(v)):
         piece = v[columns].double()
         total += piece.dot(piece)
     return total
+
+
+def is_finite(tensor: Tensor, inner: InnerProduct = WHOLE) -> bool:
+    """Whether all coordinates are finite, those on other ranks too."""
+    bad = tensor.isfinite().all().logical_not()
+    return float(inner.sum(bad.double())) == 0
+
+
+def largest_entries(rows: Tensor, inner: InnerProduct = WHOLE) -> Tensor:
+    """Returns the largest ``|v_i|`` of each row: what to divide by before squares are taken.
+
+    Of a row on several ranks up to as many times as much; 0 for a row of zeros alone.
+    """
+    here = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(len(rows))
+    return inner.sum(here)
 
 
 def norm(v: Tensor, inner: InnerProduct = WHOLE) -> Tensor:
@@ -95,6 +110,26 @@ def orthonormal_span(rows: Tensor, inner: InnerProduct = WHOLE) -> Tensor:
         result[:, columns] = (weights @ rows[:, columns].double()).to(rows.dtype)
     orthonormalise_(result, inner)
     return result
+
+
+@own_precision
+def singular_values(rows: Tensor, inner: InnerProduct = WHOLE) -> Tensor:
+    """Returns the singular values of rows, descending, in float64; each within rounding of them.
+
+    The roots of a Gram matrix's eigenvalues are half as exact. So its eigenvectors only turn the
+    rows, so that these are nearly orthogonal, each as long as a singular value or as a few of them
+    that are all tiny; what they are to each other at length 1 is then known to rounding.
+    """
+    turned = rows.new_empty(rows.shape, dtype=torch.float64)
+    _, combinations = torch.linalg.eigh(exact_gram(rows, inner))
+    for columns in column_blocks(rows.shape[1]):
+        turned[:, columns] = combinations.T @ rows[:, columns].double()
+    lengths = inner.sum(torch.linalg.vector_norm(turned, dim=1).square()).sqrt()
+    turned /= torch.where(lengths > 0, lengths, 1.0)[:, None]
+    values, vectors = torch.linalg.eigh(exact_gram(turned, inner))
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    found: Tensor = torch.linalg.svdvals(root * lengths)
+    return found
 
 
 @own_precision

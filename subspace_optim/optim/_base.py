@@ -227,7 +227,7 @@ class SubspaceOptimizer(CheckedOptimizer):
         wanted = space.shapes, like.dtype, like.device
         if self._memory is not None and self._memory[0] == wanted:
             return self._memory[1:]
-        vector = torch.empty(space.size, dtype=like.dtype, device=like.device)
+        vector = torch.empty(space.size_here, dtype=like.dtype, device=like.device)
         self._memory = wanted, vector, space.unflatten(vector)
         return self._memory[1:]
 

@@ -49,9 +49,11 @@ class SubspaceNewton(SubspaceOptimizer):
     def _update(self, basis: Curvature, gather: Gather) -> None:
         update = gather(lambda _: 1.0)
         rates = {p: self._rates(group) for group in self.param_groups for p in group["params"]}
+        space = self._subspace().parameters
+        held = zip(space.tensors, space.unflatten(update), strict=True)
         runs = [
-            (sum(p.numel() for p in members), of_run)
-            for of_run, members in groupby(self._subspace().parameters.tensors, rates.__getitem__)
+            (sum(view.numel() for _, view in members), of_run)
+            for of_run, members in groupby(held, lambda pair: rates[pair[0]])
         ]  # neighbours with the same rates are one piece: all of the vector, if there is one group
         coefficients = basis.coefficients(update)
         lengths = [length for length, _ in runs]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError, check_flag, check_number
 from subspace_optim.curvature.parameters import times_written
 from subspace_optim.optim._base import (
@@ -33,6 +34,11 @@ class _TwoSteps(CheckedOptimizer):
     _before: dict[Tensor, Tensor] | None = None  # θ_t, between first_step() and second_step()
     _finite = True  # whether the gradient at θ_t was
     _ready = False  # second_step() has made sure of the gradients, and calls step()
+
+    @property
+    def _inner(self) -> InnerProduct:
+        """Completes sums over all elements of the parameters."""
+        return WHOLE
 
     @staticmethod
     def _check_options(group: dict[str, Any]) -> None:
@@ -90,7 +96,7 @@ class _TwoSteps(CheckedOptimizer):
                     f"{type(self).__name__} needs the gradient at two points: call step(closure), "
                     "or first_step() after a backward pass and second_step() after another."
                 )
-            with _nothing_added(parameters_of(self)), torch.enable_grad():
+            with _nothing_added(parameters_of(self), self._inner), torch.enable_grad():
                 loss = closure()
             with self._going_back():
                 self.first_step()
@@ -146,7 +152,8 @@ class _TwoSteps(CheckedOptimizer):
     def _displace(self) -> None:
         groups = [(g, params) for g in self.param_groups if (params := _with_gradients(g))]
         norm = _norm(
-            [p.grad * p.abs() if g["adaptive"] else p.grad for g, params in groups for p in params]
+            [p.grad * p.abs() if g["adaptive"] else p.grad for g, params in groups for p in params],
+            self._inner,
         )
         self._finite = math.isfinite(norm)
         groups = groups if self._finite else []
@@ -197,7 +204,7 @@ class _TwoSteps(CheckedOptimizer):
         self._put_back()
         gradients = [p.grad for group in self.param_groups for p in _with_gradients(group)]
         with outside_autocast(self._device):
-            return self._finite and math.isfinite(_norm(gradients))
+            return self._finite and math.isfinite(_norm(gradients, self._inner))
 
     def _put_back(self) -> None:
         before = self._before or {}
@@ -218,7 +225,7 @@ class _TwoSteps(CheckedOptimizer):
 
 
 @contextmanager
-def _nothing_added(params: list[Tensor]) -> Iterator[None]:
+def _nothing_added(params: list[Tensor], inner: InnerProduct) -> Iterator[None]:
     """Refuses a closure that adds to gradients which are there already, or computes none.
 
     At the perturbed point a closure can evaluate its own minibatch alone, and not those whose
@@ -246,7 +253,8 @@ def _nothing_added(params: list[Tensor]) -> Iterator[None]:
             handle.remove()
     untouched = all(p.grad is gradient for p, gradient in known.items())
     untouched &= written == times_written(known.values())
-    if untouched or (added and added[0]):
+    again = last.new_tensor(1.0 if added and added[0] else 0.0, dtype=torch.float64)
+    if untouched or bool(inner.sum(again)):
         raise ArgumentError(
             "closure",
             f"one that {'computes no' if untouched else 'adds to the'} gradients",
@@ -266,14 +274,19 @@ def _wide(tensors: list[Tensor]) -> list[Tensor]:
     return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: list[Tensor], inner: InnerProduct) -> float:
     """Returns the norm of all tensors together, summed up in float32 at least."""
     wide = _wide(tensors)
-    norm = float(torch.nn.utils.get_total_norm(wide))
+    norm = _total(wide, inner)
     if norm == 0 or math.isinf(norm):  # squares of float32 vanish, or overflow from 1e19 on
         double = [t.to(torch.promote_types(t.dtype, torch.float64)) for t in wide]
-        norm = float(torch.nn.utils.get_total_norm(double))
+        norm = _total(double, inner)
     return norm
+
+
+def _total(tensors: list[Tensor], inner: InnerProduct) -> float:
+    here = torch.nn.utils.get_total_norm(tensors)
+    return math.sqrt(float(inner.sum(here.double().square())))
 
 
 class SAM(_TwoSteps):
@@ -358,6 +371,10 @@ class SubspaceSAM(_TwoSteps, RestrictedSGD):
         subspace: Subspace,
     ) -> None:
         super().__init__(params, options(locals()), subspace)
+
+    @property
+    def _inner(self) -> InnerProduct:
+        return self._subspace().parameters.inner
 
 
 class DomSAM(SubspaceSAM):

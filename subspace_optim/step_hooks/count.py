@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch.optim import Optimizer
 
 from subspace_optim.curvature.digests import digest
@@ -64,6 +65,12 @@ class StepCount:
         """Tells that the parameters have changed since the step began."""
         self._moved = True
 
+    def on_any_rank(self, holds: bool) -> bool:
+        """Whether it holds on any rank that has some of the coordinates."""
+        space = self._operator.parameters
+        flag = torch.tensor(float(holds), dtype=torch.float64, device=space.device)
+        return bool(space.inner.sum(flag))
+
     def state_dict(self) -> dict[str, int | None]:
         """Returns the count as a resumed run takes it up, a step that was told of included."""
         return {
@@ -122,7 +129,7 @@ class StepTeller:
         if self._count is None:
             return
         if moved is None and self._before is not None:
-            moved = self._digest() != self._before
+            moved = self._count.on_any_rank(self._digest() != self._before)
         if moved is None:
             # Fused optimizers, and those that write to `p.data`, leave no trace in the versions.
             parameters = parameters_of(*self._optimizers)

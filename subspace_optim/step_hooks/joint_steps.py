@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.optim import Optimizer
 
+from subspace_optim._inner_product import InnerProduct
 from subspace_optim._validation import UnseenStepsWarning
 from subspace_optim.curvature.digests import digest
 from subspace_optim.curvature.parameters import ParameterSpace, times_written
@@ -73,7 +74,7 @@ class JointSteps:
         self.watchful = True
         self.closure = False
         self._begin, self._end, self._undo, self._last = begin, end, undo, last
-        self._device = space.device
+        self._device, self._inner = space.device, space.inner
         self._round: set[int] = set()  # those that step in this round ...
         self._waiting: set[int] = set()  # ... and those of them that have still to
         held = set(map(id, parameters_of(*self.optimizers)))
@@ -195,7 +196,7 @@ class JointSteps:
         waiting = [each for each in self.optimizers if id(each) in self._waiting]
         if waiting and not self.watchful:
             return
-        if not any(_is_finite(each) for each in waiting):
+        if not any(_is_finite(each, self._inner) for each in waiting):
             self._call(self._end)
 
     def _call(self, part: Callable[[], None]) -> None:
@@ -259,8 +260,8 @@ def _guard(optimizer: Optimizer) -> None:
     optimizer.step = MethodType(guarded, optimizer)  # type: ignore[method-assign]
 
 
-def _is_finite(optimizer: Optimizer) -> bool:
+def _is_finite(optimizer: Optimizer, inner: InnerProduct) -> bool:
     """Whether all of its gradients are finite."""
     gradients = [p.grad for p in parameters_of(optimizer)]
     finite = [gradient.isfinite().all() for gradient in gradients if gradient is not None]
-    return not finite or bool(torch.stack(finite).all())
+    return not finite or not inner.sum(torch.stack(finite).all().logical_not().double())

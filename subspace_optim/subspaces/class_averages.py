@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError, NonFiniteError
 from subspace_optim.linalg.low_rank import LowRankCurvature
+from subspace_optim.linalg.rows import norm
 from subspace_optim.subspaces.checkpoints import checksum
 
 _SAFE = 1e-12
@@ -32,21 +34,29 @@ class ClassAverages:
         norms: ``(C,)``, ``|c_k|``, float64.
         squares: ``(C,)``, ``λ_k²``, float64: it has twice the exponents of ``λ_k``.
         updates: ``(C,)``, t of each class.
+        inner: completes sums over coordinates.
     """
 
     vectors: Tensor
     norms: Tensor
     squares: Tensor
     updates: Tensor
+    inner: InnerProduct = WHOLE
 
     def curvature(self) -> LowRankCurvature:
         """Returns eq. 11; λ = 1 for a class that was never seen."""
         values = torch.where(self.updates > 0, self.squares.sqrt(), 1.0)
-        return LowRankCurvature(values.to(self.vectors.dtype), self.vectors)
+        return LowRankCurvature(values.to(self.vectors.dtype), self.vectors, self.inner)
 
 
 def averaged(
-    old: ClassAverages | None, gradients: Tensor, spreads: Tensor, counts: Tensor, *, decay: float
+    old: ClassAverages | None,
+    gradients: Tensor,
+    spreads: Tensor,
+    counts: Tensor,
+    *,
+    decay: float,
+    inner: InnerProduct = WHOLE,
 ) -> ClassAverages:
     """Returns the averages with a minibatch more, in the memory of its gradients.
 
@@ -59,13 +69,14 @@ def averaged(
         spreads: ``(C,)``, ``Σ p_k (1 − p_k)`` over them.
         counts: ``(C,)``, how many they are.
         decay: γ.
+        inner: completes sums over coordinates.
 
     Raises:
         NonFiniteError: something is not finite.
     """
     counts, spreads = counts.double(), spreads.double()
     seen, scale = counts > 0, 1 / counts.clamp(min=1)
-    values = spreads / counts.sum() * (_row_norms(gradients) * scale).square()
+    values = spreads / counts.sum() * (_row_norms(gradients, inner) * scale).square()
     if not bool(values.isfinite().all()):
         message = (
             "A logit or a gradient of a class is not finite; the minibatch was not added to "
@@ -83,12 +94,12 @@ def averaged(
         share = torch.where(seen, (1 - rate) * known, 1.0).to(gradients.dtype)
         gradients.addcmul_(old.vectors.to(gradients), share[:, None])
         squares += (1 - rate) * old.squares.to(rate.device)
-    norms = _row_norms(gradients)
+    norms = _row_norms(gradients, inner)
     smallest = torch.finfo(gradients.dtype).tiny
     inverse = torch.where(norms > smallest, 1 / norms, 0.0)
     inverse = torch.where(seen, inverse, 1.0).to(gradients.dtype)
     gradients.mul_(inverse[:, None])
-    return ClassAverages(gradients, torch.where(seen, norms, known), squares, updates)
+    return ClassAverages(gradients, torch.where(seen, norms, known), squares, updates, inner)
 
 
 # In a state dict.
@@ -129,14 +140,14 @@ def check_averages(averages: ClassAverages, observations: int, saved: torch.dtyp
         ArgumentError: a vector is neither of norm 1 nor 0, or a class was seen more often than
             there were minibatches, or has averages and was never seen.
     """
-    vectors, updates = averages.vectors, averages.updates
+    vectors, updates, inner = averages.vectors, averages.updates, averages.inner
     most = int(updates.max())
     if most > observations:
         allowed = f"at most the minibatches observed, {observations}"
         raise ArgumentError("the largest of the loaded updates", most, allowed)
-    norms = _row_norms(vectors)
+    norms, size = _row_norms(vectors, inner), inner.size(vectors.shape[1])
     accuracy = max(torch.finfo(dtype).eps for dtype in (saved, vectors.dtype))
-    off = ((norms - 1).abs() > min(0.01, 8 * vectors.shape[1] ** 0.5 * accuracy)) & (norms != 0)
+    off = ((norms - 1).abs() > min(0.01, 8 * size**0.5 * accuracy)) & (norms != 0)
     for k in off.nonzero().flatten().tolist():
         raise ArgumentError(f"the norm of the loaded vectors[{k}]", float(norms[k]), "1, or 0")
     strange = (updates == 0) & ((norms > 0) | (averages.norms > 0) | (averages.squares > 0))
@@ -145,10 +156,10 @@ def check_averages(averages: ClassAverages, observations: int, saved: torch.dtyp
         raise ArgumentError(f"the loaded updates[{k}]", 0, allowed)
 
 
-def _row_norms(rows: Tensor) -> Tensor:
+def _row_norms(rows: Tensor, inner: InnerProduct) -> Tensor:
     """Returns the norms of the rows, float64: squares of small numbers do not vanish."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1).double()
-    for i, norm in enumerate(norms.tolist()):
-        if not _SAFE < norm < 1 / _SAFE:  # one row after another: torch makes a float64 copy of it
-            norms[i] = torch.linalg.vector_norm(rows[i], dtype=torch.float64)
+    norms = inner.sum(torch.linalg.vector_norm(rows, dim=1).double().square()).sqrt()
+    for i, length in enumerate(norms.tolist()):
+        if not _SAFE < length < 1 / _SAFE:
+            norms[i] = norm(rows[i], inner)
     return norms

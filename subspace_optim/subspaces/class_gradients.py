@@ -183,7 +183,9 @@ class ClassGradientSubspace(Shown):
                 with self._ranks.summed(shape, self.parameters.dtype, device) as sums:
                     self._sums.add_to(sums, x, y)
                 parts = self._sums.split(sums)
-                averages = averaged(self._averages, *parts, decay=self.decay)
+                averages = averaged(
+                    self._averages, *parts, decay=self.decay, inner=self.parameters.inner
+                )
         self._given, self._averages = None, averages
         self.stats.observations += 1
         self.stats.seconds += time.perf_counter() - start
@@ -221,7 +223,8 @@ class ClassGradientSubspace(Shown):
                     remedy=remedy,
                 )
                 for name, (shape, dtype) in entries.items()
-            }
+            },
+            inner=self.parameters.inner,
         )
         costs = state.inside("stats", ["observations", "seconds"])
         stats = ClassGradientStats(costs.count("observations"), costs.number("seconds", minimum=0))
@@ -234,7 +237,7 @@ class ClassGradientSubspace(Shown):
         self.stats = stats
 
     def _layout(self) -> tuple[int, int, torch.dtype]:
-        return self.num_classes, self.parameters.size, self.parameters.dtype
+        return self.num_classes, self.parameters.size_here, self.parameters.dtype
 
     def _agree(self) -> None:
         """Sees to it that all ranks have the same parameters and averages.

@@ -85,6 +85,7 @@ def solve(
         dtype=operator.dtype,
         device=operator.device,
         accuracy=operator.accuracy,
+        inner=operator.inner,
     )
     _check_symmetry(operator, solution.asymmetry)
     return TopPairs(solution.basis, solution.guard, solution.lowest, solution.mean)
@@ -126,9 +127,9 @@ def names_in_state(operator: CurvatureOperator, k: int) -> set[str]:
 
 def _shapes(operator: CurvatureOperator, k: int) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the tensors that stand for k pairs and the guard, by their names."""
-    P, guard = operator.size, min(1, operator.size - k)
-    own = {"eigenvalues": (k,), "vectors": (k, P), "residuals": (k,)}
-    next_ = {"eigenvalues": (guard,), "vectors": (guard, P), "residuals": (guard,)}
+    here, guard = operator.parameters.size_here, min(1, operator.size - k)
+    own = {"eigenvalues": (k,), "vectors": (k, here), "residuals": (k,)}
+    next_ = {"eigenvalues": (guard,), "vectors": (guard, here), "residuals": (guard,)}
     return own | {f"guard_{name}": shape for name, shape in next_.items()}
 
 
@@ -176,14 +177,15 @@ def _loaded_pairs(
         )
         for name in ("eigenvalues", "vectors", "residuals")
     )
+    inner = operator.inner
     if not known:
-        return EigenBasis(values[:0], vectors[:0], residuals[:0])
+        return EigenBasis(values[:0], vectors[:0], residuals[:0], inner)
     in_order = values.tolist()
     if in_order != sorted(in_order, reverse=True):
         raise ArgumentError(state.label(f"{prefix}eigenvalues"), in_order, "in descending order")
     dtype = state.dtype(f"{prefix}vectors")
     accuracy = max(torch.finfo(d).eps for d in (dtype, vectors.dtype))
-    check_orthonormal(state.label(f"{prefix}vectors"), vectors, _ROOM * accuracy)
+    check_orthonormal(state.label(f"{prefix}vectors"), vectors, _ROOM * accuracy, inner)
     if vectors.dtype != dtype:
-        orthonormalise_(vectors)
-    return EigenBasis(values, vectors, residuals)
+        orthonormalise_(vectors, inner)
+    return EigenBasis(values, vectors, residuals, inner)

@@ -10,7 +10,7 @@ from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.objective import unwrapped
 from subspace_optim.curvature.parameters import ParameterSpace, Params
 from subspace_optim.linalg.eigenbasis import EigenBasis
-from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
+from subspace_optim.linalg.rows import check_orthonormal, is_finite, orthonormalise_
 
 
 class FixedSubspace(Shown):
@@ -24,7 +24,8 @@ class FixedSubspace(Shown):
     Args:
         model: owns the parameters. ``DistributedDataParallel`` and ``torch.compile`` wrappers are
             taken off.
-        vectors: ``(k, P)``, orthonormal rows, in the coordinates of ``params``.
+        vectors: ``(k, P)``, orthonormal rows, in the coordinates of ``params``; of a model that is
+            sharded, on each rank those that lie there.
         eigenvalues: ``(k,)``, the curvatures along them (default: ones). Projections do not look
             at them; optimizers that divide by the curvature, as Newton's method does, need them.
         params: the parameters: tensors, a pattern of names, or a predicate of (name, tensor)
@@ -52,9 +53,9 @@ class FixedSubspace(Shown):
         if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
             kind = vectors.dtype if isinstance(vectors, Tensor) else type(vectors).__name__
             raise ArgumentError("vectors", kind, "a tensor of real numbers")
-        shape = tuple(vectors.shape)
-        if vectors.dim() != 2 or shape[1] != space.size or not 1 <= shape[0] <= space.size:
-            allowed = f"(k, {space.size}), one vector a row, k from 1 to {space.size}"
+        shape, here = tuple(vectors.shape), space.size_here
+        if vectors.dim() != 2 or shape[1] != here or not 1 <= shape[0] <= space.size:
+            allowed = f"(k, {here}), one vector a row, k from 1 to {space.size}"
             raise ArgumentError("the shape of vectors", shape, allowed)
         if eigenvalues is None:
             eigenvalues = torch.ones(len(vectors))
@@ -68,13 +69,16 @@ class FixedSubspace(Shown):
             raise ArgumentError("the shape of eigenvalues", found, allowed)
         eigenvalues, order = eigenvalues.sort(descending=True, stable=True)
         rows = vectors.detach().to(space.device, space.dtype)[order]  # a copy
-        for name, tensor in (("vectors", rows), ("eigenvalues", eigenvalues)):
-            if not bool(tensor.isfinite().all()):
+        inner = space.inner
+        finite = {"vectors": is_finite(rows, inner), "eigenvalues": is_finite(eigenvalues)}
+        for name, sound in finite.items():
+            if not sound:
                 raise ArgumentError(name, "not finite", "finite", "Look for NaN in them.")
-        check_orthonormal("vectors", rows, max(torch.finfo(t.dtype).eps for t in (vectors, rows)))
-        orthonormalise_(rows)
+        accuracy = max(torch.finfo(t.dtype).eps for t in (vectors, rows))
+        check_orthonormal("vectors", rows, accuracy, inner)
+        orthonormalise_(rows, inner)
         self.parameters = space
-        self.basis = EigenBasis(eigenvalues, rows, torch.zeros_like(eigenvalues))
+        self.basis = EigenBasis(eigenvalues, rows, torch.zeros_like(eigenvalues), inner)
 
     def _facts(self) -> dict[str, str]:
         values = numbers(self.basis.eigenvalues)

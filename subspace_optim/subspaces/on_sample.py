@@ -185,7 +185,7 @@ class OnSample(RefreshRule):
     def _follow(self) -> None:
         """Notes how far the basis has turned, and anchors it anew where that is too far."""
         anchor, pairs = self._anchored(), self._present()
-        turned = largest_sine(anchor.rows[: self.k], pairs.basis.vectors)
+        turned = largest_sine(anchor.rows[: self.k], pairs.basis.vectors, pairs.basis.inner)
         if self.by_angle.holds_two:
             turned = max(turned, anchor.turned)
         shrunk = min(1.0, (pairs.gap or 1.0) / anchor.gap)
@@ -299,7 +299,8 @@ class OnSample(RefreshRule):
             noise = self._sine(own, small, drawn / of)
             sampling = self._sine(theirs, small, of / total)
             refined = self._present()
-            turned = largest_sine(anchor.rows[: self.k], refined.basis.vectors)
+            basis = refined.basis
+            turned = largest_sine(anchor.rows[: self.k], basis.vectors, basis.inner)
             gap = refined.gap or 1.0
             self._anchor = Anchor(pairs.rows, offset, noise, sampling, gap, turned=turned)
             self.stats.examples = of
@@ -369,7 +370,7 @@ class OnSample(RefreshRule):
         """Returns the parameters of the last refresh, and the products of the last anchor."""
         operator = self.operator
         options: Any = {"dtype": operator.dtype, "device": operator.device}
-        shape = (min(self.k + 1, operator.size), operator.size)
+        shape = (min(self.k + 1, operator.size), operator.parameters.size_here)
         none = torch.zeros(shape, **options)
         rows, offset = (self._anchor.rows, self._anchor.offset) if self._anchor else (none, none)
         anchored = {"anchor_rows": rows.clone(), "anchor_offset": offset.clone()}
@@ -379,7 +380,7 @@ class OnSample(RefreshRule):
         """Takes what ``numbers`` and ``tensors`` gave."""
         self.by_angle.take(saved)
         operator = self.operator
-        shape = (min(self.k + 1, operator.size), operator.size)
+        shape = (min(self.k + 1, operator.size), operator.parameters.size_here)
         rows, offset = (
             saved.tensor(f"anchor_{name}", shape, operator.dtype, operator.device)
             for name in ("rows", "offset")

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim.curvature.operator import CurvatureOperator
+from subspace_optim.linalg.rows import square
 from subspace_optim.subspaces import eigenpairs
 from subspace_optim.subspaces.checkpoints import SavedState
 from subspace_optim.subspaces.eigenpairs import TopPairs
@@ -48,18 +50,21 @@ class Aside:
         return replace(self, staleness=own)
 
 
-def are_back(theta: Tensor, before: Tensor | None, earlier: Tensor | None) -> bool:
+def are_back(
+    theta: Tensor, before: Tensor | None, earlier: Tensor | None, inner: InnerProduct = WHOLE
+) -> bool:
     """Whether parameters are much nearer to those of an earlier refresh than to those of a later.
 
     Args:
         theta: ``(P,)``, the parameters.
         before: those of the later refresh; ``None`` if there was none.
         earlier: those of the earlier one, likewise.
+        inner: completes sums over coordinates.
     """
     if before is None or earlier is None:
         return False
-    way = torch.linalg.vector_norm(theta - before)
-    return bool(torch.linalg.vector_norm(theta - earlier) < _NEAR * way)
+    way, distance = inner.sums(square(theta - before), square(theta - earlier))
+    return bool(distance < _NEAR**2 * way)
 
 
 # In a state dict: what is known of a basis, whether it is in use or was put aside.
@@ -81,7 +86,8 @@ def loaded_known(
 def copied(anchor: Tensor | None, operator: CurvatureOperator) -> Tensor:
     """Returns a copy of its own, which a checkpoint may be loaded into; zeros of nothing."""
     if anchor is None:
-        return torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
+        here = operator.parameters.size_here
+        return torch.zeros(here, dtype=operator.dtype, device=operator.device)
     return anchor.clone()
 
 
@@ -106,6 +112,7 @@ def loaded(state: SavedState, operator: CurvatureOperator, k: int) -> Aside | No
     """
     tensors = state.inside("aside", {*eigenpairs.names_in_state(operator, k), "anchor"})
     pairs = eigenpairs.loaded(tensors, operator, k)
-    anchor = tensors.tensor("anchor", (operator.size,), operator.dtype, operator.device)
+    shape = (operator.parameters.size_here,)
+    anchor = tensors.tensor("anchor", shape, operator.dtype, operator.device)
     found = loaded_known(state.inside("aside_known", numbers(None, k)), anchor, k)
     return None if pairs is None else Aside(pairs, *found)

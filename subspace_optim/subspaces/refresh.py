@@ -364,11 +364,14 @@ class ByAngle(RefreshRule):
     def _put_aside(self, theta: Tensor) -> None:
         """Keeps the basis that is replaced, where the parameters have come back to those before."""
         before = self._staleness.anchor if self.fits() else None
-        if before is not None and torch.equal(theta, before):
-            return  # the basis of this state is only made better
+        inner = self.operator.inner
+        if before is not None:
+            differs = theta.new_tensor(0.0 if torch.equal(theta, before) else 1.0)
+            if float(inner.sum(differs)) == 0:
+                return  # the basis of this state is only made better
         aside = self._aside
-        if aside is None or not are_back(theta, aside.staleness.anchor, before):
-            back = are_back(theta, before, self._earlier) and not self.gapless
+        if aside is None or not are_back(theta, aside.staleness.anchor, before, inner):
+            back = are_back(theta, before, self._earlier, inner) and not self.gapless
             self._aside = self._as_aside(self._first_probe_at) if back else None
         self._earlier = before
 
@@ -445,7 +448,7 @@ class ByAngle(RefreshRule):
         """Takes what ``numbers`` and ``tensors`` gave."""
         operator = self.operator
         anchor, earlier = (
-            saved.tensor(name, (operator.size,), operator.dtype, operator.device)
+            saved.tensor(name, (operator.parameters.size_here,), operator.dtype, operator.device)
             for name in ("anchor", "earlier")
         )
         self._staleness, self._unseen, probe_at = put_aside.loaded_known(saved, anchor, self.k)

@@ -127,7 +127,8 @@ class RefreshRule(ABC):
     def is_due(self, seen: Situation) -> bool:
         """Returns whether the basis is to be renewed, at a state where that was not yet decided.
 
-        Each rank asks for itself: no products, and no sums over ranks.
+        Each rank asks for itself: no products, and no sums over ranks but those over the
+        coordinates of a sharded model, which all of its ranks take.
         """
 
     def plan(self, seen: Situation, *, forced: bool) -> str:  # noqa: ARG002 (other rules do)

@@ -79,7 +79,7 @@ class Corrected(CurvatureOperator):
     def __init__(self, sample: CurvatureOperator, rows: Tensor, offset: Tensor) -> None:
         self.sample_operator = sample
         self.parameters, self.stats = sample.parameters, sample.stats
-        self._products = ControlVariate(sample.matmat, rows, offset)
+        self._products = ControlVariate(sample.matmat, rows, offset, sample.inner)
 
     @property
     def ranks(self) -> Ranks:

@@ -137,13 +137,9 @@ class Staleness:
         """Returns how far the parameters have moved since the last refresh."""
         assert self.anchor is not None  # noqa: S101 (there was one)
         delta = space.flatten(space.tensors).sub_(self.anchor)
-        norms = torch.stack(
-            [
-                torch.linalg.vector_norm(basis.coefficients(delta)),
-                torch.linalg.vector_norm(delta),
-            ]
-        )
-        inside, length = norms.tolist()
+        square = basis.inner.sum(torch.linalg.vector_norm(delta).double().square())
+        within = torch.linalg.vector_norm(basis.coefficients(delta)).double()
+        inside, length = torch.stack([within, square.sqrt()]).tolist()
         outside = math.sqrt(max(0.0, length**2 - inside**2)) if inside < length else 0.0
         return Drift(inside, outside)
 

@@ -36,7 +36,18 @@ from subspace_optim.linalg.sampling_error import Scatter
 from subspace_optim.linalg.spectral_density import lanczos_quadrature
 from subspace_optim.linalg.trace import hutch_plus_plus
 from tests.dense import symmetric
-from tests.split import Either, SplitInnerProduct, Unsplit, alike, joined, on_ranks, splits
+from tests.split import (
+    Either,
+    SplitInnerProduct,
+    Unsplit,
+    alike,
+    joined,
+    on_ranks,
+    splits,
+    unlocked,
+)
+
+unlocked(LowRankCurvature)
 
 Found = tuple[dict[str, Any], Tensor]
 """Numbers, which all ranks have to agree on, and rows, of which each has its columns."""
@@ -135,8 +146,7 @@ def low_rank(inner: Either, problem: Problem) -> Found:
     draws = inner.mine(problem.random(2, 1))
     numbers = {
         "size": (curvature.size, eigen.size, eigen.k),
-        # Not by the attribute: the lock of a cached property would keep the other threads out.
-        "largest": LowRankCurvature.largest.func(curvature),
+        "largest": curvature.largest,
         "coefficients": curvature.coefficients(draws),
         "eigenvalues": eigen.eigenvalues,
     }

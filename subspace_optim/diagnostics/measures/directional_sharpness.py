@@ -14,7 +14,7 @@ from subspace_optim.curvature.parameters import LOW_PRECISION
 from subspace_optim.diagnostics.directional_sharpness import Line, differences, rayleigh_quotient
 from subspace_optim.diagnostics.measures.base import Measure, Row, Training, operator_for
 from subspace_optim.diagnostics.measures.step import Step
-from subspace_optim.linalg.rows import norm
+from subspace_optim.linalg.rows import norm, square
 
 _NEAREST, _FARTHEST = 2**-24, 2**12
 """How far differences reach at least and at most, in lengths of the update."""
@@ -105,21 +105,21 @@ class DirectionalSharpness(Measure):
             return measured | {"actual_change": step.loss_along(1.0) - step.loss}
 
     def _by_products(self, step: Step) -> dict[str, Any]:
-        update, row = step.update, {}
+        update, inner, row = step.update, step.operator.inner, {}
         product = step.operator.matvec(update)  # first: the gradient comes with its graph
         gradient = step.gradient
         if self.gradient:
             along = step.operator.matvec(gradient)
-            row["gradient_sharpness"] = rayleigh_quotient(gradient, along)
-        predicted = torch.dot(gradient.double() + product.double() / 2, update.double())
+            row["gradient_sharpness"] = rayleigh_quotient(gradient, along, inner)
+        predicted = inner.sum(torch.dot(gradient.double() + product.double() / 2, update.double()))
         return row | {
-            "update_sharpness": rayleigh_quotient(update, product),
+            "update_sharpness": rayleigh_quotient(update, product, inner),
             "predicted_change": predicted,
         }
 
     def _by_losses(self, step: Step) -> dict[str, Any]:
         row: dict[str, Any] = {}
-        longest = float(norm(step.update))
+        longest = float(norm(step.update, step.operator.inner))
         if self.gradient:
             row["gradient_sharpness"] = self._along("gradient", step.gradient, step).curvature
         line = self._along("update", step.update, step)
@@ -131,7 +131,9 @@ class DirectionalSharpness(Measure):
 
     def _along(self, name: str, direction: Tensor, step: Step) -> Line:
         """Returns the loss along a direction by its length, and learns how far to reach there."""
-        length, start, unit = float(norm(direction)), step.loss, float(norm(step.update))
+        sums = step.operator.inner.sums(square(direction), square(step.update))
+        length, unit = torch.stack(sums).sqrt().tolist()
+        start = step.loss
         reach = self._reaches.get(name, unit)
         if unit > 0:  # a loss that is flat for long shall not take it anywhere
             reach = min(max(reach, _NEAREST * unit), _FARTHEST * unit)

@@ -63,12 +63,12 @@ class Eigenvectors(Measure):
 
     def before(self, step: Step) -> Row:
         """Looks at the basis, and solves for the other end."""
-        vectors, row = step.basis.vectors, {}
+        basis, row = step.basis, {}
         if self._before is not None:
-            row["displacement"] = displacement(vectors, self._before)
-        self._before = vectors
+            row["displacement"] = displacement(basis, self._before)
+        self._before = basis.vectors
         value = lowest_eigenvalue(step.operator, **step.training.solver_options())
-        return row | {"localization": localization(vectors), "lowest_eigenvalue": value}
+        return row | {"localization": localization(basis), "lowest_eigenvalue": value}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the eigenvectors of the last row."""

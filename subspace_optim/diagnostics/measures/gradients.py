@@ -51,7 +51,7 @@ class OfAllData:
         self._step, gradient = step, step.gradient
         self._loss = step.loss
         self._examples = step.operator.stats.examples or math.nan
-        self.norm = float(norm(gradient))
+        self.norm = float(norm(gradient, step.operator.inner))
 
     def known(self) -> dict[str, Any]:
         """Returns loss, norm and the number of examples."""

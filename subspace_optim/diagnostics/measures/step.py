@@ -113,14 +113,15 @@ class Step:
     def gradient_norm(self) -> float:
         """``‖∇L(θ_t)‖``, from a sample where a measure has taken one."""
         known = [each for each in self._sampled.values() if each is not None]
-        return known[0].norm if known else float(norm(self.gradient))
+        return known[0].norm if known else float(norm(self.gradient, self.operator.inner))
 
     @property
     def slope(self) -> float | None:
         """``⟨∇L(θ_t), θ_{t+1} − θ_t⟩``, if the gradient is known."""
         if "gradient" not in vars(self):
             return None
-        return float(torch.dot(self.gradient.double(), self.update.double()))
+        along = torch.dot(self.gradient.double(), self.update.double())
+        return float(self.training.parameters.inner.sum(along))
 
     @cached_property
     def loss(self) -> float:

@@ -34,7 +34,8 @@ class Update(Measure):
 
     def after(self, step: Step) -> Row:
         """Returns both."""
+        inner = step.training.parameters.inner
         return {
-            "update_norm": norm(step.update),
-            "distance": distance(step.theta, step.training.start),
+            "update_norm": norm(step.update, inner),
+            "distance": distance(step.theta, step.training.start, inner=inner),
         }
