@@ -87,6 +87,11 @@ class SplitOperator(CurvatureOperator):
         self.parameters: Any = SplitSpace(model, inner)
         self.stats = OperatorStats()
         self.tilt = 0.0  # of the matrix of a batch
+        self.current = False
+
+    @property
+    def of_current_batch(self) -> bool:
+        return self.current
 
     def matmat(self, vectors: Tensor) -> Tensor:
         self.stats.products += len(vectors)

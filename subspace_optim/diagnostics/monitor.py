@@ -250,7 +250,7 @@ class Monitor(Shown):
             if step is not None:
                 with self._spending():
                     step.end()
-                    moved = bool(step.update.any())
+                    moved = step.moved
                     row = self._rows.after(step, known)
                     self._given.compare(step)
                 self._tell_failures()

@@ -6,6 +6,7 @@ them have to come to the same numbers, bit for bit.
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -17,17 +18,21 @@ from torch import Tensor
 
 import subspace_optim as so
 from subspace_optim import diagnostics
+from subspace_optim.diagnostics import given_gradient
 from subspace_optim.diagnostics.alignment import hessian_gradient_overlap
 from subspace_optim.diagnostics.gradient_noise import _noise
+from subspace_optim.diagnostics.measures.base import Training
 from subspace_optim.diagnostics.measures.step import Step
 from subspace_optim.diagnostics.sampled import SampledGradient
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
 from subspace_optim.linalg.rows import singular_values
+from subspace_optim.step_hooks import optimizers_of
 from tests.split import Either, SplitInnerProduct, Unsplit, alike, on_ranks, splits, unlocked
 from tests.split_model import P, SplitModel, SplitOperator
 
 unlocked(Step)
+central_flow: Any = importlib.import_module("subspace_optim.diagnostics.central_flow")
 
 SIZE = 50
 
@@ -166,6 +171,7 @@ def rows_of(inner: Either) -> dict[str, Any]:
     measures = [
         *so.measures.dominant(),
         so.measures.directional_sharpness(),
+        so.measures.critical_sharpness(),
         so.measures.eigenvectors(),
     ]
     monitor = so.Monitor(optimizer, subspace, measures=measures)
@@ -180,3 +186,69 @@ def test_of_the_steps_of_a_training():
     assert math.isfinite(expected["bulk_lr"][-1])
     assert expected["displacement"][-1]
     compare(on_ranks([25, 0, 15], rows_of), expected)
+
+
+def test_the_central_flow(monkeypatch):
+    """At the edge, where third derivatives and the complementarity problem decide."""
+    monkeypatch.setattr(central_flow, "length", lambda _: torch.tensor(1.0))
+
+    def flow(inner: Either) -> dict[str, Any]:
+        operator = SplitOperator(SplitModel(inner, seed=5), inner)
+        sharpness = float(diagnostics.exact_spectrum(operator)[0])
+        found = central_flow.central_flow(operator, 2.04 / sharpness, steps=3, tol=1e-6)
+        return {
+            "loss": found.loss,
+            "norm": found.squared_gradient_norm,
+            "eigenvalues": found.eigenvalues,
+            "variances": found.variances,
+            "end": inner.whole(found.parameters),
+        }
+
+    expected = flow(Unsplit())
+    assert (expected["variances"][:, 0] > 0).all()
+    compare(on_ranks([25, 0, 15], flow), expected)
+
+
+def test_a_gradient_of_another_loss_is_told_of_on_all_ranks(monkeypatch):
+    """Also on a rank whose own part of it is right."""
+    told: list[str] = []
+    monkeypatch.setattr(
+        given_gradient.warnings, "warn", lambda message, *_, **__: told.append(message)
+    )
+
+    def each(inner: SplitInnerProduct) -> None:
+        model = SplitModel(inner)
+        operator = SplitOperator(model, inner)
+        operator.current = True
+        space, optimizer = operator.parameters, torch.optim.SGD(model.parameters(), lr=0.01)
+        start = space.flatten(space.tensors)
+        training = Training(space, optimizers_of(optimizer, space), None, operator, start)
+        given, step = given_gradient.GivenGradient(training), Step(training, 0)
+        model.backward()
+        if inner.rank == 1:
+            model.second.grad.neg_()
+        given.note(closure=False)
+        _ = step.gradient
+        optimizer.step()
+        step.end()
+        given.compare(step)
+
+    on_ranks([20, 20], each)
+    assert len(told) == 2
+    assert len(set(told)) == 1
+
+
+def test_steps_are_counted_alike_on_all_ranks():
+    """Where a digest tells whether SAM has moved; one of the ranks has nothing to digest."""
+
+    def each(inner: SplitInnerProduct) -> int:
+        model = SplitModel(inner)
+        operator = SplitOperator(model, inner)
+        own, watched = (so.DominantSubspace(operator, 2, refresh=100) for _ in range(2))
+        optimizer = so.BulkSAM(model.parameters(), lr=0.01, subspace=own)
+        so.Monitor(optimizer, watched, every=3)
+        for _ in range(5):
+            optimizer.step(model.backward)
+        return watched.clock
+
+    assert alike(on_ranks([20, 0, 20], each)) == 5

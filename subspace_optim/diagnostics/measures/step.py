@@ -87,6 +87,12 @@ class Step:
             raise RuntimeError("The update is not known before the step: ask for it in after().")
         return self._update
 
+    @property
+    def moved(self) -> bool:
+        """Whether the step has changed the parameters."""
+        changed = self.update.any().double()
+        return bool(self.training.parameters.inner.sum(changed))
+
     @contextmanager
     def at_start(self) -> Iterator[CurvatureOperator]:
         """Yields the operator, which measures at ``θ_t`` inside.
