@@ -13,10 +13,7 @@ from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.products import own_precision
-from subspace_optim.linalg.rows import column_blocks, exact_gram, orthonormalise_
-
-_GRAM_DIGITS = 4 * torch.finfo(torch.float64).eps
-"""The relative error, for each row, of an eigenvalue of a Gram matrix in float64."""
+from subspace_optim.linalg.rows import GRAM_DIGITS, column_blocks, exact_gram, orthonormalise_
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +110,14 @@ class LowRankCurvature:
         values, combinations = torch.linalg.eigh(roots[:, None] * gram * roots)
         values, combinations = values.flip(0), combinations.T.flip(0)
         epsilon = torch.finfo(self.dtype).eps
-        kept = values > max(epsilon, self.k * _GRAM_DIGITS) * values[:1].clamp(min=0)
+        kept = values > max(epsilon, self.k * GRAM_DIGITS) * values[:1].clamp(min=0)
         values, combinations = values[kept], combinations[kept]
         combinations = (combinations * roots / values.sqrt()[:, None]).to(self.device)
         vectors = self.vectors.new_empty(len(values), self.vectors.shape[1])
         for columns in column_blocks(vectors.shape[1]):
             vectors[:, columns] = (combinations @ self.vectors[:, columns].double()).to(self.dtype)
         # Rounding of the Gram matrix makes rows that are not orthogonal by this much.
-        if len(vectors) and self.k * _GRAM_DIGITS * values[0] > values[-1] * epsilon:
+        if len(vectors) and self.k * GRAM_DIGITS * values[0] > values[-1] * epsilon:
             orthonormalise_(vectors, self.inner)
         eigenvalues = values.to(self.device, self.dtype)
         return EigenBasis(eigenvalues, vectors, torch.zeros_like(eigenvalues), self.inner)

@@ -18,6 +18,8 @@ from subspace_optim.linalg.products import own_precision
 
 _COLUMNS = 1 << 16
 """Columns that are taken at a time, at most."""
+GRAM_DIGITS = 4 * torch.finfo(torch.float64).eps
+"""The relative error, for each row, of an eigenvalue of a Gram matrix in float64."""
 _DEPENDENT = 1e-12
 """An eigenvalue of a Gram matrix below this, relative to the largest, is hardly more than rounding:
 in float64 the row that it makes is still orthogonal to the others within a hundredth."""
@@ -108,7 +110,10 @@ def orthonormal_span(rows: Tensor, inner: InnerProduct = WHOLE) -> Tensor:
     result = rows.new_empty(len(weights), rows.shape[1])
     for columns in column_blocks(rows.shape[1]):
         result[:, columns] = (weights @ rows[:, columns].double()).to(rows.dtype)
-    orthonormalise_(result, inner)
+    # Rounding of the Gram matrix makes rows that are not orthogonal by this much.
+    epsilon = torch.finfo(rows.dtype).eps
+    if len(result) and len(rows) * GRAM_DIGITS * values[-1] > values[kept][0] * epsilon:
+        orthonormalise_(result, inner)
     return result
 
 
