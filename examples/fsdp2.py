@@ -68,9 +68,9 @@ def main() -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-    mine = batches(64 // size, 4, seed=rank)  # each process has data of its own
+    mine = batches(8 // size, 16, seed=rank)  # each process has data of its own
     hessian = so.HessianOperator(model, F.cross_entropy, mine)
-    subspace = so.DominantSubspace(hessian, k=3)
+    subspace = so.DominantSubspace(hessian, k=3, refresh=10)
     optimizer = so.BulkSGD(model.parameters(), lr=0.3, momentum=0.9, subspace=subspace)
     monitor = so.Monitor(optimizer, subspace, every=5, log="run.csv", append=True)
 
@@ -97,8 +97,8 @@ def main() -> None:
     if rank == 0:
         here, P = hessian.parameters.size_here, hessian.size
         print(f"{size} processes; this one has {here:,} of the {P:,} coordinates")
-        for name in ("step", "loss", "chi", "sharpness"):
-            print(f"{name:>10}:", *(f"{value:8.3g}" for value in monitor.history[name]))
+        for name in ("step", "loss", "chi_gradient", "sharpness"):
+            print(f"{name:>12}:", *(f"{value:8.3g}" for value in monitor.history[name]))
     dist.destroy_process_group()
 
 

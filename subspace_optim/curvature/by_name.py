@@ -18,7 +18,12 @@ from subspace_optim.curvature.parameters import ParameterSpace
 
 
 def by_name(space: ParameterSpace, rows: Tensor) -> dict[str, Tensor]:
-    """Returns copies of ``rows: (…, P)``, of the shape ``(…, *shape)`` for each parameter."""
+    """Returns copies of ``rows: (…, P)``, of the shape ``(…, *shape)`` for each parameter.
+
+    Args:
+        space: of a model that is sharded.
+        rows: what lies here of them.
+    """
     lead = rows.shape[:-1]
     each = [space.unflatten(row) for row in rows.reshape(-1, space.size_here)]
     pieces = zip(*each, strict=True) if each else [()] * len(space.names)

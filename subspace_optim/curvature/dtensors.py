@@ -17,7 +17,7 @@ from torch import Tensor
 from subspace_optim._validation import ArgumentError
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 else:  # without it there is no such tensor either
     DTensor = type("DTensor", (), {})  # type: ignore[misc,assignment]
 
@@ -143,6 +143,24 @@ def _moved(like: Any, lead: int) -> list[Any]:
 def _is_strided(placement: Any) -> bool:
     """Whether another dimension of the mesh has divided it first: tensor parallel, then FSDP."""
     return hasattr(placement, "split_factor")
+
+
+def digest_of_sharded(tensor: Any) -> int:
+    """Returns a number that differs when any element does, however the tensor is sharded.
+
+    The sum, modulo 2⁶⁴, of the mixed bits of all elements, each times its row's number where rows
+    are not divided. All ranks of its mesh call it.
+    """
+    held = local(tensor)
+    bits = held.detach().double().contiguous().view(torch.int64)
+    mixed = (bits ^ (bits >> 31)) * 0x2545F4914F6CDD1D
+    mixed = mixed ^ (mixed >> 29)
+    if all(p.is_replicate() or p.dim > 0 for p in tensor.placements) and mixed.dim() > 1:
+        numbers = torch.arange(1, len(mixed) + 1, device=mixed.device)
+        mixed = mixed * (2 * numbers + 1).view(-1, *[1] * (mixed.dim() - 1))
+    parts = [Replicate() if p.is_replicate() else Partial() for p in tensor.placements]
+    total = DTensor.from_local(mixed.sum(), tensor.device_mesh, parts, run_check=False)
+    return int(total.full_tensor())
 
 
 # --- in a graph: torch's own from_local() and to_local() have no second derivative ----------------

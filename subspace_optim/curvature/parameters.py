@@ -116,7 +116,8 @@ class ParameterSpace:
         self.sizes = [shape.numel() for shape in self._pieces]
         self.inner: InnerProduct = WHOLE
         if self.layout is not None:
-            self.inner = ShardedInnerProduct(self.ranks, self.size, self.size_here)
+            device = those[0].device
+            self.inner = ShardedInnerProduct(self.layout, self.size, self.size_here, device)
         self._owners, self._places = _places(self.names)
         self._found: list[Tensor] | None = None  # inside of looked_up_once()
 

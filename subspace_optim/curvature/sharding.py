@@ -32,6 +32,7 @@ class Layout:
     Attributes:
         groups: what ``fully_shard`` gathers together.
         ranks: that hold a part of the model.
+        sums: the process group of sums over coordinates.
         data: the process group of those with data of their own; ``None``: this rank alone.
         replicas: for each parameter the ranks, in order, that have the same local tensor.
 
@@ -54,6 +55,7 @@ class Layout:
         ranks = tuple(sorted(everyone))
         like = _a_group_of(tensors)
         self.ranks = Ranks(_group(ranks, like, "meetings"))
+        self.sums = _group(ranks, like, "sums")
         self.ranks.together = True
         self.ranks.data_size, self.ranks.data_rank = len(data), data.index(own)
         self.data = _group(data, like, "losses") if len(data) > 1 else None
@@ -110,18 +112,24 @@ class ShardedInnerProduct(InnerProduct):
     """Of vectors that are sharded as the parameters are: sums are all-reduced.
 
     Args:
-        ranks: that hold the coordinates.
+        layout: of the coordinates.
         size: P, how many there are.
         here: how many lie on this rank.
+        device: that holds them.
     """
 
-    def __init__(self, ranks: Ranks, size: int, here: int) -> None:
+    def __init__(self, layout: Layout, size: int, here: int, device: torch.device) -> None:
+        ranks, self._group = layout.ranks, layout.sums
         self._ranks, self._size, self._here = ranks, size, here
+        every = torch.zeros(ranks.size, dtype=torch.int64, device=device)
+        every[ranks.rank] = here
+        dist.all_reduce(every, group=self._group)
+        self._before = int(every[: ranks.rank].sum())
 
     def sum(self, partial: Tensor) -> Tensor:
         """Returns sums over all coordinates, of those over the coordinates that lie here."""
         partial = partial.contiguous()
-        dist.all_reduce(partial, group=self._ranks.group)
+        dist.all_reduce(partial, group=self._group)
         return partial
 
     def size(self, here: int) -> int:  # noqa: ARG002
@@ -131,6 +139,10 @@ class ShardedInnerProduct(InnerProduct):
     def here(self, size: int) -> int:  # noqa: ARG002
         """Returns how many coordinates lie here."""
         return self._here
+
+    def before(self, size: int) -> int:  # noqa: ARG002
+        """Returns how many coordinates lie on ranks before this one."""
+        return self._before
 
     def seed(self, seed: int) -> int:
         """Returns another seed on each rank."""

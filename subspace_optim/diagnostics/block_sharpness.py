@@ -105,7 +105,7 @@ def blocks_of(space: ParameterSpace, blocks: Blocks) -> dict[str, list[slice]]:
     Raises:
         ArgumentError: a block has no parameters, or some that are not of the space.
     """
-    here = space.unflatten(torch.empty(space.size_here, device="meta"))
+    here = space.views(torch.empty(space.size_here, device="meta"))
     ends = list(accumulate(of_one.numel() for of_one in here))
     parts = [slice(*bounds) for bounds in pairwise([0, *ends])]
     found: dict[str, list[slice]] = {}

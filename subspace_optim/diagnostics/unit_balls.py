@@ -108,7 +108,7 @@ class UnitBall:
     def _parts(self, norm: NormName) -> Iterable[tuple[slice, torch.Size]]:
         """Yields the coordinates of each parameter of this norm."""
         start = 0
-        views = self.space.unflatten(torch.empty(self.space.size_here, device="meta"))
+        views = self.space.views(torch.empty(self.space.size_here, device="meta"))
         for name, of_one in zip(self.norms, views, strict=True):
             end = start + of_one.numel()
             if name == norm:

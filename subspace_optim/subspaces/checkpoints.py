@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError, check_flag, check_integer, check_number
+from subspace_optim.curvature.by_name import by_name, from_names
 from subspace_optim.curvature.digests import digest
+from subspace_optim.curvature.dtensors import digest_of_sharded, is_sharded
+from subspace_optim.curvature.parameters import ParameterSpace
 
 VERSION = 1
 """Of the states that are written, and the only one that is read."""
@@ -100,7 +103,7 @@ class SavedState:
         items = _items(self.label(name), self._state[name], length)
         return [_number(label, item, limits) for label, item in items]
 
-    def rows(self, name: str, length: int, **limits: Any) -> list[list[float]]:
+    def lists(self, name: str, length: int, **limits: Any) -> list[list[float]]:
         """Returns an entry that is a list of lists of so many numbers."""
         rows = _items(self.label(name), self._state[name], None)
         return [
@@ -142,9 +145,27 @@ class SavedState:
             raise ArgumentError(f"the smallest of {label}", lowest, f"at least {minimum:g}")
         return taken
 
+    def rows(
+        self, name: str, lead: tuple[int, ...], space: ParameterSpace, *, remedy: str = ""
+    ) -> Tensor:
+        """Returns what lies here of an entry that ``saved_rows`` has made, of shape ``(*lead, P)``.
+
+        Raises:
+            ArgumentError: it is none, of another kind or shape, or not finite.
+        """
+        if space.layout is None:
+            return self.tensor(name, (*lead, space.size), space.dtype, space.device, remedy=remedy)
+        found = from_names(space, self._state[name], lead, self.label(name), remedy)
+        if space.ranks.any(lambda: not bool(found.isfinite().all())):
+            raise ArgumentError(self.label(name), "not finite", "finite")
+        return found
+
     def dtype(self, name: str) -> torch.dtype:
         """Returns the dtype that a tensor was saved in."""
-        dtype: torch.dtype = self._state[name].dtype
+        value = self._state[name]
+        dtype: torch.dtype = next(
+            iter(value.values() if isinstance(value, dict) else [value])
+        ).dtype
         return dtype
 
     def check_sum(self, found: int) -> None:
@@ -169,6 +190,11 @@ class SavedState:
         return f"the loaded {self._path}{name}"
 
 
+def saved_rows(space: ParameterSpace, rows: Tensor) -> Any:
+    """Returns ``rows: (…, P)`` as they are; of a sharded model, one tensor a parameter."""
+    return rows if space.layout is None else by_name(space, rows)
+
+
 def checksum(entries: Mapping[str, Any]) -> int:
     """Returns a number that differs when any entry does (but by 1 in 2³²), whatever its device.
 
@@ -190,6 +216,8 @@ def _bytes_of(value: Any) -> Iterator[bytes]:
         yield f"{len(value)} items".encode()
         for item in value:
             yield from _bytes_of(item)
+    elif is_sharded(value):
+        yield f"{tuple(value.shape)} {digest_of_sharded(value)}".encode()
     elif isinstance(value, Tensor):
         pieces = value.detach().reshape(-1).split(_PIECE)
         whole = digest(p.double() if p.is_floating_point() else p for p in pieces)

@@ -132,6 +132,9 @@ class ClassGradientSubspace(Shown):
             self.num_classes = check_integer("num_classes", num_classes, minimum=2)
             self.model = unwrapped(model)
             self.parameters = ParameterSpace(self.model, params)
+            if self.parameters.layout is not None:
+                remedy = "Of a sharded model there is DominantSubspace."
+                raise ArgumentError("model", "sharded", "whole on each rank", remedy)
         self.decay = decay
         self.orthogonal = orthogonal
         self.coupled = coupled

@@ -19,7 +19,7 @@ from subspace_optim.curvature.operator import CurvatureOperator, rounding_at
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.lanczos import top_eigenpairs
 from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
-from subspace_optim.subspaces.checkpoints import SavedState
+from subspace_optim.subspaces.checkpoints import SavedState, saved_rows
 
 _ASYMMETRIC = 1e-2
 """The asymmetry of products that rounding does not explain: at most 1e-5 in sound matrices."""
@@ -146,6 +146,8 @@ def saved(pairs: TopPairs | None, operator: CurvatureOperator, k: int) -> dict[s
     for prefix, each in () if pairs is None else (("", pairs.basis), ("guard_", pairs.guard)):
         for name in ("eigenvalues", "vectors", "residuals") if each.k else ():
             entries[f"{prefix}{name}"] = getattr(each, name).detach().clone()
+    for name in ("vectors", "guard_vectors"):
+        entries[name] = saved_rows(operator.parameters, entries[name])
     return entries
 
 
@@ -166,17 +168,20 @@ def _loaded_pairs(
     Raises:
         ArgumentError: they cannot be pairs, are not orthonormal or not in order.
     """
-    values, vectors, residuals = (
+    shapes, remedy = _shapes(operator, k), "The state is of another model or k."
+    values, residuals = (
         state.tensor(
             f"{prefix}{name}",
-            _shapes(operator, k)[f"{prefix}{name}"],
+            shapes[f"{prefix}{name}"],
             operator.dtype,
             operator.device,
             minimum=0 if name == "residuals" else None,
-            remedy="The state is of another model or k.",
+            remedy=remedy,
         )
-        for name in ("eigenvalues", "vectors", "residuals")
+        for name in ("eigenvalues", "residuals")
     )
+    lead = shapes[f"{prefix}vectors"][:1]
+    vectors = state.rows(f"{prefix}vectors", lead, operator.parameters, remedy=remedy)
     inner = operator.inner
     if not known:
         return EigenBasis(values[:0], vectors[:0], residuals[:0], inner)

@@ -32,7 +32,7 @@ from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.linalg.rows import largest_sine
 from subspace_optim.linalg.sampling_error import Scatter
 from subspace_optim.subspaces import eigenpairs
-from subspace_optim.subspaces.checkpoints import SavedState
+from subspace_optim.subspaces.checkpoints import SavedState, saved_rows
 from subspace_optim.subspaces.eigenpairs import TopPairs
 from subspace_optim.subspaces.refresh import ByAngle
 from subspace_optim.subspaces.rule import RefreshRule, Situation
@@ -373,17 +373,20 @@ class OnSample(RefreshRule):
         shape = (min(self.k + 1, operator.size), operator.parameters.size_here)
         none = torch.zeros(shape, **options)
         rows, offset = (self._anchor.rows, self._anchor.offset) if self._anchor else (none, none)
-        anchored = {"anchor_rows": rows.clone(), "anchor_offset": offset.clone()}
+        space = operator.parameters
+        anchored = {
+            "anchor_rows": saved_rows(space, rows.clone()),
+            "anchor_offset": saved_rows(space, offset.clone()),
+        }
         return self.by_angle.tensors() | anchored
 
     def take(self, saved: SavedState) -> None:
         """Takes what ``numbers`` and ``tensors`` gave."""
         self.by_angle.take(saved)
         operator = self.operator
-        shape = (min(self.k + 1, operator.size), operator.parameters.size_here)
+        lead = (min(self.k + 1, operator.size),)
         rows, offset = (
-            saved.tensor(f"anchor_{name}", shape, operator.dtype, operator.device)
-            for name in ("rows", "offset")
+            saved.rows(f"anchor_{name}", lead, operator.parameters) for name in ("rows", "offset")
         )
         self.small_size, self.whole = saved.count("small"), saved.flag("whole")
         self._reference = saved.count("reference") or None

@@ -17,7 +17,7 @@ from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.linalg.rows import square
 from subspace_optim.subspaces import eigenpairs
-from subspace_optim.subspaces.checkpoints import SavedState
+from subspace_optim.subspaces.checkpoints import SavedState, saved_rows
 from subspace_optim.subspaces.eigenpairs import TopPairs
 from subspace_optim.subspaces.staleness import Staleness
 from subspace_optim.subspaces.unseen import Unseen
@@ -83,12 +83,13 @@ def loaded_known(
     return Staleness(k).loaded(state, anchor), Unseen.loaded(state), (estimate, distance)
 
 
-def copied(anchor: Tensor | None, operator: CurvatureOperator) -> Tensor:
+def copied(anchor: Tensor | None, operator: CurvatureOperator) -> Any:
     """Returns a copy of its own, which a checkpoint may be loaded into; zeros of nothing."""
+    space = operator.parameters
     if anchor is None:
-        here = operator.parameters.size_here
-        return torch.zeros(here, dtype=operator.dtype, device=operator.device)
-    return anchor.clone()
+        none = torch.zeros(space.size_here, dtype=operator.dtype, device=operator.device)
+        return saved_rows(space, none)
+    return saved_rows(space, anchor.clone())
 
 
 def saved(aside: Aside | None, operator: CurvatureOperator, k: int) -> dict[str, Any]:
@@ -112,7 +113,6 @@ def loaded(state: SavedState, operator: CurvatureOperator, k: int) -> Aside | No
     """
     tensors = state.inside("aside", {*eigenpairs.names_in_state(operator, k), "anchor"})
     pairs = eigenpairs.loaded(tensors, operator, k)
-    shape = (operator.parameters.size_here,)
-    anchor = tensors.tensor("anchor", shape, operator.dtype, operator.device)
+    anchor = tensors.rows("anchor", (), operator.parameters)
     found = loaded_known(state.inside("aside_known", numbers(None, k)), anchor, k)
     return None if pairs is None else Aside(pairs, *found)

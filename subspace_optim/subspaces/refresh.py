@@ -448,8 +448,7 @@ class ByAngle(RefreshRule):
         """Takes what ``numbers`` and ``tensors`` gave."""
         operator = self.operator
         anchor, earlier = (
-            saved.tensor(name, (operator.parameters.size_here,), operator.dtype, operator.device)
-            for name in ("anchor", "earlier")
+            saved.rows(name, (), operator.parameters) for name in ("anchor", "earlier")
         )
         self._staleness, self._unseen, probe_at = put_aside.loaded_known(saved, anchor, self.k)
         self._probe_at = min(probe_at[0], self.max_angle), probe_at[1]

@@ -225,7 +225,7 @@ class Staleness:
     def loaded(self, state: SavedState, anchor: Tensor | None) -> Staleness:
         """Returns what was saved; ``ArgumentError`` where it cannot be."""
         saved = state.inside("rates", [field.name for field in fields(Rates)])
-        observed = saved.rows("observed", 3, minimum=0, infinite=True)
+        observed = saved.lists("observed", 3, minimum=0, infinite=True)
         rates = Rates(
             start=saved.number("start", minimum=0, infinite=True),
             observed=tuple((inside, outside, found) for inside, outside, found in observed),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import subspace_optim as so
 from subspace_optim import diagnostics
+from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.diagnostics import given_gradient
 from subspace_optim.diagnostics.alignment import hessian_gradient_overlap
 from subspace_optim.diagnostics.gradient_noise import _noise
@@ -190,7 +191,7 @@ def test_of_the_steps_of_a_training():
 
 def test_the_central_flow(monkeypatch):
     """At the edge, where third derivatives and the complementarity problem decide."""
-    monkeypatch.setattr(central_flow, "length", lambda _: torch.tensor(1.0))
+    monkeypatch.setattr(ParameterSpace, "length", lambda *_: torch.tensor(1.0))
 
     def flow(inner: Either) -> dict[str, Any]:
         operator = SplitOperator(SplitModel(inner, seed=5), inner)

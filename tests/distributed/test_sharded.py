@@ -24,12 +24,16 @@ Results = list[dict[str, Any]]
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(2, id="2_ranks"), pytest.param(4, id="4_ranks", marks=pytest.mark.slow)],
+    params=[
+        pytest.param((2, False), id="some_on_2_ranks"),
+        pytest.param((2, True), id="2_ranks", marks=pytest.mark.slow),
+        pytest.param((4, True), id="4_ranks", marks=pytest.mark.slow),
+    ],
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank has found; the processes run once for all tests."""
-    size, folder = request.param, tmp_path_factory.mktemp("sharded")
-    together(worker.run, (size, str(folder)), size)
+    (size, full), folder = request.param, tmp_path_factory.mktemp("sharded")
+    together(worker.run, (size, str(folder), full), size)
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
@@ -68,11 +72,9 @@ def dense_hessian(model: nn.Module) -> Tensor:
         loss = sum(F.cross_entropy(model(x), y) * (len(y) / total) for x, y in batches())
     slopes = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.reshape(-1) for g in slopes])
-    rows = [
-        torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True)
-        for g in gradient
-    ]
-    return torch.stack([torch.cat([h.reshape(-1) for h in row]) for row in rows])
+    every = torch.eye(len(gradient), dtype=gradient.dtype)
+    found = torch.autograd.grad(gradient, parameters, every, is_grads_batched=True)
+    return torch.cat([rows.reshape(len(gradient), -1) for rows in found], dim=1)
 
 
 def check(found: dict[str, Any], model: nn.Module, *, size: float = 1e-12) -> None:
@@ -128,30 +130,29 @@ def test_a_training_is_bit_for_bit_the_same_with_an_operator(ranks):
         assert all(map(torch.equal, without, beside))
 
 
-@pytest.mark.parametrize("name", sharding.MODELS)
-def test_the_subspace_is_that_of_the_whole_model(ranks, name):
-    found = alike(ranks, "solves")[name]  # and so each rank has taken as many products
-    hessian = dense_hessian(made(sharding.MODELS[name]))
-    values, vectors = torch.linalg.eigh(hessian)
-    top = values.flip(0)[:3]
-    assert (found["eigenvalues"] - top).abs().max() <= 1e-10 * top.max()
-    assert largest_sine(vectors.T.flip(0)[:3].contiguous(), found["vectors"]) <= 1e-6
+def test_the_subspace_is_that_of_the_whole_model(ranks):
+    for name, found in alike(ranks, "solves").items():  # so each rank has taken as many products
+        hessian = dense_hessian(made(sharding.MODELS[name]))
+        values, vectors = torch.linalg.eigh(hessian)
+        top = values.flip(0)[:3]
+        assert (found["eigenvalues"] - top).abs().max() <= 1e-10 * top.max()
+        assert largest_sine(vectors.T.flip(0)[:3].contiguous(), found["vectors"]) <= 1e-6
 
 
-@pytest.mark.parametrize("name", worker.TRAININGS)
-def test_trainings_are_those_of_one_process(ranks, name):
-    found, size = alike(ranks, "trainings")[name], len(ranks)
+def test_trainings_are_those_of_one_process(ranks):
+    found, size = alike(ranks, "trainings"), len(ranks)
     data = [
         tuple(torch.cat(parts) for parts in zip(*batches()[first : first + size], strict=True))
         for first in range(0, len(batches()) - size + 1, size)
     ]
-    expected = worker.trained(name, made(worker.Small), data, [1.0] * len(data))
-    # What a refinement leaves depends on the guard, which each number of ranks draws otherwise.
-    near = 1e-6 if name == "auto" else 1e-10
-    assert (found["theta"] - expected["theta"]).abs().max() <= near
-    assert found["refreshes"] == expected["refreshes"]
-    for column, values in expected["rows"].items():
-        assert found["rows"][column] == pytest.approx(values, rel=1e3 * near, abs=near), column
+    for name, ours in found.items():
+        expected = worker.trained(name, made(worker.Small), data, [1.0] * len(data))
+        # What a refinement leaves depends on the guard, which each number of ranks draws otherwise.
+        near = 1e-6 if name == "auto" else 1e-10
+        assert (ours["theta"] - expected["theta"]).abs().max() <= near
+        assert ours["refreshes"] == expected["refreshes"]
+        for column, values in expected["rows"].items():
+            assert ours["rows"][column] == pytest.approx(values, rel=1e3 * near, abs=near), column
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_sam_on_all(ranks):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from subspace_optim.curvature.by_name import by_name, from_names
 from subspace_optim.diagnostics.eigenvectors import (
     displacement,
     localization,
@@ -60,10 +61,16 @@ class Eigenvectors(Measure):
         subspace_for("eigenvectors", training)
         self.lists = {"localization": training.k, "displacement": training.k}
         self._before: Tensor | None = None
+        self._loaded: Any = None
+        self._space = training.parameters
 
     def before(self, step: Step) -> Row:
         """Looks at the basis, and solves for the other end."""
         basis, row = step.basis, {}
+        if self._loaded is not None:
+            of = "the loaded eigenvectors"
+            self._before = from_names(self._space, self._loaded, (basis.k,), of)
+            self._loaded = None
         if self._before is not None:
             row["displacement"] = displacement(basis, self._before)
         self._before = basis.vectors
@@ -72,8 +79,12 @@ class Eigenvectors(Measure):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the eigenvectors of the last row."""
-        return {"vectors": self._before}
+        if self._before is None or self._space.layout is None:
+            return {"vectors": self._before}
+        return {"vectors": by_name(self._space, self._before)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes them."""
-        self._before = state["vectors"]
+        sharded = isinstance(state["vectors"], dict)  # one tensor a parameter
+        self._before = None if sharded else state["vectors"]
+        self._loaded = state["vectors"] if sharded else None
