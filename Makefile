@@ -16,11 +16,11 @@ TORCH ?= 2.13.0
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-# Python keeps what it has compiled: else each process of the tests would compile torch anew.
+# Python keeps what it has compiled: each process of the tests would compile torch anew without.
 unexport PYTHONDONTWRITEBYTECODE
 
 bin := $(VENV)/bin
-# Of torch alone 2,000 modules would be compiled that nothing here imports; imports compile the rest.
+# Half of the modules of torch alone are never imported here; imports compile the others.
 pip_install = -m pip --disable-pip-version-check install --no-compile
 # Today's pip chooses the versions in half the time of the one that Python brings.
 venv = $(PYTHON) -m venv --upgrade-deps
