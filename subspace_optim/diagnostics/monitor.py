@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from subspace_optim._display import Shown, html_facts, html_rows, number
 from subspace_optim._validation import ArgumentError, AttachedTwiceWarning, LogWarning
+from subspace_optim.curvature.by_name import by_name, from_names
 from subspace_optim.curvature.operator import CurvatureOperator
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.diagnostics.given_gradient import GivenGradient
@@ -305,10 +306,15 @@ class Monitor(Shown):
         """Returns history and counters, for ``torch.save``: a resumed run goes on with them."""
         return {
             "history": {column: list(values) for column, values in self.history.items()},
-            "start": self._training.start,
+            "start": self._saved_start(),
             "steps": self._steps,
             "measures": self._rows.state_dict(),
         }
+
+    def _saved_start(self) -> Any:
+        """Returns where the run began: of a sharded model, one tensor a parameter."""
+        space, start = self._training.parameters, self._training.start
+        return start if space.layout is None else by_name(space, start)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the history and the counters of ``state_dict``.
@@ -328,6 +334,9 @@ class Monitor(Shown):
             allowed = "that of a monitor of the same measures"
             raise ArgumentError("the loaded state", found, allowed, remedy)
         start, own = state_dict["start"], self._training.start
+        space = self._training.parameters
+        if space.layout is not None:
+            start = from_names(space, start, (), "the loaded start")
         if start.shape != own.shape:
             raise ArgumentError(
                 "the loaded state", f"of {start.numel()} parameters", f"of {len(own)}"

@@ -35,7 +35,7 @@ TRAINERS = {
     )
     for name, blocks in EXAMPLES.items()
 }
-SEVERAL_RANKS = "docs/guides/several-ranks.md"
+SEVERAL_RANKS = "docs/guides/several-devices.md"
 SLOW = {
     "docs/faq.md",
     *(f"docs/guides/{name}.md" for name in ("checkpoints", "measures", "nanogpt-loop")),
