@@ -11,6 +11,7 @@ derivative. What ``fully_shard`` does instead has no derivative that autograd kn
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,18 +128,26 @@ def _padded(p: FSDPParameter, ranks: int) -> torch.Size:
     return torch.Size(shape)
 
 
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+
+
 def gathered(group: FSDPGroup, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns the whole parameters, by one all-gather."""
     ranks, shapes = _sizes(group)
     lengths = [shape.numel() for shape in shapes]
-    own = shards[0].new_zeros(sum(lengths))
+    own = shards[0].new_zeros(sum(lengths), dtype=_widest(shards))
     for room, shard in zip(own.split(lengths), shards, strict=True):
         room[: shard.numel()] = shard.reshape(-1)
     every = own.new_empty(ranks, len(own))
     dist.all_gather_into_tensor(every.view(-1), own, group.shards)
     return tuple(
-        torch.cat([each.view(shape) for each in part], p.dim).narrow(p.dim, 0, p.shape[p.dim])
-        for part, shape, p in zip(every.split(lengths, 1), shapes, group.parameters, strict=True)
+        torch.cat([each.view(shape) for each in part], p.dim)
+        .narrow(p.dim, 0, p.shape[p.dim])
+        .to(shard.dtype)
+        for part, shape, p, shard in zip(
+            every.split(lengths, 1), shapes, group.parameters, shards, strict=True
+        )
     )
 
 
@@ -146,7 +155,7 @@ def _scattered(group: FSDPGroup, wholes: Sequence[Tensor]) -> tuple[Tensor, ...]
     """Returns the shards of the sums over ranks, by one reduce-scatter."""
     ranks, shapes = _sizes(group)
     lengths = [shape.numel() for shape in shapes]
-    every = wholes[0].new_zeros(ranks, sum(lengths))
+    every = wholes[0].new_zeros(ranks, sum(lengths), dtype=_widest(wholes))
     parts = zip(every.split(lengths, 1), shapes, wholes, group.parameters, strict=True)
     for rooms, shape, whole, p in parts:
         for room, piece in zip(rooms, whole.split(max(1, shape[p.dim]), p.dim), strict=False):
@@ -156,6 +165,6 @@ def _scattered(group: FSDPGroup, wholes: Sequence[Tensor]) -> tuple[Tensor, ...]
     if group.replicas is not None:
         dist.all_reduce(own, group=group.replicas)
     return tuple(
-        room[: local(p.sharded).numel()].view(local(p.sharded).shape)
-        for room, p in zip(own.split(lengths), group.parameters, strict=True)
+        room[: local(p.sharded).numel()].view(local(p.sharded).shape).to(whole.dtype)
+        for room, p, whole in zip(own.split(lengths), group.parameters, wholes, strict=True)
     )

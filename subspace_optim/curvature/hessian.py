@@ -162,6 +162,11 @@ class HessianOperator(MeanLossHessian):
     at the parameters, which have to be equal. An error of one rank is raised on all. Buffers are
     those of each rank.
 
+    A model that is sharded, by ``fully_shard`` or tensor parallel, needs no argument: each rank
+    passes its own part of the data, and vectors hold the coordinates that lie on it. Parameters
+    are gathered while their module runs, by operations that differentiate twice; its second
+    derivatives are by double backward. All ranks call the same, and batch b is that of all ranks.
+
     Args:
         model: called as ``model(x)``. ``DistributedDataParallel`` and ``torch.compile`` wrappers
             are taken off.
