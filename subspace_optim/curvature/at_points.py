@@ -14,6 +14,7 @@ from subspace_optim._validation import ArgumentError, DataChangedError
 from subspace_optim.curvature.contexts import Mode, full_precision, in_mode
 from subspace_optim.curvature.dependencies import Dependencies
 from subspace_optim.curvature.digests import digest
+from subspace_optim.curvature.dtensors import is_sharded
 from subspace_optim.curvature.evaluation import Point
 from subspace_optim.curvature.operator import CurvatureOperator, OperatorStats, State
 from subspace_optim.curvature.parameters import ParameterSpace
@@ -154,7 +155,7 @@ class AtPoints(CurvatureOperator):
             in_place=self.stats.engine != "func",
             written=self._proof.written,
             layout=self.parameters.layout,
-            keep_gathered=self._passes.keeps_gathered,
+            keep_gathered=self._passes.keeps_gathered(),
             key=key,
         )
 
@@ -190,9 +191,8 @@ class AtPoints(CurvatureOperator):
         """
         if self.ranks.group is None:
             return
-        theta = 0  # each rank has its own shards
-        if self.parameters.layout is None:
-            theta = int(digest(self.model.parameters()))
+        # Of a sharded model, what all ranks have: the rest is of each its own.
+        theta = int(digest(p for p in self.model.parameters() if not is_sharded(p)))
         known = 0 if self._point is None else self._point.known()
         same_theta, same_knowledge = self.ranks.agree([theta, known], self.device)
         if not same_theta:

@@ -1,7 +1,7 @@
 """Vectors in checkpoints: one tensor a parameter, under its name, and sharded as the parameter is.
 
 So ``torch.distributed.checkpoint`` saves of each rank what it holds, and loads it on any number of
-ranks, or where the model is not sharded at all.
+ranks.
 """
 
 from __future__ import annotations

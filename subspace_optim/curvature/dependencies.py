@@ -41,8 +41,8 @@ class Dependencies:
         own, others = self._tensors(surroundings)
         numbers = surroundings.numbers(self._proof.moved_names)
         elsewhere = hash((int(digest(others)), numbers))
-        own_bits, elsewhere = self._space.same_on_all(int(digest(own)), elsewhere)
-        return State(own_bits, elsewhere, self._modes(surroundings))
+        modes = self._modes(surroundings)
+        return State(*self._space.same_on_all(int(digest(own)), elsewhere, modes))
 
     def key(self, surroundings: Surroundings) -> object:
         """Returns a key that stays the same as long as known derivatives stay valid.

@@ -5,49 +5,52 @@ Nothing here asks another rank, but for ``placed_like``, ``as_local`` and ``tota
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-else:  # without it there is no such tensor either
-    DTensor = type("DTensor", (), {})  # type: ignore[misc,assignment]
+
+def _tensors() -> Any:
+    """Returns torch's module, imported when it is needed: it takes others with it."""
+    return importlib.import_module("torch.distributed.tensor")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """Returns the part of a tensor that lies on this rank, in its memory; a plain one itself."""
     # to_local() would be differentiable.
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # noqa: SLF001
+    found: Tensor = tensor._local_tensor if is_sharded(tensor) else tensor  # noqa: SLF001
+    return found
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether it is a ``DTensor``."""
-    return isinstance(tensor, DTensor)
+    """Whether it is a ``DTensor``: nobody who has not imported their module has any."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def placed_like(tensor: Any, placements: Any) -> Tensor:
     """Returns a ``DTensor`` in other placements on its mesh; a plain tensor as it is."""
-    if not isinstance(tensor, DTensor) or tensor.placements == placements:
+    if not is_sharded(tensor) or tensor.placements == placements:
         return tensor  # type: ignore[no-any-return]
     result: Tensor = tensor.redistribute(placements=placements)
     return result
 
 
-def check_placements(label: str, p: Tensor) -> None:
+def check_placements(label: str, p: Any) -> None:
     """Checks that a parameter that is sharded lies in a way that can be followed.
 
     Raises:
         ArgumentError: it is a partial sum, or offloaded to another device.
     """
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return
     if any(placement.is_partial() for placement in p.placements):
         raise ArgumentError(label, p.placements, "sharded or replicated: no partial sums")
@@ -57,11 +60,11 @@ def check_placements(label: str, p: Tensor) -> None:
         raise ArgumentError(label, found, "on the device that computes with it", remedy)
 
 
-def total_norm(tensors: Sequence[Tensor]) -> float:
+def total_norm(tensors: Sequence[Any]) -> float:
     """Returns the norm of all tensors together, whatever of them lies on other ranks."""
     kinds: dict[Any, list[Tensor]] = {}
     for t in tensors:
-        kind = (t.device_mesh, t.placements) if isinstance(t, DTensor) else None
+        kind = (t.device_mesh, t.placements) if is_sharded(t) else None
         kinds.setdefault(kind, []).append(t)
     norms = [as_local(torch.nn.utils.get_total_norm(some)) for some in kinds.values()]
     return math.hypot(*map(float, norms))
@@ -70,7 +73,7 @@ def total_norm(tensors: Sequence[Tensor]) -> float:
 @contextmanager
 def holding_memory(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
     """Lets tensors have the memory of ``values``, local ones, inside."""
-    held = [(t, local(t) if isinstance(t, DTensor) else t.data) for t in tensors]
+    held = [(t, local(t) if is_sharded(t) else t.data) for t in tensors]
     try:
         for t, value in zip(tensors, values, strict=True):
             _take_memory(t, value)
@@ -80,8 +83,8 @@ def holding_memory(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Itera
             _take_memory(t, value)
 
 
-def _take_memory(tensor: Tensor, value: Tensor) -> None:
-    if isinstance(tensor, DTensor):
+def _take_memory(tensor: Any, value: Tensor) -> None:
+    if is_sharded(tensor):
         tensor._local_tensor = value  # noqa: SLF001
     else:
         tensor.data = value
@@ -98,11 +101,11 @@ def stacked(tensor: Tensor, like: Any, lead: int) -> Tensor:
         like: of shape ``shape``, the parameter.
         lead: how many dimensions come first.
     """
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
     size = torch.Size([*tensor.shape[:lead], *like.shape])
     stride = torch.empty(size, device="meta").stride()
-    found: Tensor = DTensor.from_local(
+    found: Tensor = _tensors().DTensor.from_local(
         tensor, like.device_mesh, _moved(like, lead), run_check=False, shape=size, stride=stride
     )
     return found
@@ -116,14 +119,14 @@ def part_of(tensor: Any, like: Any, lead: int) -> Tensor:
         like: of shape ``shape``, the parameter.
         lead: how many dimensions come first.
     """
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return as_local(tensor)
     mesh = like.device_mesh
-    if isinstance(tensor, DTensor) and tensor.device_mesh != mesh:
+    if is_sharded(tensor) and tensor.device_mesh != mesh:
         tensor = tensor.full_tensor()
-    if not isinstance(tensor, DTensor):
-        tensor = DTensor.from_local(
-            tensor.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False
+    if not is_sharded(tensor):
+        tensor = _tensors().DTensor.from_local(
+            tensor.to(like.device), mesh, [_tensors().Replicate()] * mesh.ndim, run_check=False
         )
     return local(tensor.redistribute(mesh, _moved(like, lead)))
 
@@ -149,7 +152,8 @@ def digest_of_sharded(tensor: Any) -> int:
     """Returns a number that differs when any element does, however the tensor is sharded.
 
     The sum, modulo 2⁶⁴, of the mixed bits of all elements, each times its row's number where rows
-    are not divided. All ranks of its mesh call it.
+    are not divided: elements that were exchanged inside of a row are not told. All ranks of its
+    mesh call it.
     """
     held = local(tensor)
     bits = held.detach().double().contiguous().view(torch.int64)
@@ -158,8 +162,9 @@ def digest_of_sharded(tensor: Any) -> int:
     if all(p.is_replicate() or p.dim > 0 for p in tensor.placements) and mixed.dim() > 1:
         numbers = torch.arange(1, len(mixed) + 1, device=mixed.device)
         mixed = mixed * (2 * numbers + 1).view(-1, *[1] * (mixed.dim() - 1))
-    parts = [Replicate() if p.is_replicate() else Partial() for p in tensor.placements]
-    total = DTensor.from_local(mixed.sum(), tensor.device_mesh, parts, run_check=False)
+    kinds = _tensors()
+    parts = [kinds.Replicate() if p.is_replicate() else kinds.Partial() for p in tensor.placements]
+    total = kinds.DTensor.from_local(mixed.sum(), tensor.device_mesh, parts, run_check=False)
     return int(total.full_tensor())
 
 
@@ -172,7 +177,7 @@ class _AsDTensor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, spec: Any) -> Any:
         ctx.spec = spec
-        return DTensor(tensor.view_as(tensor), spec, requires_grad=tensor.requires_grad)
+        return _tensors().DTensor(tensor.view_as(tensor), spec, requires_grad=tensor.requires_grad)
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
@@ -196,10 +201,11 @@ class _AsLocal(torch.autograd.Function):
 
 def as_dtensor(tensor: Tensor, like: Any) -> Any:
     """Returns a local tensor as a ``DTensor`` laid out as another, or as its specification says."""
-    spec = like._spec if isinstance(like, DTensor) else like  # noqa: SLF001
+    spec = like._spec if is_sharded(like) else like  # noqa: SLF001
     return _AsDTensor.apply(tensor, spec)  # type: ignore[no-untyped-call]
 
 
-def as_local(tensor: Tensor) -> Tensor:
+def as_local(tensor: Any) -> Tensor:
     """Returns all of a ``DTensor``; a plain tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return found

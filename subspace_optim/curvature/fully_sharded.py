@@ -5,21 +5,22 @@ Torch has no public names for that: this is the one file that looks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError
 
-if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-else:  # without it there are no such modules either
-    FSDPModule = FullyShardedDataParallel = type("Absent", (), {})  # type: ignore[misc,assignment]
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    """Whether a module is of a class of ``torch.distributed.fsdp``, if that was imported."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, getattr(fsdp, name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +68,9 @@ def fsdp_groups(model: nn.Module) -> list[FSDPGroup]:
         ArgumentError: they are sharded in a way that cannot be followed.
     """
     found, states = [], {}
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()  # noqa: SLF001
-            states[id(state)] = state
+    for module in _divided(model):
+        state = module._get_fsdp_state()  # noqa: SLF001
+        states[id(state)] = state
     for state in states.values():
         modules = _inside(state._modules)  # noqa: SLF001
         for group in state._fsdp_param_groups:  # noqa: SLF001
@@ -87,13 +87,19 @@ def fsdp_groups(model: nn.Module) -> list[FSDPGroup]:
     return found
 
 
+def _divided(model: nn.Module) -> list[Any]:
+    """Returns the modules that ``fully_shard`` was called with."""
+    return [module for module in model.modules() if _is_a(module, "FSDPModule")]
+
+
 def _parameter(p: Any) -> FSDPParameter:
     own = p._module_info  # noqa: SLF001
     modules = [own.module, *own.shared_modules]
     names = [own.param_name, *own.shared_param_names]
     places = [(m._parameters, name) for m, name in zip(modules, names, strict=True)]  # noqa: SLF001
+    present = places[0][0][places[0][1]]  # load_state_dict(assign=True) puts others there
     spec = getattr(p, "_unsharded_dtensor_spec", None) or getattr(p, "_tp_spec", None)
-    return FSDPParameter(p.sharded_param, places, p._orig_size, p.fsdp_placement.dim, spec)  # noqa: SLF001
+    return FSDPParameter(present, places, p._orig_size, p.fsdp_placement.dim, spec)  # noqa: SLF001
 
 
 def _inside(roots: Iterable[nn.Module]) -> list[nn.Module]:
@@ -103,7 +109,7 @@ def _inside(roots: Iterable[nn.Module]) -> list[nn.Module]:
     while pending:
         module = pending.pop()
         found[id(module)] = module
-        inside = [m for m in module.children() if not isinstance(m, FSDPModule)]
+        inside = [m for m in module.children() if not _is_a(m, "FSDPModule")]
         pending += [m for m in inside if id(m) not in found]
     return list(found.values())
 
@@ -114,7 +120,7 @@ def refuse_flattened(model: nn.Module) -> None:
     Raises:
         ArgumentError: they are.
     """
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if any(_is_a(module, "FullyShardedDataParallel") for module in model.modules()):
         remedy = "Shard it by torch.distributed.fsdp.fully_shard (FSDP2), which keeps parameters."
         allowed = "one with parameters of its own"
         raise ArgumentError("model", "in FullyShardedDataParallel (FSDP1)", allowed, remedy)
@@ -125,9 +131,8 @@ def reshard(model: nn.Module) -> None:
 
     ``fully_shard`` leaves whole parameters behind a forward pass without a backward pass.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _divided(model):
+        module.reshard()
 
 
 @contextmanager
@@ -136,7 +141,7 @@ def without_fsdp_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
     held = [
         (module, name, hooks)
         for module in modules
-        if isinstance(module, FSDPModule)
+        if _is_a(module, "FSDPModule")
         for name in ("_forward_pre_hooks", "_forward_hooks")
         if (hooks := vars(module)[name])
     ]

@@ -43,10 +43,11 @@ class GatheredPlaces:
         *,
         keep: bool,
     ) -> None:
+        self._groups = layout.groups
         self._layout, self._modules, self._dtype, self._keep = layout, modules, dtype, keep
         self._index = {id(p): i for i, p in enumerate(parameters)}
         self._held: list[object] = []  # what the blocks hold that are entered, the innermost last
-        gathered = {id(p.sharded) for group in layout.groups for p in group.parameters}
+        gathered = {id(p.sharded) for group in self._groups for p in group.parameters}
         self._others = [
             (module._parameters, name, p)  # noqa: SLF001
             for module in modules
@@ -68,7 +69,8 @@ class GatheredPlaces:
             known = _Known()
             if not self._keep:
                 stack.enter_context(saved_tensors_hooks(known.pack, known.unpack))
-            for group in self._layout.groups:
+                stack.callback(known.forget)
+            for group in self._groups:
                 shards = [self._value(p.sharded, values) for p in group.parameters]
                 stack.enter_context(_Opened(group, shards, known, lambda: self._held[-1] is values))
             for register, name, p in self._others:
@@ -86,11 +88,17 @@ class GatheredPlaces:
     def _whole(self, parameter: Tensor, values: Sequence[Tensor]) -> Any:
         """Returns what the model computes with in the place of one that is never gathered."""
         value = self._value(parameter, values)
-        if is_sharded(parameter):
-            return as_dtensor(value, parameter)
-        if self._layout.data is None or not value.requires_grad:
-            return value
-        return Copy.apply(self._layout.data, value)  # type: ignore[no-untyped-call]
+        if self._layout.data is not None and value.requires_grad and self._is_copied(parameter):
+            value = Copy.apply(self._layout.data, value)  # type: ignore[no-untyped-call]
+        return as_dtensor(value, parameter) if is_sharded(parameter) else value
+
+    def _is_copied(self, parameter: Any) -> bool:
+        """Whether the ranks with data of their own each have it, and nothing sums over them."""
+        if not is_sharded(parameter):
+            return True
+        return not set(self._layout.data_ranks) <= set(
+            parameter.device_mesh.mesh.flatten().tolist()
+        )
 
 
 class _Opened:
@@ -112,6 +120,8 @@ class _Opened:
     ) -> None:
         self._group, self._shards, self._known = group, list(shards), known
         self._is_due = is_due
+        # It does not refer to this object: a cycle would keep what was gathered for long.
+        self._again = functools.partial(_again, group, self._shards)
         self._depth = 0
         self._handles: list[Any] = []
 
@@ -148,14 +158,16 @@ class _Opened:
             ]
         )
 
-    def _again(self) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return gathered(self._group, [shard.detach() for shard in self._shards])
-
     def _put(self, values: Sequence[Any]) -> None:
         for p, value in zip(self._group.parameters, values, strict=True):
             for register, name in p.places:
                 register[name] = value
+
+
+def _again(group: FSDPGroup, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gathers parameters once more, for a backward pass."""
+    with torch.no_grad():
+        return gathered(group, [shard.detach() for shard in shards])
 
 
 class _Known:
@@ -180,6 +192,10 @@ class _Known:
         for i, tensor in enumerate(tensors):
             ref = StorageWeakRef(tensor.untyped_storage())
             self._places[ref.cdata] = ref, again, i
+
+    def forget(self) -> None:
+        """Lets go of what was gathered last."""
+        self._latest = None
 
     def pack(self, tensor: Tensor) -> Any:
         """Returns what is saved in the place of a tensor."""

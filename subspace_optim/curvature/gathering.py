@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.dtensors import local
 from subspace_optim.curvature.fully_sharded import FSDPGroup, FSDPParameter
 from subspace_optim.curvature.sharding import Layout
@@ -104,11 +105,21 @@ def joint(layout: Layout, loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
         layout: of the model.
         loss: of this rank's batch.
         weight: what it is a mean over.
+
+    Raises:
+        ArgumentError: the loss of a rank is a mean over nothing.
     """
     if layout.data is None:
         return loss, weight
-    total = weight.clone()
-    dist.all_reduce(total, group=layout.data)
+    # The gradient of 0/0 is NaN, and so would be its sum over ranks.
+    empty = (weight == 0) & ~loss.detach().isfinite()
+    sums = torch.stack([weight, empty.to(weight)])
+    dist.all_reduce(sums, group=layout.data)
+    total, undefined = sums
+    if undefined > 0:
+        remedy = "Leave such batches out, or let their loss be a number, such as 0."
+        found = "NaN, of a batch of weight 0"
+        raise ArgumentError("the loss of a rank", found, "a number", remedy)
     share = torch.where(total > 0, weight / total, 0.0)
     return _Joint.apply(layout.data, loss, share), total  # type: ignore[no-untyped-call]
 

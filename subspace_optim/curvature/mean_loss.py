@@ -162,9 +162,10 @@ class MeanLossOperator(AtPoints):
         """Returns the matrix of a sample; ``None`` where the data are a batch that cannot be cut.
 
         Whole batches, or rows where the data are one batch. It trusts what was proved of all data.
-        Of a ``CurrentBatch`` there is none: a sample would stay, and the batch does not.
+        Of a ``CurrentBatch`` there is none: a sample would stay, and the batch does not. Of a
+        sharded model there is none yet.
         """
-        if self._passes.parts.batches.current is not None:
+        if self._passes.parts.batches.current is not None or self.ranks.together:
             return None
         with self._fixed(products=True) as point:
             passes = self._passes.sample(point, examples, seed, pieces)

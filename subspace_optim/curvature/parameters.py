@@ -37,7 +37,7 @@ Params = Iterable[Tensor | str] | str | Callable[[str, Tensor], bool] | None
 
 def times_written(tensors: Iterable[Tensor]) -> int:
     """Returns how often torch has written to them, but for writes to ``.data``: costs no pass."""
-    return sum(t._version for t in tensors)  # noqa: SLF001 (no public way to look)
+    return sum(local(t)._version for t in tensors)  # noqa: SLF001 (no public way to look)
 
 
 class ParameterSpace:
@@ -309,6 +309,13 @@ class ParameterSpace:
             return numbers
         signed = [(n + 2**63) % 2**64 - 2**63 for n in numbers]
         return tuple(self.inner.sum(torch.tensor(signed, device=self.device)).tolist())
+
+    def norm_of(self, flat: Tensor) -> Tensor:
+        """Returns the length of ``flat: (P,)``."""
+        if self.layout is None:
+            length: Tensor = flat.norm()
+            return length
+        return self.inner.sum(flat.square().sum()).sqrt()
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Returns the length of a vector that comes as one tensor a parameter."""

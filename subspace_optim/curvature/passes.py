@@ -55,16 +55,17 @@ class Passes:
     examples: tuple[int, int] | None = None
     minibatch: bool = False
 
-    @property
     def keeps_gathered(self) -> bool:
         """Whether the parameters of a sharded model may stay gathered for backward passes."""
         if self.parts.space.layout is None:
             return False
         budget: float | None = self.memory_budget
         if budget is None:
-            budget = free_memory(self.parts.space.device) / (4 * self.ranks.size)
+            device = self.parts.space.device
+            sharing = 1 if device.type == "cuda" else self.ranks.size  # one machine's memory
+            budget = free_memory(device) / (4 * sharing)
         allowed = budget
-        needed = sum(p.numel() * 4 for p in self.parts.model.parameters())
+        needed = sum(p.numel() * max(4, p.element_size()) for p in self.parts.model.parameters())
         return not self.ranks.any(lambda: needed > allowed)
 
     @property
@@ -165,7 +166,7 @@ class Passes:
                         kept[index] = found
                 del found, batch_loss  # before the graph of the next one is built
             sums[2] = examples
-            if proves_mean and not self._any_lacks(pieces):
+            if proves_mean:
                 self.proof.mean(point, pieces)
         if self.ranks.together:
             sums[2] = self._of_all_data(sums[2])
@@ -198,12 +199,6 @@ class Passes:
         if not self.ranks.together:
             return used <= budget
         return not self.ranks.any(lambda: used > budget)
-
-    def _any_lacks(self, pieces: list[Any]) -> bool:
-        """Whether there are no two batches to be compared; on all ranks that do so together."""
-        if not self.ranks.together:
-            return not pieces
-        return bool(self.ranks.any(lambda: len(pieces) < 2))
 
     def _of_all_data(self, own: Tensor) -> Tensor:
         """Returns the sum of numbers over the ranks with data of their own."""
@@ -371,7 +366,19 @@ class Passes:
         total = count(sum(sizes))
         own_seed = seed * self.ranks.data_size + self.ranks.data_rank
         with self.ranks.all_or_none():
-            found = drawn(batches, sizes, examples / total, own_seed, differentiate, pieces)
+            together = self.ranks if self.ranks.together else Ranks(None)
+            one = together.any(lambda: len(sizes) < 2)
+            found = drawn(
+                batches,
+                sizes,
+                examples / total,
+                own_seed,
+                differentiate,
+                pieces,
+                one=bool(one),
+                is_any=together.any,
+                norm=space.norm_of,
+            )
         if self.ranks.any(lambda: found is None):
             return None
         assert found is not None  # noqa: S101 (on no rank)

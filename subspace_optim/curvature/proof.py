@@ -188,7 +188,8 @@ class Proof:
         """
         report = report or Report(self._parts.stats.engine)
         supervised = self._parts.batch_loss
-        if len(pieces) < 2 or not isinstance(supervised, Supervised):
+        lacks = self._parts.space.ranks.any(lambda: len(pieces) < 2)
+        if lacks or not isinstance(supervised, Supervised):
             return
         try:
             shares = self._shares(supervised, pieces, point)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from subspace_optim._inner_product import InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.dtensors import is_sharded
-from subspace_optim.curvature.fully_sharded import fsdp_groups
+from subspace_optim.curvature.fully_sharded import FSDPGroup, fsdp_groups
 from subspace_optim.curvature.process_group import Ranks
 
 
@@ -30,9 +30,9 @@ class Layout:
         tensors: the parameters that are the coordinates.
 
     Attributes:
-        groups: what ``fully_shard`` gathers together.
         ranks: that hold a part of the model.
         sums: the process group of sums over coordinates.
+        data_ranks: those with data of their own.
         data: the process group of those with data of their own; ``None``: this rank alone.
         replicas: for each parameter the ranks, in order, that have the same local tensor.
 
@@ -41,23 +41,24 @@ class Layout:
     """
 
     def __init__(self, model: nn.Module, tensors: Sequence[Any]) -> None:
-        self.groups = fsdp_groups(model)
+        self._model = model
         meshes = {tuple(sorted(group.mesh)) for group in self.groups}
         if len(meshes) > 1:
             allowed = "one of all that fully_shard has divided"
             raise ArgumentError("the data-parallel mesh", sorted(meshes), allowed)
         own = dist.get_rank()
         data = next(iter(meshes), (own,))
-        everyone = {own, *data}
-        for t in tensors:
+        everyone, held = {own, *data}, list[Any](model.parameters())
+        for t in held:
             if is_sharded(t):
                 everyone |= set(t.device_mesh.mesh.flatten().tolist())
         ranks = tuple(sorted(everyone))
-        like = _a_group_of(tensors)
+        like = _a_group_of(held)
         self.ranks = Ranks(_group(ranks, like, "meetings"))
         self.sums = _group(ranks, like, "sums")
         self.ranks.together = True
         self.ranks.data_size, self.ranks.data_rank = len(data), data.index(own)
+        self.data_ranks = data
         self.data = _group(data, like, "losses") if len(data) > 1 else None
         found: list[Any] = [None] * len(ranks)
         dist.all_gather_object(found, [_shard_of(t) for t in tensors], self.ranks.group)
@@ -65,6 +66,11 @@ class Layout:
             tuple(rank for rank, theirs in zip(ranks, found, strict=True) if theirs[i] == of)
             for i, of in enumerate(found[ranks.index(own)])
         ]
+
+    @property
+    def groups(self) -> list[FSDPGroup]:
+        """What ``fully_shard`` gathers together, at present."""
+        return fsdp_groups(self._model)
 
     def owned(self, index: int, elements: int) -> slice | None:
         """Returns which elements of a parameter's local tensor belong to this rank.

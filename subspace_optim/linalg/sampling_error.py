@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subspace_optim._inner_product import WHOLE
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.rows import gram, square
 
@@ -66,9 +67,10 @@ class Scatter:
         options: Any = {"dtype": torch.float64, "device": vectors.device}
         self._overlaps = torch.zeros(basis.k, basis.k, **options)
         self._sketches: list[Tensor] = []
-        # Of each coordinate that lies here: a draw that has its own seed on each rank.
-        seed = basis.inner.seed(int(torch.randint(1 << 31, (), generator=generator, device="cpu")))
-        signs = torch.Generator("cpu").manual_seed(seed)
+        signs = generator
+        if basis.inner is not WHOLE:  # each rank draws for its own coordinates
+            seed = int(torch.randint(1 << 31, (), generator=generator, device="cpu"))
+            signs = torch.Generator("cpu").manual_seed(basis.inner.seed(seed))
         self._signs = torch.randint(2, vectors.shape[1:], generator=signs, device="cpu")
         self._counts = torch.zeros(4, **options)
         self._gaps = torch.zeros(2, basis.k, **options)

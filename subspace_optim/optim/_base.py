@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from subspace_optim._validation import ArgumentError
-from subspace_optim.curvature.dtensors import local
+from subspace_optim.curvature.dtensors import is_sharded, local
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
@@ -366,7 +366,9 @@ def sgd_directions(
         buffers: takes the new ones.
     """
     group = _PLAIN | group
-    together = group["foreach"] is None or group["foreach"]
+    together = group["foreach"]
+    if together is None:
+        together = not any(map(is_sharded, params))  # beside plain ones they cannot be
     for some in [params] if together and params else [[p] for p in params]:
         yield from zip(some, _directions(some, group, state, buffers), strict=True)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from subspace_optim._validation import ArgumentError, check_flag, check_number
-from subspace_optim.curvature.dtensors import total_norm
+from subspace_optim.curvature.dtensors import is_sharded, total_norm
 from subspace_optim.curvature.parameters import times_written
 from subspace_optim.optim._base import (
     CheckedOptimizer,
@@ -153,7 +153,8 @@ class _TwoSteps(CheckedOptimizer):
         groups = groups if self._finite else []
         self._before = {p: p.detach().clone() for _, params in groups for p in params}
         with self._going_back():
-            for group, params in groups if norm > 0 else []:
+            alike = [(g, some) for g, params in groups for some in _of_one_kind(params)]
+            for group, params in alike if norm > 0 else []:
                 slopes = torch._foreach_div(_wide([p.grad for p in params]), norm)
                 if group["adaptive"]:
                     torch._foreach_mul_(slopes, [p.abs().square() for p in params])
@@ -258,6 +259,12 @@ def _nothing_added(params: list[Tensor]) -> Iterator[None]:
             "optimization): first_step() after the backward passes, second_step() after the same "
             "passes again.",
         )
+
+
+def _of_one_kind(params: list[Any]) -> list[list[Any]]:
+    """Divides parameters in those that are sharded and those that are not: torch mixes no two."""
+    kinds = [[p for p in params if is_sharded(p) is sharded] for sharded in (False, True)]
+    return [some for some in kinds if some]
 
 
 def _with_gradients(group: dict[str, Any]) -> list[Any]:

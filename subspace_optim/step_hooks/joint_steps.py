@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from subspace_optim._inner_product import InnerProduct
 from subspace_optim._validation import UnseenStepsWarning
 from subspace_optim.curvature.digests import digest
+from subspace_optim.curvature.dtensors import local
 from subspace_optim.curvature.parameters import ParameterSpace, times_written
 from subspace_optim.step_hooks.optimizers import (
     Followed,
@@ -263,5 +264,5 @@ def _guard(optimizer: Optimizer) -> None:
 def _is_finite(optimizer: Optimizer, inner: InnerProduct) -> bool:
     """Whether all of its gradients are finite."""
     gradients = [p.grad for p in parameters_of(optimizer)]
-    finite = [gradient.isfinite().all() for gradient in gradients if gradient is not None]
+    finite = [local(gradient).isfinite().all() for gradient in gradients if gradient is not None]
     return not finite or not inner.sum(torch.stack(finite).all().logical_not().double())

@@ -154,7 +154,8 @@ class SavedState:
             ArgumentError: it is none, of another kind or shape, or not finite.
         """
         if space.layout is None:
-            return self.tensor(name, (*lead, space.size), space.dtype, space.device, remedy=remedy)
+            shape = (*lead, space.size_here)
+            return self.tensor(name, shape, space.dtype, space.device, remedy=remedy)
         found = from_names(space, self._state[name], lead, self.label(name), remedy)
         if space.ranks.any(lambda: not bool(found.isfinite().all())):
             raise ArgumentError(self.label(name), "not finite", "finite")

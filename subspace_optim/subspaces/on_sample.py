@@ -331,7 +331,7 @@ class OnSample(RefreshRule):
             return Measured(operator.matmat(pairs.rows), None)
         scatter = Scatter(pairs.basis, pairs.guard, self.seed)
         products = operator.batch_matmat(pairs.rows, scatter.see)
-        scatter.gather(self.operator.ranks.sum_)
+        scatter.gather(self.operator.ranks.of_all)
         return Measured(products, scatter)
 
     def _sine(self, measured: Measured, small: CurvatureOperator, share: float) -> float:

@@ -212,13 +212,13 @@ def trained(name: str, model: nn.Module, data: list[Any], scales: list[float]) -
 
 def trainings(size: int, *, full: bool) -> dict[str, Any]:
     """Every optimizer, on a model of which each rank has a part, as on the whole one."""
-    full = batches()
-    rank, groups = dist.get_rank(), range(0, len(full) - size + 1, size)
+    data = batches()
+    rank, groups = dist.get_rank(), range(0, len(data) - size + 1, size)
     scales = []
     for first in groups:
-        counts = [len(y) for _, y in full[first : first + size]]
+        counts = [len(y) for _, y in data[first : first + size]]
         scales.append(size * counts[rank] / sum(counts))
-    mine = [full[first + rank] for first in groups]
+    mine = [data[first + rank] for first in groups]
     names = TRAININGS if full else TRAININGS[:2]
     return {name: trained(name, fsdp(made(Small)), mine, scales) for name in names}
 
@@ -243,6 +243,46 @@ def not_finite(size: int, *, full: bool) -> dict[str, Any]:
     return found
 
 
+def corners(size: int, *, full: bool) -> dict[str, Any]:
+    """What is easily forgotten."""
+    data, found = batches(), dict[str, Any]()
+    model = fsdp(made(Small))
+    operator = operator_of("exact", model, own(data))
+    operator.loss()
+    state = {name: 1.5 * p.detach() for name, p in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    found["parameters that were replaced"] = readings(operator)
+    uneven = data[:1] if dist.get_rank() == 0 else data[1:3]
+    found["passed"] = operator_of("exact", fsdp(made(Small)), uneven).check().passed
+    found["trained"] = {}
+    for name in ("BulkSGD", "SAM"):
+        model = made(Small)
+        mesh = init_device_mesh("cpu", (size,))
+        fully_shard(model, mesh=mesh, ignored_params=set(model.head.parameters()))
+        found["trained"][name] = with_a_whole_head(name, model, data, dist.get_rank(), size)
+    return found
+
+
+def with_a_whole_head(name: str, model: nn.Module, data: Any, rank: int, size: int) -> torch.Tensor:
+    """Steps of an optimizer with momentum on plain and sharded parameters together."""
+    operator = operator_of("exact", model, own(data, rank, size), verify=False)
+    subspace = so.DominantSubspace(operator, k=2, refresh=10, tol=1e-13)
+    optimizer: Any = so.SAM(model.parameters(), lr=0.1, momentum=0.9)
+    if name == "BulkSGD":
+        optimizer = so.BulkSGD(model.parameters(), lr=0.1, momentum=0.9, subspace=subspace)
+    x, y = data[-1]  # on all ranks
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    return theta(model)
+
+
 def theta(model: nn.Module) -> torch.Tensor:
     return torch.cat([sharding.everywhere(p).reshape(-1) for p in model.parameters()])
 
@@ -254,6 +294,7 @@ SCENARIOS: list[Callable[..., dict[str, Any]]] = [
     solves,
     trainings,
     not_finite,
+    corners,
 ]
 
 

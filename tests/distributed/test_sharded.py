@@ -159,3 +159,16 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_sam_on_all(ranks):
     found = alike(ranks, "not_finite")
     assert torch.equal(found["not finite"], found["before"])
     assert not torch.equal(found["finite"], found["before"])
+
+
+def test_what_is_easily_forgotten(ranks):
+    found = alike(ranks, "corners")
+    replaced = made(worker.Small)
+    with torch.no_grad():
+        for p in replaced.parameters():
+            p.mul_(1.5)
+    check(found["parameters that were replaced"], replaced)
+    assert found["passed"]
+    for name, theta in found["trained"].items():
+        expected = worker.with_a_whole_head(name, made(worker.Small), batches(), 0, 1)
+        assert (theta - expected).abs().max() <= 1e-10, name

@@ -62,7 +62,7 @@ def held(
         tensors += [basis.vectors, basis.eigenvalues]
         averages = vars(subspace._averages)  # noqa: SLF001 (a state dict would hold copies)
         tensors += averages.values()
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(sizes.values()) / sum(p.nbytes for p in parameters)
 
