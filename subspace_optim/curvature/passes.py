@@ -138,7 +138,9 @@ class Passes:
         kept: dict[int, Derivatives] = {}
         used = count = 0
         examples = 0.0
-        size = 0 if differentiate is loss_alone else space.size_here
+        # A rank may hold no coordinate, and takes part all the same.
+        differentiates = differentiate is not loss_alone
+        size = space.size_here if differentiates else 0
         gradient = torch.zeros(size, dtype=space.dtype, device=device)
         mean = "mean" if self.examples is None else "mean of a sample"
         proves_mean = not self.minibatch and self.proof.is_due(mean)
@@ -156,7 +158,7 @@ class Passes:
                 own = torch.stack([weighted(found.loss.double(), weight), weight])
                 sums[:2].add_(own)
                 examples += 0.0 if batch_loss.idle else _examples(batch_loss.batch)
-                if size:
+                if differentiates:
                     space.add_(gradient, found.gradient, weight)
                     found.gradient = ()  # it has been added up, and is held no longer
                 if meter is not None:
@@ -183,7 +185,7 @@ class Passes:
         if not self.minibatch:
             self.proof.done(mean)
         point.loss, point.weight = loss, N
-        if size:
+        if differentiates:
             stats.gradients += 1
             stats.full_gradients += self.share
             point.gradient = self.ranks.of_all(gradient).div_(N)
