@@ -8,11 +8,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
 import torch.multiprocessing
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torch._dynamo", "subspace_optim"])
@@ -21,6 +25,28 @@ _FORKS.set_forkserver_preload(["torch._dynamo", "subspace_optim"])
 def together(work: Callable[..., None], args: tuple[Any, ...], count: int) -> None:
     """Runs ``work(rank, *args)`` for each rank, and raises what one of them has raised."""
     torch.multiprocessing.start_processes(work, args, count, start_method="forkserver")
+
+
+def joined(rank: int, size: int, folder: str) -> None:
+    """Makes this process one of ``size`` ranks, that meet in a file of ``folder``."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=60),
+    )
+
+
+def alike(ranks: list[dict[str, Any]], scenario: str) -> Any:
+    """What all ranks have found in a scenario, bit by bit."""
+    first, *others = ([*tree_leaves(results[scenario])] for results in ranks)
+    assert len(first) > 1
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    return ranks[0][scenario]
 
 
 def apart(work: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:

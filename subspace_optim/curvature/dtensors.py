@@ -1,6 +1,6 @@
 """``DTensor``s and the local tensors that they are made of: what the rest needs of both.
 
-Nothing here asks another rank, but for ``placed_like``, ``as_local`` and ``total_norm``.
+Nothing here asks another rank, but for ``placed_like``, ``whole`` and ``total_norm``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def total_norm(tensors: Sequence[Any]) -> float:
     for t in tensors:
         kind = (t.device_mesh, t.placements) if is_sharded(t) else None
         kinds.setdefault(kind, []).append(t)
-    norms = [as_local(torch.nn.utils.get_total_norm(some)) for some in kinds.values()]
+    norms = [whole(torch.nn.utils.get_total_norm(some)) for some in kinds.values()]
     return math.hypot(*map(float, norms))
 
 
@@ -120,7 +120,7 @@ def part_of(tensor: Any, like: Any, lead: int) -> Tensor:
         lead: how many dimensions come first.
     """
     if not is_sharded(like):
-        return as_local(tensor)
+        return whole(tensor)
     mesh = like.device_mesh
     if is_sharded(tensor) and tensor.device_mesh != mesh:
         tensor = tensor.full_tensor()
@@ -205,7 +205,7 @@ def as_dtensor(tensor: Tensor, like: Any) -> Any:
     return _AsDTensor.apply(tensor, spec)  # type: ignore[no-untyped-call]
 
 
-def as_local(tensor: Any) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """Returns all of a ``DTensor``; a plain tensor as it is."""
     found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found

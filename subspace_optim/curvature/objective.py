@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.averages import Weight, averaged, examples
-from subspace_optim.curvature.dtensors import as_local
+from subspace_optim.curvature.dtensors import whole
 from subspace_optim.curvature.gathering import joint
 from subspace_optim.curvature.sharding import Layout
 
@@ -95,7 +95,7 @@ class BatchLoss:
         if self.layout is None:
             return as_scalars(result)
         if isinstance(result, tuple) and len(result) == 2:
-            result = as_local(result[0]), result[1]
+            result = whole(result[0]), result[1]
         loss, weight = as_scalars(result)
         return joint(self.layout, loss, torch.zeros_like(weight) if self.idle else weight)
 

@@ -310,13 +310,6 @@ class ParameterSpace:
         signed = [(n + 2**63) % 2**64 - 2**63 for n in numbers]
         return tuple(self.inner.sum(torch.tensor(signed, device=self.device)).tolist())
 
-    def norm_of(self, flat: Tensor) -> Tensor:
-        """Returns the length of ``flat: (P,)``."""
-        if self.layout is None:
-            length: Tensor = flat.norm()
-            return length
-        return self.inner.sum(flat.square().sum()).sqrt()
-
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Returns the length of a vector that comes as one tensor a parameter."""
         norms = [torch.linalg.vector_norm(t) for t in self.pieces(tensors) if t is not None]

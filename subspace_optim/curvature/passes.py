@@ -59,14 +59,17 @@ class Passes:
         """Whether the parameters of a sharded model may stay gathered for backward passes."""
         if self.parts.space.layout is None:
             return False
-        budget: float | None = self.memory_budget
-        if budget is None:
-            device = self.parts.space.device
-            sharing = 1 if device.type == "cuda" else self.ranks.size  # one machine's memory
-            budget = free_memory(device) / (4 * sharing)
-        allowed = budget
+        allowed = self._budget()
         needed = sum(p.numel() * max(4, p.element_size()) for p in self.parts.model.parameters())
         return not self.ranks.any(lambda: needed > allowed)
+
+    def _budget(self) -> float:
+        """Returns the bytes that may be kept."""
+        if self.memory_budget is not None:
+            return self.memory_budget
+        device = self.parts.space.device
+        sharing = 1 if device.type == "cuda" else self.ranks.size  # one machine's memory
+        return free_memory(device) / (4 * sharing)
 
     @property
     def share(self) -> float:
@@ -131,10 +134,7 @@ class Passes:
             keep: keeps what products need, as long as it fits the budget.
         """
         space, stats, device = self.parts.space, self.parts.stats, self.parts.space.device
-        budget: float | None = self.memory_budget
-        if budget is None:
-            sharing = 1 if device.type == "cuda" else self.ranks.size  # one machine's memory
-            budget = free_memory(device) / (4 * sharing) if keep else 0.0
+        budget = self._budget() if keep else 0.0
         kept: dict[int, Derivatives] = {}
         used = count = 0
         examples = 0.0
@@ -353,34 +353,22 @@ class Passes:
             return (batch for _, batch, _ in self._read(point))
 
         def differentiate(batch: Any) -> tuple[Tensor, Tensor]:
-            loss = BatchLoss(parts.model, parts.batch_loss, batch, parts.seed, space.layout)
+            loss = BatchLoss(parts.model, parts.batch_loss, batch, parts.seed)
             with point.at(parts.seed):
                 found = loss_and_gradient(loss, point)
-            gradient = torch.zeros(space.size_here, dtype=space.dtype, device=space.device)
+            gradient = torch.zeros(space.size, dtype=space.dtype, device=space.device)
             space.add_(gradient, found.gradient, torch.ones_like(found.weight))
             return found.weight, gradient
 
         def count(number: int) -> int:
-            return int(self._of_all_data(torch.tensor([number], device=space.device)))
+            return int(self.ranks.sum_(torch.tensor([number], device=space.device)))
 
         with self.ranks.all_or_none():
             sizes = [size_of(batch) for batch in batches()]
         total = count(sum(sizes))
-        own_seed = seed * self.ranks.data_size + self.ranks.data_rank
+        own_seed = seed * self.ranks.size + self.ranks.rank
         with self.ranks.all_or_none():
-            together = self.ranks if self.ranks.together else Ranks(None)
-            one = together.any(lambda: len(sizes) < 2)
-            found = drawn(
-                batches,
-                sizes,
-                examples / total,
-                own_seed,
-                differentiate,
-                pieces,
-                one=bool(one),
-                is_any=together.any,
-                norm=space.norm_of,
-            )
+            found = drawn(batches, sizes, examples / total, own_seed, differentiate, pieces)
         if self.ranks.any(lambda: found is None):
             return None
         assert found is not None  # noqa: S101 (on no rank)

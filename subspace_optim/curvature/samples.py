@@ -86,21 +86,14 @@ def dealt(count: int, groups: int, seed: int, first: int = 0) -> list[int]:
     return found
 
 
-def can_be_cut(
-    batch: Any,
-    differentiate: Callable[[Any], tuple[Tensor, Tensor]],
-    is_any: Callable[[Callable[[], bool]], bool | None],
-    norm: Callable[[Tensor], Tensor],
-) -> bool:
+def can_be_cut(batch: Any, differentiate: Callable[[Any], tuple[Tensor, Tensor]]) -> bool:
     """Whether the loss of a batch is the weighted mean of those of parts of it.
 
     Args:
         batch: of the data.
         differentiate: returns the weight of a batch, and the gradient of its mean loss.
-        is_any: whether something holds on any rank that evaluates its batches with this one.
-        norm: of a gradient.
     """
-    if is_any(lambda: rows_of(batch) < max(_LEAST * PIECES, sum(_FEW))):
+    if rows_of(batch) < max(_LEAST * PIECES, sum(_FEW)):
         return False
     ends = (0, _FEW[0], sum(_FEW))
     parts = [taken(batch, slice(*part)) for part in pairwise(ends)]
@@ -110,7 +103,7 @@ def can_be_cut(
     except Exception:  # noqa: BLE001 (a loss of batches of one size only)
         return False
     mean = sum(w * g for w, g in others) / weight
-    return bool(norm(gradient - mean) <= _COUPLED * norm(gradient))
+    return bool((gradient - mean).norm() <= _COUPLED * gradient.norm())
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -145,10 +138,6 @@ def drawn(
     seed: int,
     differentiate: Callable[[Any], tuple[Tensor, Tensor]],
     pieces: int = PIECES,
-    *,
-    one: bool,
-    is_any: Callable[[Callable[[], bool]], bool | None],
-    norm: Callable[[Tensor], Tensor],
 ) -> Drawn | None:
     """Returns a sample; ``None`` of one batch that cannot be cut.
 
@@ -159,17 +148,10 @@ def drawn(
         seed: of the draw.
         differentiate: returns the weight of a batch, and the gradient of its mean loss.
         pieces: that rows of one batch are dealt to.
-        one: whether the data are one batch, here or on a rank that evaluates it with this one.
-        is_any: as of ``can_be_cut``.
-        norm: as of ``can_be_cut``.
     """
-    if not one:
+    if len(sizes) > 1:
         chosen = set(some_batches(sizes, share, seed))
         kept = [batch for index, batch in enumerate(batches()) if index in chosen]
         return Drawn(kept, kept)
     only = next(batches())
-    return (
-        some_rows(only, share, seed, pieces)
-        if can_be_cut(only, differentiate, is_any, norm)
-        else None
-    )
+    return some_rows(only, share, seed, pieces) if can_be_cut(only, differentiate) else None

@@ -1,7 +1,6 @@
 """What each rank does with class gradients: every scenario, its results in a file."""
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import subspace_optim as so
+from tests.processes import joined
 
 C = 4
 # The minibatches of two ranks, by their classes: a class is on one rank, on both, or on none.
@@ -108,14 +108,7 @@ SCENARIOS = [as_printed, coupled, orthogonal, errors]
 
 def run(rank: int, size: int, folder: str) -> None:
     """Takes part as one of ``size`` ranks, and saves what every scenario gave it."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=60),
-    )
+    joined(rank, size, folder)
     results = {scenario.__name__: scenario() for scenario in SCENARIOS}
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 import subspace_optim as so
 from tests.distributed import sharding
 from tests.distributed.sharding import MODELS, batches, fsdp, made, own, part, rows, whole
+from tests.processes import joined
 
 KINDS = {
     "exact": so.HessianOperator,
@@ -300,14 +300,7 @@ SCENARIOS: list[Callable[..., dict[str, Any]]] = [
 
 def run(rank: int, size: int, folder: str, full: bool) -> None:
     """Takes part as one of ``size`` ranks, and saves what every scenario gave it."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=60),
-    )
+    joined(rank, size, folder)
     results = {scenario.__name__: scenario(size, full=full) for scenario in SCENARIOS}
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

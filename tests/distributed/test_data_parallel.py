@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import subspace_optim as so
 from subspace_optim.linalg.rows import largest_sine
 from tests import clusters
 from tests.dense import dense_curvature, make_problem, projector, supervised
 from tests.distributed import worker
-from tests.processes import together
+from tests.processes import alike, together
 
 pytestmark = pytest.mark.distributed
 
@@ -29,16 +28,6 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     size, folder = request.param, tmp_path_factory.mktemp("ranks")
     together(worker.run, (size, str(folder)), size)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
-
-
-def alike(ranks: Results, scenario: str) -> Any:
-    """What all ranks have found in a scenario, bit by bit."""
-    first, *others = ([*tree_leaves(results[scenario])] for results in ranks)
-    assert len(first) > 1
-    for other in others:
-        for a, b in zip(first, other, strict=True):
-            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
-    return ranks[0][scenario]
 
 
 def check(found: dict[str, Any], operator: Any, *, atol: float = 1e-12) -> None:

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 
 from subspace_optim.linalg.rows import largest_sine
 from tests.distributed import sharded_worker as worker
 from tests.distributed import sharding
 from tests.distributed.sharding import batches, made
-from tests.processes import together
+from tests.processes import alike, together
 
 pytestmark = pytest.mark.distributed
 
@@ -35,16 +34,6 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (size, full), folder = request.param, tmp_path_factory.mktemp("sharded")
     together(worker.run, (size, str(folder), full), size)
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
-
-
-def alike(ranks: Results, scenario: str) -> Any:
-    """What all ranks have found in a scenario, bit by bit."""
-    first, *others = ([*tree_leaves(results[scenario])] for results in ranks)
-    assert len(first) > 1
-    for other in others:
-        for a, b in zip(first, other, strict=True):
-            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
-    return ranks[0][scenario]
 
 
 def dense(model: nn.Module) -> dict[str, Tensor]:

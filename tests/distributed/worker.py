@@ -4,7 +4,6 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 import subspace_optim as so
 from tests import clusters
 from tests.dense import Problem, make_problem
+from tests.processes import joined
 
 SIZES = (3, 1, 4, 2, 5)  # examples of the batches, which the ranks take in turn
 KINDS = {"exact": so.HessianOperator, "differences": so.FiniteDifferenceHessian}
@@ -337,14 +337,7 @@ SCENARIOS = [
 
 def run(rank: int, size: int, folder: str) -> None:
     """Takes part as one of ``size`` ranks, and saves what every scenario gave it."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=60),
-    )
+    joined(rank, size, folder)
     results = {scenario.__name__: scenario() for scenario in SCENARIOS}
     results["kept"] = KEPT
     torch.save(results, Path(folder) / f"{rank}.pt")
