@@ -199,11 +199,10 @@ class _Known:
 
     def pack(self, tensor: Tensor) -> Any:
         """Returns what is saved in the place of a tensor."""
-        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
-            return tensor
-        found = self._places.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
+        known = type(tensor) is Tensor or type(tensor) is nn.Parameter
+        found = self._places.get(tensor.untyped_storage()._cdata) if known else None  # noqa: SLF001
         if found is None or found[0].expired():
-            return tensor
+            return tensor.detach()  # an output that is saved by its own node would never be freed
         _, again, i = found
         return functools.partial(
             self._view, again, i, tensor.shape, tensor.stride(), tensor.storage_offset()

@@ -230,6 +230,7 @@ class MeanLossOperator(AtPoints):
 
                 def multiply(derivatives: Derivatives) -> None:
                     nonlocal taken
+                    derivatives.gradient = ()  # which was new, and is not needed
                     into = products if see is None else torch.zeros_like(vectors)
                     for _ in self._multiply(derivatives, vectors, into):
                         taken += 1

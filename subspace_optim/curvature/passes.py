@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -106,17 +106,19 @@ class Passes:
             for here in batches:
                 yield *here, False
             return
-        first = index = None
-        while True:
-            with self.ranks.all_or_none():
-                found = next(batches, None)
-            if not self.ranks.any(lambda found=found: found is not None):  # type: ignore[misc]
+        first = found = None
+
+        def has_one() -> bool:
+            nonlocal first, found
+            found = next(batches, None)
+            first = first or found
+            if first is None:
+                raise ArgumentError("data", "of no batch", "at least one batch on every rank")
+            return found is not None
+
+        for index in itertools.count():
+            if not self.ranks.any(has_one):
                 return
-            with self.ranks.all_or_none():
-                first = first or found
-                if first is None:
-                    raise ArgumentError("data", "of no batch", "at least one batch on every rank")
-            index = 0 if index is None else index + 1
             yield index, *(found or first)[1:], found is None
 
     def _read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
@@ -316,7 +318,7 @@ class Passes:
             # The one batch of all rows is the same at every draw.
             least = None if ranks.any(lambda: batch_size < total) else 1
             batches = drawn_batches(read, sizes, batch_size, own_seed)
-        return least, self._over_each(islice(batches, least), round(total / self.share))
+        return least, self._over_each(itertools.islice(batches, least), round(total / self.share))
 
     def _over_each(self, batches: Iterator[tuple[int, Any]], total: int) -> Iterator[Passes]:
         """Yields passes over each batch; what fails on one rank raises on all."""

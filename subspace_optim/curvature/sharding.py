@@ -22,6 +22,17 @@ from subspace_optim.curvature.fully_sharded import FSDPGroup, fsdp_groups
 from subspace_optim.curvature.process_group import Ranks
 
 
+def all_gather(every: Tensor, own: Tensor, group: Any) -> None:
+    """Gathers what each rank has, in the order of the ranks: of torch 2.13 under its new name."""
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(every, own, group)
+
+
+def reduce_scatter(own: Tensor, every: Tensor, group: Any) -> None:
+    """Sums over the ranks, of which each gets its part: of torch 2.13 under its new name."""
+    found = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    found(own, every, group=group)
+
+
 class Layout:
     """Which coordinates lie on which rank.
 
@@ -106,9 +117,7 @@ class Layout:
             for room, i in zip(own.split(lengths), those, strict=True):
                 room[: pieces[i].numel()] = pieces[i].reshape(-1)
             every = own.new_empty(len(ranks), len(own))
-            dist.all_gather_into_tensor(
-                every.view(-1), own, _group(ranks, self.ranks.group, "replicas")
-            )
+            all_gather(every.view(-1), own, _group(ranks, self.ranks.group, "replicas"))
             for whole, i in zip(every.split(lengths, dim=1), those, strict=True):
                 result[i] = whole.reshape(-1)[: shapes[i].numel()].view(shapes[i])
         return result
