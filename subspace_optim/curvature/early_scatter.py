@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from subspace_optim.curvature.fully_sharded import FSDPGroup
 from subspace_optim.curvature.gathering import Gather, scattered
 
-_GATHER = Gather._backward_cls  # type: ignore[attr-defined]  # noqa: SLF001
+_GATHER: Any = Gather._backward_cls  # noqa: SLF001
 Product = Callable[[list[Tensor]], Sequence[Tensor | None]]
 
 
@@ -168,22 +168,16 @@ class _Parts:
             self._wholes.pop(i) if i in self._wholes else some.new_zeros(p.shape)
             for i, p in enumerate(group.parameters)
         ]
-        shards = scattered(group, wholes)
-        known = self._shards.get(self._latest)
-        if known is not None:
-            shards = [shard.add_(before) for shard, before in zip(shards, known, strict=True)]
-        self._shards[self._latest] = list(shards)
+        shards = list[Tensor | None](scattered(group, wholes))
+        _add(shards, self._shards.get(self._latest, []))
+        self._shards[self._latest] = shards
         self._latest = None
 
     def join(self, gather: Any, slopes: Sequence[Tensor | None]) -> None:
         """Adds the shards of a group to others, in place, and lets go of them."""
         if gather is self._latest:
             self.scatter()
-        shards = self._shards.get(gather, [])
-        for j, (slope, shard) in enumerate(zip(slopes, shards, strict=False)):
-            if slope is not None:
-                slope.add_(shard)
-                shards[j] = None
+        _add(slopes, self._shards.get(gather, []))
 
     def left(self) -> Iterator[tuple[int, Tensor]]:
         """Yields the shards that have not been joined to others, with the index of their leaf."""
@@ -192,3 +186,11 @@ class _Parts:
                 i = None if leaf is None else self._indices.get(id(leaf.variable))
                 if i is not None and shard is not None:
                     yield i, shard
+
+
+def _add(tensors: Sequence[Tensor | None], others: list[Tensor | None]) -> None:
+    """Adds others to tensors in place, as far as there are both, and lets go of these."""
+    for j, (tensor, other) in enumerate(zip(tensors, others, strict=False)):
+        if tensor is not None and other is not None:
+            tensor.add_(other)
+            others[j] = None

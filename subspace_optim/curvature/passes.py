@@ -97,10 +97,8 @@ class Passes:
         """Yields batches, and whether each stands in for one that this rank does not have.
 
         Where the ranks evaluate their batches together, each has to have as many: one that has no
-        more takes its first one again, which counts nothing.
-
-        Raises:
-            ArgumentError: a rank has none at all.
+        more takes its first one again, which counts nothing. Where one has none at all, all ranks
+        raise an ``ArgumentError``.
         """
         if not self.ranks.together:
             for here in batches:
@@ -119,6 +117,7 @@ class Passes:
         for index in itertools.count():
             if not self.ranks.any(has_one):
                 return
+            assert first is not None  # noqa: S101 (or has_one() has raised)
             yield index, *(found or first)[1:], found is None
 
     def _read(self, point: Point) -> Iterator[tuple[int, Any, int]]:

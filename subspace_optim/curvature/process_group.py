@@ -111,6 +111,13 @@ class Ranks:
         largest, smallest = extremes[0], ~extremes[1]
         return [bool(same) for same in (largest == smallest).tolist()]
 
+    def settled(self, changed: bool, values: Sequence[int]) -> bool:  # noqa: FBT001
+        """Returns whether nothing has changed on any rank, and all have the same values."""
+        if self.group is None:
+            return not changed
+        any_changed, alike = self._meet("a look", flag=changed, values=values)
+        return alike and not any_changed
+
     def any(self, holds: Callable[[], bool | None]) -> bool | None:
         """Returns whether ``holds()`` on any rank. What fails on one raises on all.
 
