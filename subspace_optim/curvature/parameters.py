@@ -16,6 +16,7 @@ from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.digests import PLAIN, digest, in_few_vectors, one_vector
 from subspace_optim.curvature.dtensors import (
     check_placements,
+    digest_of_sharded,
     holding_memory,
     is_sharded,
     local,
@@ -303,12 +304,26 @@ class ParameterSpace:
         """
         return self.same_on_all(int(digest(self.model.parameters())))[0]
 
+    def digest_of_whole(self) -> int:
+        """Returns such a number of these parameters, the same however the model is sharded.
+
+        It takes an all-reduce a parameter: for checkpoints, and not for each step.
+        """
+        found = 0
+        for p in self.tensors:
+            found = 3 * found + (digest_of_sharded(p) if is_sharded(p) else int(digest([p])))
+        return (found + 2**63) % 2**64 - 2**63
+
     def same_on_all(self, *numbers: int) -> tuple[int, ...]:
-        """Returns 64-bit numbers of what lies here, each as one of what lies on all ranks."""
+        """Returns 64-bit numbers of what lies here, each as one of what lies on all ranks.
+
+        One that all ranks have the same of stays as it is: it does not tell how many they are.
+        """
         if self.layout is None:
             return numbers
-        signed = [(n + 2**63) % 2**64 - 2**63 for n in numbers]
-        return tuple(self.inner.sum(torch.tensor(signed, device=self.device)).tolist())
+        signed = torch.tensor([(n + 2**63) % 2**64 - 2**63 for n in numbers])
+        sums = self.inner.sum(signed.to(self.device)).cpu()
+        return tuple(torch.where(sums == signed * self.ranks.size, signed, sums).tolist())
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Returns the length of a vector that comes as one tensor a parameter."""

@@ -111,7 +111,7 @@ class Ranks:
         largest, smallest = extremes[0], ~extremes[1]
         return [bool(same) for same in (largest == smallest).tolist()]
 
-    def settled(self, changed: bool, values: Sequence[int]) -> bool:  # noqa: FBT001
+    def settled(self, changed: bool, values: Sequence[int]) -> bool:
         """Returns whether nothing has changed on any rank, and all have the same values."""
         if self.group is None:
             return not changed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
@@ -199,7 +199,7 @@ class DominantSubspace(Shown):
                     return True
                 if seen == self._settled:
                     return None  # what all ranks have decided together is known to each of them
-                if hash(state) == self._attempted:
+                if self._name(state) == self._attempted:
                     return False
                 return rule.is_due(self._situation(seen))
 
@@ -211,8 +211,8 @@ class DominantSubspace(Shown):
             raise
         if rule.basis is not before.basis:  # another one of those that are held
             self._attempted = None
-        state = hash(seen.state)
-        self.steps.look(state)
+        state = self._name(seen.state)
+        self.steps.look(hash(seen.state))
         if due:
             plan = rule.plan(self._situation(seen), forced=forced) if rule.fits() else "solve"
             self._attempt(seen.state, plan)
@@ -225,6 +225,9 @@ class DominantSubspace(Shown):
         """Returns the present parameter state, and the clock there."""
         state = self.operator.state()
         return _Seen(state, self.steps.number(hash(state)))
+
+    def _name(self, state: State) -> int | None:
+        return self.steps.name(hash(state))
 
     def _situation(self, seen: _Seen) -> Situation:
         return Situation(seen.state, self._then, seen.clock - self._refreshed_at)
@@ -250,7 +253,7 @@ class DominantSubspace(Shown):
                 self._short_in_a_row = self._short_in_a_row + 1 if short else 0
                 self._refreshed_at = self.clock
             self._take(trial)
-            self._failures, self._attempted, self._then = 0, hash(state), state
+            self._failures, self._attempted, self._then = 0, self._name(state), state
         finally:
             operator.release()
             stats.seconds += time.perf_counter() - start
@@ -267,7 +270,7 @@ class DominantSubspace(Shown):
             raise failure
         # Once at a state; where training has diverged, at each update.
         if self.parameters.is_finite():
-            self._attempted = hash(state)
+            self._attempted = self._name(state)
         message = (
             f"The refresh at step {self.clock} failed ({failure}). The basis of step "
             f"{self._refreshed_at} stays in use; failure {self._failures} of at most "
@@ -341,8 +344,16 @@ class DominantSubspace(Shown):
             state_dict: what ``state_dict()`` returned. Model, optimizer and subspace may be
                 loaded in any order.
         """
+        with self._ranks.all_or_none():
+            take = self._loaded(state_dict)
+        take()
+
+    def _loaded(self, state_dict: dict[str, Any]) -> Callable[[], None]:
+        """Looks at all of a state, and returns what takes it over, which cannot fail."""
         pairs = names_in_state(self.operator, self.k)
-        names = {"version", "stats", "checksum", "rule", *pairs, *self._counters()}
+        sharded = self.parameters.layout is not None
+        counters = {*_COUNTERS, "whole"} if sharded else {*_COUNTERS}
+        names = {"version", "stats", "checksum", "rule", *pairs, *counters}
         remedy = "Pass what `subspace.state_dict()` returned, not the optimizer's or the model's."
         state = SavedState(state_dict, names, remedy)
         rule = self.rule.loaded(state)
@@ -352,14 +363,18 @@ class DominantSubspace(Shown):
         state_clock = state.count("state_clock", maximum=clock, remedy=remedy)
         failures = state.count("failures_in_a_row", maximum=rule.stats.failures)
         seen, attempted = state.digest("state"), state.digest("attempted")
+        whole = state.digest("whole") if sharded else None
         then = State(*state.digests("then", 3))
         state.check_sum(_checksum({name: state_dict[name] for name in names}))
 
-        self._take(rule)
-        self.steps.load(clock, seen, state_clock)
-        self._refreshed_at, self._failures, self._attempted = refreshed_at, failures, attempted
-        self._then = then
-        self._settled = None
+        def take() -> None:
+            self._take(rule)
+            self.steps.load(clock, seen, state_clock, whole)
+            self._refreshed_at, self._failures, self._attempted = refreshed_at, failures, attempted
+            self._then = then
+            self._settled = None
+
+        return take
 
 
 class _Seen(NamedTuple):
@@ -389,6 +404,15 @@ def _rule(refresh: Any, max_angle: float, sample: Any) -> RefreshRule:
     return by_angle if isinstance(refresh, str) and refresh == "auto" else EveryNSteps(refresh)
 
 
+_COUNTERS = (
+    "clock",
+    "state",
+    "state_clock",
+    "refreshed_at",
+    "attempted",
+    "then",
+    "failures_in_a_row",
+)
 _CERTIFICATE = ("bound", "estimate", "sampling_error", "examples")
 
 

@@ -1,4 +1,4 @@
-"""What a sharded model costs a rank: bytes at their peak, the shapes of tensors, and collectives."""
+"""What a sharded model costs a rank: bytes at their peak, shapes, and collectives."""
 
 from collections import Counter
 from collections.abc import Callable
