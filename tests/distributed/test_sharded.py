@@ -36,23 +36,6 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def dense(model: nn.Module) -> dict[str, Tensor]:
-    """Loss and derivatives of the whole model, row by row: torch.func's are wrong for LayerNorm."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with sdpa_kernel(SDPBackend.MATH):
-        data = batches()
-        total = sum(len(y) for _, y in data)
-        loss = sum(F.cross_entropy(model(x), y) * (len(y) / total) for x, y in data)
-    slopes = torch.autograd.grad(loss, parameters, create_graph=True)
-    gradient = torch.cat([g.reshape(-1) for g in slopes])
-    held = {"retain_graph": True, "materialize_grads": True}
-    products = [
-        torch.cat([h.reshape(-1) for h in torch.autograd.grad(gradient @ v, parameters, **held)])
-        for v in worker.directions(len(gradient))
-    ]
-    return {"loss": loss.detach(), "gradient": gradient.detach(), "products": torch.stack(products)}
-
-
 def dense_hessian(model: nn.Module) -> Tensor:
     """All rows of it."""
     parameters = list(model.parameters())
@@ -68,7 +51,7 @@ def dense_hessian(model: nn.Module) -> Tensor:
 
 def check(found: dict[str, Any], model: nn.Module, *, size: float = 1e-12) -> None:
     """The readings of all ranks, against those of the whole model."""
-    for name, expected in dense(model).items():
+    for name, expected in worker.by_double_backward(model, batches()).items():
         error = (torch.as_tensor(found[name], dtype=torch.float64) - expected).abs().max()
         assert error <= size * expected.abs().max(), (name, float(error))
 
@@ -129,19 +112,41 @@ def test_the_subspace_is_that_of_the_whole_model(ranks):
 
 
 def test_trainings_are_those_of_one_process(ranks):
-    found, size = alike(ranks, "trainings"), len(ranks)
-    data = [
-        tuple(torch.cat(parts) for parts in zip(*batches()[first : first + size], strict=True))
-        for first in range(0, len(batches()) - size + 1, size)
-    ]
-    for name, ours in found.items():
-        expected = worker.trained(name, made(worker.Small), data, [1.0] * len(data))
+    for name, ours in alike(ranks, "trainings").items():
+        expected = worker.trained(name, made(worker.Small), *joint(len(ranks)))
         # What a refinement leaves depends on the guard, which each number of ranks draws otherwise.
-        near = 1e-6 if name == "auto" else 1e-10
-        assert (ours["theta"] - expected["theta"]).abs().max() <= near
-        assert ours["refreshes"] == expected["refreshes"]
-        for column, values in expected["rows"].items():
-            assert ours["rows"][column] == pytest.approx(values, rel=1e3 * near, abs=near), column
+        same_training(ours, expected, near=1e-6 if name == "auto" else 1e-10)
+
+
+def test_trainings_on_other_meshes_are_those_of_one_process(ranks):
+    counts = {"tensor parallel": 1, "2 x 2": 2, "hybrid": 4}
+    for name, ours in alike(ranks, "parallel_trainings").items():
+        way, _, optimizer = name.rpartition(" ")
+        model = made(worker.Small if way == "hybrid" else sharding.Parallel)
+        same_training(ours, worker.trained(optimizer, model, *joint(counts[way])), near=1e-10)
+
+
+def joint(count: int) -> tuple[list[Any], list[float]]:
+    """What one process trains on: each batch is one of every part of the ranks."""
+    groups = range(0, len(batches()) - count + 1, count)
+    data = [
+        tuple(torch.cat(parts) for parts in zip(*batches()[first : first + count], strict=True))
+        for first in groups
+    ]
+    return data, [1.0] * len(data)
+
+
+def same_training(ours: dict[str, Any], expected: dict[str, Any], near: float) -> None:
+    assert (ours["theta"] - expected["theta"]).abs().max() <= near
+    assert ours["refreshes"] == expected["refreshes"]
+    for column, values in expected["rows"].items():
+        assert ours["rows"][column] == pytest.approx(values, rel=1e3 * near, abs=near), column
+
+
+def test_models_of_any_sizes_are_as_by_double_backward(ranks):
+    found = alike(ranks, "drawn")
+    assert len(found["errors"]) >= 3 * 8
+    assert max(found["errors"]) <= 1e-12
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_sam_on_all(ranks):
