@@ -29,7 +29,7 @@ LABELS = [
     ([1], [2, 0], [1, 1, 1], [3]),
     ([0, 3, 3], [2], [0], [1]),
 ]
-STEPS = 20
+STEPS = {"printed": 20, "orthogonal": 8}
 
 
 class Net(sharding.Net):
@@ -156,15 +156,16 @@ def low_precision(size: int) -> dict[str, Any]:
     return found
 
 
-def trained(model: nn.Module, rank: int, size: int, *, orthogonal: bool) -> dict[str, Any]:
+def trained(name: str, model: nn.Module, rank: int, size: int) -> dict[str, Any]:
     """Steps of the quasi-Newton optimizer, with a monitor where there is a projector."""
+    orthogonal = name == "orthogonal"
     subspace = so.ClassGradientSubspace(model, C, orthogonal=orthogonal)
     optimizer = so.ClassGradientQuasiNewton(
         model.parameters(), lr=0.05, newton_lr=0.05, damping=0.1, subspace=subspace
     )
     monitor = so.Monitor(optimizer, subspace, every=2) if orthogonal else None
     losses = []
-    for step in range(STEPS):
+    for step in range(STEPS[name]):
         x, y = shard(step, rank, size)
         total = len(shard(step, 0, 1)[1])
         optimizer.zero_grad()
@@ -179,17 +180,13 @@ def trained(model: nn.Module, rank: int, size: int, *, orthogonal: bool) -> dict
         "observations": subspace.stats.observations,
     }
     if monitor is not None:
-        found |= {name: monitor.history[name] for name in ("chi_update", "update_norm")}
+        found |= {column: monitor.history[column] for column in ("chi_update", "update_norm")}
     return found
 
 
 def trainings(size: int) -> dict[str, Any]:
     rank = dist.get_rank()
-    names = {"printed": False, "orthogonal": True}
-    return {
-        name: trained(fsdp(made(Net)), rank, size, orthogonal=orthogonal)
-        for name, orthogonal in names.items()
-    }
+    return {name: trained(name, fsdp(made(Net)), rank, size) for name in STEPS}
 
 
 def untouched(size: int) -> dict[str, Any]:

@@ -104,8 +104,7 @@ def test_low_precision_is_differentiated_through_float32_shards(ranks):
 
 def test_trainings_are_those_of_one_process(ranks):
     for name, found in alike(ranks, "trainings").items():
-        orthogonal = name == "orthogonal"
-        expected = worker.trained(made(worker.Net), 0, 1, orthogonal=orthogonal)
+        expected = worker.trained(name, made(worker.Net), 0, 1)
         assert found.keys() == expected.keys()
         for entry, value in expected.items():
             ours = torch.as_tensor(found[entry])
