@@ -127,7 +127,8 @@ class UnitBall:
 def _polar_factors(matrices: Tensor) -> Tensor:
     """Returns the nearest orthogonal matrices: those with all singular values at 1."""
     U, _, V = torch.linalg.svd(matrices, full_matrices=False)
-    return U @ V
+    found: Tensor = U @ V
+    return found
 
 
 def _shortened(matrices: Tensor) -> Tensor:
