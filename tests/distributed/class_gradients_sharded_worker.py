@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import subspace_optim as so
 from subspace_optim.curvature import logit_gradients
@@ -30,19 +31,21 @@ LABELS = [
     ([0, 3, 3], [2], [0], [1]),
 ]
 STEPS = {"printed": 20, "orthogonal": 8}
+MEASURED = ("loss", "chi_gradient", "chi_update", "update_norm", "dom_lr", "bulk_lr")
 
 
 class Net(sharding.Net):
-    """With four classes, and whatever draws at random before the last layer."""
+    """With four classes, what draws at random, and a parameter that one rank has all of."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__(classes=C)
         self.dropout = nn.Dropout(dropout)
+        self.scale = nn.Parameter(torch.full((1,), 1.5))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        return self.head(self.dropout(x))
+        return self.head(self.dropout(x) * self.scale)
 
 
 class Parallel(sharding.Parallel):
@@ -99,6 +102,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "orthogonal": {"orthogonal": True},
     "coupled": {"coupled": True},
     "some parameters": {"params": "blocks.1.*"},
+    "one coordinate": {"params": "scale"},
 }
 
 
@@ -124,6 +128,9 @@ def layouts(size: int) -> dict[str, Any]:
         for name, options in {"": {}, " coupled": {"coupled": True}}.items():
             split = sharding.tensor_parallel(parallel, mesh)
             found[f"tensor parallel{name}"] = averages(split, 0, 1, **options)
+        columns = {"head": ColwiseParallel(use_local_output=False)}  # logits are a DTensor
+        split = parallelize_module(sharding.tensor_parallel(parallel, mesh), mesh, columns)
+        found["tensor parallel logits"] = averages(split, 0, 1)
     else:
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
         split = sharding.tensor_parallel(parallel, both["model"])
@@ -163,7 +170,12 @@ def trained(name: str, model: nn.Module, rank: int, size: int) -> dict[str, Any]
     optimizer = so.ClassGradientQuasiNewton(
         model.parameters(), lr=0.05, newton_lr=0.05, damping=0.1, subspace=subspace
     )
-    monitor = so.Monitor(optimizer, subspace, every=2) if orthogonal else None
+    monitor = None
+    if orthogonal:
+        data = [shard(0, rank, size)]
+        operator = so.HessianOperator(model, F.cross_entropy, data, verify=False)
+        subspace.operator = operator  # whose loss and gradient the rows have
+        monitor = so.Monitor(optimizer, subspace, every=2)
     losses = []
     for step in range(STEPS[name]):
         x, y = shard(step, rank, size)
@@ -180,7 +192,7 @@ def trained(name: str, model: nn.Module, rank: int, size: int) -> dict[str, Any]
         "observations": subspace.stats.observations,
     }
     if monitor is not None:
-        found |= {column: monitor.history[column] for column in ("chi_update", "update_norm")}
+        found |= {column: monitor.history[column] for column in MEASURED}
     return found
 
 
