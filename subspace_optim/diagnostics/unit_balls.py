@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from subspace_optim._inner_product import InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.dtensors import part_of, stacked, whole
 from subspace_optim.curvature.parameters import ParameterSpace
@@ -44,11 +45,21 @@ class UnitBall:
         norms: of each parameter. Those that are Euclidean are so all together, each matrix has a
             spectral norm of its own, and for signs every coordinate is a part.
         radii: of each parameter, 0 for those that do not move.
+
+    Raises:
+        ArgumentError: matrices that have a spectral norm cannot be made whole.
     """
 
     space: ParameterSpace
     norms: list[NormName]
     radii: list[float]
+
+    def __post_init__(self) -> None:
+        space = self.space
+        if "spectral" in self.norms and space.layout is None and type(space.inner) is not InnerProduct:
+            found = "'spectral', of vectors that are split"
+            remedy = "Take another norm, or a model that torch has sharded."
+            raise ArgumentError("norm", found, "that of matrices that are whole on a rank", remedy)
 
     def radius(self) -> Tensor:
         """Returns R as a vector, ``(P,)``."""
