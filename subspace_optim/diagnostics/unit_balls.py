@@ -56,7 +56,8 @@ class UnitBall:
 
     def __post_init__(self) -> None:
         space = self.space
-        if "spectral" in self.norms and space.layout is None and type(space.inner) is not InnerProduct:
+        split = space.layout is None and type(space.inner) is not InnerProduct
+        if "spectral" in self.norms and split:
             found = "'spectral', of vectors that are split"
             remedy = "Take another norm, or a model that torch has sharded."
             raise ArgumentError("norm", found, "that of matrices that are whole on a rank", remedy)

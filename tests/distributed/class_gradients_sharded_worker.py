@@ -149,6 +149,35 @@ def dropout(size: int) -> dict[str, Any]:
     return readings(subspace) | {"state": bool(torch.equal(before, torch.get_rng_state()))}
 
 
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(7, 5), nn.BatchNorm1d(5)])
+        self.head = nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(torch.tanh(x))
+
+
+def normed(rank: int, size: int) -> tuple[Tensor, Tensor]:
+    """What a rank has of a minibatch, of which batch norm needs two examples."""
+    parts = shard(0, rank, size), shard(1, rank, size)
+    x, y = (torch.cat(some) for some in zip(*parts, strict=True))
+    return x, y
+
+
+def batch_norm(size: int) -> dict[str, Any]:
+    """Each rank has the statistics of its own part, which goes through the model as a whole."""
+    model = fsdp(made(Normed))
+    subspace = so.ClassGradientSubspace(model, C)
+    before = [b.clone() for b in model.buffers()]
+    subspace.observe(*normed(dist.get_rank(), size))
+    kept = all(map(torch.equal, before, model.buffers()))
+    return readings(subspace) | {"buffers": kept}
+
+
 def low_precision(size: int) -> dict[str, Any]:
     """Of float32 shards that train in bf16, and of shards that are bf16 themselves."""
     found = {}
@@ -306,6 +335,7 @@ def resume(rank: int, size: int, folder: str) -> None:
 SCENARIOS: list[Callable[..., dict[str, Any]]] = [
     layouts,
     dropout,
+    batch_norm,
     low_precision,
     trainings,
     untouched,

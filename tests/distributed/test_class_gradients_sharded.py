@@ -1,5 +1,6 @@
 """Class gradients of a sharded model are those of one process that has the minibatches whole."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,16 @@ def test_averages_are_those_of_the_joint_minibatch(ranks):
             close(ours, theirs, spans=name == "orthogonal")
 
 
-def class_gradients(model: nn.Module, parts: list[tuple[Tensor, Tensor]], seed: int) -> Tensor:
-    """``Σ ∇z_k`` by what is written in the definition, with the masks of each rank."""
-    sums = []
-    parameters = list(model.parameters())
-    for k in range(worker.C):
-        total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
-        for rank, (x, y) in enumerate(parts):
-            if (y == k).any():
-                torch.manual_seed(seed + k * len(parts) + rank)
-                slopes = torch.autograd.grad(model(x[y == k])[:, k].sum(), parameters)
-                total += torch.cat([slope.reshape(-1) for slope in slopes])
-        sums.append(total)
-    return torch.stack(sums)
+def directions(gradients: Callable[[int], list[Tensor]]) -> Tensor:
+    """``v_k`` for each class, of the sums of what each rank adds to the gradient of class k."""
+    sums = torch.stack([torch.stack(gradients(k)).sum(0) for k in range(worker.C)])
+    lengths = sums.norm(dim=1, keepdim=True)
+    return sums / lengths.where(lengths > 0, 1.0)
+
+
+def gradient(score: Tensor, model: nn.Module) -> Tensor:
+    slopes = torch.autograd.grad(score, list(model.parameters()))
+    return torch.cat([slope.reshape(-1) for slope in slopes])
 
 
 def test_each_rank_has_its_own_dropout_masks_and_keeps_its_random_state(ranks):
@@ -80,11 +78,29 @@ def test_each_rank_has_its_own_dropout_masks_and_keeps_its_random_state(ranks):
     size, model = len(ranks), made(lambda: worker.Net(0.5))
     torch.manual_seed(5)  # as on the first rank
     seed = int(torch.randint(2**31, ()))
-    expected = class_gradients(model, [worker.shard(0, rank, size) for rank in range(size)], seed)
-    lengths = expected.norm(dim=1, keepdim=True)
-    unit = expected / lengths.where(lengths > 0, 1.0)
-    torch.testing.assert_close(found["vectors"], unit, rtol=0, atol=1e-12)
+
+    def gradients(k: int) -> list[Tensor]:
+        terms = []
+        for rank in range(size):
+            x, y = worker.shard(0, rank, size)
+            torch.manual_seed(seed + k * size + rank)
+            terms.append(gradient(model(x[y == k])[:, k].sum(), model))
+        return terms
+
+    torch.testing.assert_close(found["vectors"], directions(gradients), rtol=0, atol=1e-12)
     assert found["state"]
+
+
+def test_batch_norm_has_the_statistics_of_each_rank(ranks):
+    found = alike(ranks, "batch_norm")
+    size, model = len(ranks), made(worker.Normed)
+
+    def gradients(k: int) -> list[Tensor]:
+        parts = [worker.normed(rank, size) for rank in range(size)]
+        return [gradient(model(x)[y == k, k].sum(), model) for x, y in parts]
+
+    torch.testing.assert_close(found["vectors"], directions(gradients), rtol=0, atol=1e-12)
+    assert found["buffers"]
 
 
 def test_low_precision_is_differentiated_through_float32_shards(ranks):
