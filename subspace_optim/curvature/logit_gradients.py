@@ -66,7 +66,7 @@ class LogitGradients:
         """Views one vector as ``Σ ∇z_k: (C, P)``, ``Σ p_k (1 − p_k): (C,)`` and ``|B_k|: (C,)``."""
         C = self.num_classes
         spreads, counts = sums[-2 * C :].view(2, C)
-        return sums[: -2 * C].view(C, self.parameters.size_here), spreads, counts
+        return sums[: -2 * C].view(C, -1), spreads, counts
 
     def add_to(self, sums: Tensor, x: Any, y: Tensor) -> None:
         """Adds a minibatch, at the present parameters, to sums that are zero.
