@@ -37,7 +37,11 @@ from subspace_optim.curvature.operator import (
 )
 from subspace_optim.curvature.parameters import ParameterSpace, Params
 from subspace_optim.curvature.passes import Passes
-from subspace_optim.curvature.process_group import Ranks, warn_without_group
+from subspace_optim.curvature.process_group import (
+    Ranks,
+    taking_part,
+    warn_without_group,
+)
 from subspace_optim.curvature.proof import Proof
 from subspace_optim.curvature.report import Parts, Report
 from subspace_optim.curvature.samples import PIECES
@@ -92,7 +96,7 @@ class MeanLossOperator(AtPoints):
                 raise ArgumentError("verify", verify, "True or False")
             self.model = unwrapped(model)
             self.parameters = ParameterSpace(self.model, params)
-            self._take_ranks_of_shards(process_group)
+            self._ranks = taking_part(self._ranks, self.parameters.ranks)
             batches = Batches(data, pairs=isinstance(batch_loss, Supervised))
             warn_without_group(model, process_group)
             if batches.current is not None:
@@ -115,21 +119,6 @@ class MeanLossOperator(AtPoints):
         self._dependencies = Dependencies(self.parameters, batch_loss, batches, self._proof)
         self._in_pieces: Self | None = None  # a sample in more batches
         self._point = self._frozen_by = None
-
-    def _take_ranks_of_shards(self, process_group: Any) -> None:
-        """Takes the ranks of a model that is sharded, which need no argument.
-
-        Raises:
-            ArgumentError: another process group was given.
-        """
-        if self.parameters.layout is None:
-            return
-        given, self._ranks = self._ranks, self.parameters.ranks
-        if process_group is not None and given.size != self._ranks.size:
-            found = f"a group of {given.size} ranks"
-            remedy = "Leave it out: a sharded model is evaluated on all ranks that hold a part."
-            allowed = f"the {self._ranks.size} ranks of the model, or None"
-            raise ArgumentError("process_group", found, allowed, remedy)
 
     def _facts(self) -> dict[str, str]:
         stats, of = self.stats, self.examples

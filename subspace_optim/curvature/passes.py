@@ -21,7 +21,7 @@ from subspace_optim.curvature.evaluation import (
     loss_alone,
     loss_and_gradient,
 )
-from subspace_optim.curvature.memory import AllocationMeter, free_memory
+from subspace_optim.curvature.memory import AllocationMeter, may_be_kept, size_gathered
 from subspace_optim.curvature.minibatches import drawn_batches, own_batches, rows_of_all
 from subspace_optim.curvature.objective import BatchLoss, Supervised
 from subspace_optim.curvature.operator import GroupMeans
@@ -59,17 +59,14 @@ class Passes:
         """Whether the parameters of a sharded model may stay gathered for backward passes."""
         if self.parts.space.layout is None:
             return False
-        allowed = self._budget()
-        needed = sum(p.numel() * max(4, p.element_size()) for p in self.parts.model.parameters())
+        allowed, needed = self._budget(), size_gathered(self.parts.model)
         return not self.ranks.any(lambda: needed > allowed)
 
     def _budget(self) -> float:
         """Returns the bytes that may be kept."""
         if self.memory_budget is not None:
             return self.memory_budget
-        device = self.parts.space.device
-        sharing = 1 if device.type == "cuda" else self.ranks.size  # one machine's memory
-        return free_memory(device) / (4 * sharing)
+        return may_be_kept(self.parts.space.device, self.ranks.size)
 
     @property
     def share(self) -> float:
@@ -172,7 +169,7 @@ class Passes:
             if proves_mean:
                 self.proof.mean(point, pieces)
         if self.ranks.together:
-            sums[2] = self._of_all_data(sums[2])
+            sums[2] = self.ranks.of_all_data(sums[2])
         total, N, examples = sums.tolist()
         if self.examples is None and math.isfinite(examples):
             stats.examples = int(examples)
@@ -203,15 +200,11 @@ class Passes:
             return used <= budget
         return not self.ranks.any(lambda: used > budget)
 
-    def _of_all_data(self, own: Tensor) -> Tensor:
-        """Returns the sum of numbers over the ranks with data of their own."""
-        return self.ranks.sum_(own.clone()) * self.ranks.data_size / self.ranks.size
-
     def _counts(self, count: int) -> Tensor:
         """Returns a count of each rank with data of its own."""
         counts = torch.zeros(self.ranks.data_size, device=self.parts.space.device)
         counts[self.ranks.data_rank] = count
-        return self._of_all_data(counts)
+        return self.ranks.of_all_data(counts)
 
     @property
     def _summed(self) -> bool:
@@ -272,7 +265,7 @@ class Passes:
                 space.add_(gradients[group], found.gradient, found.weight)
         ranks.of_all(gradients)
         if ranks.together:
-            sums[:, 2] = self._of_all_data(sums[:, 2])
+            sums[:, 2] = self.ranks.of_all_data(sums[:, 2])
         totals, weights, sizes = sums.T
         if self._summed:  # the loss of all data, as each group would have it alone
             weights = sizes * (self.share / sizes.sum())
