@@ -44,6 +44,7 @@ from subspace_optim.curvature.process_group import (
 )
 from subspace_optim.curvature.proof import Proof
 from subspace_optim.curvature.report import Parts, Report
+from subspace_optim.curvature.sampled_passes import sampled
 from subspace_optim.curvature.samples import PIECES
 
 
@@ -151,13 +152,12 @@ class MeanLossOperator(AtPoints):
         """Returns the matrix of a sample; ``None`` where the data are a batch that cannot be cut.
 
         Whole batches, or rows where the data are one batch. It trusts what was proved of all data.
-        Of a ``CurrentBatch`` there is none: a sample would stay, and the batch does not. Of a
-        sharded model there is none yet.
+        Of a ``CurrentBatch`` there is none: a sample would stay, and the batch does not.
         """
-        if self._passes.parts.batches.current is not None or self.ranks.together:
+        if self._passes.parts.batches.current is not None:
             return None
         with self._fixed(products=True) as point:
-            passes = self._passes.sample(point, examples, seed, pieces)
+            passes = sampled(self._passes, point, examples, seed, pieces)
         if passes is None:
             return None
         whole, *others = (self._over(of) for of in passes)

@@ -29,7 +29,7 @@ from subspace_optim.curvature.parameters import weighted
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.proof import Proof, see
 from subspace_optim.curvature.report import Parts
-from subspace_optim.curvature.samples import dealt, drawn, size_of
+from subspace_optim.curvature.samples import dealt, size_of
 
 Differentiate = Callable[[BatchLoss, Point], Derivatives]
 
@@ -80,7 +80,7 @@ class Passes:
         parts, layout = self.parts, self.parts.space.layout
         parts.stats.passes += 1
         progress = Progress("pass over the data", "batches")
-        for index, batch, nbytes, idle in self._together(self._read(point)):
+        for index, batch, nbytes, idle in self._together(self.read(point)):
             progress.tick(index)
             if index not in skip:
                 # Batches that the ranks take in turn have the masks that one process gives them.
@@ -117,7 +117,8 @@ class Passes:
             assert first is not None  # noqa: S101 (or has_one() has raised)
             yield index, *(found or first)[1:], found is None
 
-    def _read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
+    def read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
+        """Yields the index of each batch on this rank, the batch, and its bytes."""
         return self.parts.batches.read(self.parts.space.device, upcast=point.upcast)
 
     def run(self, point: Point, differentiate: Differentiate, *, keep: bool = False) -> None:
@@ -200,7 +201,7 @@ class Passes:
             return used <= budget
         return not self.ranks.any(lambda: used > budget)
 
-    def _counts(self, count: int) -> Tensor:
+    def counts(self, count: int) -> Tensor:
         """Returns a count of each rank with data of its own."""
         counts = torch.zeros(self.ranks.data_size, device=self.parts.space.device)
         counts[self.ranks.data_rank] = count
@@ -247,11 +248,11 @@ class Passes:
         """
         space, ranks, device = self.parts.space, self.ranks, self.parts.space.device
         with ranks.all_or_none():
-            count = sum(1 for _ in self._read(point))
+            count = sum(1 for _ in self.read(point))
             gradients = torch.zeros(groups, space.size_here, dtype=space.dtype, device=device)
         own_seed, first = seed * ranks.data_size + ranks.data_rank, ranks.data_rank * count
         if ranks.together:  # batch by batch, and so group by group
-            count = int(self._counts(count).max())
+            count = int(self.counts(count).max())
             own_seed, first = seed, 0
         group_of = dealt(count, groups, own_seed, first=first)
         with ranks.found((groups, 3), torch.float64, device) as sums:
@@ -294,7 +295,7 @@ class Passes:
         own_seed = seed * ranks.data_size + ranks.data_rank
 
         def read() -> Iterator[Any]:
-            return (batch for _, batch, _ in self._read(point))
+            return (batch for _, batch, _ in self.read(point))
 
         with ranks.all_or_none():
             if batch_size is None:
@@ -304,7 +305,7 @@ class Passes:
                 sizes = rows_of_all(read(), batch_size)
         total, count = sum(sizes), len(sizes)
         if batch_size is None:
-            least: int | None = int(self._counts(count).min())
+            least: int | None = int(self.counts(count).min())
             batches = own_batches(read, count, own_seed)
         else:
             # The one batch of all rows is the same at every draw.
@@ -328,51 +329,6 @@ class Passes:
         seed = parts.seed + number * self.ranks.data_size
         own = replace(parts, batches=Batches([batch], pairs=pairs), seed=seed)
         return replace(self, parts=own, examples=(size_of(batch), total), minibatch=True)
-
-    def sample(self, point: Point, examples: int, seed: int, pieces: int) -> list[Passes] | None:
-        """Returns passes over a sample, and over the same in pieces that tell how it scatters.
-
-        They are the same passes where the pieces are the user's own batches. ``None`` where the
-        data are one batch that cannot be cut.
-
-        Args:
-            point: where it is seen whether one can.
-            examples: how many, at least, of all ranks together.
-            seed: of the draw.
-            pieces: that the rows of a single batch are dealt to.
-        """
-        parts, space = self.parts, self.parts.space
-
-        def batches() -> Iterator[Any]:
-            return (batch for _, batch, _ in self._read(point))
-
-        def differentiate(batch: Any) -> tuple[Tensor, Tensor]:
-            loss = BatchLoss(parts.model, parts.batch_loss, batch, parts.seed)
-            with point.at(parts.seed):
-                found = loss_and_gradient(loss, point)
-            gradient = torch.zeros(space.size, dtype=space.dtype, device=space.device)
-            space.add_(gradient, found.gradient, torch.ones_like(found.weight))
-            return found.weight, gradient
-
-        def count(number: int) -> int:
-            return int(self.ranks.sum_(torch.tensor([number], device=space.device)))
-
-        with self.ranks.all_or_none():
-            sizes = [size_of(batch) for batch in batches()]
-        total = count(sum(sizes))
-        own_seed = seed * self.ranks.size + self.ranks.rank
-        with self.ranks.all_or_none():
-            found = drawn(batches, sizes, examples / total, own_seed, differentiate, pieces)
-        if self.ranks.any(lambda: found is None):
-            return None
-        assert found is not None  # noqa: S101 (on no rank)
-        counts = count(sum(map(size_of, found.batches))), total
-        pairs = isinstance(parts.batch_loss, Supervised)
-        each = [found.batches] if found.pieces is found.batches else list(found)
-        return [
-            replace(self, parts=replace(parts, batches=Batches(own, pairs=pairs)), examples=counts)
-            for own in each
-        ]
 
 
 def _examples(batch: Any) -> float:

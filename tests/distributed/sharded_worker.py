@@ -325,6 +325,45 @@ def parallel_trainings(size: int, *, full: bool) -> dict[str, Any]:
     return found
 
 
+def many(count: int = 48) -> list[Any]:
+    """Batches of a few examples, enough to be sampled."""
+    generator = torch.Generator().manual_seed(5)
+    data = []
+    for number in range(count):
+        n = 4 + number % 3
+        x = torch.rand(n, 7, generator=generator, dtype=torch.float64)
+        noise = torch.rand(n, generator=generator, dtype=torch.float64)
+        data.append((x, (x.sum(1) + noise).long().remainder(3)))
+    return data
+
+
+def samples(size: int, *, full: bool) -> dict[str, Any]:
+    """Operators of samples, of batches and of rows, and a basis that is found on them."""
+    found: dict[str, Any] = {}
+    mine = own(many())
+    sample = operator_of("exact", fsdp(made(Small)), mine).sample(60, seed=3)
+    found["batches"] = sample.examples, readings(sample)
+    together = tuple(map(torch.cat, zip(*mine, strict=True)))
+    operator = operator_of("exact", fsdp(made(Small)), together)
+    some, every = (operator.sample(n, seed=3) for n in (80, len(many()) * 5))
+    found["rows"] = some.examples, readings(some)
+    found["all rows"] = every.examples, readings(every)
+    found["uncut"] = operator_of("exact", fsdp(made(Small)), own(batches())[0]).sample(2, seed=3)
+    found["other counts"] = operator_of("exact", fsdp(made(Small)), mine[dist.get_rank() :]).sample(
+        60, seed=3
+    )
+    for name, data in (("of batches", mine), ("of rows", together)):
+        operator = operator_of("exact", fsdp(made(Small)), data)
+        subspace = so.DominantSubspace(operator, k=1, sample=100, max_angle=0.5)
+        basis = subspace.update()
+        found[name] = {
+            "vectors": rows(operator.parameters, basis.vectors),
+            "examples": subspace.stats.examples,
+            "estimate": subspace.stats.estimate,
+        }
+    return found
+
+
 def not_finite(size: int, *, full: bool) -> dict[str, Any]:
     """A gradient that is NaN on one rank, in a step of SAM; and then a step as usual."""
     model, data = fsdp(made(Small)), own(batches())
@@ -397,6 +436,7 @@ SCENARIOS: list[Callable[..., dict[str, Any]]] = [
     trainings,
     parallel_trainings,
     drawn,
+    samples,
     not_finite,
     corners,
 ]

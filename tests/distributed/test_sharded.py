@@ -36,12 +36,12 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def dense_hessian(model: nn.Module) -> Tensor:
+def dense_hessian(model: nn.Module, data: list[Any] | None = None) -> Tensor:
     """All rows of it."""
-    parameters = list(model.parameters())
+    parameters, data = list(model.parameters()), data or batches()
     with sdpa_kernel(SDPBackend.MATH):
-        total = sum(len(y) for _, y in batches())
-        loss = sum(F.cross_entropy(model(x), y) * (len(y) / total) for x, y in batches())
+        total = sum(len(y) for _, y in data)
+        loss = sum(F.cross_entropy(model(x), y) * (len(y) / total) for x, y in data)
     slopes = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.reshape(-1) for g in slopes])
     every = torch.eye(len(gradient), dtype=gradient.dtype)
@@ -147,6 +147,41 @@ def test_models_of_any_sizes_are_as_by_double_backward(ranks):
     found = alike(ranks, "drawn")
     assert len(found["errors"]) >= 3 * 8
     assert max(found["errors"]) <= 1e-12
+
+
+def test_samples_are_those_of_one_process(ranks):
+    found, size = alike(ranks, "samples"), len(ranks)
+    data = [
+        tuple(map(torch.cat, zip(*worker.many()[first : first + size], strict=True)))
+        for first in range(0, len(worker.many()), size)
+    ]
+    total = sum(len(y) for _, y in data)
+    sample = worker.operator_of("exact", made(worker.Small), data).sample(60, seed=3)
+    examples, readings = found["batches"]
+    assert examples == sample.examples == (examples[0], total)
+    assert 60 <= examples[0] < total
+    same_readings(readings, worker.readings(sample))
+    truth = worker.readings(worker.operator_of("exact", made(worker.Small), data))
+    assert found["rows"][0] == (80, total)
+    assert not torch.allclose(found["rows"][1]["gradient"], truth["gradient"])
+    assert found["all rows"][0] == (total, total)
+    same_readings(found["all rows"][1], truth)
+    assert found["uncut"] is None
+    assert found["other counts"] is None
+
+
+def same_readings(ours: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-12)
+
+
+def test_a_basis_that_is_found_on_samples_is_near_that_of_all_data(ranks):
+    found, data = alike(ranks, "samples"), worker.many()
+    vectors = torch.linalg.eigh(dense_hessian(made(worker.Small), data))[1]
+    for name in ("of batches", "of rows"):
+        own = found[name]
+        assert own["examples"] < sum(len(y) for _, y in data)
+        assert largest_sine(vectors.T[-1:].contiguous(), own["vectors"]) <= 0.5
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_sam_on_all(ranks):
