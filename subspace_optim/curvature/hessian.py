@@ -20,8 +20,8 @@ from subspace_optim.curvature.contexts import Mode
 from subspace_optim.curvature.early_scatter import scattered_early
 from subspace_optim.curvature.evaluation import Derivatives, PerParameter, Point, backward
 from subspace_optim.curvature.mean_loss import MeanLossOperator
+from subspace_optim.curvature.names import Params
 from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction, Supervised
-from subspace_optim.curvature.parameters import Params
 from subspace_optim.curvature.report import Report
 from subspace_optim.curvature.second_derivatives import explained, refuse_functions_of_one_pass
 

@@ -22,6 +22,7 @@ from subspace_optim.curvature.evaluation import (
     loss_alone,
     loss_and_gradient,
 )
+from subspace_optim.curvature.names import Params
 from subspace_optim.curvature.objective import (
     BatchLoss,
     BatchLossFunction,
@@ -35,7 +36,7 @@ from subspace_optim.curvature.operator import (
     OperatorStats,
     released,
 )
-from subspace_optim.curvature.parameters import ParameterSpace, Params
+from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.passes import Passes
 from subspace_optim.curvature.process_group import (
     Ranks,

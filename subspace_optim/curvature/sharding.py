@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from subspace_optim._inner_product import InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.dtensors import is_sharded
-from subspace_optim.curvature.fully_sharded import FSDPGroup, fsdp_groups
+from subspace_optim.curvature.fully_sharded import FSDPGroup, divided, fsdp_groups, reshard_all
 from subspace_optim.curvature.process_group import Ranks
 
 
@@ -52,7 +52,7 @@ class Layout:
     """
 
     def __init__(self, model: nn.Module, tensors: Sequence[Any]) -> None:
-        self._model = model
+        self._model, self._divided = model, divided(model)
         meshes = {tuple(sorted(group.mesh)) for group in self.groups}
         if len(meshes) > 1:
             allowed = "one of all that fully_shard has divided"
@@ -82,6 +82,10 @@ class Layout:
     def groups(self) -> list[FSDPGroup]:
         """What ``fully_shard`` gathers together, at present."""
         return fsdp_groups(self._model)
+
+    def reshard(self) -> None:
+        """Lets all modules hold shards."""
+        reshard_all(self._divided)
 
     def owned(self, index: int, elements: int) -> slice | None:
         """Returns which elements of a parameter's local tensor belong to this rank.

@@ -15,8 +15,9 @@ from subspace_optim.curvature.digests import digest
 from subspace_optim.curvature.dtensors import is_sharded
 from subspace_optim.curvature.fully_sharded import reshard
 from subspace_optim.curvature.logit_gradients import LogitGradients
+from subspace_optim.curvature.names import Params
 from subspace_optim.curvature.objective import unwrapped
-from subspace_optim.curvature.parameters import ParameterSpace, Params
+from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.process_group import Ranks, taking_part
 from subspace_optim.curvature.surroundings import ALONE
 from subspace_optim.linalg.eigenbasis import EigenBasis

@@ -103,14 +103,16 @@ def layouts(size: int, *, full: bool) -> dict[str, Any]:
 
 def untouched(size: int, *, full: bool) -> dict[str, Any]:
     """A training with an operator that is asked between the steps, and one without."""
-    return {f"asked {asked}": _trained(asked) for asked in (False, True)}
+    return {how: _trained(how) for how in ("alone", "asked", "watched")}
 
 
-def _trained(asked: bool) -> list[Any]:
+def _trained(how: str) -> list[Any]:
     model = fsdp(made(sharding.Net))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     data = own(batches())
-    operator = operator_of("exact", model, data)
+    operator, asked = operator_of("exact", model, data), how == "asked"
+    if how == "watched":
+        so.Monitor(optimizer, so.DominantSubspace(operator, k=2, refresh=2), every=2)
     losses = []
     for step in range(6):
         x, y = data[step % len(data)]
@@ -395,6 +397,10 @@ def corners(size: int, *, full: bool) -> dict[str, Any]:
     found["parameters that were replaced"] = readings(operator)
     uneven = data[:1] if dist.get_rank() == 0 else data[1:3]
     found["passed"] = operator_of("exact", fsdp(made(Small)), uneven).check().passed
+    model = made(Small)
+    operator = operator_of("exact", model, own(data))
+    fsdp_in_place(model)
+    found["sharded since"] = refused(operator.loss)
     found["trained"] = {}
     for name in ("BulkSGD", "SAM"):
         model = made(Small)
@@ -402,6 +408,19 @@ def corners(size: int, *, full: bool) -> dict[str, Any]:
         fully_shard(model, mesh=mesh, ignored_params=set(model.head.parameters()))
         found["trained"][name] = with_a_whole_head(name, model, data, dist.get_rank(), size)
     return found
+
+
+def fsdp_in_place(model: nn.Module) -> None:
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def refused(call: Callable[[], object]) -> str:
+    """What is said of a call that cannot be."""
+    try:
+        call()
+    except so.ArgumentError as error:
+        return str(error)
+    return "nothing"
 
 
 def with_a_whole_head(name: str, model: nn.Module, data: Any, rank: int, size: int) -> torch.Tensor:

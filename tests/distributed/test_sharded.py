@@ -96,10 +96,12 @@ def test_every_layout_is_that_of_the_whole_model(ranks):
             check(readings, frozen if case == "a frozen layer" else whole)
 
 
-def test_a_training_is_bit_for_bit_the_same_with_an_operator(ranks):
+def test_a_training_is_bit_for_bit_the_same_with_an_operator_or_a_monitor(ranks):
     for results in ranks:
-        without, beside = results["untouched"].values()
-        assert all(map(torch.equal, without, beside))
+        without, *beside = results["untouched"].values()
+        assert len(beside) == 2
+        for training in beside:
+            assert all(map(torch.equal, without, training))
 
 
 def test_the_subspace_is_that_of_the_whole_model(ranks):
@@ -198,6 +200,7 @@ def test_what_is_easily_forgotten(ranks):
             p.mul_(1.5)
     check(found["parameters that were replaced"], replaced)
     assert found["passed"]
+    assert "'DTensor', but must be not sharded" in found["sharded since"]
     for name, theta in found["trained"].items():
         expected = worker.with_a_whole_head(name, made(worker.Small), batches(), 0, 1)
         assert (theta - expected).abs().max() <= 1e-10, name
