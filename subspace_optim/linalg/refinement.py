@@ -88,6 +88,25 @@ def total_staleness(basis: EigenBasis, guard: EigenBasis) -> float:
     return _staleness(residuals, values - _top_of_bulk(values, *_pair(guard)))
 
 
+def staleness_of_rounding(basis: EigenBasis, guard: EigenBasis, *, mean: float) -> float:
+    """Returns what ``A`` is of vectors that rounding alone has turned; infinite without a gap.
+
+    What it turns them by is random, so that ``H − λ_i`` multiplies it by ``mean − λ_i``: with small
+    gaps ``A`` is many times the sine.
+
+    Args:
+        basis: pairs that are held in fewer bits.
+        guard: the pair that comes next; of no rows if k = P.
+        mean: the mean of all eigenvalues.
+    """
+    if not guard.k:
+        return 0.0
+    values = basis.eigenvalues.double().cpu().numpy()
+    return _staleness(
+        basis.rounding * (values - mean), values - _top_of_bulk(values, *_pair(guard))
+    )
+
+
 def _staleness(residuals: NDArray[np.float64], gaps: NDArray[np.float64]) -> float:
     return float(np.linalg.norm(residuals / gaps)) if gaps.min() > 0 else math.inf
 
@@ -203,10 +222,10 @@ def probe(
     generator = torch.Generator("cpu").manual_seed(seed)
     draws = torch.randn(k, vectors, generator=generator, device="cpu").double()
     rotation = torch.linalg.qr(draws).Q.T / torch.from_numpy(gaps)
-    rows = rotation.to(basis.vectors) @ basis.vectors
+    rows = basis.combine(rotation.to(basis.device, basis.dtype))
     products = matmat(torch.cat([rows, guard.vectors]) if guarded else rows)
     inside = basis.coefficients(products)
-    products.addmm_(inside, basis.vectors, alpha=-1)
+    basis.add_to(products, inside, alpha=-1)
     quotients = torch.linalg.vecdot(rotation, inside[:vectors].double().cpu())
     # Those of the vectors, and with the guard's product what is left of its own.
     squares, along = basis.inner.sums(

@@ -117,9 +117,26 @@ class ByAngle(RefreshRule):
         self._aside: Aside | None = None  # a second basis, where parameters jump to and fro
         self._earlier: Tensor | None = None  # the parameters of the refresh before the last
 
-    def attach(self, operator: CurvatureOperator, k: int, *, tol: float, seed: int) -> None:
-        """Takes what it is to find."""
-        super().attach(operator, k, tol=tol, seed=seed)
+    def attach(
+        self,
+        operator: CurvatureOperator,
+        k: int,
+        *,
+        tol: float,
+        seed: int,
+        basis_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Takes what it is to find.
+
+        Raises:
+            ArgumentError: rounding to ``basis_dtype`` leaves too little of ``max_angle``.
+        """
+        least = 0.0 if basis_dtype is None else torch.finfo(basis_dtype).eps
+        if self.max_angle < least:
+            remedy = "To round the vectors turns them by up to half of that: basis_dtype=None."
+            allowed = f"at least {least} with basis_dtype={basis_dtype}"
+            raise ArgumentError("max_angle", self.max_angle, allowed, remedy)
+        super().attach(operator, k, tol=tol, seed=seed, basis_dtype=basis_dtype)
         self._staleness = Staleness(k)
 
     def options(self) -> dict[str, Any]:
@@ -336,6 +353,16 @@ class ByAngle(RefreshRule):
             left = total_staleness(pairs.basis, pairs.guard)
             self._certify(left, bound=left, until=until)
 
+    def store(self) -> float:
+        """Holds the vectors in ``basis_dtype``, also of the basis that was put aside."""
+        turned = super().store()
+        if turned:
+            rounding = self._present().staleness_of_rounding
+            self._staleness = self._staleness.rounded(turned, rounding)
+        if self._aside is not None:
+            self._aside = self._aside.stored(self.basis_dtype)
+        return turned
+
     def settle(self, pairs: TopPairs) -> None:
         """Takes new pairs, of the present parameters, that a solve has found: a refresh."""
         self._unseen = self._unseen.looked()
@@ -441,7 +468,7 @@ class ByAngle(RefreshRule):
         return {
             "anchor": put_aside.copied(self._staleness.anchor, operator),
             "earlier": put_aside.copied(self._earlier, operator),
-            "aside": put_aside.saved(self._aside, operator, self.k),
+            "aside": put_aside.saved(self._aside, operator, self.k, self.basis_dtype),
         }
 
     def take(self, saved: SavedState) -> None:

@@ -3,12 +3,14 @@
 import copy
 import functools
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -217,6 +219,29 @@ def by_double_backward(model: nn.Module, data: Any) -> dict[str, torch.Tensor]:
         for v in directions(len(gradient))
     ]
     return {"loss": loss.detach(), "gradient": gradient.detach(), "products": torch.stack(products)}
+def held(size: int, *, full: bool) -> dict[str, Any]:
+    """A basis that is held in bfloat16, and read from a checkpoint into another subspace."""
+    model = fsdp(made(Small))
+    operator = operator_of("exact", model, own(batches()), verify=False)
+    options: dict[str, Any] = {"k": 3, "tol": 1e-13, "basis_dtype": torch.bfloat16}
+    subspace, other = (so.DominantSubspace(operator, **options) for _ in range(2))
+    basis = subspace.update()
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    dcp.save({"subspace": subspace}, checkpoint_id=folder[0])
+    dcp.load({"subspace": other}, checkpoint_id=folder[0])
+    loaded = other.basis
+    own_gradient = operator.gradient()
+    saved = subspace.state_dict()["vectors"]
+    return {
+        "dtypes": [str(basis.rows.dtype), *(str(tensor.dtype) for tensor in saved.values())],
+        "estimate": subspace.stats.estimate,
+        "vectors": rows(operator.parameters, basis.vectors),
+        "gradient": whole(operator.parameters, own_gradient),
+        "bulk": whole(operator.parameters, basis.project_out(own_gradient)),
+        "same": torch.equal(loaded.rows, basis.rows) and loaded.rounding == basis.rounding,
+        "updated": other.update() is loaded,
+    }
 
 
 class Small(nn.Module):
@@ -452,6 +477,7 @@ SCENARIOS: list[Callable[..., dict[str, Any]]] = [
     layouts,
     untouched,
     solves,
+    held,
     trainings,
     parallel_trainings,
     drawn,

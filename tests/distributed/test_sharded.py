@@ -113,6 +113,19 @@ def test_the_subspace_is_that_of_the_whole_model(ranks):
         assert largest_sine(vectors.T.flip(0)[:3].contiguous(), found["vectors"]) <= 1e-6
 
 
+def test_a_basis_in_bfloat16_is_that_of_the_whole_model_but_for_the_sine_that_is_told(ranks):
+    found = alike(ranks, "held")
+    assert set(found["dtypes"]) == {"torch.bfloat16"}
+    _, vectors = torch.linalg.eigh(dense_hessian(made(worker.Small)))
+    top, rows = vectors.T.flip(0)[:3].contiguous(), found["vectors"]
+    sine = largest_sine(top, rows)
+    assert 1e-3 < sine <= (1 + 1e-6) * found["estimate"] <= 1.01 * sine
+    expected = found["gradient"] - found["gradient"] @ rows.T @ rows
+    torch.testing.assert_close(found["bulk"], expected, rtol=0, atol=1e-14)
+    assert found["same"]
+    assert found["updated"]
+
+
 def test_trainings_are_those_of_one_process(ranks):
     for name, ours in alike(ranks, "trainings").items():
         expected = worker.trained(name, made(worker.Small), *joint(len(ranks)))
