@@ -34,6 +34,10 @@ SCATTER = 0.25
 """Standard deviation of the square of a probe, relative to its mean, that is good enough."""
 
 
+_SEEN = 0.01
+"""The least weight that a pair has, of the largest, where its eigenvalue is read off a probe."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """What a few products tell of a basis.
@@ -48,6 +52,8 @@ class Probe:
             are with the present ones; 0 or less means that the subspace has lost its gap.
         effective_rank: an estimate of ``r = (tr M)²/tr(M²)``, ``M_ij = ⟨r_i, r_j⟩/(g_i g_j)``;
             ``None`` from a single vector. The largest sine is at most ``A r^(−1/4)``.
+        least: the smallest of the eigenvalues at present, of those that the probe shows: the part
+            of a product with ``Q`` that a pair has, over the pair's part of ``Q``.
     """
 
     staleness: float
@@ -55,6 +61,7 @@ class Probe:
     guard: EigenBasis
     shrunk: float = 1.0
     effective_rank: float | None = None
+    least: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -242,12 +249,27 @@ def probe(
     below = max(below, float(guard.eigenvalues))
     known = float((weights @ torch.from_numpy(gaps)).sum())
     shrunk = float(quotients.sum() - weights.sum() * below) / known
+    least = _least(rotation, inside[:vectors].double().cpu())
     if shrunk <= 0:
-        return Probe(math.inf, 1.0, guard, shrunk)
+        return Probe(math.inf, 1.0, guard, shrunk, least=least)
     found /= min(1.0, shrunk)
     bound = found / math.sqrt(least_overlap(k, vectors, FAILURE_PROBABILITY))
     staleness = math.sqrt(k / vectors) * found
-    return Probe(staleness, min(1.0, bound), guard, shrunk, _effective_rank(overlaps, k))
+    rank = _effective_rank(overlaps, k)
+    return Probe(staleness, min(1.0, bound), guard, shrunk, rank, least)
+
+
+def _least(rotation: Tensor, products: Tensor) -> float:
+    """Returns the smallest eigenvalue that products with combinations of pairs show.
+
+    Args:
+        rotation: ``(m, k)``, the combinations.
+        products: ``(m, k)``, their products with the matrix, in the basis. Where it is still that
+            of eigenvectors, each pair has its eigenvalue's share.
+    """
+    weights = rotation.square().sum(0)
+    values = (rotation * products).sum(0) / weights
+    return float(values[weights >= _SEEN * weights.max()].min())
 
 
 def _power_step(

@@ -210,8 +210,8 @@ class ByAngle(RefreshRule):
 
     def _probe_and_improve(self, *, drifted: bool) -> None:
         if not self.gapless:
-            shrunk = self.probe(drifted=drifted)
-            if shrunk < _FALLEN and self._estimate <= _REFINABLE:
+            fallen = self.probe(drifted=drifted)
+            if fallen and self._estimate <= _REFINABLE:
                 self.refine(verify=True, drifted=drifted)
         self._improve()
 
@@ -254,13 +254,13 @@ class ByAngle(RefreshRule):
         if found.missed > MISS_PROBABILITY or gap <= 0:
             self.stats.bound = self.stats.estimate = 1.0
             return
-        self._unseen = self._unseen.looked()
+        self._unseen = self._unseen.looked(looked.below)
         if gap < before:
             self._staleness = self._staleness.narrowed(gap / before)
             self.stats.estimate = min(1.0, self._estimate * before / gap)
             self.stats.bound = min(1.0, (self.stats.bound or 0.0) * before / gap)
 
-    def probe(self, *, drifted: bool) -> float:
+    def probe(self, *, drifted: bool) -> bool:
         """Estimates the angle: 1 where the pairs are others than were known.
 
         They are if a direction of the bulk has come to the top, or the gaps have shrunk to less
@@ -270,13 +270,12 @@ class ByAngle(RefreshRule):
             drifted: all of the staleness came with the drift of the parameters.
 
         Returns:
-            The gaps over those that were known.
+            Whether the gaps have shrunk much, or an eigenvalue has fallen to those that came next.
         """
         pairs, drift = self._present(), self._drift()
         found = self._probed(guarded=True)
-        self._unseen = self._unseen.probed(
-            drift, found.staleness, self._vectors + 1, fallen=found.shrunk < _FALLEN
-        )
+        fallen = found.shrunk < _FALLEN or found.least < self._unseen.level
+        self._unseen = self._unseen.probed(drift, found.staleness, self._vectors + 1, fallen=fallen)
         self.pairs = replace(pairs, guard=found.guard)
         self._staleness = self._staleness.probed(drift, found, drifted=drifted)
         sine = self._staleness.sine(drift) if math.isfinite(found.staleness) else 1.0
@@ -288,7 +287,7 @@ class ByAngle(RefreshRule):
         # no estimate. Sooner where the gaps shrink to half before.
         further = min(_FURTHER, (1 - _SHRUNK) / max(1 - found.shrunk, 1e-12))
         self._probe_at = self.max_angle, max(1.0, further) * drift.length
-        return found.shrunk
+        return fallen
 
     def _probed(self, *, guarded: bool) -> Probe:
         pairs = self._present()
@@ -365,7 +364,7 @@ class ByAngle(RefreshRule):
 
     def settle(self, pairs: TopPairs) -> None:
         """Takes new pairs, of the present parameters, that a solve has found: a refresh."""
-        self._unseen = self._unseen.looked()
+        self._unseen = self._unseen.looked(pairs.below)
         self._settle(pairs)
 
     def _settle(self, pairs: TopPairs) -> None:

@@ -219,6 +219,8 @@ def by_double_backward(model: nn.Module, data: Any) -> dict[str, torch.Tensor]:
         for v in directions(len(gradient))
     ]
     return {"loss": loss.detach(), "gradient": gradient.detach(), "products": torch.stack(products)}
+
+
 def held(size: int, *, full: bool) -> dict[str, Any]:
     """A basis that is held in bfloat16, and read from a checkpoint into another subspace."""
     model = fsdp(made(Small))
