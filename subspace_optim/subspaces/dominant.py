@@ -355,7 +355,7 @@ class DominantSubspace(Shown):
             state_dict: what ``state_dict()`` returned. Model, optimizer and subspace may be
                 loaded in any order.
         """
-        with self._ranks.all_or_none():
+        with self.parameters.ranks.all_or_none():  # that hold parts of one state
             take = self._loaded(state_dict)
         take()
 
