@@ -20,6 +20,8 @@ from tests import processes  # noqa: F401 (makes the server that ranks are forke
 TINY = Shape(width=16, layers=2, heads=2, vocabulary=23, length=8, sequences=2)
 DEEP = Shape(width=8, layers=5, heads=2, vocabulary=11, length=4)
 
+SMALL = Shape(width=16, layers=1, heads=2, vocabulary=23, length=8, sequences=2)
+
 # --- the meter ------------------------------------------------------------------------------------
 
 
@@ -154,7 +156,7 @@ def test_a_simulated_refresh_takes_the_products_of_the_solve_that_it_replays():
         # Three sums a product, beside a few at its beginning and its end.
         assert 3 * solution.products <= parts["solve"].number("sum") <= 3 * solution.products + 12
         held = formulas.vectors_of_a_solve(k) * vector
-        assert held <= parts["solve"].peak <= 1.1 * held
+        assert held <= parts["solve"].peak <= held + 3 * vector
         assert parts["step"].number("sum") == 2
         assert parts["step"].payload("sum") == 4 * k + 3 * 8  # coefficients, and the state
         assert parts["refresh"].peak > parts["solve"].peak
@@ -167,8 +169,8 @@ def test_a_simulated_refresh_takes_the_products_of_the_solve_that_it_replays():
 def test_real_ranks_do_what_simulated_ones_do():
     """Collective by collective: kinds, bytes and order; and what they compute and hold."""
     k = 1
-    ranks = measured.real(TINY, 2, k, measured.Start(), rounds=0)
-    dry = measured.dry(TINY, 2, k, ranks[0].read)
+    ranks = measured.real(SMALL, 2, k, measured.Start(), rounds=0)
+    dry = measured.dry(SMALL, 2, k, ranks[0].read)
     for case, parts in ranks[0].counts.items():
         for name, counts in parts.items():
             expected = dry.counts[case][name]
