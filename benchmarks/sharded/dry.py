@@ -8,6 +8,7 @@ do. What is read from the device is made up, as ``_made_up`` says, but for what 
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -24,7 +25,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.sharded.meter import Meter
 from subspace_optim.curvature import at_points, contexts, parameters
 from subspace_optim.linalg import krylov, rows
-from subspace_optim.optim import _base
 
 _aten = torch.ops.aten
 
@@ -119,20 +119,23 @@ def dry_run(ranks: int, replayed: Sequence[np.ndarray[Any, Any]] = ()) -> Iterat
         # Of tensors of no memory: their device has no autocast, no mesh, no generator, no address.
         (at_points, "full_precision", lambda _, **options: full_precision(on_host, **options)),
         (parameters, "check_placements", lambda *_: None),
-        (_base, "outside_autocast", lambda _: nullcontext()),
         (krylov, "torch", _OnHost()),
         # Fewer and longer blocks of columns, still small beside the vectors: it is one call each.
         (rows, "_COLUMNS", 1 << 22),
         (krylov.KrylovRows, "share_memory_with", lambda *_: False),
     ]
+    gc.freeze()  # what was there before is not looked at each time that something is counted
     try:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", FutureWarning)  # of torch's own names of collectives
+            of_steps = "subspace_optim.optim._base.outside_autocast"
+            stack.enter_context(mock.patch(of_steps, return_value=nullcontext()))
             for owner, name, value in replaced:
                 stack.enter_context(mock.patch.object(owner, name, value))
             yield stack.enter_context(Dry(replayed))
     finally:
+        gc.unfreeze()
         dist.destroy_process_group()
 
 
