@@ -141,9 +141,12 @@ class AtPoints(CurvatureOperator):
             self._passes.parts.batches.forget()
             self._dtypes = dtypes
         point = self._point
-        if point is not None and self.parameters.ranks.any(lambda: point.key != key):
-            self._forget()  # first: its graphs are gone before others are built
-        self._agree()
+        theta, known = self._replicated(), 0 if point is None else point.known()
+        changed = point is None or point.key != key
+        if not self.ranks.settled(changed, [theta, known]):
+            if point is not None and self.parameters.ranks.any(lambda: point.key != key):
+                self._forget()  # first: its graphs are gone before others are built
+            self._agree(theta)
         if self._point is None:
             self._point = self._point_of(surroundings, key)
         return self._point
@@ -183,16 +186,26 @@ class AtPoints(CurvatureOperator):
         self._proof.run(point, products=products)
         return point
 
-    def _agree(self) -> None:
+    def _replicated(self) -> int:
+        """Returns a digest of the parameters that all ranks have to have the same of.
+
+        Of a sharded model, what all ranks have: the rest is of each its own.
+        """
+        if self.ranks.group is None:
+            return 0
+        return int(digest(p for p in self.model.parameters() if not is_sharded(p)))
+
+    def _agree(self, theta: int) -> None:
         """Checks that all ranks have the same parameters, and know the same of them.
 
         Parameters that differ are an ``ArgumentError`` on all ranks. Where knowledge differs, it
         is dropped on all, or some would compute what others only look up.
+
+        Args:
+            theta: a digest of the parameters.
         """
         if self.ranks.group is None:
             return
-        # Of a sharded model, what all ranks have: the rest is of each its own.
-        theta = int(digest(p for p in self.model.parameters() if not is_sharded(p)))
         known = 0 if self._point is None else self._point.known()
         same_theta, same_knowledge = self.ranks.agree([theta, known], self.device)
         if not same_theta:

@@ -25,7 +25,7 @@ def by_name(space: ParameterSpace, rows: Tensor) -> dict[str, Tensor]:
         rows: what lies here of them.
     """
     lead = rows.shape[:-1]
-    each = [space.unflatten(row) for row in rows.reshape(-1, space.size_here)]
+    each = [space.unflatten(row) for row in rows.reshape(lead.numel(), space.size_here)]
     pieces = zip(*each, strict=True) if each else [()] * len(space.names)
     found = {}
     for name, p, shape, of_rows in zip(

@@ -17,8 +17,8 @@ from subspace_optim.curvature.evaluation import (
     loss_and_gradient,
 )
 from subspace_optim.curvature.hessian import MeanLossHessian
+from subspace_optim.curvature.names import Params
 from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction, Supervised
-from subspace_optim.curvature.parameters import Params
 from subspace_optim.curvature.report import Products
 
 

@@ -68,7 +68,7 @@ def fsdp_groups(model: nn.Module) -> list[FSDPGroup]:
         ArgumentError: they are sharded in a way that cannot be followed.
     """
     found, states = [], {}
-    for module in _divided(model):
+    for module in divided(model):
         state = module._get_fsdp_state()  # noqa: SLF001
         states[id(state)] = state
     for state in states.values():
@@ -87,7 +87,7 @@ def fsdp_groups(model: nn.Module) -> list[FSDPGroup]:
     return found
 
 
-def _divided(model: nn.Module) -> list[Any]:
+def divided(model: nn.Module) -> list[Any]:
     """Returns the modules that ``fully_shard`` was called with."""
     return [module for module in model.modules() if _is_a(module, "FSDPModule")]
 
@@ -131,7 +131,12 @@ def reshard(model: nn.Module) -> None:
 
     ``fully_shard`` leaves whole parameters behind a forward pass without a backward pass.
     """
-    for module in _divided(model):
+    reshard_all(divided(model))
+
+
+def reshard_all(modules: Iterable[Any]) -> None:
+    """Lets modules that ``fully_shard`` was called with hold shards."""
+    for module in modules:
         module.reshard()
 
 

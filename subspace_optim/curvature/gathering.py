@@ -22,7 +22,7 @@ from torch import Tensor
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.dtensors import local
 from subspace_optim.curvature.fully_sharded import FSDPGroup, FSDPParameter
-from subspace_optim.curvature.sharding import Layout
+from subspace_optim.curvature.sharding import Layout, all_gather, reduce_scatter
 
 
 class Gather(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: FSDPGroup, *wholes: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
-        return _scattered(group, wholes)
+        return scattered(group, wholes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -84,18 +84,16 @@ class _Sum(torch.autograd.Function):
 
 
 class _Joint(torch.autograd.Function):
-    """The mean of the ranks' losses, from this rank's, and its share of the weights."""
+    """The mean of the ranks' losses, of which this rank's has a share."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, loss: Tensor, share: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, share: Tensor, mean: Tensor) -> Tensor:
         ctx.share = share.to(loss.dtype)
-        mean = loss.double() * share if share > 0 else torch.zeros_like(loss, dtype=torch.float64)
-        dist.all_reduce(mean, group=group)
         return mean.to(loss.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return None, gradient * ctx.share, None
+        return gradient * ctx.share, None, None
 
 
 def joint(layout: Layout, loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,16 +110,18 @@ def joint(layout: Layout, loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     if layout.data is None:
         return loss, weight
     # The gradient of 0/0 is NaN, and so would be its sum over ranks.
-    empty = (weight == 0) & ~loss.detach().isfinite()
-    sums = torch.stack([weight, empty.to(weight)])
+    value = loss.detach().double()
+    empty = (weight == 0) & ~value.isfinite()
+    own = torch.where(weight == 0, 0.0, value * weight)
+    sums = torch.stack([own, weight.double(), empty.double()])
     dist.all_reduce(sums, group=layout.data)
-    total, undefined = sums
+    of_all, total, undefined = sums
     if undefined > 0:
         remedy = "Leave such batches out, or let their loss be a number, such as 0."
         found = "NaN, of a batch of weight 0"
         raise ArgumentError("the loss of a rank", found, "a number", remedy)
-    share = torch.where(total > 0, weight / total, 0.0)
-    return _Joint.apply(layout.data, loss, share), total  # type: ignore[no-untyped-call]
+    share, mean = (torch.where(total > 0, x / total, 0.0) for x in (weight, of_all))
+    return _Joint.apply(loss, share, mean), total.to(weight)  # type: ignore[no-untyped-call]
 
 
 # --- the two collectives -------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def gathered(group: FSDPGroup, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
     for room, shard in zip(own.split(lengths), shards, strict=True):
         room[: shard.numel()] = shard.reshape(-1)
     every = own.new_empty(ranks, len(own))
-    dist.all_gather_into_tensor(every.view(-1), own, group.shards)
+    all_gather(every.view(-1), own, group.shards)
     return tuple(
         torch.cat([each.view(shape) for each in part], p.dim)
         .narrow(p.dim, 0, p.shape[p.dim])
@@ -162,7 +162,7 @@ def gathered(group: FSDPGroup, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
     )
 
 
-def _scattered(group: FSDPGroup, wholes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def scattered(group: FSDPGroup, wholes: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns the shards of the sums over ranks, by one reduce-scatter."""
     ranks, shapes = _sizes(group)
     lengths = [shape.numel() for shape in shapes]
@@ -172,7 +172,7 @@ def _scattered(group: FSDPGroup, wholes: Sequence[Tensor]) -> tuple[Tensor, ...]
         for room, piece in zip(rooms, whole.split(max(1, shape[p.dim]), p.dim), strict=False):
             room[: piece.numel()] = piece.reshape(-1)
     own = every.new_empty(sum(lengths))
-    dist.reduce_scatter_tensor(own, every.view(-1), group=group.shards)
+    reduce_scatter(own, every.view(-1), group.shards)
     if group.replicas is not None:
         dist.all_reduce(own, group=group.replicas)
     return tuple(

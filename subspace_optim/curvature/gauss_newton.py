@@ -14,8 +14,8 @@ from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.contexts import Mode
 from subspace_optim.curvature.evaluation import Derivatives, PerParameter, Point
 from subspace_optim.curvature.mean_loss import MeanLossOperator
+from subspace_optim.curvature.names import Params
 from subspace_optim.curvature.objective import BatchLoss, Supervised
-from subspace_optim.curvature.parameters import Params
 from subspace_optim.curvature.report import Products
 from subspace_optim.curvature.second_derivatives import explained, refuse_functions_of_one_pass
 

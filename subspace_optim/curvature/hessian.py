@@ -17,10 +17,11 @@ from subspace_optim._validation import (
     InconsistentDerivativeError,
 )
 from subspace_optim.curvature.contexts import Mode
+from subspace_optim.curvature.early_scatter import scattered_early
 from subspace_optim.curvature.evaluation import Derivatives, PerParameter, Point, backward
 from subspace_optim.curvature.mean_loss import MeanLossOperator
+from subspace_optim.curvature.names import Params
 from subspace_optim.curvature.objective import BatchLoss, BatchLossFunction, Supervised
-from subspace_optim.curvature.parameters import Params
 from subspace_optim.curvature.report import Report
 from subspace_optim.curvature.second_derivatives import explained, refuse_functions_of_one_pass
 
@@ -56,7 +57,10 @@ def double_backward(batch_loss: BatchLoss, point: Point) -> Derivatives:
         loss, weight = batch_loss()
         refuse_functions_of_one_pass(loss)
         gradient = backward(loss, point.leaves, create_graph=True)
-    return _derivatives(loss, weight, gradient, point.leaves)
+    found = _derivatives(loss, weight, gradient, point.leaves)
+    if point.layout is not None and not point.keep_gathered:
+        found.product = scattered_early(loss, gradient, point.leaves, found.product)
+    return found
 
 
 def _derivatives(

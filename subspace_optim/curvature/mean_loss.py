@@ -22,6 +22,7 @@ from subspace_optim.curvature.evaluation import (
     loss_alone,
     loss_and_gradient,
 )
+from subspace_optim.curvature.names import Params
 from subspace_optim.curvature.objective import (
     BatchLoss,
     BatchLossFunction,
@@ -35,11 +36,16 @@ from subspace_optim.curvature.operator import (
     OperatorStats,
     released,
 )
-from subspace_optim.curvature.parameters import ParameterSpace, Params
+from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.curvature.passes import Passes
-from subspace_optim.curvature.process_group import Ranks, warn_without_group
+from subspace_optim.curvature.process_group import (
+    Ranks,
+    taking_part,
+    warn_without_group,
+)
 from subspace_optim.curvature.proof import Proof
 from subspace_optim.curvature.report import Parts, Report
+from subspace_optim.curvature.sampled_passes import sampled
 from subspace_optim.curvature.samples import PIECES
 
 
@@ -92,7 +98,7 @@ class MeanLossOperator(AtPoints):
                 raise ArgumentError("verify", verify, "True or False")
             self.model = unwrapped(model)
             self.parameters = ParameterSpace(self.model, params)
-            self._take_ranks_of_shards(process_group)
+            self._ranks = taking_part(self._ranks, self.parameters.ranks)
             batches = Batches(data, pairs=isinstance(batch_loss, Supervised))
             warn_without_group(model, process_group)
             if batches.current is not None:
@@ -115,21 +121,6 @@ class MeanLossOperator(AtPoints):
         self._dependencies = Dependencies(self.parameters, batch_loss, batches, self._proof)
         self._in_pieces: Self | None = None  # a sample in more batches
         self._point = self._frozen_by = None
-
-    def _take_ranks_of_shards(self, process_group: Any) -> None:
-        """Takes the ranks of a model that is sharded, which need no argument.
-
-        Raises:
-            ArgumentError: another process group was given.
-        """
-        if self.parameters.layout is None:
-            return
-        given, self._ranks = self._ranks, self.parameters.ranks
-        if process_group is not None and given.size != self._ranks.size:
-            found = f"a group of {given.size} ranks"
-            remedy = "Leave it out: a sharded model is evaluated on all ranks that hold a part."
-            allowed = f"the {self._ranks.size} ranks of the model, or None"
-            raise ArgumentError("process_group", found, allowed, remedy)
 
     def _facts(self) -> dict[str, str]:
         stats, of = self.stats, self.examples
@@ -162,13 +153,12 @@ class MeanLossOperator(AtPoints):
         """Returns the matrix of a sample; ``None`` where the data are a batch that cannot be cut.
 
         Whole batches, or rows where the data are one batch. It trusts what was proved of all data.
-        Of a ``CurrentBatch`` there is none: a sample would stay, and the batch does not. Of a
-        sharded model there is none yet.
+        Of a ``CurrentBatch`` there is none: a sample would stay, and the batch does not.
         """
-        if self._passes.parts.batches.current is not None or self.ranks.together:
+        if self._passes.parts.batches.current is not None:
             return None
         with self._fixed(products=True) as point:
-            passes = self._passes.sample(point, examples, seed, pieces)
+            passes = sampled(self._passes, point, examples, seed, pieces)
         if passes is None:
             return None
         whole, *others = (self._over(of) for of in passes)
@@ -230,6 +220,7 @@ class MeanLossOperator(AtPoints):
 
                 def multiply(derivatives: Derivatives) -> None:
                     nonlocal taken
+                    derivatives.gradient = ()  # which was new, and is not needed
                     into = products if see is None else torch.zeros_like(vectors)
                     for _ in self._multiply(derivatives, vectors, into):
                         taken += 1

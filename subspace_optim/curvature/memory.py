@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,3 +59,14 @@ def free_memory(device: torch.device) -> float:
         limit = int((group / "memory.max").read_text())
         free.append(limit - int((group / "memory.current").read_text()))
     return max(0, min(free))
+
+
+def may_be_kept(device: torch.device, processes: int) -> float:
+    """Returns the bytes that each of several processes may keep: a quarter of what is free."""
+    sharing = 1 if device.type == "cuda" else processes  # one machine's memory
+    return free_memory(device) / (4 * sharing)
+
+
+def size_gathered(model: nn.Module) -> int:
+    """Returns the bytes of all parameters, as a model that is sharded computes with them."""
+    return sum(p.numel() * max(4, p.element_size()) for p in model.parameters())

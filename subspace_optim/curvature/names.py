@@ -1,14 +1,58 @@
-"""Names of parameters: which ones a pattern means, and what was meant if there are none."""
+"""Which parameters are meant: by their names, patterns of these, or themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Any, Final
 
+from torch import Tensor, nn
+
+from subspace_optim._validation import ArgumentError
+
+Params = Iterable[Tensor | str] | str | Callable[[str, Tensor], bool] | None
+"""Which parameters: tensors, patterns of names, a predicate of (name, tensor), or all."""
 _SHOWN: Final = 3
 """Names that a message lists."""
+
+
+def chosen(
+    params: Params, named: Sequence[tuple[str, Tensor]], label: str = "params"
+) -> tuple[list[Any], str]:
+    """Returns the parameters that are meant, and what to say where they cannot be used.
+
+    Args:
+        params: which ones.
+        named: that there are, each with its name.
+        label: of the argument, for messages.
+
+    Raises:
+        ArgumentError: a pattern means none of them, or it is a module.
+    """
+    names = [name for name, _ in named]
+    if params is None:
+        remedy = "The model has no parameter that requires a gradient."
+        return [p for _, p in named if p.requires_grad], remedy
+    if isinstance(params, nn.Module):
+        allowed = "tensors, patterns of names, or a predicate of (name, tensor)"
+        remedy = "Pass what its `parameters()` returns."
+        raise ArgumentError(label, type(params).__name__, allowed, remedy)
+    if callable(params):
+        some = ", ".join(map(repr, names[:3]))
+        remedy = f"It is called with the name and the tensor of each, with names such as {some}."
+        return [p for name, p in named if params(name, p)], remedy
+    found: dict[int, Any] = {}
+    for index, item in enumerate([params] if isinstance(params, Tensor | str) else params):
+        if not isinstance(item, str):
+            found[-index - 1] = item  # not by identity: one that is listed twice is an error
+            continue
+        meant = {id(p): p for name, p in named if fits(name, item)}
+        if not meant:
+            allowed = "a pattern of at least one parameter's name"
+            raise ArgumentError(label, item, allowed, near_misses(item, names))
+        found |= meant
+    return list(found.values()), "Leave `params` out for all that require a gradient."
 
 
 def fits(name: str, pattern: str) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter, eq
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
@@ -16,23 +16,20 @@ from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.digests import PLAIN, digest, in_few_vectors, one_vector
 from subspace_optim.curvature.dtensors import (
     check_placements,
+    digest_of_sharded,
     holding_memory,
     is_sharded,
     local,
     placed_like,
 )
 from subspace_optim.curvature.fully_sharded import refuse_flattened, reshard
-from subspace_optim.curvature.names import fits, near_misses
+from subspace_optim.curvature.names import Params, chosen
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.sharding import Layout, ShardedInnerProduct
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """Parameters of these dtypes are differentiated through float32 copies."""
 _SHAPE = attrgetter("shape")
-
-
-Params = Iterable[Tensor | str] | str | Callable[[str, Tensor], bool] | None
-"""Which parameters: tensors, patterns of names, a predicate of (name, tensor), or all."""
 
 
 def times_written(tensors: Iterable[Tensor]) -> int:
@@ -99,7 +96,7 @@ class ParameterSpace:
         self.model = model
         self.names = [names[id(p)] for p in those]
         self._placements = [getattr(p, "placements", None) for p in those]
-        self._registered = [p.shape for p in those]
+        self._registered, self._kinds = [p.shape for p in those], list(map(type, those))
         self.shapes = [local(p).shape for p in those]
         self.size: int = sum(p.numel() for p in those)
         """P, the number of coordinates."""
@@ -139,13 +136,14 @@ class ParameterSpace:
         if self._found is not None:
             return list(self._found)
         if self.layout is not None:
-            reshard(self.model)
+            self.layout.reshard()
         modules: list[Any] = [self.model]
         try:
             for owner, name in self._owners:
                 modules.append(modules[owner]._modules[name])  # noqa: SLF001
             found = [modules[owner]._parameters[name] for owner, name in self._places]  # noqa: SLF001
-            if all(map(eq, map(_SHAPE, found), self._registered)):
+            same = all(map(eq, map(_SHAPE, found), self._registered))
+            if same and all(map(is_, map(type, found), self._kinds)):
                 return found
         except (AttributeError, KeyError):
             pass
@@ -155,18 +153,22 @@ class ParameterSpace:
         """Does the same, and tells which is not there.
 
         Raises:
-            ArgumentError: one is gone, or has another shape.
+            ArgumentError: one is gone, has another shape, or is sharded and was not.
         """
-        found = []
-        for name, shape in zip(self.names, self._registered, strict=True):
-            p = _under(self.model, name)
+        found: list[Any] = []
+        layouts = self._placements
+        for name, shape, placements in zip(self.names, self._registered, layouts, strict=True):
+            p, state, allowed = _under(self.model, name), None, f"of {tuple(shape)}"
             if p is None or p.shape != shape:
                 state = "gone" if p is None else f"of shape {tuple(p.shape)}"
+            elif is_sharded(p) != (placements is not None):
+                state, allowed = type(p).__name__, "sharded" if placements else "not sharded"
+            if state is not None:
                 remedy = (
                     "The model has been changed since its operator was made. Make operator, "
                     "subspace and optimizer anew."
                 )
-                raise ArgumentError(f"parameter '{name}'", state, f"of {tuple(shape)}", remedy)
+                raise ArgumentError(f"parameter '{name}'", state, allowed, remedy)
             found.append(p)
         return found
 
@@ -303,12 +305,26 @@ class ParameterSpace:
         """
         return self.same_on_all(int(digest(self.model.parameters())))[0]
 
+    def digest_of_whole(self) -> int:
+        """Returns such a number of these parameters, the same however the model is sharded.
+
+        It takes an all-reduce a parameter: for checkpoints, and not for each step.
+        """
+        found = 0
+        for p in self.tensors:
+            found = 3 * found + (digest_of_sharded(p) if is_sharded(p) else int(digest([p])))
+        return (found + 2**63) % 2**64 - 2**63
+
     def same_on_all(self, *numbers: int) -> tuple[int, ...]:
-        """Returns 64-bit numbers of what lies here, each as one of what lies on all ranks."""
+        """Returns 64-bit numbers of what lies here, each as one of what lies on all ranks.
+
+        One that all ranks have the same of stays as it is: it does not tell how many they are.
+        """
         if self.layout is None:
             return numbers
-        signed = [(n + 2**63) % 2**64 - 2**63 for n in numbers]
-        return tuple(self.inner.sum(torch.tensor(signed, device=self.device)).tolist())
+        signed = torch.tensor([(n + 2**63) % 2**64 - 2**63 for n in numbers])
+        sums = self.inner.sum(signed.to(self.device)).cpu()
+        return tuple(torch.where(sums == signed * self.ranks.size, signed, sums).tolist())
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Returns the length of a vector that comes as one tensor a parameter."""
@@ -356,44 +372,6 @@ def _places(names: Sequence[str]) -> tuple[list[tuple[int, str]], list[tuple[int
 
     split = [name.rpartition(".") for name in names]
     return owners, [(place(path), last) for path, _, last in split]
-
-
-def chosen(
-    params: Params, named: Sequence[tuple[str, Tensor]], label: str = "params"
-) -> tuple[list[Any], str]:
-    """Returns the parameters that are meant, and what to say where they cannot be used.
-
-    Args:
-        params: which ones.
-        named: that there are, each with its name.
-        label: of the argument, for messages.
-
-    Raises:
-        ArgumentError: a pattern means none of them, or it is a module.
-    """
-    names = [name for name, _ in named]
-    if params is None:
-        remedy = "The model has no parameter that requires a gradient."
-        return [p for _, p in named if p.requires_grad], remedy
-    if isinstance(params, nn.Module):
-        allowed = "tensors, patterns of names, or a predicate of (name, tensor)"
-        remedy = "Pass what its `parameters()` returns."
-        raise ArgumentError(label, type(params).__name__, allowed, remedy)
-    if callable(params):
-        some = ", ".join(map(repr, names[:3]))
-        remedy = f"It is called with the name and the tensor of each, with names such as {some}."
-        return [p for name, p in named if params(name, p)], remedy
-    found: dict[int, Any] = {}
-    for index, item in enumerate([params] if isinstance(params, Tensor | str) else params):
-        if not isinstance(item, str):
-            found[-index - 1] = item  # not by identity: one that is listed twice is an error
-            continue
-        meant = {id(p): p for name, p in named if fits(name, item)}
-        if not meant:
-            allowed = "a pattern of at least one parameter's name"
-            raise ArgumentError(label, item, allowed, near_misses(item, names))
-        found |= meant
-    return list(found.values()), "Leave `params` out for all that require a gradient."
 
 
 def _check(label: str, p: Tensor) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from subspace_optim.curvature.evaluation import (
     loss_alone,
     loss_and_gradient,
 )
-from subspace_optim.curvature.memory import AllocationMeter, free_memory
+from subspace_optim.curvature.memory import AllocationMeter, may_be_kept, size_gathered
 from subspace_optim.curvature.minibatches import drawn_batches, own_batches, rows_of_all
 from subspace_optim.curvature.objective import BatchLoss, Supervised
 from subspace_optim.curvature.operator import GroupMeans
@@ -29,7 +29,7 @@ from subspace_optim.curvature.parameters import weighted
 from subspace_optim.curvature.process_group import Ranks
 from subspace_optim.curvature.proof import Proof, see
 from subspace_optim.curvature.report import Parts
-from subspace_optim.curvature.samples import dealt, drawn, size_of
+from subspace_optim.curvature.samples import dealt, size_of
 
 Differentiate = Callable[[BatchLoss, Point], Derivatives]
 
@@ -59,17 +59,14 @@ class Passes:
         """Whether the parameters of a sharded model may stay gathered for backward passes."""
         if self.parts.space.layout is None:
             return False
-        allowed = self._budget()
-        needed = sum(p.numel() * max(4, p.element_size()) for p in self.parts.model.parameters())
+        allowed, needed = self._budget(), size_gathered(self.parts.model)
         return not self.ranks.any(lambda: needed > allowed)
 
     def _budget(self) -> float:
         """Returns the bytes that may be kept."""
         if self.memory_budget is not None:
             return self.memory_budget
-        device = self.parts.space.device
-        sharing = 1 if device.type == "cuda" else self.ranks.size  # one machine's memory
-        return free_memory(device) / (4 * sharing)
+        return may_be_kept(self.parts.space.device, self.ranks.size)
 
     @property
     def share(self) -> float:
@@ -83,7 +80,7 @@ class Passes:
         parts, layout = self.parts, self.parts.space.layout
         parts.stats.passes += 1
         progress = Progress("pass over the data", "batches")
-        for index, batch, nbytes, idle in self._together(self._read(point)):
+        for index, batch, nbytes, idle in self._together(self.read(point)):
             progress.tick(index)
             if index not in skip:
                 # Batches that the ranks take in turn have the masks that one process gives them.
@@ -97,29 +94,31 @@ class Passes:
         """Yields batches, and whether each stands in for one that this rank does not have.
 
         Where the ranks evaluate their batches together, each has to have as many: one that has no
-        more takes its first one again, which counts nothing.
-
-        Raises:
-            ArgumentError: a rank has none at all.
+        more takes its first one again, which counts nothing. Where one has none at all, all ranks
+        raise an ``ArgumentError``.
         """
         if not self.ranks.together:
             for here in batches:
                 yield *here, False
             return
-        first = index = None
-        while True:
-            with self.ranks.all_or_none():
-                found = next(batches, None)
-            if not self.ranks.any(lambda found=found: found is not None):  # type: ignore[misc]
+        first = found = None
+
+        def has_one() -> bool:
+            nonlocal first, found
+            found = next(batches, None)
+            first = first or found
+            if first is None:
+                raise ArgumentError("data", "of no batch", "at least one batch on every rank")
+            return found is not None
+
+        for index in itertools.count():
+            if not self.ranks.any(has_one):
                 return
-            with self.ranks.all_or_none():
-                first = first or found
-                if first is None:
-                    raise ArgumentError("data", "of no batch", "at least one batch on every rank")
-            index = 0 if index is None else index + 1
+            assert first is not None  # noqa: S101 (or has_one() has raised)
             yield index, *(found or first)[1:], found is None
 
-    def _read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
+    def read(self, point: Point) -> Iterator[tuple[int, Any, int]]:
+        """Yields the index of each batch on this rank, the batch, and its bytes."""
         return self.parts.batches.read(self.parts.space.device, upcast=point.upcast)
 
     def run(self, point: Point, differentiate: Differentiate, *, keep: bool = False) -> None:
@@ -171,7 +170,7 @@ class Passes:
             if proves_mean:
                 self.proof.mean(point, pieces)
         if self.ranks.together:
-            sums[2] = self._of_all_data(sums[2])
+            sums[2] = self.ranks.of_all_data(sums[2])
         total, N, examples = sums.tolist()
         if self.examples is None and math.isfinite(examples):
             stats.examples = int(examples)
@@ -202,15 +201,11 @@ class Passes:
             return used <= budget
         return not self.ranks.any(lambda: used > budget)
 
-    def _of_all_data(self, own: Tensor) -> Tensor:
-        """Returns the sum of numbers over the ranks with data of their own."""
-        return self.ranks.sum_(own.clone()) * self.ranks.data_size / self.ranks.size
-
-    def _counts(self, count: int) -> Tensor:
+    def counts(self, count: int) -> Tensor:
         """Returns a count of each rank with data of its own."""
         counts = torch.zeros(self.ranks.data_size, device=self.parts.space.device)
         counts[self.ranks.data_rank] = count
-        return self._of_all_data(counts)
+        return self.ranks.of_all_data(counts)
 
     @property
     def _summed(self) -> bool:
@@ -253,11 +248,11 @@ class Passes:
         """
         space, ranks, device = self.parts.space, self.ranks, self.parts.space.device
         with ranks.all_or_none():
-            count = sum(1 for _ in self._read(point))
+            count = sum(1 for _ in self.read(point))
             gradients = torch.zeros(groups, space.size_here, dtype=space.dtype, device=device)
         own_seed, first = seed * ranks.data_size + ranks.data_rank, ranks.data_rank * count
         if ranks.together:  # batch by batch, and so group by group
-            count = int(self._counts(count).max())
+            count = int(self.counts(count).max())
             own_seed, first = seed, 0
         group_of = dealt(count, groups, own_seed, first=first)
         with ranks.found((groups, 3), torch.float64, device) as sums:
@@ -271,7 +266,7 @@ class Passes:
                 space.add_(gradients[group], found.gradient, found.weight)
         ranks.of_all(gradients)
         if ranks.together:
-            sums[:, 2] = self._of_all_data(sums[:, 2])
+            sums[:, 2] = self.ranks.of_all_data(sums[:, 2])
         totals, weights, sizes = sums.T
         if self._summed:  # the loss of all data, as each group would have it alone
             weights = sizes * (self.share / sizes.sum())
@@ -300,7 +295,7 @@ class Passes:
         own_seed = seed * ranks.data_size + ranks.data_rank
 
         def read() -> Iterator[Any]:
-            return (batch for _, batch, _ in self._read(point))
+            return (batch for _, batch, _ in self.read(point))
 
         with ranks.all_or_none():
             if batch_size is None:
@@ -310,13 +305,13 @@ class Passes:
                 sizes = rows_of_all(read(), batch_size)
         total, count = sum(sizes), len(sizes)
         if batch_size is None:
-            least: int | None = int(self._counts(count).min())
+            least: int | None = int(self.counts(count).min())
             batches = own_batches(read, count, own_seed)
         else:
             # The one batch of all rows is the same at every draw.
             least = None if ranks.any(lambda: batch_size < total) else 1
             batches = drawn_batches(read, sizes, batch_size, own_seed)
-        return least, self._over_each(islice(batches, least), round(total / self.share))
+        return least, self._over_each(itertools.islice(batches, least), round(total / self.share))
 
     def _over_each(self, batches: Iterator[tuple[int, Any]], total: int) -> Iterator[Passes]:
         """Yields passes over each batch; what fails on one rank raises on all."""
@@ -334,51 +329,6 @@ class Passes:
         seed = parts.seed + number * self.ranks.data_size
         own = replace(parts, batches=Batches([batch], pairs=pairs), seed=seed)
         return replace(self, parts=own, examples=(size_of(batch), total), minibatch=True)
-
-    def sample(self, point: Point, examples: int, seed: int, pieces: int) -> list[Passes] | None:
-        """Returns passes over a sample, and over the same in pieces that tell how it scatters.
-
-        They are the same passes where the pieces are the user's own batches. ``None`` where the
-        data are one batch that cannot be cut.
-
-        Args:
-            point: where it is seen whether one can.
-            examples: how many, at least, of all ranks together.
-            seed: of the draw.
-            pieces: that the rows of a single batch are dealt to.
-        """
-        parts, space = self.parts, self.parts.space
-
-        def batches() -> Iterator[Any]:
-            return (batch for _, batch, _ in self._read(point))
-
-        def differentiate(batch: Any) -> tuple[Tensor, Tensor]:
-            loss = BatchLoss(parts.model, parts.batch_loss, batch, parts.seed)
-            with point.at(parts.seed):
-                found = loss_and_gradient(loss, point)
-            gradient = torch.zeros(space.size, dtype=space.dtype, device=space.device)
-            space.add_(gradient, found.gradient, torch.ones_like(found.weight))
-            return found.weight, gradient
-
-        def count(number: int) -> int:
-            return int(self.ranks.sum_(torch.tensor([number], device=space.device)))
-
-        with self.ranks.all_or_none():
-            sizes = [size_of(batch) for batch in batches()]
-        total = count(sum(sizes))
-        own_seed = seed * self.ranks.size + self.ranks.rank
-        with self.ranks.all_or_none():
-            found = drawn(batches, sizes, examples / total, own_seed, differentiate, pieces)
-        if self.ranks.any(lambda: found is None):
-            return None
-        assert found is not None  # noqa: S101 (on no rank)
-        counts = count(sum(map(size_of, found.batches))), total
-        pairs = isinstance(parts.batch_loss, Supervised)
-        each = [found.batches] if found.pieces is found.batches else list(found)
-        return [
-            replace(self, parts=replace(parts, batches=Batches(own, pairs=pairs)), examples=counts)
-            for own in each
-        ]
 
 
 def _examples(batch: Any) -> float:

@@ -101,6 +101,10 @@ class Ranks:
         """Returns what all ranks have found of their batches, from what this one has, in place."""
         return found if self.together else self.sum_(found)
 
+    def of_all_data(self, own: Tensor) -> Tensor:
+        """Returns the sum of what each rank with data of its own has: others have a copy of it."""
+        return self.sum_(own.clone()) * self.data_size / self.size
+
     def agree(self, values: Sequence[int], device: torch.device) -> list[bool]:
         """Returns for each 64-bit value whether it is the same on all ranks."""
         if self.group is None or self._meet("a comparison", values=values)[1]:
@@ -110,6 +114,13 @@ class Ranks:
         self._all_reduce(extremes, dist.ReduceOp.MAX)
         largest, smallest = extremes[0], ~extremes[1]
         return [bool(same) for same in (largest == smallest).tolist()]
+
+    def settled(self, changed: bool, values: Sequence[int]) -> bool:
+        """Returns whether nothing has changed on any rank, and all have the same values."""
+        if self.group is None:
+            return not changed
+        any_changed, alike = self._meet("a look", flag=changed, values=values)
+        return alike and not any_changed
 
     def any(self, holds: Callable[[], bool | None]) -> bool | None:
         """Returns whether ``holds()`` on any rank. What fails on one raises on all.
@@ -256,6 +267,26 @@ class Ranks:
             "An operator with a process_group cannot be pickled: a group is a connection of "
             "running processes. Pickle the model, and make the operator anew on each rank."
         )
+
+
+def taking_part(given: Ranks, of_shards: Ranks) -> Ranks:
+    """Returns the ranks that evaluate a model.
+
+    Args:
+        given: those of the argument ``process_group``.
+        of_shards: those that hold a part of the model; none beside this one, if it is whole.
+
+    Raises:
+        ArgumentError: both are given, and differ.
+    """
+    if of_shards.group is None:
+        return given
+    if given.group is not None and given.size != of_shards.size:
+        found = f"a group of {given.size} ranks"
+        remedy = "Leave it out: a sharded model is evaluated on all ranks that hold a part."
+        allowed = f"the {of_shards.size} ranks of the model, or None"
+        raise ArgumentError("process_group", found, allowed, remedy)
+    return of_shards
 
 
 def warn_without_group(model: nn.Module, process_group: Any) -> None:

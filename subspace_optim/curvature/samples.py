@@ -86,15 +86,23 @@ def dealt(count: int, groups: int, seed: int, first: int = 0) -> list[int]:
     return found
 
 
-def can_be_cut(batch: Any, differentiate: Callable[[Any], tuple[Tensor, Tensor]]) -> bool:
-    """Whether the loss of a batch is the weighted mean of those of parts of it.
+def has_few_rows(batch: Any) -> bool:
+    """Whether a batch has so few rows, or none, that it is not cut."""
+    return rows_of(batch) < max(_LEAST * PIECES, sum(_FEW))
+
+
+def can_be_cut(
+    batch: Any,
+    differentiate: Callable[[Any], tuple[Tensor, Tensor]],
+    norm: Callable[[Tensor], float],
+) -> bool:
+    """Whether the loss of a batch of many rows is the weighted mean of those of parts of it.
 
     Args:
         batch: of the data.
         differentiate: returns the weight of a batch, and the gradient of its mean loss.
+        norm: of a gradient.
     """
-    if rows_of(batch) < max(_LEAST * PIECES, sum(_FEW)):
-        return False
     ends = (0, _FEW[0], sum(_FEW))
     parts = [taken(batch, slice(*part)) for part in pairwise(ends)]
     whole = taken(batch, slice(ends[-1]))
@@ -103,7 +111,7 @@ def can_be_cut(batch: Any, differentiate: Callable[[Any], tuple[Tensor, Tensor]]
     except Exception:  # noqa: BLE001 (a loss of batches of one size only)
         return False
     mean = sum(w * g for w, g in others) / weight
-    return bool((gradient - mean).norm() <= _COUPLED * gradient.norm())
+    return norm(gradient - mean) <= _COUPLED * norm(gradient)
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -136,7 +144,7 @@ def drawn(
     sizes: list[int],
     share: float,
     seed: int,
-    differentiate: Callable[[Any], tuple[Tensor, Tensor]],
+    may_be_cut: Callable[[Any], bool],
     pieces: int = PIECES,
 ) -> Drawn | None:
     """Returns a sample; ``None`` of one batch that cannot be cut.
@@ -146,12 +154,12 @@ def drawn(
         sizes: the examples of each batch.
         share: of the examples, at least.
         seed: of the draw.
-        differentiate: returns the weight of a batch, and the gradient of its mean loss.
-        pieces: that rows of one batch are dealt to.
+        may_be_cut: whether the only batch can be.
+        pieces: that its rows are dealt to.
     """
     if len(sizes) > 1:
         chosen = set(some_batches(sizes, share, seed))
         kept = [batch for index, batch in enumerate(batches()) if index in chosen]
         return Drawn(kept, kept)
     only = next(batches())
-    return some_rows(only, share, seed, pieces) if can_be_cut(only, differentiate) else None
+    return some_rows(only, share, seed, pieces) if may_be_cut(only) else None

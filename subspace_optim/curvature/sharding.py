@@ -18,8 +18,19 @@ from torch import Tensor, nn
 from subspace_optim._inner_product import InnerProduct
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature.dtensors import is_sharded
-from subspace_optim.curvature.fully_sharded import FSDPGroup, fsdp_groups
+from subspace_optim.curvature.fully_sharded import FSDPGroup, divided, fsdp_groups, reshard_all
 from subspace_optim.curvature.process_group import Ranks
+
+
+def all_gather(every: Tensor, own: Tensor, group: Any) -> None:
+    """Gathers what each rank has, in the order of the ranks: of torch 2.13 under its new name."""
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(every, own, group)
+
+
+def reduce_scatter(own: Tensor, every: Tensor, group: Any) -> None:
+    """Sums over the ranks, of which each gets its part: of torch 2.13 under its new name."""
+    found = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    found(own, every, group=group)
 
 
 class Layout:
@@ -41,7 +52,7 @@ class Layout:
     """
 
     def __init__(self, model: nn.Module, tensors: Sequence[Any]) -> None:
-        self._model = model
+        self._model, self._divided = model, divided(model)
         meshes = {tuple(sorted(group.mesh)) for group in self.groups}
         if len(meshes) > 1:
             allowed = "one of all that fully_shard has divided"
@@ -71,6 +82,10 @@ class Layout:
     def groups(self) -> list[FSDPGroup]:
         """What ``fully_shard`` gathers together, at present."""
         return fsdp_groups(self._model)
+
+    def reshard(self) -> None:
+        """Lets all modules hold shards."""
+        reshard_all(self._divided)
 
     def owned(self, index: int, elements: int) -> slice | None:
         """Returns which elements of a parameter's local tensor belong to this rank.
@@ -106,9 +121,7 @@ class Layout:
             for room, i in zip(own.split(lengths), those, strict=True):
                 room[: pieces[i].numel()] = pieces[i].reshape(-1)
             every = own.new_empty(len(ranks), len(own))
-            dist.all_gather_into_tensor(
-                every.view(-1), own, _group(ranks, self.ranks.group, "replicas")
-            )
+            all_gather(every.view(-1), own, _group(ranks, self.ranks.group, "replicas"))
             for whole, i in zip(every.split(lengths, dim=1), those, strict=True):
                 result[i] = whole.reshape(-1)[: shapes[i].numel()].view(shapes[i])
         return result

@@ -14,9 +14,9 @@ from torch import Tensor
 from subspace_optim._inner_product import InnerProduct
 from subspace_optim._progress import Progress, ProgressOption
 from subspace_optim._validation import ArgumentError, check_integer, check_number
-from subspace_optim.curvature.names import near_misses
+from subspace_optim.curvature.names import Params, chosen, near_misses
 from subspace_optim.curvature.operator import CurvatureOperator
-from subspace_optim.curvature.parameters import ParameterSpace, Params, chosen
+from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.diagnostics.spectrum import multiplying, solve
 
 Blocks = str | Mapping[str, Params]

@@ -83,9 +83,11 @@ def norm_sharpness(
 
     It costs a gradient, and one product for each start and step, at most ``starts · (steps + 1)``
     and mostly a quarter of that; for spectral norms also a singular value decomposition of each
-    matrix. Memory: eight vectors of P for each start. The Euclidean norm costs a solve. Arguments
-    out of range, an optimizer whose norm is not known, and both an optimizer and a norm, or none,
-    raise ``ArgumentError``.
+    matrix. Memory: eight vectors of P for each start. The Euclidean norm costs a solve. Of a
+    sharded model each matrix is gathered for its decomposition, one at a time, which all ranks
+    compute; random directions are others on other numbers of ranks. Arguments out of range, an
+    optimizer whose norm is not known, and both an optimizer and a norm, or none, raise
+    ``ArgumentError``.
 
     Args:
         operator: the Hessian.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from subspace_optim._inner_product import InnerProduct
 from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.dtensors import part_of, stacked, whole
 from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.step_hooks import optimizers_of
 
@@ -46,7 +47,7 @@ class UnitBall:
         radii: of each parameter, 0 for those that do not move.
 
     Raises:
-        ArgumentError: matrices that have a spectral norm lie on several ranks.
+        ArgumentError: matrices that have a spectral norm cannot be made whole.
     """
 
     space: ParameterSpace
@@ -54,9 +55,11 @@ class UnitBall:
     radii: list[float]
 
     def __post_init__(self) -> None:
-        if "spectral" in self.norms and type(self.space.inner) is not InnerProduct:
-            found = "'spectral', of a model that is sharded"
-            remedy = "Measure a copy of the model that is not."
+        space = self.space
+        split = space.layout is None and type(space.inner) is not InnerProduct
+        if "spectral" in self.norms and split:
+            found = "'spectral', of vectors that are split"
+            remedy = "Take another norm, or a model that torch has sharded."
             raise ArgumentError("norm", found, "that of matrices that are whole on a rank", remedy)
 
     def radius(self) -> Tensor:
@@ -70,9 +73,7 @@ class UnitBall:
     def best(self, rows: Tensor) -> Tensor:
         """Returns ``argmax ⟨row, e⟩`` over the ball for each row, ``(j, P)``."""
         found = torch.where(rows < 0, -1.0, 1.0).to(rows)
-        for own, out in self._matrices(rows, found):
-            U, _, V = torch.linalg.svd(own, full_matrices=False)
-            out.copy_(U @ V)
+        self._put_matrices(rows, found, _polar_factors)
         lengths = self._lengths(rows)
         for own, out in self._euclidean(rows, found):
             out.copy_(own / torch.where(lengths > 0, lengths, 1.0)[:, None])
@@ -81,9 +82,7 @@ class UnitBall:
     def nearest(self, rows: Tensor) -> Tensor:
         """Returns the point of the ball that is nearest to each row, ``(j, P)``."""
         found = rows.clamp(-1.0, 1.0)
-        for own, out in self._matrices(rows, found):
-            U, S, V = torch.linalg.svd(own, full_matrices=False)
-            out.copy_((U * S.clamp(max=1.0)[..., None, :]) @ V)
+        self._put_matrices(rows, found, _shortened)
         lengths = self._lengths(rows)
         for own, out in self._euclidean(rows, found):
             out.copy_(own / lengths.clamp(min=1.0)[:, None])
@@ -99,11 +98,32 @@ class UnitBall:
     def _euclidean(self, rows: Tensor, out: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         return ((rows[:, part], out[:, part]) for part, _ in self._parts("euclidean"))
 
-    def _matrices(self, rows: Tensor, out: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Yields each matrix in all rows, ``(j, m, n)``; of a kernel's dimensions all but one."""
-        for part, shape in self._parts("spectral"):
-            matrices = (len(rows), shape[0] if shape else 1, -1)
-            yield rows[:, part].reshape(matrices), out[:, part].view(matrices)
+    def _put_matrices(self, rows: Tensor, out: Tensor, of: Callable[[Tensor], Tensor]) -> None:
+        """Writes what ``of`` returns for each matrix to its place, in all rows.
+
+        Of a sharded model each matrix is gathered for it, one at a time, and all ranks do the same.
+
+        Args:
+            rows: ``(j, P)``.
+            out: the same.
+            of: of matrices, ``(j, m, n)``; of a kernel's dimensions n is all but the first.
+        """
+        if self.space.layout is None:
+            for part, shape in self._parts("spectral"):
+                matrices = rows[:, part].reshape(len(rows), shape[0] if shape else 1, -1)
+                out[:, part] = of(matrices).reshape(len(rows), -1)
+        elif "spectral" in self.norms:
+            for row, result in zip(rows, out, strict=True):
+                self._put_gathered(row, result, of)
+
+    def _put_gathered(self, row: Tensor, out: Tensor, of: Callable[[Tensor], Tensor]) -> None:
+        """Does so for the matrices of one row of which other ranks have parts."""
+        space = self.space
+        each = zip(space.tensors, space.unflatten(row), space.views(out), strict=True)
+        for i, (p, here, view) in enumerate(each):
+            if self.norms[i] == "spectral":
+                matrix = whole(stacked(here, p, 0)).reshape(1, p.shape[0] if p.shape else 1, -1)
+                view.copy_(space.piece(i, part_of(of(matrix).view(p.shape), p, 0)))
 
     def _parts(self, norm: NormName) -> Iterable[tuple[slice, torch.Size]]:
         """Yields the coordinates of each parameter of this norm."""
@@ -114,6 +134,20 @@ class UnitBall:
             if name == norm:
                 yield slice(start, end), of_one.shape
             start = end
+
+
+def _polar_factors(matrices: Tensor) -> Tensor:
+    """Returns the nearest orthogonal matrices: those with all singular values at 1."""
+    U, _, V = torch.linalg.svd(matrices, full_matrices=False)
+    found: Tensor = U @ V
+    return found
+
+
+def _shortened(matrices: Tensor) -> Tensor:
+    """Returns the matrices with singular values of at most 1."""
+    U, S, V = torch.linalg.svd(matrices, full_matrices=False)
+    found: Tensor = (U * S.clamp(max=1.0)[..., None, :]) @ V
+    return found
 
 
 def ball_of_norm(norm: Norm, space: ParameterSpace) -> UnitBall:
@@ -184,7 +218,7 @@ def _norm_of(optimizer: Optimizer, group: dict[str, Any]) -> NormName:
 
 def _muon_scale(group: dict[str, Any], p: Tensor) -> float:
     """Returns the spectral norm of Muon's update of a matrix, relative to its rate."""
-    rows, columns = p.shape[0], p[0].numel()
+    rows, columns = p.shape[0], p.shape[1:].numel()
     adjustment = group.get("adjust_lr_fn")
     if adjustment == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))

@@ -79,7 +79,7 @@ def valley(operator: CurvatureOperator, basis: EigenBasis) -> Valley:
     floor = torch.finfo(basis.dtype).eps * basis.largest
     known = eigenvalues > basis.residuals.double().clamp(min=floor)
     lengths = torch.where(known, slopes / eigenvalues.where(known, 1.0), 0.0)
-    step = lengths.to(basis.dtype) @ basis.vectors
+    step = basis.combine(lengths.to(basis.dtype))
     theta = space.flatten([p.detach() for p in space.tensors]).sub_(step.to(operator.dtype))
     with operator.at(theta):
         river_loss = operator.loss()

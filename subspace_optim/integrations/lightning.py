@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from subspace_optim._validation import ArgumentError
 from subspace_optim.curvature import CurrentBatch
+from subspace_optim.curvature.names import Params
 from subspace_optim.curvature.objective import BatchLossFunction
-from subspace_optim.curvature.parameters import Params
 from subspace_optim.diagnostics import Monitor
 from subspace_optim.diagnostics.logs import Row, measured
 from subspace_optim.diagnostics.rows import Measures

@@ -13,6 +13,9 @@ from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError, check_integer
 from subspace_optim.linalg.products import own_precision
 
+ALL = slice(None)
+"""Columns: all that lie here."""
+
 
 @dataclass(frozen=True, eq=False)
 class EigenBasis:
@@ -30,6 +33,9 @@ class EigenBasis:
             that it is asked about.
         residuals: ``(k,)``, the norms ``‖H u_i − λ_i u_i‖`` that the solver reached.
         inner: completes sums over coordinates.
+        rounding: the sine of the largest angle that rounding has turned the vectors by since the
+            solver found them: 0 but for a basis that is, or was, held in fewer bits
+            (``linalg.rounded``).
 
     Raises:
         ArgumentError: the shapes do not belong together.
@@ -39,6 +45,7 @@ class EigenBasis:
     vectors: Tensor
     residuals: Tensor
     inner: InnerProduct = WHOLE
+    rounding: float = 0.0
 
     def __post_init__(self) -> None:
         if self.vectors.dim() != 2:
@@ -87,12 +94,47 @@ class EigenBasis:
         values, vectors, residuals = (
             each[:k] for each in (self.eigenvalues, self.vectors, self.residuals)
         )
-        return EigenBasis(values, vectors, residuals, self.inner)
+        return EigenBasis(values, vectors, residuals, self.inner, self.rounding)
 
     @own_precision
     def coefficients(self, v: Tensor) -> Tensor:
         """Returns ``⟨u_i, v⟩``: ``(k,)`` for ``v`` of shape ``(P,)``, ``(j, k)`` for ``(j, P)``."""
-        return self.inner.sum(v.to(self.dtype) @ self.vectors.T)
+        return self.inner.sum(self._overlaps(v))
+
+    def _overlaps(self, v: Tensor) -> Tensor:
+        """Returns what the coordinates that lie here add to ``⟨u_i, v⟩``."""
+        return v.to(self.dtype) @ self.vectors.T
+
+    @own_precision
+    def combine(self, coefficients: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Returns ``Σ c_i u_i``: ``(P,)`` for coefficients of shape ``(k,)``, else by rows.
+
+        Args:
+            coefficients: ``(k,)``, or ``(j, k)``.
+            out: where to write it, of the basis's dtype.
+        """
+        if out is None:
+            return coefficients @ self.vectors
+        if coefficients.dim() == 1:
+            return torch.mv(self.vectors.T, coefficients, out=out)
+        return torch.mm(coefficients, self.vectors, out=out)
+
+    @own_precision
+    def add_to(
+        self, out: Tensor, coefficients: Tensor, *, alpha: float = 1, columns: slice = ALL
+    ) -> Tensor:
+        """Adds ``α Σ c_i u_i`` to ``out`` and returns that, without memory for another vector.
+
+        Args:
+            out: a vector, or rows, of the basis's dtype.
+            coefficients: as of ``combine``.
+            alpha: α.
+            columns: which coordinates ``out`` has, of those that lie here.
+        """
+        vectors = self.vectors[:, columns]
+        if out.dim() == 1:
+            return out.addmv_(vectors.T, coefficients, alpha=alpha)
+        return out.addmm_(coefficients, vectors, alpha=alpha)
 
     @own_precision
     def project(self, v: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -103,12 +145,7 @@ class EigenBasis:
             out: where to write it, of the basis's dtype; ``v`` itself too. Fresh memory costs
                 more than the arithmetic for a vector of millions.
         """
-        coefficients = self.coefficients(v)
-        if out is None:
-            return coefficients @ self.vectors
-        if v.dim() == 1:
-            return torch.mv(self.vectors.T, coefficients, out=out)
-        return torch.mm(coefficients, self.vectors, out=out)
+        return self.combine(self.coefficients(v), out=out)
 
     @own_precision
     def project_out(self, v: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -123,6 +160,4 @@ class EigenBasis:
             out = v.to(self.dtype, copy=True)
         elif out is not v:
             out.copy_(v)
-        if v.dim() == 1:
-            return out.addmv_(self.vectors.T, coefficients, alpha=-1)
-        return out.addmm_(coefficients, self.vectors, alpha=-1)
+        return self.add_to(out, coefficients, alpha=-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from subspace_optim._display import numbers
 from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError
-from subspace_optim.linalg.eigenbasis import EigenBasis
+from subspace_optim.linalg.eigenbasis import ALL, EigenBasis
 from subspace_optim.linalg.products import own_precision
 from subspace_optim.linalg.rows import GRAM_DIGITS, column_blocks, exact_gram, orthonormalise_
 
@@ -82,6 +82,13 @@ class LowRankCurvature:
     def coefficients(self, v: Tensor) -> Tensor:
         """Returns ``⟨v_k, v⟩``: ``(C,)`` for ``v`` of shape ``(P,)``, ``(j, C)`` for ``(j, P)``."""
         return self.inner.sum(v.to(self.dtype) @ self.vectors.T)
+
+    @own_precision
+    def add_to(
+        self, out: Tensor, coefficients: Tensor, *, alpha: float = 1, columns: slice = ALL
+    ) -> Tensor:
+        """Adds ``α Σ c_k v_k`` to ``out: (P,)``, as ``EigenBasis.add_to`` does."""
+        return out.addmv_(self.vectors[:, columns].T, coefficients, alpha=alpha)
 
     @own_precision
     def orthogonalised(self) -> EigenBasis:

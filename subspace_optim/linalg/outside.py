@@ -74,8 +74,8 @@ def look_outside(
     def outside(rows: Tensor) -> Tensor:
         # What rounding leaves inside of the basis is sent to the lower end, where nobody looks.
         within = basis.coefficients(rows)
-        products = basis.project_out(matmat(rows - within @ basis.vectors))
-        return products.addmm_(within, basis.vectors, alpha=least)
+        products = basis.project_out(matmat(rows - basis.combine(within)))
+        return basis.add_to(products, within, alpha=least)
 
     krylov = Krylov(
         outside,
@@ -84,7 +84,7 @@ def look_outside(
         max_products=max_products,
         seed=seed,
         dtype=guard.dtype,
-        device=guard.vectors.device,
+        device=guard.device,
         known=guard.vectors,
         inner=basis.inner,
     )

@@ -34,6 +34,10 @@ SCATTER = 0.25
 """Standard deviation of the square of a probe, relative to its mean, that is good enough."""
 
 
+_SEEN = 0.01
+"""The least weight that a pair has, of the largest, where its eigenvalue is read off a probe."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """What a few products tell of a basis.
@@ -48,6 +52,8 @@ class Probe:
             are with the present ones; 0 or less means that the subspace has lost its gap.
         effective_rank: an estimate of ``r = (tr M)²/tr(M²)``, ``M_ij = ⟨r_i, r_j⟩/(g_i g_j)``;
             ``None`` from a single vector. The largest sine is at most ``A r^(−1/4)``.
+        least: the smallest of the eigenvalues at present, of those that the probe shows: the part
+            of a product with ``Q`` that a pair has, over the pair's part of ``Q``.
     """
 
     staleness: float
@@ -55,6 +61,7 @@ class Probe:
     guard: EigenBasis
     shrunk: float = 1.0
     effective_rank: float | None = None
+    least: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,25 @@ def total_staleness(basis: EigenBasis, guard: EigenBasis) -> float:
     if not guard.k:
         return 0.0
     return _staleness(residuals, values - _top_of_bulk(values, *_pair(guard)))
+
+
+def staleness_of_rounding(basis: EigenBasis, guard: EigenBasis, *, mean: float) -> float:
+    """Returns what ``A`` is of vectors that rounding alone has turned; infinite without a gap.
+
+    What it turns them by is random, so that ``H − λ_i`` multiplies it by ``mean − λ_i``: with small
+    gaps ``A`` is many times the sine.
+
+    Args:
+        basis: pairs that are held in fewer bits.
+        guard: the pair that comes next; of no rows if k = P.
+        mean: the mean of all eigenvalues.
+    """
+    if not guard.k:
+        return 0.0
+    values = basis.eigenvalues.double().cpu().numpy()
+    return _staleness(
+        basis.rounding * (values - mean), values - _top_of_bulk(values, *_pair(guard))
+    )
 
 
 def _staleness(residuals: NDArray[np.float64], gaps: NDArray[np.float64]) -> float:
@@ -203,10 +229,10 @@ def probe(
     generator = torch.Generator("cpu").manual_seed(seed)
     draws = torch.randn(k, vectors, generator=generator, device="cpu").double()
     rotation = torch.linalg.qr(draws).Q.T / torch.from_numpy(gaps)
-    rows = rotation.to(basis.vectors) @ basis.vectors
+    rows = basis.combine(rotation.to(basis.device, basis.dtype))
     products = matmat(torch.cat([rows, guard.vectors]) if guarded else rows)
     inside = basis.coefficients(products)
-    products.addmm_(inside, basis.vectors, alpha=-1)
+    basis.add_to(products, inside, alpha=-1)
     quotients = torch.linalg.vecdot(rotation, inside[:vectors].double().cpu())
     # Those of the vectors, and with the guard's product what is left of its own.
     squares, along = basis.inner.sums(
@@ -223,12 +249,27 @@ def probe(
     below = max(below, float(guard.eigenvalues))
     known = float((weights @ torch.from_numpy(gaps)).sum())
     shrunk = float(quotients.sum() - weights.sum() * below) / known
+    least = _least(rotation, inside[:vectors].double().cpu())
     if shrunk <= 0:
-        return Probe(math.inf, 1.0, guard, shrunk)
+        return Probe(math.inf, 1.0, guard, shrunk, least=least)
     found /= min(1.0, shrunk)
     bound = found / math.sqrt(least_overlap(k, vectors, FAILURE_PROBABILITY))
     staleness = math.sqrt(k / vectors) * found
-    return Probe(staleness, min(1.0, bound), guard, shrunk, _effective_rank(overlaps, k))
+    rank = _effective_rank(overlaps, k)
+    return Probe(staleness, min(1.0, bound), guard, shrunk, rank, least)
+
+
+def _least(rotation: Tensor, products: Tensor) -> float:
+    """Returns the smallest eigenvalue that products with combinations of pairs show.
+
+    Args:
+        rotation: ``(m, k)``, the combinations.
+        products: ``(m, k)``, their products with the matrix, in the basis. Where it is still that
+            of eigenvectors, each pair has its eigenvalue's share.
+    """
+    weights = rotation.square().sum(0)
+    values = (rotation * products).sum(0) / weights
+    return float(values[weights >= _SEEN * weights.max()].min())
 
 
 def _power_step(

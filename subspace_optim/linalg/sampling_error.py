@@ -55,7 +55,7 @@ class Scatter:
 
     def __init__(self, basis: EigenBasis, guard: EigenBasis, seed: int) -> None:
         self._basis, self._guard = basis, guard
-        vectors = basis.vectors
+        self._vectors = vectors = basis.vectors
         generator = torch.Generator("cpu").manual_seed(seed)
         below = guard.eigenvalues[:1].sum()
         gaps = (basis.eigenvalues - below).clamp_min(1e-3 * float(basis.largest))
@@ -79,7 +79,7 @@ class Scatter:
         """Adds what one batch adds to the products with basis and guard, ``(k + 1, P)``."""
         part, rest = products[: self._basis.k], products[self._basis.k :]
         inside, own, beside = self._basis.inner.sums(
-            gram(part, self._basis.vectors),
+            gram(part, self._vectors),
             gram(part, part),
             torch.linalg.vecdot(rest, self._guard.vectors).sum().double(),
         )
@@ -87,7 +87,7 @@ class Scatter:
         self._gaps += torch.stack([gap, gap.square()])
         self._overlaps += own - inside @ inside.T
         combined = self._combination @ part
-        combined.addmv_(self._basis.vectors.T, self._combination @ inside.to(part), alpha=-1)
+        combined.addmv_(self._vectors.T, self._combination @ inside.to(part), alpha=-1)
         draw = float(torch.randn((), generator=self._generator, device="cpu"))
         self._error.add_(combined, alpha=draw)
         signed = combined * (2 * self._signs.to(combined) - 1)
@@ -165,7 +165,7 @@ class Scatter:
             return 1.0
         inner, part = self._basis.inner, products[: self._basis.k]
         inside, own, squares = inner.sums(
-            gram(part, self._basis.vectors), gram(part, part), square(self._error)
+            gram(part, self._vectors), gram(part, part), square(self._error)
         )
         if not squares > 0:
             return 0.0

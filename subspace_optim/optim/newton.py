@@ -57,11 +57,12 @@ class SubspaceNewton(SubspaceOptimizer):
             )
         ]  # neighbours with the same rates are one piece: all of the vector, if there is one group
         coefficients = basis.coefficients(update)
-        lengths = [length for length, _ in runs]
-        pieces = zip(update.split(lengths), basis.vectors.split(lengths, dim=1), runs, strict=True)
-        for piece, vectors, (_, (inside, outside, damping)) in pieces:
+        start = 0
+        for length, (inside, outside, damping) in runs:
+            columns = slice(start, start := start + length)
+            piece = update[columns].mul_(-outside)
             factors = _factors(basis, inside, outside, damping)
-            piece.mul_(-outside).addmv_(vectors.T, factors * coefficients, alpha=-1)
+            basis.add_to(piece, factors * coefficients, alpha=-1, columns=columns)
 
 
 class LowRankNewton(SubspaceNewton):

@@ -36,10 +36,24 @@ class StepCount:
         self._seen: int | None = None  # the state at the last look ...
         self._seen_at = 0  # ... and its number
         self._moved = False  # since the number was last settled, as somebody has told
+        self._loaded: int | None = None  # of the parameters at the state that was loaded as seen
+        self._alias: tuple[int, int | None] = (0, 0)  # what is seen as what was loaded
+
+    def name(self, state: int) -> int | None:
+        """Returns what the present state is called here: by its digest, or that at an earlier run.
+
+        Of a sharded model digests depend on which rank has what of it, and it may have been saved
+        on other ranks. So one that does not depend on that is saved too, and compared once.
+        """
+        if self._loaded is not None:
+            loaded, self._loaded = self._loaded, None
+            if loaded == self._operator.parameters.digest_of_whole():
+                self._alias = (state, self._seen)
+        return self._alias[1] if state == self._alias[0] else state
 
     def number(self, state: int) -> int:
-        """Returns the number of the present state, without counting it: pure."""
-        if state == self._seen:
+        """Returns the number of the present state, without counting it."""
+        if self.name(state) == self._seen:
             return self._seen_at
         return max(self.now + self._moved, self._seen_at + 1)
 
@@ -52,7 +66,7 @@ class StepCount:
         if state is None:
             state = hash(self._operator.state())
         self.now = self.number(state)
-        self._seen, self._seen_at, self._moved = state, self.now, False
+        self._seen, self._seen_at, self._moved = self.name(state), self.now, False
         self.looks += 1
         return self.now
 
@@ -73,15 +87,21 @@ class StepCount:
 
     def state_dict(self) -> dict[str, int | None]:
         """Returns the count as a resumed run takes it up, a step that was told of included."""
-        return {
+        entries = {
             "clock": self.now + self._moved,
             "state": self._seen,
             "state_clock": self._seen_at,
         }
+        space = self._operator.parameters
+        if space.layout is not None:
+            present = self.name(hash(self._operator.state()))
+            entries["whole"] = space.digest_of_whole() if present == self._seen else None
+        return entries
 
-    def load(self, now: int, seen: int | None, seen_at: int) -> None:
+    def load(self, now: int, seen: int | None, seen_at: int, whole: int | None = None) -> None:
         """Takes the entries of ``state_dict()``; those that follow steps then look first."""
         self.now, self._seen, self._seen_at, self._moved = now, seen, seen_at, False
+        self._loaded, self._alias = whole, (0, 0)
         self.looks += 1
 
 

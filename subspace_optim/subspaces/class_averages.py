@@ -10,9 +10,10 @@ from torch import Tensor
 
 from subspace_optim._inner_product import WHOLE, InnerProduct
 from subspace_optim._validation import ArgumentError, NonFiniteError
+from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.low_rank import LowRankCurvature
 from subspace_optim.linalg.rows import norm
-from subspace_optim.subspaces.checkpoints import checksum
+from subspace_optim.subspaces.checkpoints import SavedState, checksum, saved_rows
 
 _SAFE = 1e-12
 """Norms of which the squares are far from the ends of float32."""
@@ -30,7 +31,8 @@ class ClassAverages:
     (`class_gradient_2020`, eqs. 16 and 17), over the t minibatches in which class k occurred.
 
     Attributes:
-        vectors: ``(C, P)``, ``v_k = c_k / |c_k|``, zero where ``c_k`` is.
+        vectors: ``(C, P)``, ``v_k = c_k / |c_k|``, zero where ``c_k`` is. Of a sharded model, the
+            coordinates that lie on this rank.
         norms: ``(C,)``, ``|c_k|``, float64.
         squares: ``(C,)``, ``λ_k²``, float64: it has twice the exponents of ``λ_k``.
         updates: ``(C,)``, t of each class.
@@ -104,33 +106,37 @@ def averaged(
 
 # In a state dict.
 
-
-def kinds(classes: int, size: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Returns the shapes and dtypes of the averages, by their names."""
-    return {
-        "vectors": ((classes, size), dtype),
-        "norms": ((classes,), torch.float64),
-        "squares": ((classes,), torch.float64),
-        "updates": ((classes,), torch.int64),
-    }
+_OF_CLASSES = {"norms": torch.float64, "squares": torch.float64, "updates": torch.int64}
+ENTRIES = ("vectors", *_OF_CLASSES)
+"""The names of the averages."""
 
 
-def saved(
-    averages: ClassAverages | None,
-    classes: int,
-    size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Any]:
+def saved(averages: ClassAverages | None, classes: int, space: ParameterSpace) -> dict[str, Any]:
     """Returns copies of the averages; zeros of the same shapes where there are none."""
+    shape = (classes, space.size_here)
+    rows = torch.zeros(shape, dtype=space.dtype, device=space.device)
+    if averages is not None:
+        rows.copy_(averages.vectors)
     entries: dict[str, Any] = {"observed": averages is not None}
-    for name, (shape, kind) in kinds(classes, size, dtype).items():
+    entries["vectors"] = saved_rows(space, rows)
+    for name, dtype in _OF_CLASSES.items():
         entries[name] = (
-            torch.zeros(shape, dtype=kind, device=device)
+            torch.zeros(classes, dtype=dtype, device=space.device)
             if averages is None
             else getattr(averages, name).clone()
         )
     return entries | {"checksum": checksum(entries)}
+
+
+def loaded(state: SavedState, classes: int, space: ParameterSpace) -> ClassAverages:
+    """Returns the averages of a saved state."""
+    remedy = "The state is of another model or num_classes."
+    vectors = state.rows("vectors", (classes,), space, remedy=remedy)
+    others = {
+        name: state.tensor(name, (classes,), dtype, space.device, minimum=0, remedy=remedy)
+        for name, dtype in _OF_CLASSES.items()
+    }
+    return ClassAverages(vectors, **others, inner=space.inner)
 
 
 def check_averages(averages: ClassAverages, observations: int, saved: torch.dtype) -> None:

@@ -6,26 +6,29 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from subspace_optim._display import Shown, number, numbers
 from subspace_optim._validation import ArgumentError, check_integer, check_number
 from subspace_optim.curvature.contexts import full_precision, random_state_kept
 from subspace_optim.curvature.digests import digest
+from subspace_optim.curvature.dtensors import is_sharded
+from subspace_optim.curvature.fully_sharded import reshard
 from subspace_optim.curvature.logit_gradients import LogitGradients
+from subspace_optim.curvature.names import Params
 from subspace_optim.curvature.objective import unwrapped
-from subspace_optim.curvature.parameters import ParameterSpace, Params
-from subspace_optim.curvature.process_group import Ranks
+from subspace_optim.curvature.parameters import ParameterSpace
+from subspace_optim.curvature.process_group import Ranks, taking_part
 from subspace_optim.curvature.surroundings import ALONE
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.low_rank import LowRankCurvature
 from subspace_optim.subspaces.checkpoints import VERSION, SavedState, checksum
 from subspace_optim.subspaces.class_averages import (
+    ENTRIES,
     ClassAverages,
     averaged,
     check_averages,
-    kinds,
+    loaded,
     saved,
 )
 
@@ -80,6 +83,10 @@ class ClassGradientSubspace(Shown):
     the sums are over all parts, bit by bit the same on every rank. The parameters have to be
     equal. Statistics of batch norm are those of each rank.
 
+    A model that is sharded, by ``fully_shard`` or tensor parallel, needs no argument: each rank
+    passes its own part of the minibatch, and vectors hold the coordinates that lie on it. All ranks
+    go through the passes together, one for each class that any of them has.
+
     Args:
         model: called as ``model(x)``, which gives ``(N, C)`` logits. ``DistributedDataParallel``
             and ``torch.compile`` wrappers are taken off.
@@ -132,9 +139,9 @@ class ClassGradientSubspace(Shown):
             self.num_classes = check_integer("num_classes", num_classes, minimum=2)
             self.model = unwrapped(model)
             self.parameters = ParameterSpace(self.model, params)
-            if self.parameters.layout is not None:
-                remedy = "Of a sharded model there is DominantSubspace."
-                raise ArgumentError("model", "sharded", "whole on each rank", remedy)
+            self._ranks = taking_part(self._ranks, self.parameters.ranks)
+        options = {"decay": decay, "orthogonal": orthogonal, "coupled": coupled}
+        self._ranks.check_alike("Pass the same on each.", num_classes=num_classes, **options)
         self.decay = decay
         self.orthogonal = orthogonal
         self.coupled = coupled
@@ -183,7 +190,7 @@ class ClassGradientSubspace(Shown):
             self._agree()
             with self._ranks.all_or_none():
                 shape = (self._sums.size,)
-                with self._ranks.summed(shape, self.parameters.dtype, device) as sums:
+                with self._ranks.found(shape, self.parameters.dtype, device) as sums:
                     self._sums.add_to(sums, x, y)
                 parts = self._sums.split(sums)
                 averages = averaged(
@@ -197,9 +204,10 @@ class ClassGradientSubspace(Shown):
         """Returns the averages, for ``torch.save``: a run that loads them goes on bit by bit.
 
         The tensors are copies, and of the same shapes whether anything was observed or not, so
-        that ``torch.distributed.checkpoint`` can read into the state of a new subspace.
+        that ``torch.distributed.checkpoint`` can read into the state of a new subspace. Of a
+        sharded model the vectors come as one tensor a parameter, sharded as that is.
         """
-        entries = saved(self._averages, *self._layout(), self.parameters.device)
+        entries = saved(self._averages, self.num_classes, self.parameters)
         return {"version": VERSION, **entries, "stats": asdict(self.stats)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -211,48 +219,38 @@ class ClassGradientSubspace(Shown):
         Args:
             state_dict: what ``state_dict()`` returned.
         """
-        entries = kinds(*self._layout())
-        names = {"version", "observed", *entries, "checksum", "stats"}
-        state = SavedState(state_dict, names, "Pass what `subspace.state_dict()` returned.")
-        observed, remedy = state.flag("observed"), "The state is of another model or num_classes."
-        loaded = ClassAverages(
-            **{
-                name: state.tensor(
-                    name,
-                    shape,
-                    dtype,
-                    self.parameters.device,
-                    minimum=None if name == "vectors" else 0,
-                    remedy=remedy,
-                )
-                for name, (shape, dtype) in entries.items()
-            },
-            inner=self.parameters.inner,
-        )
-        costs = state.inside("stats", ["observations", "seconds"])
-        stats = ClassGradientStats(costs.count("observations"), costs.number("seconds", minimum=0))
-        if observed:
-            check_averages(loaded, stats.observations, state_dict["vectors"].dtype)
-        state.check_sum(checksum({name: state_dict[name] for name in ("observed", *entries)}))
+        with self.parameters.ranks.all_or_none():
+            names = {"version", "observed", *ENTRIES, "checksum", "stats"}
+            state = SavedState(state_dict, names, "Pass what `subspace.state_dict()` returned.")
+            observed = state.flag("observed")
+            averages = loaded(state, self.num_classes, self.parameters)
+            costs = state.inside("stats", ["observations", "seconds"])
+            seconds = costs.number("seconds", minimum=0)
+            stats = ClassGradientStats(costs.count("observations"), seconds)
+            if observed:
+                check_averages(averages, stats.observations, state.dtype("vectors"))
+            state.check_sum(checksum({name: state_dict[name] for name in ("observed", *ENTRIES)}))
 
         self._given = None
-        self._averages = loaded if observed else None
+        self._averages = averages if observed else None
         self.stats = stats
-
-    def _layout(self) -> tuple[int, int, torch.dtype]:
-        return self.num_classes, self.parameters.size_here, self.parameters.dtype
 
     def _agree(self) -> None:
         """Sees to it that all ranks have the same parameters and averages.
+
+        Those that are sharded differ, and torch keeps the copies of their shards equal: these do
+        not count.
 
         Raises:
             ArgumentError: they differ.
         """
         if self._ranks.group is None:
             return
+        if self.parameters.layout is not None:
+            reshard(self.model)  # after a forward pass some are whole
         known = self._averages
         history = 0 if known is None else int(digest([known.norms, known.squares, known.updates]))
-        theta = int(digest(self.model.parameters()))
+        theta = int(digest(p for p in self.model.parameters() if not is_sharded(p)))
         device = self.parameters.device
         for same, name, remedy in zip(
             self._ranks.agree([theta, history], device),

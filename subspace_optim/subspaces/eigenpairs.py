@@ -18,11 +18,18 @@ from subspace_optim._validation import (
 from subspace_optim.curvature.operator import CurvatureOperator, rounding_at
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.lanczos import top_eigenpairs
+from subspace_optim.linalg.refinement import staleness_of_rounding
+from subspace_optim.linalg.rounded import RoundedBasis, stored
 from subspace_optim.linalg.rows import check_orthonormal, orthonormalise_
 from subspace_optim.subspaces.checkpoints import SavedState, saved_rows
 
 _ASYMMETRIC = 1e-2
 """The asymmetry of products that rounding does not explain: at most 1e-5 in sound matrices."""
+ROUNDED = torch.bfloat16
+"""The dtype that vectors may be held in to save memory, where it is not their own.
+
+Not float16: most entries of a vector of length 1 are below its normal numbers from P = 10⁹ on."""
+_VECTORS = ("vectors", "guard_vectors")
 _ROOM = 4
 """What a saved basis may be off by, in units of what a basis that is given may be."""
 
@@ -56,9 +63,19 @@ class TopPairs:
         return float(self.guard.eigenvalues[0]) if self.guard.k else -math.inf
 
     @property
+    def staleness_of_rounding(self) -> float:
+        """The staleness that a probe sees though no parameter has moved, as vectors are rounded."""
+        return staleness_of_rounding(self.basis, self.guard, mean=self.mean)
+
+    @property
     def rows(self) -> Tensor:
         """``(k + 1, P)``: the eigenvectors, and that of the guard."""
         return torch.cat([self.basis.vectors, self.guard.vectors])
+
+    def stored(self, dtype: torch.dtype | None) -> TopPairs:
+        """Returns the same with vectors that are held in a dtype; ``None``: in their own."""
+        basis, guard = stored(self.basis, dtype), stored(self.guard, dtype)
+        return TopPairs(basis, guard, self.lowest, self.mean)
 
 
 def solve(
@@ -117,12 +134,27 @@ def _check_symmetry(operator: CurvatureOperator, asymmetry: float) -> None:
     )
 
 
+# How they are held.
+
+
+def check_basis_dtype(dtype: Any) -> torch.dtype | None:
+    """Returns the argument ``basis_dtype``.
+
+    Raises:
+        ArgumentError: vectors cannot be held in it.
+    """
+    if dtype is not None and dtype is not ROUNDED:
+        remedy = "None holds the vectors as they are computed, in float32 or float64."
+        raise ArgumentError("basis_dtype", dtype, f"None or {ROUNDED}", remedy)
+    return ROUNDED if dtype is ROUNDED else None
+
+
 # In a state dict.
 
 
 def names_in_state(operator: CurvatureOperator, k: int) -> set[str]:
     """Returns the names of the entries that ``saved`` makes."""
-    return {*_shapes(operator, k), "solved", "guarded", "lowest", "mean"}
+    return {*_shapes(operator, k), "solved", "guarded", "lowest", "mean", "rounded", "rounding"}
 
 
 def _shapes(operator: CurvatureOperator, k: int) -> dict[str, tuple[int, ...]]:
@@ -133,26 +165,47 @@ def _shapes(operator: CurvatureOperator, k: int) -> dict[str, tuple[int, ...]]:
     return own | {f"guard_{name}": shape for name, shape in next_.items()}
 
 
-def saved(pairs: TopPairs | None, operator: CurvatureOperator, k: int) -> dict[str, Any]:
-    """Returns copies of the pairs; zeros of the same shapes where there are none."""
-    options: Any = {"dtype": operator.dtype, "device": operator.device}
+def saved(
+    pairs: TopPairs | None, operator: CurvatureOperator, k: int, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Returns copies of the pairs; zeros of the same shapes where there are none.
+
+    Args:
+        pairs: to be saved.
+        operator: whose they are.
+        k: how many.
+        dtype: that vectors are held in, and saved; ``None``: that of the operator.
+    """
+    own = dict.fromkeys(_shapes(operator, k), operator.dtype)
+    own |= dict.fromkeys(_VECTORS, dtype or operator.dtype)
     entries: dict[str, Any] = {
         "solved": pairs is not None,
         "guarded": pairs is not None and pairs.guard.k > 0,
         "lowest": 0.0 if pairs is None else pairs.lowest,
         "mean": 0.0 if pairs is None else pairs.mean,
-        **{name: torch.zeros(shape, **options) for name, shape in _shapes(operator, k).items()},
+        "rounded": dtype is not None,
+        "rounding": 0.0 if pairs is None else pairs.basis.rounding,
+        **{
+            name: torch.zeros(shape, dtype=own[name], device=operator.device)
+            for name, shape in _shapes(operator, k).items()
+        },
     }
     for prefix, each in () if pairs is None else (("", pairs.basis), ("guard_", pairs.guard)):
-        for name in ("eigenvalues", "vectors", "residuals") if each.k else ():
-            entries[f"{prefix}{name}"] = getattr(each, name).detach().clone()
-    for name in ("vectors", "guard_vectors"):
+        if each.k:
+            rows = each.rows if isinstance(each, RoundedBasis) else each.vectors
+            entries[f"{prefix}vectors"] = rows.detach().clone()
+            for name in ("eigenvalues", "residuals"):
+                entries[f"{prefix}{name}"] = getattr(each, name).detach().clone()
+    for name in _VECTORS:
         entries[name] = saved_rows(operator.parameters, entries[name])
     return entries
 
 
 def loaded(state: SavedState, operator: CurvatureOperator, k: int) -> TopPairs | None:
-    """Returns the pairs that were saved, in the operator's dtype and on its device."""
+    """Returns the pairs that were saved, in the operator's dtype and on its device.
+
+    Vectors that were held in fewer bits are so here: ``TopPairs.stored`` makes what is wanted.
+    """
     lowest, mean = state.number("lowest"), state.number("mean")
     solved, guarded = state.flag("solved"), state.flag("guarded")
     basis = _loaded_pairs(state, "", operator, k, known=solved)
@@ -185,12 +238,20 @@ def _loaded_pairs(
     inner = operator.inner
     if not known:
         return EigenBasis(values[:0], vectors[:0], residuals[:0], inner)
+    rounding = 0.0 if prefix else state.number("rounding", minimum=0, maximum=1)
     in_order = values.tolist()
     if in_order != sorted(in_order, reverse=True):
         raise ArgumentError(state.label(f"{prefix}eigenvalues"), in_order, "in descending order")
-    dtype = state.dtype(f"{prefix}vectors")
+    dtype, held = state.dtype(f"{prefix}vectors"), state.flag("rounded")
+    if dtype == ROUNDED and not held:
+        remedy = "Load it into a subspace with basis_dtype=None, or by torch.load."
+        allowed = "in the dtype that it was saved in, of more bits"
+        raise ArgumentError(state.label(f"{prefix}vectors"), dtype, allowed, remedy)
+    dtype = ROUNDED if held else dtype
     accuracy = max(torch.finfo(d).eps for d in (dtype, vectors.dtype))
     check_orthonormal(state.label(f"{prefix}vectors"), vectors, _ROOM * accuracy, inner)
+    if held:
+        return RoundedBasis(values, vectors.to(dtype), residuals, inner, rounding)
     if vectors.dtype != dtype:
         orthonormalise_(vectors, inner)
-    return EigenBasis(values, vectors, residuals, inner)
+    return EigenBasis(values, vectors, residuals, inner, rounding)

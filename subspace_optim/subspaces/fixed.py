@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from subspace_optim._display import Shown, numbers
 from subspace_optim._validation import ArgumentError
+from subspace_optim.curvature.names import Params
 from subspace_optim.curvature.objective import unwrapped
-from subspace_optim.curvature.parameters import ParameterSpace, Params
+from subspace_optim.curvature.parameters import ParameterSpace
 from subspace_optim.linalg.eigenbasis import EigenBasis
 from subspace_optim.linalg.rows import check_orthonormal, is_finite, orthonormalise_
 

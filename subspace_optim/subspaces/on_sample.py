@@ -109,10 +109,18 @@ class OnSample(RefreshRule):
     def pairs(self, pairs: TopPairs | None) -> None:
         self.by_angle.pairs = pairs
 
-    def attach(self, operator: CurvatureOperator, k: int, *, tol: float, seed: int) -> None:
+    def attach(
+        self,
+        operator: CurvatureOperator,
+        k: int,
+        *,
+        tol: float,
+        seed: int,
+        basis_dtype: torch.dtype | None = None,
+    ) -> None:
         """Takes what it is to find."""
-        super().attach(operator, k, tol=tol, seed=seed)
-        self.by_angle.attach(operator, k, tol=tol, seed=seed)
+        super().attach(operator, k, tol=tol, seed=seed, basis_dtype=basis_dtype)
+        self.by_angle.attach(operator, k, tol=tol, seed=seed, basis_dtype=basis_dtype)
         self._samples = Samples(operator, seed)
 
     def options(self) -> dict[str, Any]:
@@ -264,6 +272,11 @@ class OnSample(RefreshRule):
     def _rough_pairs(self, small: CurvatureOperator) -> TopPairs:
         tol = max(self.tol, _ROUGH)
         return eigenpairs.solve(small, self.k, tol=tol, seed=self.seed, max_angle=_NOISY / 3)
+
+    def store(self) -> float:
+        """Holds the vectors in ``basis_dtype``; those of an anchor stay as they are."""
+        self.by_angle.stats = self.stats
+        return self.by_angle.store()
 
     def _set_anchors(self, found: Measured | None = None) -> None:
         """Anchors the basis until it is good, or ``_ANCHORS`` times."""

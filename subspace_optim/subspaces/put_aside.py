@@ -49,6 +49,15 @@ class Aside:
         own = replace(own, rates=rates, effective_rank=other.effective_rank, ratios=other.ratios)
         return replace(self, staleness=own)
 
+    def stored(self, dtype: torch.dtype | None) -> Aside:
+        """Returns the same with vectors that are held in a dtype, as ``TopPairs.stored``."""
+        pairs = self.pairs.stored(dtype)
+        turned = pairs.basis.rounding - self.pairs.basis.rounding
+        staleness = self.staleness
+        if turned:
+            staleness = staleness.rounded(turned, pairs.staleness_of_rounding)
+        return replace(self, pairs=pairs, staleness=staleness)
+
 
 def are_back(
     theta: Tensor, before: Tensor | None, earlier: Tensor | None, inner: InnerProduct = WHOLE
@@ -92,11 +101,13 @@ def copied(anchor: Tensor | None, operator: CurvatureOperator) -> Any:
     return saved_rows(space, anchor.clone())
 
 
-def saved(aside: Aside | None, operator: CurvatureOperator, k: int) -> dict[str, Any]:
+def saved(
+    aside: Aside | None, operator: CurvatureOperator, k: int, dtype: torch.dtype | None
+) -> dict[str, Any]:
     """Returns copies of its tensors; zeros of the same shapes if there is none."""
     pairs = None if aside is None else aside.pairs
     anchor = None if aside is None else aside.staleness.anchor
-    return eigenpairs.saved(pairs, operator, k) | {"anchor": copied(anchor, operator)}
+    return eigenpairs.saved(pairs, operator, k, dtype) | {"anchor": copied(anchor, operator)}
 
 
 def numbers(aside: Aside | None, k: int) -> dict[str, Any]:

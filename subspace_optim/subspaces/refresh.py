@@ -117,9 +117,26 @@ class ByAngle(RefreshRule):
         self._aside: Aside | None = None  # a second basis, where parameters jump to and fro
         self._earlier: Tensor | None = None  # the parameters of the refresh before the last
 
-    def attach(self, operator: CurvatureOperator, k: int, *, tol: float, seed: int) -> None:
-        """Takes what it is to find."""
-        super().attach(operator, k, tol=tol, seed=seed)
+    def attach(
+        self,
+        operator: CurvatureOperator,
+        k: int,
+        *,
+        tol: float,
+        seed: int,
+        basis_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Takes what it is to find.
+
+        Raises:
+            ArgumentError: rounding to ``basis_dtype`` leaves too little of ``max_angle``.
+        """
+        least = 0.0 if basis_dtype is None else torch.finfo(basis_dtype).eps
+        if self.max_angle < least:
+            remedy = "To round the vectors turns them by up to half of that: basis_dtype=None."
+            allowed = f"at least {least} with basis_dtype={basis_dtype}"
+            raise ArgumentError("max_angle", self.max_angle, allowed, remedy)
+        super().attach(operator, k, tol=tol, seed=seed, basis_dtype=basis_dtype)
         self._staleness = Staleness(k)
 
     def options(self) -> dict[str, Any]:
@@ -193,8 +210,8 @@ class ByAngle(RefreshRule):
 
     def _probe_and_improve(self, *, drifted: bool) -> None:
         if not self.gapless:
-            shrunk = self.probe(drifted=drifted)
-            if shrunk < _FALLEN and self._estimate <= _REFINABLE:
+            fallen = self.probe(drifted=drifted)
+            if fallen and self._estimate <= _REFINABLE:
                 self.refine(verify=True, drifted=drifted)
         self._improve()
 
@@ -237,13 +254,13 @@ class ByAngle(RefreshRule):
         if found.missed > MISS_PROBABILITY or gap <= 0:
             self.stats.bound = self.stats.estimate = 1.0
             return
-        self._unseen = self._unseen.looked()
+        self._unseen = self._unseen.looked(looked.below)
         if gap < before:
             self._staleness = self._staleness.narrowed(gap / before)
             self.stats.estimate = min(1.0, self._estimate * before / gap)
             self.stats.bound = min(1.0, (self.stats.bound or 0.0) * before / gap)
 
-    def probe(self, *, drifted: bool) -> float:
+    def probe(self, *, drifted: bool) -> bool:
         """Estimates the angle: 1 where the pairs are others than were known.
 
         They are if a direction of the bulk has come to the top, or the gaps have shrunk to less
@@ -253,13 +270,12 @@ class ByAngle(RefreshRule):
             drifted: all of the staleness came with the drift of the parameters.
 
         Returns:
-            The gaps over those that were known.
+            Whether the gaps have shrunk much, or an eigenvalue has fallen to those that came next.
         """
         pairs, drift = self._present(), self._drift()
         found = self._probed(guarded=True)
-        self._unseen = self._unseen.probed(
-            drift, found.staleness, self._vectors + 1, fallen=found.shrunk < _FALLEN
-        )
+        fallen = found.shrunk < _FALLEN or found.least < self._unseen.level
+        self._unseen = self._unseen.probed(drift, found.staleness, self._vectors + 1, fallen=fallen)
         self.pairs = replace(pairs, guard=found.guard)
         self._staleness = self._staleness.probed(drift, found, drifted=drifted)
         sine = self._staleness.sine(drift) if math.isfinite(found.staleness) else 1.0
@@ -271,7 +287,7 @@ class ByAngle(RefreshRule):
         # no estimate. Sooner where the gaps shrink to half before.
         further = min(_FURTHER, (1 - _SHRUNK) / max(1 - found.shrunk, 1e-12))
         self._probe_at = self.max_angle, max(1.0, further) * drift.length
-        return found.shrunk
+        return fallen
 
     def _probed(self, *, guarded: bool) -> Probe:
         pairs = self._present()
@@ -336,9 +352,19 @@ class ByAngle(RefreshRule):
             left = total_staleness(pairs.basis, pairs.guard)
             self._certify(left, bound=left, until=until)
 
+    def store(self) -> float:
+        """Holds the vectors in ``basis_dtype``, also of the basis that was put aside."""
+        turned = super().store()
+        if turned:
+            rounding = self._present().staleness_of_rounding
+            self._staleness = self._staleness.rounded(turned, rounding)
+        if self._aside is not None:
+            self._aside = self._aside.stored(self.basis_dtype)
+        return turned
+
     def settle(self, pairs: TopPairs) -> None:
         """Takes new pairs, of the present parameters, that a solve has found: a refresh."""
-        self._unseen = self._unseen.looked()
+        self._unseen = self._unseen.looked(pairs.below)
         self._settle(pairs)
 
     def _settle(self, pairs: TopPairs) -> None:
@@ -441,7 +467,7 @@ class ByAngle(RefreshRule):
         return {
             "anchor": put_aside.copied(self._staleness.anchor, operator),
             "earlier": put_aside.copied(self._earlier, operator),
-            "aside": put_aside.saved(self._aside, operator, self.k),
+            "aside": put_aside.saved(self._aside, operator, self.k, self.basis_dtype),
         }
 
     def take(self, saved: SavedState) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from subspace_optim._validation import ArgumentError
@@ -92,6 +94,7 @@ class RefreshRule(ABC):
         tol: relative residual of a solve.
         seed: of the random vectors.
         stats: what the basis has cost so far.
+        basis_dtype: that vectors are held in between renewals; ``None``: the operator's.
         pairs: the eigenpairs; ``None`` before the first solve.
     """
 
@@ -99,12 +102,21 @@ class RefreshRule(ABC):
     k: int
     tol: float
     seed: int
+    basis_dtype: torch.dtype | None
 
     def __init__(self) -> None:
         self.stats = SubspaceStats()
         self.pairs: TopPairs | None = None
 
-    def attach(self, operator: CurvatureOperator, k: int, *, tol: float, seed: int) -> None:
+    def attach(
+        self,
+        operator: CurvatureOperator,
+        k: int,
+        *,
+        tol: float,
+        seed: int,
+        basis_dtype: torch.dtype | None = None,
+    ) -> None:
         """Takes what it is to find: called once, by the subspace that it is given to.
 
         Raises:
@@ -116,6 +128,7 @@ class RefreshRule(ABC):
             remedy = "Call super().__init__() in its constructor."
             raise ArgumentError("refresh", "a rule that was not set up", "one that was", remedy)
         self.operator, self.k, self.tol, self.seed = operator, k, tol, seed
+        self.basis_dtype = basis_dtype
 
     def options(self) -> dict[str, Any]:
         """Returns what it was made with: the same on all ranks."""
@@ -167,6 +180,7 @@ class RefreshRule(ABC):
         if self.pairs is None:
             found = f"what {plan}() of {type(self).__name__} has found"
             raise ArgumentError(found, "nothing", "pairs, which settle() takes")
+        self.store()
 
     def solve(self) -> None:
         """Finds the top k eigenpairs at the present parameters, by a cold solve."""
@@ -177,6 +191,24 @@ class RefreshRule(ABC):
         """Takes new pairs, of the present parameters: a refresh."""
         self.pairs = pairs
         self.stats.refreshes += 1
+
+    def store(self) -> float:
+        """Holds the vectors in ``basis_dtype`` from here on; a renewal ends with it.
+
+        What was certified was so of the vectors as they were found: bound and estimate grow by
+        what they are turned by now, the bound by all of it, the estimate as by a random direction.
+
+        Returns:
+            The sine that the basis is turned by; 0 where it is held so already.
+        """
+        pairs, stats = self._present(), self.stats
+        self.pairs = pairs.stored(self.basis_dtype)
+        turned = self.pairs.basis.rounding - pairs.basis.rounding
+        if stats.bound is not None:
+            stats.bound = min(1.0, stats.bound + turned)
+        if stats.estimate is not None:
+            stats.estimate = min(1.0, math.hypot(stats.estimate, turned))
+        return turned
 
     def trial(self) -> Self:
         """Returns a copy to work on: what fails half-way leaves the original as it is."""
@@ -217,7 +249,8 @@ class RefreshRule(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Returns copies of the eigenpairs, and what the rule knows of them."""
         own = {"kind": type(self).__name__} | self.numbers() | self.tensors()
-        return eigenpairs.saved(self.pairs, self.operator, self.k) | {"rule": own}
+        pairs = eigenpairs.saved(self.pairs, self.operator, self.k, self.basis_dtype)
+        return pairs | {"rule": own}
 
     def loaded(self, state: SavedState) -> Self:
         """Returns a copy that holds what was saved; ``ArgumentError`` if that cannot be."""
@@ -229,6 +262,8 @@ class RefreshRule(ABC):
             loaded.take(state.inside("rule", {"kind", *self.numbers(), *self.tensors()}))
         else:
             loaded.adopt()
+        if loaded.pairs is not None:
+            loaded.store()
         return loaded
 
 

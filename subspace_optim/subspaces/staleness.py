@@ -34,6 +34,8 @@ _RIDGE = 0.3
 """Weight of what is assumed of a rate, against one observation of it."""
 _NOTHING = 1e-12
 """Stands for a rate, or for the inverse of one, that is 0."""
+_ROUNDED = 0.5
+"""The share of a squared staleness that is put down to rounding, at most: probes scatter."""
 _MARGIN = 1.75
 """What an estimate is multiplied by: probes scatter, and the ratio of sine to staleness changes."""
 
@@ -125,6 +127,8 @@ class Staleness:
         effective_rank: of the rows that ``A`` sums up, as last seen: from 1, where one direction
             of the subspace is off alone, to k, where all are equally.
         ratios: the largest sine over the staleness, at the last refinements.
+        rounding: the staleness that the basis shows because its vectors were rounded: it does not
+            grow with drift, and the sine of it is known and in ``rates.start``.
     """
 
     k: int
@@ -132,6 +136,7 @@ class Staleness:
     rates: Rates = Rates()
     effective_rank: float | None = None
     ratios: tuple[float, ...] = ()
+    rounding: float = 0.0
 
     def drift(self, basis: EigenBasis, space: ParameterSpace) -> Drift:
         """Returns how far the parameters have moved since the last refresh."""
@@ -185,7 +190,7 @@ class Staleness:
         if found.effective_rank is not None and not self.ratios:
             known = replace(known, effective_rank=found.effective_rank)
         if math.isfinite(found.staleness):
-            observed = rates.observe(drift, found.staleness)
+            observed = rates.observe(drift, self._of_drift(found.staleness))
             known = replace(known, rates=observed if drifted else rates.refreshed(found.staleness))
         return known
 
@@ -193,7 +198,12 @@ class Staleness:
         """Returns what is known once a refinement has told how stale the basis was."""
         if not 0 < staleness < math.inf:
             return self
-        return replace(self, rates=self.rates.observe(drift, staleness))
+        return replace(self, rates=self.rates.observe(drift, self._of_drift(staleness)))
+
+    def _of_drift(self, staleness: float) -> float:
+        """Returns what of a staleness does not come from rounding."""
+        square = staleness**2
+        return math.sqrt(max(square - self.rounding**2, (1 - _ROUNDED) * square))
 
     def refined(self, result: Refinement, after: float) -> Staleness:
         """Returns what is known after a refinement that has left a staleness of ``after``."""
@@ -201,12 +211,22 @@ class Staleness:
             return self
         # The old basis was off by the angle to the new one and what that one is off by.
         off = result.sine + self.ratio * after
-        ratios = (*self.ratios[-1:], min(1.0, off / result.before))
+        ratios = (*self.ratios[-1:], min(1.0, off / self._of_drift(result.before)))
         return replace(self, ratios=ratios, effective_rank=result.effective_rank)
 
     def refreshed(self, left: float) -> Staleness:
         """Returns what is known of a new basis, of which a staleness of ``left`` remains."""
-        return replace(self, rates=self.rates.refreshed(left))
+        return replace(self, rates=self.rates.refreshed(left), rounding=0.0)
+
+    def rounded(self, sine: float, rounding: float) -> Staleness:
+        """Returns what is known once the vectors were rounded.
+
+        Args:
+            sine: that this turned them by, in a random direction.
+            rounding: the staleness that it shows.
+        """
+        start = math.hypot(self.rates.start, sine)
+        return replace(self, rates=replace(self.rates, start=start), rounding=rounding)
 
     def narrowed(self, share: float) -> Staleness:
         """Returns what is known once the gaps are seen to be that share of what they were."""
@@ -220,6 +240,7 @@ class Staleness:
             "rates": asdict(self.rates),
             "effective_rank": self.effective_rank,
             "ratios": list(self.ratios),
+            "rounding": self.rounding,
         }
 
     def loaded(self, state: SavedState, anchor: Tensor | None) -> Staleness:
@@ -233,4 +254,5 @@ class Staleness:
         )
         ratios = tuple(state.numbers("ratios", minimum=0, maximum=1))
         rank = state.optional("effective_rank", minimum=0, maximum=self.k)
-        return Staleness(self.k, anchor, rates, rank, ratios)
+        rounding = state.number("rounding", minimum=0, infinite=True)
+        return Staleness(self.k, anchor, rates, rank, ratios, rounding)

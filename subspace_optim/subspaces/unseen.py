@@ -34,6 +34,7 @@ class Unseen:
         refined: the basis is another one since.
         unusual: there was a move that was much longer than those before, or the gaps have shrunk.
         lengths: of the latest drifts at which there was a probe or a refinement.
+        level: the eigenvalue that came next after those of the basis when it was made sure.
     """
 
     turned: float = 0.0
@@ -42,6 +43,7 @@ class Unseen:
     refined: bool = False
     unusual: bool = False
     lengths: tuple[float, ...] = ()
+    level: float = -math.inf
 
     @property
     def is_due(self) -> bool:
@@ -56,7 +58,8 @@ class Unseen:
             drift: of the parameters since the last refresh.
             staleness: that was found.
             products: that it took.
-            fallen: the gaps have shrunk: what was far below the basis may be above it now.
+            fallen: the gaps have shrunk, or an eigenvalue is below the ``level``: what was far
+                below the basis may be above it now.
         """
         met = self._met(drift, products)
         unusual = met.unusual or fallen
@@ -76,9 +79,13 @@ class Unseen:
         turned = met.turned + max(met.present, staleness)
         return replace(met, turned=turned, present=0.0, refined=self.refined or drifted)
 
-    def looked(self) -> Unseen:
-        """Returns what is known after a look at what is outside, or a solve."""
-        return Unseen(lengths=self.lengths)
+    def looked(self, level: float) -> Unseen:
+        """Returns what is known after a look at what is outside, or a solve.
+
+        Args:
+            level: the largest eigenvalue that was found there.
+        """
+        return Unseen(lengths=self.lengths, level=level)
 
     def _met(self, drift: Drift, products: int) -> Unseen:
         longest, length = max(self.lengths, default=math.inf), drift.length
@@ -104,4 +111,5 @@ class Unseen:
             refined=saved.flag("refined"),
             unusual=saved.flag("unusual"),
             lengths=tuple(saved.numbers("lengths", minimum=0)),
+            level=saved.number("level", infinite=True),
         )

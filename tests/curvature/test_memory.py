@@ -1,8 +1,17 @@
 """The meter counts what an operation has made and somebody still holds."""
 
-import torch
+from unittest import mock
 
-from subspace_optim.curvature.memory import AllocationMeter, free_memory
+import torch
+from torch import nn
+
+from subspace_optim.curvature import memory
+from subspace_optim.curvature.memory import (
+    AllocationMeter,
+    free_memory,
+    may_be_kept,
+    size_gathered,
+)
 
 
 def test_what_is_made_inside_and_held_is_counted_once():
@@ -34,3 +43,14 @@ def test_sparse_tensors_are_passed_by():
 
 def test_some_memory_is_free_and_not_more_than_a_machine_has():
     assert 0 < free_memory(torch.device("cpu")) < 1 << 50
+
+
+def test_processes_of_one_machine_share_a_quarter_of_what_is_free():
+    device = torch.device("cpu")
+    with mock.patch.object(memory, "free_memory", return_value=800):
+        assert [may_be_kept(device, processes) for processes in (1, 2, 4)] == [200, 100, 50]
+
+
+def test_parameters_are_gathered_in_float32_at_least():
+    model = nn.ModuleList([nn.Linear(3, 2).bfloat16(), nn.Linear(3, 2).double()])
+    assert size_gathered(model) == 8 * 4 + 8 * 8

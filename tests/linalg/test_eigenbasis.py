@@ -136,3 +136,19 @@ def test_it_is_a_value_that_nothing_can_be_set_on(name):
 def test_shapes_that_do_not_belong_together_are_named(shapes, message):
     with pytest.raises(ArgumentError, match=message):
         EigenBasis(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2)], ids=str)
+def test_combinations_are_those_of_the_vectors(shape):
+    basis = random_basis(2, 7, torch.float64)
+    c = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, close = c @ basis.vectors, {"rtol": 0, "atol": 1e-15}
+    out = torch.full_like(expected, torch.nan)
+    assert basis.combine(c, out=out) is out
+    torch.testing.assert_close(out, expected, **close)
+    torch.testing.assert_close(basis.combine(c), expected, **close)
+    for columns in (slice(None), slice(2, 5), slice(3, 3)):
+        start = torch.ones_like(expected[..., columns])
+        out = start.clone()
+        assert basis.add_to(out, c, alpha=-2, columns=columns) is out
+        torch.testing.assert_close(out, start - 2 * expected[..., columns], **close)

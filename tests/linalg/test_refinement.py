@@ -224,6 +224,26 @@ def test_a_probe_sees_eigenvalues_fall_though_no_vector_turns():
     assert gone.shrunk < 0.5
 
 
+@pytest.mark.parametrize("fallen", range(K))
+def test_a_probe_shows_the_eigenvalue_that_has_fallen_farthest(fallen):
+    """Of a pair that the probe's vectors have much of; of all pairs where there are K vectors."""
+    values = torch.linspace(9, 5, K).double()
+    basis = EigenBasis(values, torch.eye(K, 30).double(), torch.zeros(K).double())
+    guard = EigenBasis(values.new_ones(1), torch.eye(30)[K : K + 1].double(), values.new_zeros(1))
+    present = torch.cat([values, torch.ones(30 - K)])
+    present[fallen] = 2.0
+    every = probe(
+        lambda rows: rows * present, basis, guard, lowest=1.0, mean=2.0, seed=0, vectors=K
+    )
+    assert every.least == pytest.approx(2.0, rel=1e-12)
+    seen = [
+        probe(lambda rows: rows * present, basis, guard, lowest=1.0, mean=2.0, seed=seed).least
+        for seed in range(50)
+    ]
+    assert min(seen) == pytest.approx(2.0, rel=1e-12), "no value is lower than the lowest"
+    assert sum(v == pytest.approx(2.0) for v in seen) > 25
+
+
 def test_a_probe_takes_two_products_and_leaves_the_basis_as_it_was():
     dense, calls = matrix(), []
     basis, guard = pairs(dense)

@@ -751,7 +751,7 @@ def test_a_state_that_was_changed_is_refused_and_changes_nothing():
     changes = [
         ({"version": 2}, "the version of the loaded state is 2, but must be 1"),
         ({"observed": None}, "the loaded observed is None"),
-        ({"vectors": state["vectors"] * 2}, r"the norm of the loaded vectors\[0\] is 2"),
+        ({"vectors": state["vectors"] * 2}, r"the norm of the loaded vectors\[0\] is (2|1\.99)"),
         ({"vectors": state["vectors"] * torch.nan}, "the loaded vectors is 'not finite'"),
         ({"vectors": state["vectors"][swapped]}, "the loaded checksum is"),
         ({"norms": -state["norms"]}, "the smallest of the loaded norms is -"),

@@ -227,11 +227,12 @@ def test_a_direction_that_enters_from_the_bulk_is_noticed_though_no_residual_sho
     assert (subspace.stats.cold, subspace.stats.refreshes) == (2, 2)
 
 
-def test_eigenvalues_that_fall_though_no_vector_turns_are_noticed():
+@pytest.mark.parametrize("seed", range(12))
+def test_eigenvalues_that_fall_though_no_vector_turns_are_noticed(seed):
     """Two of the top three shrink by 3 % a step, until others pass them: no ageing ever shows."""
     model = Separable(torch.linspace(2, 0.5, 8))
     hessian = so.HessianOperator(model, lambda out, _: (out**4).sum() / 12, NO_DATA)
-    subspace = so.DominantSubspace(hessian, 3)
+    subspace = so.DominantSubspace(hessian, 3, seed=seed)
     wrong = 0
     for _ in range(80):
         subspace.update()
@@ -240,7 +241,7 @@ def test_eigenvalues_that_fall_though_no_vector_turns_are_noticed():
         with torch.no_grad():
             model.theta[:2] *= 0.97
     assert subspace.stats.refreshes >= 3, "the order has changed twice"
-    assert wrong <= 8, "between two probes nothing is known"
+    assert wrong <= 2, "between two probes nothing is known"
 
 
 def test_where_there_is_no_bulk_nothing_is_uncertain():

@@ -53,7 +53,7 @@ def test_it_is_due_once_the_basis_has_turned_by_much() -> None:
     for turns in range(1, 10):
         known = known.turned_by(SHORT, 0.2, 11, drifted=True)
         assert known.is_due == (turns >= 6)
-    assert not known.looked().is_due
+    assert not known.looked(0.0).is_due
 
 
 def test_what_a_probe_finds_counts_once() -> None:
@@ -72,11 +72,18 @@ def test_it_is_due_after_many_products_and_after_a_move_that_is_far_longer() -> 
         known = known.probed(SHORT, 0.0, 2, fallen=False)
     assert not known.is_due
     assert known.probed(SHORT, 0.0, 2, fallen=False).is_due
-    assert known.looked().probed(LONG, 0.0, 2, fallen=False).is_due
-    assert known.looked().probed(SHORT, 0.0, 2, fallen=True).is_due
+    assert known.looked(0.0).probed(LONG, 0.0, 2, fallen=False).is_due
+    assert known.looked(0.0).probed(SHORT, 0.0, 2, fallen=True).is_due
     assert not Unseen().probed(LONG, 0.0, 2, fallen=False).is_due, "there was none before"
 
 
 def test_a_matrix_that_is_known_better_is_no_other_matrix() -> None:
     assert Unseen().turned_by(SHORT, 0.2, 11, drifted=True).refined
     assert not Unseen().turned_by(SHORT, 0.2, 11, drifted=False).refined
+
+
+def test_a_look_keeps_what_it_has_found_there() -> None:
+    known = Unseen().looked(2.5)
+    assert known.level == 2.5
+    assert known.probed(SHORT, 0.1, 2, fallen=False).level == 2.5
+    assert known.turned_by(SHORT, 0.1, 2, drifted=True).level == 2.5

@@ -21,6 +21,7 @@ from subspace_optim.diagnostics.measures.base import (
     subspace_for,
 )
 from subspace_optim.diagnostics.measures.step import Step
+from subspace_optim.linalg.eigenbasis import EigenBasis
 
 
 def eigenvectors() -> Measure:
@@ -60,7 +61,7 @@ class Eigenvectors(Measure):
         operator_for("eigenvectors", training)
         subspace_for("eigenvectors", training)
         self.lists = {"localization": training.k, "displacement": training.k}
-        self._before: Tensor | None = None
+        self._before: EigenBasis | Tensor | None = None
         self._loaded: Any = None
         self._space = training.parameters
 
@@ -73,15 +74,17 @@ class Eigenvectors(Measure):
             self._loaded = None
         if self._before is not None:
             row["displacement"] = displacement(basis, self._before)
-        self._before = basis.vectors
+        self._before = basis
         value = lowest_eigenvalue(step.operator, **step.training.solver_options())
         return row | {"localization": localization(basis), "lowest_eigenvalue": value}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the eigenvectors of the last row."""
-        if self._before is None or self._space.layout is None:
-            return {"vectors": self._before}
-        return {"vectors": by_name(self._space, self._before)}
+        before = self._before
+        vectors = before.vectors if isinstance(before, EigenBasis) else before
+        if vectors is None or self._space.layout is None:
+            return {"vectors": vectors}
+        return {"vectors": by_name(self._space, vectors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes them."""
