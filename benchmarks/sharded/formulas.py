@@ -4,19 +4,21 @@ P parameters on R ranks in G groups, blocks and the rest; S bytes are all parame
 each padded to R equal shards, ``S_0`` those of the rest and ``S_1`` those of a block. F are the
 floating-point operations of a forward pass of a rank's batch; b batches, j products in a block.
 
-=========================== =============================== =============== =============
-piece                       bytes gathered                  bytes scattered operations
-=========================== =============================== =============== =============
-gradient, or graph, kept    ``b S``                         ``b S``         ``3 b F``
-the same, not kept          ``2 b S``                       ``b S``         ``3 b F``
-block of products, kept     ``j b S``                       ``j b S``       ``6 j b F``
-block of products, streamed ``b (2S + j (3S − S_0 − S_1))`` ``b (1 + j) S`` ``b (3 + 6j) F``
-=========================== =============================== =============== =============
+========================== =============================== ======================== =============
+piece                      bytes gathered                  bytes scattered          operations
+========================== =============================== ======================== =============
+gradient, or graph, kept   ``b S``                         ``b S``                  ``3 b F``
+the same, not kept         ``2 b S``                       ``b S``                  ``3 b F``
+products, kept             ``j b S``                       ``j b S``                ``6 j b F``
+products, streamed         ``b (2S + j (3S − S_0 − S_1))`` ``b (S + j (2S + S_0))`` ``b (3 + 6j) F``
+========================== =============================== ======================== =============
 
 Each ``S`` is G collectives. A product gathers the vector, as the forward pass does the parameters,
 and scatters the result. Where parameters do not stay gathered it gathers them again, on its way
 through the backward pass and then back through the forward pass; where it turns, and at the end,
-a group is still there. Beside these there are sums of a few numbers: meetings, and the loss.
+a group is still there. Then it also scatters what it has found of a group on both ways, twice, and
+the rest once more: on the first way it comes by its embedding and, at the end, by its output layer.
+Beside these there are sums of a few numbers: meetings, and the loss.
 """
 
 from __future__ import annotations
@@ -79,24 +81,29 @@ def traffic(piece: Piece, shape: Shape, ranks: int, *, kept: bool, batches: int 
     root, block = padded(shape.root_shapes, ranks), padded(shape.block_shapes, ranks)
     groups, size, F = shape.groups, root + shape.layers * block, forward_flops(shape)
     passes = 1 if kept else 2  # of gathering in a gradient
-    gathers, gathered, scatters, flops = passes * groups, passes * size, 1, 3 * F
+    gathers, gathered, scatters, scattered = passes * groups, passes * size, groups, size
+    flops = 3 * F
     if piece in ("gradient", "graph"):
-        sums = 7 + 3 * batches if piece == "gradient" else 5 + 4 * batches
+        sums = 7 + batches if piece == "gradient" else 4 + 2 * batches
     else:
         rows = 1 if piece == "product" else 2
-        again = (groups, size) if kept else (3 * groups - 2, 3 * size - root - block)
         if kept:
-            gathers = gathered = scatters = flops = 0
+            gathers = gathered = scatters = scattered = flops = 0
+            again, early = (groups, size), (0, 0)
+        else:
+            again, early = (3 * groups - 2, 3 * size - root - block), (groups + 1, size + root)
         gathers, gathered = gathers + rows * again[0], gathered + rows * again[1]
-        scatters, flops = scatters + rows, flops + 6 * rows * F
-        sums = 1 if kept else 3 + 3 * batches
+        scatters += rows * (groups + early[0])
+        scattered += rows * (size + early[1])
+        flops += 6 * rows * F
+        sums = 1 if kept else 2 + batches
     evaluated = not kept or piece in ("gradient", "graph")
-    sums += 2 * batches * (ranks > 1) * evaluated  # the weights and the mean of losses
+    sums += batches * (ranks > 1) * evaluated  # the mean of the losses, and its weight
     return Traffic(
         batches * gathers,
         batches * gathered,
-        batches * scatters * groups,
-        batches * scatters * size,
+        batches * scatters,
+        batches * scattered,
         sums,
         batches * flops,
     )
