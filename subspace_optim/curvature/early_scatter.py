@@ -41,8 +41,8 @@ def scattered_early(
     of_loss = _below([loss.grad_fn])
     nodes = _below(ends)
     gathers = _gathers_of(nodes)
-    indices = {id(leaf): i for i, leaf in enumerate(leaves)}
-    parts = _Parts(indices, gathers)
+    found = list(dict.fromkeys(gathers.values()))
+    parts = _Parts(found, leaves)
     for node in nodes:
         if node in gathers or node in of_loss:
             continue
@@ -53,8 +53,8 @@ def scattered_early(
         ]
         if those:
             node.register_hook(functools.partial(_taken_aside, parts, those))
-    for gather in set(gathers.values()):
-        gather.register_hook(functools.partial(_joined, parts, gather))
+    for number, gather in enumerate(found):
+        gather.register_hook(functools.partial(_joined, parts, number))
 
     def in_parts(v: list[Tensor]) -> Sequence[Tensor | None]:
         parts.forget()
@@ -63,6 +63,7 @@ def scattered_early(
         for i, early in parts.left():
             late = found[i]
             found[i] = early if late is None else late.add_(early)
+        parts.forget()
         return found
 
     return in_parts
@@ -115,35 +116,43 @@ def _taken_aside(
     return tuple(left)
 
 
-def _joined(parts: _Parts, gather: Any, slopes: tuple[Any, ...], _: Any) -> Any:
+def _joined(parts: _Parts, number: int, slopes: tuple[Any, ...], _: Any) -> Any:
     """Adds what was scattered early to what autograd has found, where it scatters that itself."""
     if not torch.is_grad_enabled():
-        parts.join(gather, slopes)
+        parts.join(number, slopes)
 
 
 class _Parts:
-    """Parts of a product: of one group of whole parameters, and of shards.
+    """Parts of a product: of the whole parameters of one group, and of shards.
+
+    It holds no node of a graph, since nodes hold it.
 
     Args:
-        indices: of the leaves, by their identity.
-        gathers: of each node that leads to gathered parameters only, where they are gathered.
+        gathers: the nodes where parameters are gathered.
+        leaves: the shards.
     """
 
-    def __init__(self, indices: dict[int, int], gathers: dict[Any, Any]) -> None:
-        self._indices, self._gathers = indices, gathers
+    def __init__(self, gathers: Sequence[Any], leaves: Sequence[Tensor]) -> None:
+        indices = {id(leaf): i for i, leaf in enumerate(leaves)}
+        self._numbers = {id(gather): n for n, gather in enumerate(gathers)}
+        self._groups: list[FSDPGroup] = [gather.group for gather in gathers]
+        self._leaves = [  # None for a shard that is not differentiated by
+            [None if leaf is None else indices.get(id(leaf.variable)) for leaf, _ in of]
+            for of in (gather.next_functions for gather in gathers)
+        ]
         self.forget()
 
     def forget(self) -> None:
         """Begins anew."""
-        self._shards: dict[Any, list[Tensor | None]] = {}  # what has been scattered
-        self._latest: Any = None
+        self._shards: dict[int, list[Tensor | None]] = {}  # what has been scattered
+        self._latest: int | None = None
         self._wholes: dict[int, Tensor] = {}
 
     def add(self, node: Any, output: int, slope: Tensor) -> None:
         """Adds what was found for an output of a node that leads to gathered parameters."""
-        gather, expected = self._gathers[node], node._input_metadata  # noqa: SLF001
+        expected = node._input_metadata  # noqa: SLF001
         slope = slope.sum_to_size(expected[output].shape)  # as autograd does, after broadcasting
-        if node is not gather:
+        if not isinstance(node, _GATHER):
             slopes: list[Any] = [None] * len(expected)
             slopes[output] = slope
             below = node(*slopes)
@@ -152,9 +161,10 @@ class _Parts:
                 if each is not None:
                     self.add(other, place, each)
             return
-        if gather is not self._latest:
+        number = self._numbers[id(node)]
+        if number != self._latest:
             self.scatter()
-            self._latest = gather
+            self._latest = number
         known = self._wholes.get(output)
         self._wholes[output] = slope if known is None else known + slope
 
@@ -162,7 +172,7 @@ class _Parts:
         """Sums the parts of whole parameters over the ranks, and keeps the shards of this one."""
         if self._latest is None:
             return
-        group: FSDPGroup = self._latest.group
+        group = self._groups[self._latest]
         some = next(iter(self._wholes.values()))
         wholes = [
             self._wholes.pop(i) if i in self._wholes else some.new_zeros(p.shape)
@@ -173,17 +183,16 @@ class _Parts:
         self._shards[self._latest] = shards
         self._latest = None
 
-    def join(self, gather: Any, slopes: Sequence[Tensor | None]) -> None:
+    def join(self, number: int, slopes: Sequence[Tensor | None]) -> None:
         """Adds the shards of a group to others, in place, and lets go of them."""
-        if gather is self._latest:
+        if number == self._latest:
             self.scatter()
-        _add(slopes, self._shards.get(gather, []))
+        _add(slopes, self._shards.get(number, []))
 
     def left(self) -> Iterator[tuple[int, Tensor]]:
         """Yields the shards that have not been joined to others, with the index of their leaf."""
-        for gather, shards in self._shards.items():
-            for (leaf, _), shard in zip(gather.next_functions, shards, strict=True):
-                i = None if leaf is None else self._indices.get(id(leaf.variable))
+        for number, shards in self._shards.items():
+            for i, shard in zip(self._leaves[number], shards, strict=True):
                 if i is not None and shard is not None:
                     yield i, shard
 
