@@ -80,6 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     "benchmarks": {
         ".",
         "._validation",
+        "._inner_product",
         ".linalg",
         ".linalg.rows",
         *_VALUES,

@@ -198,11 +198,16 @@ class _Known:
         self._latest = None
 
     def pack(self, tensor: Tensor) -> Any:
-        """Returns what is saved in the place of a tensor."""
-        known = type(tensor) is Tensor or type(tensor) is nn.Parameter
-        found = self._places.get(tensor.untyped_storage()._cdata) if known else None  # noqa: SLF001
+        """Returns what is saved in the place of a tensor.
+
+        Never itself: one that an operation returns and saves would hold its own graph for ever,
+        in a cycle that is not Python's. What is unpacked gets its place in the graph by torch.
+        """
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return tensor.detach()
+        found = self._places.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
         if found is None or found[0].expired():
-            return tensor.detach()  # an output that is saved by its own node would never be freed
+            return tensor.detach()
         _, again, i = found
         return functools.partial(
             self._view, again, i, tensor.shape, tensor.stride(), tensor.storage_offset()
