@@ -40,16 +40,16 @@ def scattered_early(
         return product
     of_loss = _below([loss.grad_fn])
     nodes = _below(ends)
-    gathers = _gathers_of(nodes)
-    found = list(dict.fromkeys(gathers.values()))
+    leads_to = _gathers_of(nodes)
+    found = list(dict.fromkeys(leads_to.values()))
     parts = _Parts(found, leaves)
     for node in nodes:
-        if node in gathers or node in of_loss:
+        if node in leads_to or node in of_loss:  # what these find comes when all else has
             continue
         those = [
             (i, other, output)
             for i, (other, output) in enumerate(node.next_functions)
-            if other in gathers
+            if other in leads_to
         ]
         if those:
             node.register_hook(functools.partial(_taken_aside, parts, those))
@@ -86,7 +86,9 @@ def _below(roots: Iterable[Any]) -> dict[Any, None]:
 
 
 def _gathers_of(nodes: Iterable[Any]) -> dict[Any, Any]:
-    """Returns the nodes that lead to gathered parameters only, such as transposes, each with which.
+    """Returns the nodes that lead to one gathered parameter only, each with where it is gathered.
+
+    Such as transposes and other views. One that has several ways down would run once for each.
 
     Args:
         nodes: each after those that it leads to.
@@ -96,9 +98,9 @@ def _gathers_of(nodes: Iterable[Any]) -> dict[Any, Any]:
         if isinstance(node, _GATHER):
             found[node] = node
         elif not isinstance(node, torch.autograd.function.BackwardCFunction):
-            below = {found.get(other) for other, _ in node.next_functions}
-            if len(below) == 1 and None not in below:
-                found[node] = below.pop()
+            below = [found.get(other) for other, _ in node.next_functions]
+            if len(below) == 1 and below[0] is not None:
+                found[node] = below[0]
     return found
 
 

@@ -170,6 +170,10 @@ def _again(group: FSDPGroup, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return gathered(group, [shard.detach() for shard in shards])
 
 
+_Place = tuple[StorageWeakRef, Callable[[], tuple[Tensor, ...]], int, torch.dtype]
+"""Memory, how to gather what lies there again, which of the tensors it is, and of what dtype."""
+
+
 class _Known:
     """Gathered tensors: instead of one that is saved for a backward pass, how to gather it again.
 
@@ -177,7 +181,7 @@ class _Known:
     """
 
     def __init__(self) -> None:
-        self._places: dict[int, tuple[StorageWeakRef, Callable[[], tuple[Tensor, ...]], int]] = {}
+        self._places: dict[int, _Place] = {}
         self._latest: tuple[Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
 
     def add(self, tensors: Sequence[Tensor], again: Callable[[], tuple[Tensor, ...]]) -> None:
@@ -191,7 +195,7 @@ class _Known:
             del self._places[place]
         for i, tensor in enumerate(tensors):
             ref = StorageWeakRef(tensor.untyped_storage())
-            self._places[ref.cdata] = ref, again, i
+            self._places[ref.cdata] = ref, again, i, tensor.dtype
 
     def forget(self) -> None:
         """Lets go of what was gathered last."""
@@ -206,9 +210,9 @@ class _Known:
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return tensor.detach()
         found = self._places.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
-        if found is None or found[0].expired():
+        if found is None or found[0].expired() or _is_read_otherwise(tensor, found[3]):
             return tensor.detach()
-        _, again, i = found
+        _, again, i, _ = found
         return functools.partial(
             self._view, again, i, tensor.shape, tensor.stride(), tensor.storage_offset()
         )
@@ -226,3 +230,8 @@ class _Known:
             self._latest = again, tensors
             self.add(tensors, again)
         return self._latest[1][i].as_strided(shape, stride, offset)
+
+
+def _is_read_otherwise(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a view has other numbers than its memory: complex ones, conjugates, bits."""
+    return tensor.dtype != dtype or tensor.is_conj() or tensor.is_neg()

@@ -306,12 +306,12 @@ class ParameterSpace:
         return self.same_on_all(int(digest(self.model.parameters())))[0]
 
     def digest_of_whole(self) -> int:
-        """Returns such a number of these parameters, the same however the model is sharded.
+        """Returns such a number that is the same however the model is sharded.
 
         It takes an all-reduce a parameter: for checkpoints, and not for each step.
         """
         found = 0
-        for p in self.tensors:
+        for p in self.model.parameters():
             found = 3 * found + (digest_of_sharded(p) if is_sharded(p) else int(digest([p])))
         return (found + 2**63) % 2**64 - 2**63
 

@@ -103,7 +103,8 @@ class Ranks:
 
     def of_all_data(self, own: Tensor) -> Tensor:
         """Returns the sum of what each rank with data of its own has: others have a copy of it."""
-        return self.sum_(own.clone()) * self.data_size / self.size
+        total = self.sum_(own.clone()) * self.data_size
+        return total / self.size if own.is_floating_point() else total // self.size
 
     def agree(self, values: Sequence[int], device: torch.device) -> list[bool]:
         """Returns for each 64-bit value whether it is the same on all ranks."""

@@ -35,7 +35,7 @@ SCATTER = 0.25
 
 
 _SEEN = 0.01
-"""The least weight that a pair has, of the largest, where its eigenvalue is read off a probe."""
+"""The least part of ``Q`` that a pair has, of the largest, where its eigenvalue is looked at."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Probe:
             are with the present ones; 0 or less means that the subspace has lost its gap.
         effective_rank: an estimate of ``r = (tr M)²/tr(M²)``, ``M_ij = ⟨r_i, r_j⟩/(g_i g_j)``;
             ``None`` from a single vector. The largest sine is at most ``A r^(−1/4)``.
-        least: the smallest of the eigenvalues at present, of those that the probe shows: the part
-            of a product with ``Q`` that a pair has, over the pair's part of ``Q``.
+        least: the smallest of the eigenvalues at present that the probe shows; where it would be
+            below the ``level``, as one more product has it.
     """
 
     staleness: float
@@ -191,6 +191,7 @@ def probe(
     seed: int,
     vectors: int = 1,
     guarded: bool = True,
+    level: float = -math.inf,
 ) -> Probe:
     r"""Estimates the staleness of a basis from few products, and moves its guard with another.
 
@@ -212,6 +213,7 @@ def probe(
         seed: of Q.
         vectors: m, from 1 to k.
         guarded: look at the guard too; without, there are m products.
+        level: an eigenvalue that seems to have fallen below it is looked at: one product more.
 
     Returns:
         The estimate, a bound, and the guard.
@@ -228,7 +230,8 @@ def probe(
         return Probe(math.inf, 1.0, guard, 0.0)
     generator = torch.Generator("cpu").manual_seed(seed)
     draws = torch.randn(k, vectors, generator=generator, device="cpu").double()
-    rotation = torch.linalg.qr(draws).Q.T / torch.from_numpy(gaps)
+    Q = torch.linalg.qr(draws).Q.T
+    rotation = Q / torch.from_numpy(gaps)
     rows = basis.combine(rotation.to(basis.device, basis.dtype))
     products = matmat(torch.cat([rows, guard.vectors]) if guarded else rows)
     inside = basis.coefficients(products)
@@ -249,7 +252,10 @@ def probe(
     below = max(below, float(guard.eigenvalues))
     known = float((weights @ torch.from_numpy(gaps)).sum())
     shrunk = float(quotients.sum() - weights.sum() * below) / known
-    least = _least(rotation, inside[:vectors].double().cpu())
+    which, least = _least(Q, rotation, inside[:vectors].double().cpu())
+    if least < level:  # or the pairs have turned among each other
+        row = basis.combine(torch.eye(k)[which : which + 1].to(basis.device, basis.dtype))
+        least = float(basis.coefficients(matmat(row))[0, which])
     if shrunk <= 0:
         return Probe(math.inf, 1.0, guard, shrunk, least=least)
     found /= min(1.0, shrunk)
@@ -259,17 +265,22 @@ def probe(
     return Probe(staleness, min(1.0, bound), guard, shrunk, rank, least)
 
 
-def _least(rotation: Tensor, products: Tensor) -> float:
-    """Returns the smallest eigenvalue that products with combinations of pairs show.
+def _least(Q: Tensor, rotation: Tensor, products: Tensor) -> tuple[int, float]:
+    """Returns which eigenvalue seems to be the smallest, and what it seems to be.
+
+    A pair has its eigenvalue's share of the product with a combination of pairs, where these are
+    still eigenvectors.
 
     Args:
+        Q: ``(m, k)``, of which a pair must have a part.
         rotation: ``(m, k)``, the combinations.
-        products: ``(m, k)``, their products with the matrix, in the basis. Where it is still that
-            of eigenvectors, each pair has its eigenvalue's share.
+        products: ``(m, k)``, their products with the matrix, in the basis.
     """
-    weights = rotation.square().sum(0)
-    values = (rotation * products).sum(0) / weights
-    return float(values[weights >= _SEEN * weights.max()].min())
+    parts = Q.square().sum(0)
+    values = (rotation * products).sum(0) / rotation.square().sum(0)
+    values = torch.where(parts >= _SEEN * parts.max(), values, math.inf)
+    which = int(values.argmin())
+    return which, float(values[which])
 
 
 def _power_step(

@@ -43,12 +43,11 @@ class StepCount:
         """Returns what the present state is called here: by its digest, or that at an earlier run.
 
         Of a sharded model digests depend on which rank has what of it, and it may have been saved
-        on other ranks. So one that does not depend on that is saved too, and compared once.
+        on other ranks. So one that does not depend on that is saved too, and compared up to the
+        first look: all ranks ask at once.
         """
-        if self._loaded is not None:
-            loaded, self._loaded = self._loaded, None
-            if loaded == self._operator.parameters.digest_of_whole():
-                self._alias = (state, self._seen)
+        if self._loaded is not None and self._loaded == self._operator.parameters.digest_of_whole():
+            self._alias, self._loaded = (state, self._seen), None
         return self._alias[1] if state == self._alias[0] else state
 
     def number(self, state: int) -> int:
@@ -67,6 +66,7 @@ class StepCount:
             state = hash(self._operator.state())
         self.now = self.number(state)
         self._seen, self._seen_at, self._moved = self.name(state), self.now, False
+        self._loaded = None
         self.looks += 1
         return self.now
 

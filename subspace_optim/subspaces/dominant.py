@@ -332,7 +332,8 @@ class DominantSubspace(Shown):
 
         A run that loads it goes on with the same basis and refreshes at the same steps. The
         tensors are copies, and of the same shapes whether there is a basis or not, so that
-        ``torch.distributed.checkpoint`` can read into the state of a subspace that has none.
+        ``torch.distributed.checkpoint`` can read into the state of a subspace that has none. Of a
+        sharded model all ranks call it.
         """
         entries = self.rule.state_dict() | self._counters() | {"stats": asdict(self.stats)}
         return {"version": VERSION} | entries | {"checksum": _checksum(entries)}

@@ -301,6 +301,7 @@ class ByAngle(RefreshRule):
             seed=self.seed + self.stats.probes,
             vectors=self._vectors,
             guarded=guarded,
+            level=self._unseen.level if guarded else -math.inf,
         )
 
     def refine(self, *, verify: bool = False, drifted: bool = True) -> None:

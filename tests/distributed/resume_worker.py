@@ -58,6 +58,7 @@ class Training:
     def load(self, folder: str) -> None:
         saved = self.state()
         dcp.load(saved, checkpoint_id=folder)
+        self.subspace.state_dict()  # which changes nothing, before the model is loaded either
         states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
         set_state_dict(self.model, self.optimizer, **states)
 

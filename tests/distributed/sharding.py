@@ -144,6 +144,26 @@ class Attention(nn.Module):
         return h + self.down(F.gelu(self.up(self.between(h))))
 
 
+class Views(nn.Module):
+    """Parameters in pieces, as complex numbers, and in products with themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(7, 7)])
+        self.pairs, self.pieces = nn.Parameter(torch.rand(7, 2)), nn.Parameter(torch.rand(9, 7))
+        self.square = nn.Parameter(torch.rand(7, 7) / 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.blocks[0](x))
+        numbers = torch.view_as_complex(self.pairs)
+        x = x + (numbers * torch.tanh(x) * numbers.conj()).real
+        power = self.square
+        for _ in range(3):
+            power = power - power @ power.t() @ power
+        first, second, third = self.pieces.split(3)
+        return torch.tanh(x @ power @ first.t()) @ second[:, :3] + x @ third.t()
+
+
 def llama() -> nn.Module:
     return GPT(norm=nn.RMSNorm, tied=False)
 
@@ -153,6 +173,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "convolutions": Convolutions,
     "gpt": GPT,
     "llama": llama,
+    "views": Views,
 }
 
 

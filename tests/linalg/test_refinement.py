@@ -224,24 +224,40 @@ def test_a_probe_sees_eigenvalues_fall_though_no_vector_turns():
     assert gone.shrunk < 0.5
 
 
-@pytest.mark.parametrize("fallen", range(K))
-def test_a_probe_shows_the_eigenvalue_that_has_fallen_farthest(fallen):
-    """Of a pair that the probe's vectors have much of; of all pairs where there are K vectors."""
-    values = torch.linspace(9, 5, K).double()
-    basis = EigenBasis(values, torch.eye(K, 30).double(), torch.zeros(K).double())
-    guard = EigenBasis(values.new_ones(1), torch.eye(30)[K : K + 1].double(), values.new_zeros(1))
-    present = torch.cat([values, torch.ones(30 - K)])
-    present[fallen] = 2.0
-    every = probe(
-        lambda rows: rows * present, basis, guard, lowest=1.0, mean=2.0, seed=0, vectors=K
-    )
-    assert every.least == pytest.approx(2.0, rel=1e-12)
-    seen = [
-        probe(lambda rows: rows * present, basis, guard, lowest=1.0, mean=2.0, seed=seed).least
-        for seed in range(50)
-    ]
-    assert min(seen) == pytest.approx(2.0, rel=1e-12), "no value is lower than the lowest"
-    assert sum(v == pytest.approx(2.0) for v in seen) > 25
+def diagonal_pairs(values: torch.Tensor, size: int) -> tuple[EigenBasis, EigenBasis]:
+    """The first unit vectors as eigenvectors, and the next as a guard of eigenvalue 1."""
+    k = len(values)
+    basis = EigenBasis(values, torch.eye(k, size).double(), torch.zeros_like(values))
+    guard = torch.eye(size)[k : k + 1].double()
+    return basis, EigenBasis(values.new_ones(1), guard, values.new_zeros(1))
+
+
+@pytest.mark.parametrize("fallen", range(3))
+@pytest.mark.parametrize("top", [5.0, 40.0, 400.0])
+def test_a_probe_shows_an_eigenvalue_that_has_fallen_whatever_the_gaps(top, fallen):
+    basis, guard = diagonal_pairs(torch.tensor([top, 3, 2.9]).double(), 30)
+    present = torch.cat([basis.eigenvalues, torch.ones(27)])
+    present[fallen] = -5.0
+    options = {"lowest": -5.0, "mean": 1.0, "level": 1.0}
+    for vectors, least_often in ((1, 160), (2, 190), (3, 200)):
+        seen = [
+            probe(lambda v: v * present, basis, guard, seed=seed, vectors=vectors, **options).least
+            for seed in range(200)
+        ]
+        assert sum(v == pytest.approx(-5.0, rel=1e-9) for v in seen) >= least_often
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pairs_that_have_turned_among_each_other_have_not_fallen(seed):
+    values = torch.tensor([40.0, 3.0, 2.9]).double()
+    basis, guard = diagonal_pairs(values, 30)
+    angle = torch.tensor([[0.0, 0.3, 0.2], [-0.3, 0.0, 0.1], [-0.2, -0.1, 0.0]]).double()
+    turned = torch.linalg.matrix_exp(angle)
+    matrix = torch.diag(torch.cat([values, torch.ones(27)]).double())
+    matrix[:3, :3] = turned @ torch.diag(values) @ turned.T
+    options = {"lowest": 1.0, "mean": 1.0, "level": 1.0}
+    found = probe(lambda v: v @ matrix, basis, guard, seed=seed, **options)
+    assert found.least >= 1.0, "no quotient of vectors in their span is lower than 2.9"
 
 
 def test_a_probe_takes_two_products_and_leaves_the_basis_as_it_was():
