@@ -6,6 +6,7 @@ They are forked from a server that has imported it, and has done nothing else.
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -13,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed
 import torch.multiprocessing
 from torch import Tensor
@@ -25,6 +27,38 @@ _FORKS.set_forkserver_preload(["torch._dynamo", "subspace_optim"])
 def together(work: Callable[..., None], args: tuple[Any, ...], count: int) -> None:
     """Runs ``work(rank, *args)`` for each rank, and raises what one of them has raised."""
     torch.multiprocessing.start_processes(work, args, count, start_method="forkserver")
+
+
+def once(factory: pytest.TempPathFactory, name: str, work: Callable[[Path], object]) -> Path:
+    """Returns a folder that ``work(folder)`` has filled: once for all processes of the tests.
+
+    Those of a file may be run by several, each of which would else do the same at the same time.
+    """
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, outcome = root / name, root / f"{name}.outcome"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        while not outcome.exists():
+            time.sleep(0.1)
+    else:
+        said = "it was stopped"
+        try:
+            work(folder)
+            said = ""
+        except BaseException as error:
+            said = repr(error)
+            raise
+        finally:
+            part = root / f"{name}.part"
+            part.write_text(said)
+            part.rename(outcome)
+    said = outcome.read_text()
+    if said:
+        message = f"What the tests of this file look at has failed before: {said}"
+        raise RuntimeError(message)
+    return folder
 
 
 def joined(rank: int, size: int, folder: str) -> None:

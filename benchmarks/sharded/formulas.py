@@ -10,14 +10,13 @@ piece                      bytes gathered                  bytes scattered      
 gradient, or graph, kept   ``b S``                         ``b S``                  ``3 b F``
 the same, not kept         ``2 b S``                       ``b S``                  ``3 b F``
 products, kept             ``j b S``                       ``j b S``                ``6 j b F``
-products, streamed         ``b (2S + j (3S − S_0 − S_1))`` ``b (S + j (2S + S_0))`` ``b (3 + 6j) F``
+products, streamed         ``b (2S + j (3S − S_0 − S_1))`` ``b (S + 2 j S)``        ``b (3 + 6j) F``
 ========================== =============================== ======================== =============
 
 Each ``S`` is G collectives. A product gathers the vector, as the forward pass does the parameters,
 and scatters the result. Where parameters do not stay gathered it gathers them again, on its way
 through the backward pass and then back through the forward pass; where it turns, and at the end,
-a group is still there. Then it also scatters what it has found of a group on both ways, twice, and
-the rest once more: on the first way it comes by its embedding and, at the end, by its output layer.
+a group is still there. Then it also scatters what it has found of a group on both ways: twice.
 Beside these there are sums of a few numbers: meetings, and the loss.
 """
 
@@ -91,7 +90,7 @@ def traffic(piece: Piece, shape: Shape, ranks: int, *, kept: bool, batches: int 
             gathers = gathered = scatters = scattered = flops = 0
             again, early = (groups, size), (0, 0)
         else:
-            again, early = (3 * groups - 2, 3 * size - root - block), (groups + 1, size + root)
+            again, early = (3 * groups - 2, 3 * size - root - block), (groups, size)
         gathers, gathered = gathers + rows * again[0], gathered + rows * again[1]
         scatters += rows * (groups + early[0])
         scattered += rows * (size + early[1])

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import subspace_optim as so
 from tests.dense import projector
 from tests.distributed import class_gradients_worker as worker
-from tests.processes import together
+from tests.processes import once, together
 
 pytestmark = pytest.mark.distributed
 
@@ -19,8 +19,9 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank has found; the processes run once for all tests."""
-    folder = tmp_path_factory.mktemp("ranks")
-    together(worker.run, (2, str(folder)), 2)
+    folder = once(
+        tmp_path_factory, "class_gradients", lambda at: together(worker.run, (2, str(at)), 2)
+    )
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 

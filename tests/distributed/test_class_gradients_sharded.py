@@ -12,7 +12,7 @@ import subspace_optim as so
 from tests.dense import projector
 from tests.distributed import class_gradients_sharded_worker as worker
 from tests.distributed.sharding import made
-from tests.processes import alike, together
+from tests.processes import alike, once, together
 
 pytestmark = pytest.mark.distributed
 
@@ -24,10 +24,13 @@ Results = list[dict[str, Any]]
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where each rank has left what it has found; the processes run once for all tests."""
-    found = tmp_path_factory.mktemp("sharded")
-    (found / "resumed").mkdir()
-    together(worker.run, (request.param, str(found)), request.param)
-    return found
+    size = request.param
+
+    def work(at: Path) -> None:
+        (at / "resumed").mkdir()
+        together(worker.run, (size, str(at)), size)
+
+    return once(tmp_path_factory, f"class_gradients_sharded-{size}", work)
 
 
 @pytest.fixture(scope="module")

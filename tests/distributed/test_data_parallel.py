@@ -12,7 +12,7 @@ from subspace_optim.linalg.rows import largest_sine
 from tests import clusters
 from tests.dense import dense_curvature, make_problem, projector, supervised
 from tests.distributed import worker
-from tests.processes import alike, together
+from tests.processes import alike, once, together
 
 pytestmark = pytest.mark.distributed
 
@@ -25,8 +25,12 @@ Results = list[dict[str, Any]]
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank has found; the processes run once for all tests."""
-    size, folder = request.param, tmp_path_factory.mktemp("ranks")
-    together(worker.run, (size, str(folder)), size)
+    size = request.param
+    folder = once(
+        tmp_path_factory,
+        f"data_parallel-{size}",
+        lambda at: together(worker.run, (size, str(at)), size),
+    )
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.dense import dense_curvature, supervised
 from tests.distributed import monitor_worker as worker
-from tests.processes import together
+from tests.processes import once, together
 
 pytestmark = pytest.mark.distributed
 
@@ -20,8 +20,7 @@ Results = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank has found; the processes run once for all tests."""
-    folder = tmp_path_factory.mktemp("ranks")
-    together(worker.run, (str(folder),), 2)
+    folder = once(tmp_path_factory, "monitor_ranks", lambda at: together(worker.run, (str(at),), 2))
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 

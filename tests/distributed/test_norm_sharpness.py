@@ -9,7 +9,7 @@ import torch
 from tests.distributed import norm_sharpness_worker as worker
 from tests.distributed import sharding
 from tests.distributed.sharding import batches, made
-from tests.processes import alike, together
+from tests.processes import alike, once, together
 
 pytestmark = pytest.mark.distributed
 
@@ -19,8 +19,12 @@ pytestmark = pytest.mark.distributed
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank has found; the processes run once for all tests."""
-    size, folder = request.param, tmp_path_factory.mktemp("norms")
-    together(worker.run, (size, str(folder)), size)
+    size = request.param
+    folder = once(
+        tmp_path_factory,
+        f"norm_sharpness-{size}",
+        lambda at: together(worker.run, (size, str(at)), size),
+    )
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import subspace_optim as so
 from tests.distributed import ranks_worker as worker
 from tests.optim.naive import DenseOperator, Quartic, assert_near, flat, projector
-from tests.processes import together
+from tests.processes import once, together
 
 pytestmark = pytest.mark.distributed
 
@@ -23,8 +23,7 @@ Results = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank has found; the processes run once for all tests."""
-    folder = tmp_path_factory.mktemp("ranks")
-    together(worker.run, (str(folder),), 2)
+    folder = once(tmp_path_factory, "ranks", lambda at: together(worker.run, (str(at),), 2))
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 

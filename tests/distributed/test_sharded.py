@@ -14,7 +14,7 @@ from subspace_optim.linalg.rows import largest_sine
 from tests.distributed import sharded_worker as worker
 from tests.distributed import sharding
 from tests.distributed.sharding import batches, made
-from tests.processes import alike, together
+from tests.processes import alike, once, together
 
 pytestmark = pytest.mark.distributed
 
@@ -31,8 +31,12 @@ Results = list[dict[str, Any]]
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank has found; the processes run once for all tests."""
-    (size, full), folder = request.param, tmp_path_factory.mktemp("sharded")
-    together(worker.run, (size, str(folder), full), size)
+    size, full = request.param
+    folder = once(
+        tmp_path_factory,
+        f"sharded-{size}-{full}",
+        lambda at: together(worker.run, (size, str(at), full), size),
+    )
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 

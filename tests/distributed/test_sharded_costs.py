@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed import costs_worker as worker
-from tests.processes import together
+from tests.processes import once, together
 
 pytestmark = pytest.mark.distributed
 
@@ -25,8 +25,12 @@ MODULE = 8 * sum(p.numel() for p in worker.Deep().blocks[-1].parameters())
 )
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What each rank has found; the processes run once for all tests."""
-    size, folder = request.param, tmp_path_factory.mktemp("costs")
-    together(worker.run, (size, str(folder)), size)
+    size = request.param
+    folder = once(
+        tmp_path_factory,
+        f"sharded_costs-{size}",
+        lambda at: together(worker.run, (size, str(at)), size),
+    )
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
