@@ -75,16 +75,19 @@ def jobs(model: nn.Module, data: Any, budget: int | None) -> dict[str, Callable[
             operator.matvec(v[0])
             operator.matvec(v[0])
 
-    return {
+    def solve() -> None:
+        so.DominantSubspace(operator, k=K, tol=0.1).update()
+
+    found: dict[str, Callable[[], object]] = {
         "two, frozen": frozen,
         "product": lambda: operator.matvec(v[0]),
         "block": lambda: operator.matmat(v),
         "gradient": operator.gradient,
         "coefficients": lambda: basis.coefficients(v),
         "projection": lambda: basis.project_out(v),
-        "solve": lambda: so.DominantSubspace(operator, k=K, tol=0.1).update(),
         "known": subspace.update,
     }
+    return found | ({"solve": solve} if budget == 0 else {})
 
 
 def ledgers(model: nn.Module, data: Any, budget: int | None) -> dict[str, Any]:
