@@ -165,13 +165,8 @@ def _seconds(model: Any, data: Any, budget: int, k: int, rounds: int) -> dict[st
         found["two products"] = _least(lambda: operator.matmat(vectors), rounds)
     subspace = so.DominantSubspace(operator, k, refresh=pieces.NEVER)
     found["refresh"] = _least(subspace.refresh, 1, warm=True)
-    optimizer = so.BulkSGD(model.parameters(), lr=1e-12, subspace=subspace)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    with torch.no_grad():
+    with pieces.optimizer_of(model, subspace) as optimizer:
         found["step"] = _least(optimizer.step, rounds)
-    for p in model.parameters():
-        p.grad = None
     return found
 
 

@@ -117,16 +117,21 @@ def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
         del vars(owner)[name]
 
 
-def step(model: nn.Module, subspace: so.DominantSubspace, meter: Meter) -> Counts:
-    """Counts a step of BulkSGD with a basis that serves, beyond the gradient."""
-    optimizer = so.BulkSGD(model.parameters(), lr=1e-12, subspace=subspace)
+@contextmanager
+def optimizer_of(model: nn.Module, subspace: so.DominantSubspace) -> Iterator[so.BulkSGD]:
+    """Yields an optimizer of steps that hardly move anything; there are gradients inside."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    optimizer.step()  # makes the memory of the update
-    found = counted(meter, optimizer.step)
+    yield so.BulkSGD(model.parameters(), lr=1e-12, subspace=subspace)
     for p in model.parameters():
         p.grad = None
-    return found
+
+
+def step(model: nn.Module, subspace: so.DominantSubspace, meter: Meter) -> Counts:
+    """Counts a step of BulkSGD with a basis that serves, beyond the gradient."""
+    with optimizer_of(model, subspace) as optimizer:
+        optimizer.step()  # makes the memory of the update
+        return counted(meter, optimizer.step)
 
 
 def refresh(parts: dict[str, Counts], solve: Solve) -> Counts:

@@ -144,7 +144,7 @@ class AtPoints(CurvatureOperator):
         theta, known = self._replicated(), 0 if point is None else point.known()
         changed = point is None or point.key != key
         if not self.ranks.settled(changed, [theta, known]):
-            if point is not None and self.parameters.ranks.any(lambda: point.key != key):
+            if point is not None and self.parameters.ranks.any(lambda: changed):
                 self._forget()  # first: its graphs are gone before others are built
             self._agree(theta)
         if self._point is None:

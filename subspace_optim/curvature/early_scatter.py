@@ -41,8 +41,8 @@ def scattered_early(
     of_loss = _below([loss.grad_fn])
     nodes = _below(ends)
     leads_to = _gathers_of(nodes)
-    found = list(dict.fromkeys(leads_to.values()))
-    parts = _Parts(found, leaves)
+    gathers = list(dict.fromkeys(leads_to.values()))
+    parts = _Parts(gathers, leaves)
     for node in nodes:
         if node in leads_to or node in of_loss:  # what these find comes when all else has
             continue
@@ -53,7 +53,7 @@ def scattered_early(
         ]
         if those:
             node.register_hook(functools.partial(_taken_aside, parts, those))
-    for number, gather in enumerate(found):
+    for number, gather in enumerate(gathers):
         gather.register_hook(functools.partial(_joined, parts, number))
 
     def in_parts(v: list[Tensor]) -> Sequence[Tensor | None]:
@@ -152,17 +152,16 @@ class _Parts:
 
     def add(self, node: Any, output: int, slope: Tensor) -> None:
         """Adds what was found for an output of a node that leads to gathered parameters."""
-        expected = node._input_metadata  # noqa: SLF001
-        slope = slope.sum_to_size(expected[output].shape)  # as autograd does, after broadcasting
-        if not isinstance(node, _GATHER):
-            slopes: list[Any] = [None] * len(expected)
+        slope = _fitting(slope, node, output)
+        while not isinstance(node, _GATHER):
+            slopes: list[Any] = [None] * len(node._input_metadata)  # noqa: SLF001
             slopes[output] = slope
             below = node(*slopes)
-            below = below if isinstance(below, tuple) else (below,)
-            for (other, place), each in zip(node.next_functions, below, strict=True):
-                if each is not None:
-                    self.add(other, place, each)
-            return
+            slope = below[0] if isinstance(below, tuple) else below
+            if slope is None:
+                return
+            ((node, output),) = node.next_functions
+            slope = _fitting(slope, node, output)
         number = self._numbers[id(node)]
         if number != self._latest:
             self.scatter()
@@ -197,6 +196,11 @@ class _Parts:
             for i, shard in zip(self._leaves[number], shards, strict=True):
                 if i is not None and shard is not None:
                     yield i, shard
+
+
+def _fitting(slope: Tensor, node: Any, output: int) -> Tensor:
+    """Returns a slope in the shape of the output that it is of, as autograd does."""
+    return slope.sum_to_size(node._input_metadata[output].shape)  # noqa: SLF001
 
 
 def _add(tensors: Sequence[Tensor | None], others: list[Tensor | None]) -> None:

@@ -76,9 +76,8 @@ def _may_be_cut(passes: Passes, point: Point, batch: Any) -> bool:
         point: where the loss of the batch is compared with those of its parts.
         batch: of the data.
     """
-    parts, space, ranks = passes.parts, passes.parts.space, passes.ranks
-    few = has_few_rows(batch)
-    if ranks.any(lambda: few) if ranks.together else few:
+    parts, space = passes.parts, passes.parts.space
+    if space.ranks.any(lambda: has_few_rows(batch)):
         return False
 
     def differentiate(batch: Any) -> tuple[Tensor, Tensor]:

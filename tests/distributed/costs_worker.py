@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
+from benchmarks.sharded.meter import Meter
 from tests.distributed.sharding import batches, fsdp, made, own
 from tests.processes import joined
 
@@ -33,34 +32,17 @@ class Deep(nn.Module):
         return self.head(x)
 
 
-class Ledger(TorchDispatchMode):
-    """The peak of the bytes that were allocated inside, the shapes, and the collectives."""
+class Ledger(Meter):
+    """Also notes the shapes of what operations return."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
         self.shapes = set[torch.Size]()
-        self.collectives = Counter[str]()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.collectives[func.__name__.split(".")[0]] += 1
-        self._see((args, kwargs), allocated=False)
-        result = func(*args, **(kwargs or {}))
-        self._see(result, allocated=True)
-        self._alive = {place: it for place, it in self._alive.items() if not it[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = super().run(func, args, kwargs)
+        self.shapes |= {t.shape for t in tree_leaves(result) if isinstance(t, Tensor)}
         return result
-
-    def _see(self, values: Any, *, allocated: bool) -> None:
-        for tensor in tree_leaves(values):
-            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
-                storage = tensor.untyped_storage()
-                reference, size = StorageWeakRef(storage), storage.nbytes() if allocated else 0
-                self._alive.setdefault(reference.cdata, (reference, size))
-                if allocated:
-                    self.shapes.add(tensor.shape)
 
 
 def jobs(model: nn.Module, data: Any, budget: int | None) -> dict[str, Callable[[], object]]:
@@ -96,8 +78,9 @@ def ledgers(model: nn.Module, data: Any, budget: int | None) -> dict[str, Any]:
         job()
         with Ledger() as ledger:
             job()
-        counts = dict(ledger.collectives)
-        found[name] = {"peak": ledger.peak, "shapes": ledger.shapes, "collectives": counts}
+        counts = dict(Counter(kind for kind, _ in ledger.counts.collectives))
+        peak = ledger.counts.peak
+        found[name] = {"peak": peak, "shapes": ledger.shapes, "collectives": counts}
     return found
 
 

@@ -62,21 +62,21 @@ def test_collectives_of_a_product_are_those_of_the_passes_and_a_few(ranks):
             for how in ("kept", "streamed")
         }
         # The graph is kept: a product gathers its direction, and scatters what it finds.
-        passes = {"_allgather_base_": groups, "_reduce_scatter_base_": groups}
-        assert counts["kept"]["product"] == {**passes, "allreduce_": 2}
+        passes = {"gather": groups, "scatter": groups}
+        assert counts["kept"]["product"] == {**passes, "sum": 2}
         twice = {name: 2 * count for name, count in passes.items()}
-        assert counts["kept"]["two, frozen"] == {**twice, "allreduce_": 1 + 2}
+        assert counts["kept"]["two, frozen"] == {**twice, "sum": 1 + 2}
         # It is made anew: one meeting and the loss of a batch, the end of the data, and a meeting.
-        assert counts["streamed"]["two, frozen"]["allreduce_"] == 1 + 2 * 4
-        assert counts["streamed"]["product"]["allreduce_"] == 1 + 4
-        assert counts["streamed"]["block"]["allreduce_"] == 1 + 4  # three products
+        assert counts["streamed"]["two, frozen"]["sum"] == 1 + 2 * 4
+        assert counts["streamed"]["product"]["sum"] == 1 + 4
+        assert counts["streamed"]["block"]["sum"] == 1 + 4  # three products
 
 
 def test_a_block_of_inner_products_is_one_all_reduce(ranks):
     for found in ranks:
         for how in ("kept", "streamed"):
             for name in ("coefficients", "projection"):
-                assert found[how][name]["collectives"] == {"allreduce_": 1}
+                assert found[how][name]["collectives"] == {"sum": 1}
         # Of what is known only a digest of the parameters is summed.
-        assert found["kept"]["known"]["collectives"] == {"allreduce_": 1}
-        assert found["kept"]["gradient"]["collectives"] == {"allreduce_": 1}
+        assert found["kept"]["known"]["collectives"] == {"sum": 1}
+        assert found["kept"]["gradient"]["collectives"] == {"sum": 1}
