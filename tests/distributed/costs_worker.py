@@ -46,7 +46,7 @@ class Ledger(Meter):
 
 
 def jobs(model: nn.Module, data: Any, budget: int | None) -> dict[str, Callable[[], object]]:
-    """What is measured, by name; each is run once before."""
+    """What is measured, by name."""
     operator = so.HessianOperator(model, F.cross_entropy, data, memory_budget=budget, verify=False)
     v = torch.ones(3, operator.parameters.size_here, dtype=operator.dtype)
     subspace = so.DominantSubspace(operator, k=K, tol=0.1)
@@ -75,12 +75,16 @@ def jobs(model: nn.Module, data: Any, budget: int | None) -> dict[str, Callable[
 def ledgers(model: nn.Module, data: Any, budget: int | None) -> dict[str, Any]:
     found = {}
     for name, job in jobs(model, data, budget).items():
-        job()
-        with Ledger() as ledger:
-            job()
-        counts = dict(Counter(kind for kind, _ in ledger.counts.collectives))
-        peak = ledger.counts.peak
-        found[name] = {"peak": peak, "shapes": ledger.shapes, "collectives": counts}
+        twice = Ledger(), Ledger()
+        for ledger in twice:
+            with ledger:
+                job()
+        found[name] = {
+            # A thread of gloo may let go of a buffer late, which is no need of ours.
+            "peak": min(ledger.counts.peak for ledger in twice),
+            "shapes": twice[-1].shapes,
+            "collectives": dict(Counter(kind for kind, _ in twice[-1].counts.collectives)),
+        }
     return found
 
 
