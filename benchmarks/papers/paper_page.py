@@ -189,9 +189,9 @@ def _claims(paper: Paper, kind: Kind, verdicts: Sequence[Verdict]) -> str:
 
 
 def _figures(cell: Cell) -> str:
-    """The run and its mean, in bold where the claim does not hold."""
-    text = str(cell) if cell.word in ("holds", "not measured") else f"**{cell}**"
-    return f"`{cell.run}` {text}"
+    """The run, in bold where the claim does not hold, and its mean."""
+    run = f"`{cell.run}`"
+    return f"{run if cell.word in ('holds', 'not measured') else f'**{run}**'} {cell}"
 
 
 def _premise(cell: Cell) -> str:

@@ -81,7 +81,8 @@ class RawFiles:
         except (OSError, ValueError) as error:
             raise ForeignFileError(path, "raw file", error, remedy) from error
         try:
-            record = Record(**_with_nan(json.loads(text)))
+            # Those from before rules were kept decide nothing.
+            record = Record(**({"rules": {}} | _with_nan(json.loads(text))))
         except (TypeError, ValueError) as error:
             raise ForeignFileError(path, "raw file", error, remedy) from error
         found = (record.paper, record.run, record.scale, record.seed)

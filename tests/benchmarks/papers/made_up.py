@@ -74,7 +74,7 @@ PAPER = Paper(
             kind="identity",
             changed="It was 3.",
         ),
-        Claim("edge", "It is 2.12.", "eq. 3", "y(1)", ("steep",), first, 2.12, 3, kind="number"),
+        Claim("two", "It is 2.", "eq. 3", "y(1)", ("steep",), first, 1.8, 2.2, kind="number"),
         Claim("flat", "It is flat.", "eq. 5", "y(1)", ("steep",), first, at_most=1.0, kind="ours"),
         Claim("empty", "0 of 0.", "eq. 4", "1/0", ("flat",), lambda _: 1 / 0, at_most=1.0),
     ),
