@@ -15,12 +15,13 @@ from benchmarks.papers.reproduction import Raw, RawOfSeeds, Rows
 from benchmarks.papers.sagun_2017.analysis import (
     COUNTS,
     OFFSETS,
-    TABLE,
     Offsets,
     agreeing,
     beside,
+    parameters_of,
     residual_share,
 )
+from benchmarks.papers.sagun_2017.clusters import TABLE
 from benchmarks.papers.tables import over_seeds
 
 _PARTS: Final = {"parts-mnist": "MNIST", "parts-clusters": "ten clusters"}
@@ -36,7 +37,7 @@ def table_clusters(raws: RawOfSeeds) -> Rows:
     rows = [["training", "size", "cov", "clusters", *both]]
     for (algorithm, activation, covariance, clusters), theirs in TABLE.items():
         ours = [row for row, printed in pairs if printed is theirs]
-        cells = [f"{algorithm} {activation}", str(3960 + 31 * clusters), f"{covariance:g}"]
+        cells = [f"{algorithm} {activation}", str(parameters_of(clusters)), f"{covariance:g}"]
         cells.append(str(clusters))
         for name in COUNTS:
             cells += [_or_dash(theirs.get(name)), listed(row[name] for row in ours)]
