@@ -55,9 +55,7 @@ def agreeing(raw: Raw, less: Offsets = (0, 0, 0)) -> tuple[list[bool], ...]:
 
 def off_printed(raw: Raw, name: str) -> float:
     """Median difference of a count of ours from the printed one; NaN where none is printed."""
-    return median_of(
-        ours[name] - theirs[name] for ours, theirs in beside(raw) if name in theirs
-    )
+    return median_of(ours[name] - theirs[name] for ours, theirs in beside(raw) if name in theirs)
 
 
 def exact_matches(raw: Raw) -> float:
@@ -89,33 +87,38 @@ def parameters_of(clusters: int) -> int:
     return 3960 + 31 * clusters
 
 
-def moved(pairs: Iterable[tuple[Raw, Raw]]) -> float:
-    """How much farther the bulk moves than the outliers, in logarithms; mean over pairs of rows."""
+def other_covariance(raw: Raw) -> list[tuple[Raw, Raw]]:
+    """Rows of the smaller covariance and the larger, of the same clusters."""
+    pairs = combinations(raw["rows"], 2)
+    return [(near, far) for near, far in pairs if near["clusters"] == far["clusters"]]
+
+
+def next_clusters(raw: Raw) -> list[tuple[Raw, Raw]]:
+    """Rows of one number of clusters and the next, of the same classes."""
+    return list(pairwise(raw["rows"]))
+
+
+def moved_by_covariance(raw: Raw) -> float:
+    """How much farther the bulk moves than the outliers between those, in logarithms; mean."""
+    return _moved(other_covariance(raw))
+
+
+def moved_by_clusters(raw: Raw) -> float:
+    """The same with the number of clusters."""
+    return _moved(next_clusters(raw))
+
+
+def _moved(pairs: Iterable[tuple[Raw, Raw]]) -> float:
     return mean_of(
         abs(math.log(b["bulk"] / a["bulk"])) - abs(math.log(b["outlying"] / a["outlying"]))
         for a, b in pairs
     )
 
 
-def moved_by_covariance(raw: Raw) -> float:
-    """That from the smaller covariance to the larger, of the same clusters."""
-    return moved(
-        (near, far)
-        for near, far in combinations(raw["rows"], 2)
-        if near["clusters"] == far["clusters"]
-    )
-
-
-def moved_by_clusters(raw: Raw) -> float:
-    """That from one number of clusters to the next, of the same classes."""
-    return moved(pairwise(raw["rows"]))
-
-
 def between_classes_and_clusters(raw: Raw) -> float:
     """Where the elbow is, in logarithms: 0 at the classes, 1 at the clusters; mean over rows."""
     return mean_of(
-        math.log(max(row["elbow"], 1) / row["classes"])
-        / math.log(row["clusters"] / row["classes"])
+        math.log(max(row["elbow"], 1) / row["classes"]) / math.log(row["clusters"] / row["classes"])
         for row in raw["rows"]
         if row["clusters"] > row["classes"]
     )
@@ -239,10 +242,10 @@ def across(raw: Raw, name: str) -> tuple[float, float]:
     return mean_of(row[name] for row in before[-10:]), mean_of(row[name] for row in after[:10])
 
 
-def jump(raw: Raw) -> float:
-    """The loss after the switch over that before it: of training or test data, the smaller."""
-    pairs = (across(raw, f"{data}_loss") for data in ("train", "test"))
-    return float(np.min([after / before for before, after in pairs]))
+def jump(raw: Raw, data: str) -> float:
+    """The loss of training or test data after the switch, over that before it."""
+    before, after = across(raw, f"{data}_loss")
+    return after / before
 
 
 def drop(raw: Raw) -> float:
@@ -270,7 +273,7 @@ def _between(raw: Raw, line: str, name: str) -> list[float]:
 
 
 def barrier(raw: Raw, line: str = "line") -> float:
-    """The highest loss between the ends, over that of the higher end: of either data, the larger."""
+    """The highest loss between the ends, over the higher end: of either data, the larger."""
     columns = (_between(raw, line, f"{data}_loss") for data in ("train", "test"))
     return max(max(losses) / max(losses[0], losses[-1]) for losses in columns)
 
@@ -282,7 +285,7 @@ def accuracy_lost(raw: Raw, line: str = "line") -> float:
 
 
 def rises(raw: Raw) -> tuple[float, float]:
-    """How far the training loss rises beyond both ends of the line, that of the large batches first.
+    """How far the training loss rises beyond the ends of the line, large batches first.
 
     Half the distance of the ends beyond each of them.
     """
@@ -291,9 +294,9 @@ def rises(raw: Raw) -> tuple[float, float]:
 
 
 def sharper_end(raw: Raw) -> float:
-    """The first rise over the second; NaN where one is none."""
+    """The first rise less the second."""
     large, small = rises(raw)
-    return large / small if min(large, small) > 0 else math.nan
+    return large - small
 
 
 def course(raw: Raw, name: str) -> Iterator[Curve]:

@@ -250,9 +250,7 @@ def phases(
     channels, side = part.x_train.shape[1], part.x_train.shape[-1]
 
     def problem_of(drawn_by: Job) -> Problem:
-        model = made(
-            drawn_by, partial(lenet, side, channels, widths, (*dense, 10), padding=2)
-        )
+        model = made(drawn_by, partial(lenet, side, channels, widths, (*dense, 10), padding=2))
         return Problem(model, cross_entropy, part.x_train, part.y_train)
 
     problem, other = problem_of(job), problem_of(replace(job, seed=job.seed + _OTHER))
