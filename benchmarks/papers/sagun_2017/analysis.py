@@ -53,9 +53,11 @@ def agreeing(raw: Raw, less: Offsets = (0, 0, 0)) -> tuple[list[bool], ...]:
     )
 
 
-def off_printed(raw: Raw, name: str) -> float:
-    """Median difference of a count of ours from the printed one; NaN where none is printed."""
-    return median_of(ours[name] - theirs[name] for ours, theirs in beside(raw) if name in theirs)
+def off_printed(raw: Raw, name: str, less: int = 0) -> float:
+    """Median difference of a count of ours from one printed less so many; NaN where none is."""
+    return median_of(
+        ours[name] - (theirs[name] - less) for ours, theirs in beside(raw) if name in theirs
+    )
 
 
 def exact_matches(raw: Raw) -> float:
@@ -153,14 +155,14 @@ def right_edges_apart(raw: Raw) -> float:
     return mean_of(right_edge_distances(raw)) / other_edge_distance(raw)
 
 
-def outliers_grow(raw: Raw, first: int = 0) -> float:
+def outliers_grow(raw: Raw, narrowest: int = 0) -> float:
     """Large eigenvalues more, where a network has twice the parameters: a slope.
 
     Args:
         raw: the figures.
-        first: of the widths; smaller ones are left out.
+        narrowest: so many networks are left out.
     """
-    networks = [network for network in raw["networks"] if network["width"] >= first]
+    networks = raw["networks"][narrowest:]
     sizes, counts = (np.array([n[name] for n in networks]) for name in ("size", "outliers"))
     return float(np.polyfit(np.log2(sizes), counts, 1)[0])
 

@@ -153,7 +153,7 @@ def growth(
         hessian = problem.hessian()
         if width == exact:
             whole["start"] = so.diagnostics.exact_spectrum(hessian)
-        row = {"width": width} | trained(f"{width}", problem)
+        row: Row = {"width": width} | trained(f"{width}", problem)
         if width <= exact:
             end = so.diagnostics.exact_spectrum(hessian)
             row |= edges(end[:SHOWN], end[-SHOWN:]) | {"ratios": left_edge(end)}
