@@ -167,9 +167,10 @@ def growth(
             row |= edges(largest.eigenvalues, smallest.eigenvalues[-1:]) | {"ratios": []}
         networks.append(row)
     problem = problem_of(widths[-1], first_classes(part, other))
-    row = {"classes": other} | trained("other", problem)
-    row["right"] = top_of(problem.hessian(), SHOWN, 1e-3, job.seed).eigenvalues.tolist()
-    return {"networks": networks, "whole": whole, "other": row}
+    elsewhere = trained("other", problem)
+    right = top_of(problem.hessian(), SHOWN, 1e-3, job.seed).eigenvalues.tolist()
+    elsewhere |= {"classes": other, "right": right}
+    return {"networks": networks, "whole": whole, "other": elsewhere}
 
 
 def thinned(spectrum: Tensor, trained: float) -> dict[str, Any]:
