@@ -188,6 +188,15 @@ def left_edges_converge(raw: Raw) -> float:
     return float(np.exp(np.polyfit(range(len(distances)), np.log(distances), 1)[0]))
 
 
+def negative_share_grows(raw: Raw) -> float:
+    """Share of negative eigenvalues in the largest network with a whole spectrum, over the least's.
+
+    NaN where the latter has none.
+    """
+    shares = [network["negative"] for network in raw["networks"] if "negative" in network]
+    return shares[-1] / shares[0] if shares[0] else math.nan
+
+
 def large_over_small(raw: Raw) -> float:
     """Geometric mean of the ten largest eigenvalues: of large batches over of small ones."""
     large, small = (np.array(network["right"][:10]) for network in raw["networks"])

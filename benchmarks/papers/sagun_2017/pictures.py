@@ -106,7 +106,9 @@ def _data_of(row: Raw) -> str:
 
 def table_growth(raws: RawOfSeeds) -> Rows:
     """Returns large eigenvalues by size, and how far edges are apart."""
-    rows = [["width", "P", "steps", "large", "right edge", "left edge to the next larger"]]
+    rows = [
+        ["width", "P", "steps", "large", "right edge", "left edge to the next larger", "negative"]
+    ]
     seeds = [raw for _, raw in sorted(raws["growth"].items())]
     if not seeds:
         return rows
@@ -121,10 +123,11 @@ def table_growth(raws: RawOfSeeds) -> Rows:
             over_seeds(distances[at] for distances in found if at < len(distances))
             for found in (right, left)
         ]
+        cells.append(over_seeds(row["negative"] for row in ours if "negative" in row))
         rows.append([str(network["width"]), f"{network['size']:,}", steps, *cells])
     steps = over_seeds(raw["other"]["steps"] for raw in seeds)
     other = over_seeds(map(other_edge_distance, seeds))
-    return [*rows, ["other data", rows[-1][1], steps, "", other, ""]]
+    return [*rows, ["other data", rows[-1][1], steps, "", other, "", ""]]
 
 
 def table_parts(raws: RawOfSeeds) -> Rows:

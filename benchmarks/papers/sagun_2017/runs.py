@@ -26,6 +26,8 @@ SHOWN: Final = 30
 """Eigenvalues at each edge, beyond those that are looked for, that a raw figure keeps."""
 NEAR_ZERO: Final = 0.01
 """An eigenvalue below this share of the largest is near zero in a plot of the whole spectrum."""
+ROUNDING: Final = 1e-6
+"""A negative eigenvalue within this share of the largest may be rounding."""
 RATIOS: Final = 101
 """Points of a left edge, from the smallest eigenvalue to the median."""
 _OTHER: Final = 1000
@@ -157,6 +159,7 @@ def growth(
         if width <= exact:
             end = so.diagnostics.exact_spectrum(hessian)
             row |= edges(end[:SHOWN], end[-SHOWN:]) | {"ratios": left_edge(end)}
+            row |= {"negative": int((end < -ROUNDING * end[0]).sum()) / len(end)}
             if width == exact:
                 scale = float(end[0])
                 whole |= {"start": thinned(whole["start"], scale), "end": thinned(end, scale)}
