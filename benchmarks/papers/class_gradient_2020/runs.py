@@ -6,37 +6,25 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.data import Dataset
 from benchmarks.experiment import minibatch
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import problems
+from benchmarks.papers.class_gradient_2020.readings import DECAY, MOMENTUM, optimizer_of
 from benchmarks.papers.networks import lenet, made, resnet9
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Problem, Row, column, performance, top_of, train
 
-Method = Literal["sgd", "printed", "orthogonal", "slowed", "added", "damped"]
-"""SGD, and the quasi-Newton method: eq. 15 as printed, with orthogonal vectors, or calmed.
-
-Slowed, the gradients that momentum sums up make one Newton step together; added is the λ_k that the
-paper begins with, 1, to all; damped is both. They are ours; damped is one of three settings that
-were tried on one seed, and no cure: at the sizes for a CPU it diverges on MNIST, but for one seed
-with batches of 64, and on CIFAR-10 at η = 0.1.
-"""
-
-MOMENTUM: Final = 0.9
-DECAY: Final = 0.9
-"""Both of appendix D."""
 SINES: Final = (0.1, 0.5, 0.9)
 """Of angles above which a direction adds to the rank, beside the rule of linear algebra."""
-OUTLIERS: Final[tuple[Literal["gap", "ratio", "elbow"], ...]] = ("gap", "ratio", "elbow")
-"""Ways to count the eigenvalues that stand out."""
+HOPELESS: Final = 1e6
+"""A training whose validation loss is above this is over: it comes back no more."""
 
 
 def images(job: Job, data: str, examples: int, validation: int, pool: int = 1) -> Dataset:
@@ -65,65 +53,70 @@ def small_cnn(data: Dataset) -> nn.Sequential:
     return lenet(side, channels, (6, 16), (120, 84, data.num_classes), padding=0)
 
 
-def optimizer_of(
-    method: Method, model: nn.Module, classes: int, lr: float, momentum: float = MOMENTUM
-) -> tuple[Optimizer, so.ClassGradientSubspace | None]:
-    """Returns an optimizer, and the subspace that is to observe its minibatches, if it has one."""
-    if method == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum), None
-    subspace = so.ClassGradientSubspace(
-        model, classes, decay=DECAY, orthogonal=method == "orthogonal"
-    )
-    optimizer = so.ClassGradientQuasiNewton(
-        model.parameters(),
-        lr=lr,
-        momentum=momentum,
-        newton_lr=1 - momentum if method in ("slowed", "damped") else 1.0,
-        damping=1.0 if method in ("added", "damped") else 0.0,
-        subspace=subspace,
-    )
-    return optimizer, subspace
-
-
 def curves(
     job: Job,
     make: Callable[[], nn.Module],
     data: Dataset,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     trainings: Mapping[str, Mapping[str, Any]],
-) -> dict[Method, dict[str, Raw]]:
+) -> dict[str, dict[str, Raw]]:
     """Trains a network by each method in each way, and watches it on the validation images.
 
     Args:
         job: the seed.
         make: the network, as it is before it is drawn anew.
         data: see there.
-        methods: see there.
+        methods: names that ``optimizer_of`` knows.
         trainings: by name, ``lr``, ``batch_size``, ``steps``, and ``every`` how many to watch.
 
     Returns:
-        ``step``, validation ``loss`` and ``accuracy`` at each of these steps, and whether the
-        training ``diverged``, so that the series end where a loss is no number.
+        The ``curve`` of each.
     """
-    found: dict[Method, dict[str, Raw]] = {method: {} for method in methods}
-    valid = cast("tuple[Tensor, Tensor]", data.test)
+    found: dict[str, dict[str, Raw]] = {method: {} for method in methods}
     for method, (name, training) in itertools.product(methods, trainings.items()):
-        model = made(job, make)
-        optimizer, subspace = optimizer_of(method, model, data.num_classes, training["lr"])
-        rows = train(
-            job,
-            f"{method}-{name}",
-            Problem(model, cross_entropy, data.x_train, data.y_train),
-            optimizer,
-            record=lambda _, model=model: performance(model, *valid),  # type: ignore[misc]
-            before=None if subspace is None else subspace.observe,
-            also=() if subspace is None else (subspace,),
-            **{option: value for option, value in training.items() if option != "lr"},
-        )
-        ended = [row for row in rows if "diverged" not in row]
-        series = {key: column(ended, key) for key in ("step", "loss", "accuracy")}
-        found[method][name] = series | {"diverged": len(ended) < len(rows)}
+        found[method][name] = curve(job, f"{method}-{name}", make, data, method, **training)
     return found
+
+
+def curve(
+    job: Job,
+    name: str,
+    make: Callable[[], nn.Module],
+    data: Dataset,
+    method: str,
+    *,
+    lr: float,
+    **training: Any,
+) -> Raw:
+    """Trains a network by a method, and watches it on the validation images.
+
+    Returns:
+        ``step``, validation ``loss`` and ``accuracy`` along the way, and whether the training
+        ``diverged``, so that the series end where a loss is no number, or hopeless.
+    """
+    model = made(job, make)
+    optimizer, subspace = optimizer_of(method, model, data.num_classes, lr)
+    valid = cast("tuple[Tensor, Tensor]", data.test)
+    last = 0.0
+
+    def record(_: int) -> Row:
+        nonlocal last
+        row = performance(model, *valid)
+        last = row["loss"]
+        return row
+
+    def before(x: Tensor, y: Tensor) -> None:
+        if last > HOPELESS:
+            raise so.NonFiniteError("the training is lost")
+        if subspace is not None:
+            subspace.observe(x, y)
+
+    problem = Problem(model, cross_entropy, data.x_train, data.y_train)
+    also = () if subspace is None else (subspace,)
+    rows = train(job, name, problem, optimizer, record=record, before=before, also=also, **training)
+    ended = [row for row in rows if "diverged" not in row]
+    series = {key: column(ended, key) for key in ("step", "loss", "accuracy")}
+    return series | {"diverged": len(ended) < len(rows)}
 
 
 def at_rates(
@@ -133,7 +126,7 @@ def at_rates(
     batch_size: int,
     rates: Sequence[float],
     epochs: int,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     **part: Any,
 ) -> Raw:
     """Trains a ResNet9 by each method at each rate, from one start and over the same minibatches.
@@ -157,7 +150,7 @@ def at_batch_sizes(
     lr: float,
     steps: int,
     records: int,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     **part: Any,
 ) -> Raw:
     """Trains a small CNN by each method with each batch size, for equally many steps.
