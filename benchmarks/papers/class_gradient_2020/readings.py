@@ -29,23 +29,28 @@ class Reading:
         from_one: the initial λ_k = 1 is a term of the moving average, which eq. 17 begins with the
             first minibatch.
         plain: Newton's step takes the gradient of the minibatch, instead of that with momentum.
+        orthogonal: by the eigenpairs of eq. 11: its vectors are orthogonal, as eq. 14 takes for
+            granted. No reading of the paper's, but what would make its projection one.
     """
 
     over_class: bool = False
     from_one: bool = False
     plain: bool = False
+    orthogonal: bool = False
 
     @property
     def name(self) -> str:
         """What is other than in the equations."""
         told = {"class": self.over_class, "one": self.from_one, "plain": self.plain}
+        told |= {"orthogonal": self.orthogonal}
         return "-".join(word for word, other in told.items() if other) or "printed"
 
 
 READINGS: Final = {
     reading.name: reading
     for reading in (
-        Reading(over_class, from_one, plain)
+        Reading(over_class, from_one, plain, orthogonal)
+        for orthogonal in (False, True)
         for over_class in (False, True)
         for from_one in (False, True)
         for plain in (False, True)
@@ -59,8 +64,7 @@ def optimizer_of(
     """Returns an optimizer, and the subspace that is to observe its minibatches, if it has one.
 
     Args:
-        method: ``sgd``, a reading by its name, or ``orthogonal``: as printed, with the orthogonal
-            vectors that eq. 14 takes for granted.
+        method: ``sgd``, or a reading by its name.
         model: see there.
         classes: C.
         lr: η.
@@ -95,12 +99,9 @@ class ReadSubspace:
         self.parameters = ParameterSpace(model)
         self.reading, self.decay = reading, decay
         self._sums = LogitGradients(model, self.parameters, classes, None)
-        like = {"dtype": self.parameters.dtype, "device": self.parameters.device}
-        self._state = {
-            "gradients": torch.zeros(classes, self.parameters.size, **like),
-            "squares": torch.zeros(classes, **like),
-            "updates": torch.zeros(classes, **like),
-        }
+        none = torch.zeros(classes, dtype=self.parameters.dtype, device=self.parameters.device)
+        gradients = none.new_zeros(classes, self.parameters.size)
+        self._state = {"gradients": gradients, "squares": none, "updates": none.clone()}
 
     def observe(self, x: Tensor, y: Tensor) -> None:
         """Adds a minibatch to the averages; a class that is absent keeps its own.
@@ -125,7 +126,7 @@ class ReadSubspace:
             weight = share if new.dim() == 1 else share[:, None]
             state[name] += weight * (new - state[name])
 
-    def update(self) -> so.LowRankCurvature:
+    def update(self) -> so.LowRankCurvature | so.EigenBasis:
         """Returns ``Σ λ_k v_k v_kᵀ``: of a class that was never seen, v = 0 and λ = 1."""
         state, left = self._state, self.decay ** self._state["updates"]
         norms = state["gradients"].norm(dim=1, keepdim=True)
@@ -134,7 +135,8 @@ class ReadSubspace:
             squares = state["squares"] + left
         else:
             squares = torch.where(left < 1, state["squares"] / (1 - left), 1.0)
-        return so.LowRankCurvature(squares.sqrt(), vectors)
+        curvature = so.LowRankCurvature(squares.sqrt(), vectors)
+        return curvature.orthogonalised() if self.reading.orthogonal else curvature
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the averages."""

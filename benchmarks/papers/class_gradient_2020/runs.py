@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from benchmarks.papers.training import Problem, Row, column, performance, top_of
 
 SINES: Final = (0.1, 0.5, 0.9)
 """Of angles above which a direction adds to the rank, beside the rule of linear algebra."""
+OUTLIERS: Final[tuple[Literal["gap", "ratio", "elbow"], ...]] = ("gap", "ratio", "elbow")
+"""Ways to count the eigenvalues that stand out."""
 HOPELESS: Final = 1e6
 """A training whose validation loss is above this is over: it comes back no more."""
 
@@ -127,15 +129,30 @@ def at_rates(
     rates: Sequence[float],
     epochs: int,
     methods: Sequence[str],
+    scaled: bool = True,
     **part: Any,
 ) -> Raw:
     """Trains a ResNet9 by each method at each rate, from one start and over the same minibatches.
+
+    Args:
+        job: the seed.
+        width: of the network.
+        batch_size: see there.
+        rates: η.
+        epochs: see there.
+        methods: names that ``optimizer_of`` knows.
+        scaled: whether the network puts out an eighth of its scores, or its scores.
+        part: of the data, as ``images`` has it.
 
     Returns:
         Steps an epoch, and a curve for each method and rate, with a row for each epoch.
     """
     found = images(job, **part)
-    make = partial(resnet9, found.num_classes, channels=found.x_train.shape[1], width=width)
+
+    def make() -> nn.Module:
+        whole = resnet9(found.num_classes, channels=found.x_train.shape[1], width=width)
+        return whole if scaled else whole[:-1]
+
     epoch = len(found.x_train) // batch_size
     usual = {"batch_size": batch_size, "steps": epochs * epoch, "every": epoch}
     trainings = {f"{lr:g}": usual | {"lr": lr} for lr in rates}
@@ -189,15 +206,19 @@ def beside_eigenvectors(
 ) -> Raw:
     """Trains a small CNN by SGD, and holds its class gradients against its last eigenvectors.
 
+    Raises:
+        RuntimeError: SGD diverged.
+
     Returns:
         Along the training, of the class gradients of one minibatch: their ``step``; ``ranks`` with
         the last C eigenvectors, a row for each of ``tolerances``; ``assigned`` cosines with them;
         and ``ratios`` v_kᵀHv_k / λ_k of each class at some steps. At the end: ``eigenvalues``,
-        their ``outliers`` by each method, ``cosines`` and ``assignment`` of the last minibatch;
-        of all examples the ``assigned`` cosine, the ``overlap`` with the eigenvectors, the cosines
-        of the principal ``angles``, and the cosines ``between`` classes; ``chance`` and its
-        deviation; ``second_term``, its Frobenius norm relative to the Hessian's; and how far it was
-        trained: ``loss`` and ``accuracy`` on the examples, ``valid_accuracy``.
+        their ``outliers`` by each method; of the ``average`` of eq. 16 the ``assigned`` cosine,
+        its ``cosines`` and ``assignment``; of all examples the ``assigned`` cosine, the ``overlap``
+        with the eigenvectors, the cosines of the principal ``angles``, and the cosines ``between``
+        classes; ``chance`` and its deviation; ``second_term``, its Frobenius norm relative to the
+        Hessian's; and how far it was trained: ``loss`` and ``accuracy`` on the examples,
+        ``valid_accuracy``.
     """
     found = images(job, **part)
     valid = cast("tuple[Tensor, Tensor]", found.test)
@@ -212,7 +233,7 @@ def beside_eigenvectors(
         x, y = found.x_train[batch], found.y_train[batch]
         curvature = class_gradients(model, found.num_classes, x, y)
         row: Row = {"vectors": curvature.vectors}
-        if -(-step // every) % curvatures == 0:  # of the rows, of which the last is out of step
+        if step == steps or step // every % curvatures == 0:
             products = hessian.matmat(curvature.vectors)
             hessian.release()
             quotients = (products * curvature.vectors).sum(dim=1)
@@ -220,19 +241,30 @@ def beside_eigenvectors(
         return row
 
     sgd, size = problem.sgd(lr, MOMENTUM), batch_size
-    rows = train(job, "sgd", problem, sgd, steps=steps, batch_size=size, record=record, every=every)
+    average = so.ClassGradientSubspace(model, found.num_classes, decay=DECAY)
+    rows = train(
+        job,
+        "sgd",
+        problem,
+        sgd,
+        steps=steps,
+        batch_size=size,
+        record=record,
+        every=every,
+        before=average.observe,
+        also=(average,),
+    )
     if rows[-1].get("diverged", False):
-        return {"diverged": True}
+        raise RuntimeError("SGD diverged: there are no eigenvectors of a trained network")
     solved = top_of(hessian, eigenvalues, tol, job.seed)
     basis = solved.first(found.num_classes)
     vectors = column(rows, "vectors")
     of_minibatches = [so.diagnostics.class_gradient_cosines(v, basis) for v in vectors]
     of_all = class_gradients(model, found.num_classes, found.x_train, found.y_train).vectors
-    last = of_minibatches[-1]
+    averaged = so.diagnostics.class_gradient_cosines(average.update().vectors, basis)
     # The rule of numpy and torch for the rank of a P×2C matrix, for numbers of single precision.
     tolerances = [basis.size * torch.finfo(torch.float32).eps, *SINES]
     return {
-        "diverged": False,
         "size": basis.size,
         "classes": found.num_classes,
         "step": [row["step"] for row in rows],
@@ -248,8 +280,11 @@ def beside_eigenvectors(
             method: so.diagnostics.count_outliers(solved.eigenvalues, method).count
             for method in OUTLIERS
         },
-        "cosines": last.cosines.tolist(),
-        "assignment": last.assignment.tolist(),
+        "average": {
+            "assigned": averaged.mean,
+            "cosines": averaged.cosines.tolist(),
+            "assignment": averaged.assignment.tolist(),
+        },
         "of_all": {
             "assigned": so.diagnostics.class_gradient_cosines(of_all, basis).mean,
             "overlap": float(so.diagnostics.subspace_overlap(span(of_all), basis)),
