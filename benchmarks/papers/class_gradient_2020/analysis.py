@@ -68,7 +68,7 @@ def final_accuracy(curve: Curve) -> float:
 
 def trained(curve: Curve) -> bool:
     """Returns whether a training did not diverge, and ended above chance."""
-    return final_accuracy(curve) >= _ABOVE_CHANCE / curve["classes"]
+    return bool(final_accuracy(curve) >= _ABOVE_CHANCE / curve["classes"])
 
 
 def curves_of(raw: Raw, method: str) -> dict[str, Curve]:
@@ -123,13 +123,13 @@ def mean_accuracy_difference(raw: Raw) -> float:
 def off_table_1(raw: Raw) -> float:
     """Returns the mean difference of SGD's accuracies to those printed."""
     found = curves_of(raw, "sgd")
-    return mean_of(final_accuracy(found[rate]) - sgd / 100 for rate, (sgd, _) in ACCURACIES.items())
+    return mean_of(final_accuracy(found[rate]) - ACCURACIES[rate][0] / 100 for rate in found)
 
 
 def off_table_2(raw: Raw) -> float:
     """Returns the mean difference of SGD's losses to those printed."""
     found = curves_of(raw, "sgd")
-    return mean_of(final_loss(found[rate]) - sgd for rate, (sgd, _) in LOSSES.items())
+    return mean_of(final_loss(found[rate]) - LOSSES[rate][0] for rate in found)
 
 
 def share_behind(raw: Raw) -> float:
