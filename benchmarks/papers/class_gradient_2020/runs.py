@@ -240,20 +240,22 @@ def beside_eigenvectors(
             row["ratios"] = (quotients / curvature.eigenvalues).tolist()
         return row
 
-    sgd, size = problem.sgd(lr, MOMENTUM), batch_size
     average = so.ClassGradientSubspace(model, found.num_classes, decay=DECAY)
-    rows = train(
+    # A minibatch counts γᵗ after t more: those of the last quarter are all that is left.
+    late = every * max(1, snapshots // 4)
+    training = partial(
+        train,
         job,
-        "sgd",
-        problem,
-        sgd,
-        steps=steps,
-        batch_size=size,
+        problem=problem,
+        optimizer=problem.sgd(lr, MOMENTUM),
+        batch_size=batch_size,
         record=record,
         every=every,
-        before=average.observe,
-        also=(average,),
     )
+    rows = training("early", steps=steps - late)
+    if not rows[-1].get("diverged", False):
+        observing: dict[str, Any] = {"before": average.observe, "also": (average,)}
+        rows = rows[:-1] + training("late", first=steps - late, steps=late, **observing)
     if rows[-1].get("diverged", False):
         raise RuntimeError("SGD diverged: there are no eigenvectors of a trained network")
     solved = top_of(hessian, eigenvalues, tol, job.seed)
