@@ -335,5 +335,6 @@ def first_curvature_ratio(raw: Raw) -> float:
 
 
 def late_curvature_ratio(raw: Raw) -> float:
-    """Returns their mean in the second half of training."""
-    return mean_of(second_half(curvature_ratios(raw)))
+    """Returns their mean in the second half of training, over the first."""
+    found = curvature_ratios(raw)
+    return mean_of(second_half(found)) / found[0]

@@ -241,8 +241,8 @@ def beside_eigenvectors(
         return row
 
     average = so.ClassGradientSubspace(model, found.num_classes, decay=DECAY)
-    # A minibatch counts γᵗ after t more: those of the last quarter are all that is left.
-    late = every * max(1, snapshots // 4)
+    # A minibatch counts γᵗ after t more: those of the last eighth are all that is left.
+    late = every * max(1, snapshots // 8)
     training = partial(
         train,
         job,
