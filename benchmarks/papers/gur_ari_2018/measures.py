@@ -85,7 +85,11 @@ def images(job: Job, data: str, examples: int, test: int = 0, factor: int = 1) -
 
 
 def exchanged(data: Dataset) -> Dataset:
-    """Returns a data set with its test set for training, and the other way round."""
+    """Returns a data set with its test set for training, and the other way round.
+
+    Raises:
+        DataUnavailableError: it has no test set.
+    """
     if data.test is None:
         raise DataUnavailableError(f"{data.name} has no test set to train on")
     x, y = data.test
@@ -110,9 +114,7 @@ def whole_hessian(problem: Problem, mode: Mode | None = None) -> so.HessianOpera
     return so.HessianOperator(problem.model, problem.loss_fn, batches, mode=mode)
 
 
-def of_test(
-    model: nn.Module, data: Dataset, mode: Mode | None = None
-) -> so.HessianOperator | None:
+def of_test(model: nn.Module, data: Dataset, mode: Mode | None = None) -> so.HessianOperator | None:
     """Returns the Hessian of the cross-entropy over the test set, if there is one."""
     return data.test and whole_hessian(Problem(model, cross_entropy, *data.test), mode)
 
