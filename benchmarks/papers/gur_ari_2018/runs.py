@@ -55,6 +55,7 @@ def evolution(
     every: int,
     tol: float,
     anatomy_at: Sequence[int] = (),
+    solved_twice: bool = True,
     start: str = "torch",
     mode: Mode | None = None,
     **part_of: Any,
@@ -93,7 +94,8 @@ def evolution(
     raw |= {name: column(rows, name) for name in (*series, *of_bases, *of_random)}
     raw["preserved"] = {str(d): _overlaps(list(saved.values()), 0, d) for d in dimensions}
     raw["next"] = _overlaps(list(saved.values()), k, 2 * k)
-    raw["repeat"] = _repeat(hessian, k, tol)
+    if solved_twice:
+        raw["repeat"] = _repeat(hessian, k, tol)
     if anatomy_at:
         raw["anatomy"] = anatomy(hessian.parameters, [(t, saved[t][0]) for t in anatomy_at])
     return raw
