@@ -97,7 +97,7 @@ def gap_around_k(raw: Raw) -> float:
     above, below = values[:, k - 2], values[:, k]
     if not (below > 0).all():
         return math.nan
-    return median_of(above / below) * (k - 1) / (k + 1)
+    return float(median_of(above / below) * (k - 1) / (k + 1))
 
 
 def first_trained(raw: Raw) -> int:
