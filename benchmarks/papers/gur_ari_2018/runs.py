@@ -37,7 +37,7 @@ from subspace_optim.diagnostics import (
     subspace_overlap,
 )
 
-_SMALL_STEP: Final = 0.1  # of the learning rate, where the loss is nearly linear
+_SMALL_STEP: Final = 0.01  # of the learning rate, where the loss is nearly linear
 
 
 # --- Figures 1-3 and 6-11 ----------------------------------------------------------------------
