@@ -1,4 +1,7 @@
-"""What the raw figures of `gur_ari_2018` say: numbers for claims and tables, and curves."""
+"""What the raw figures of `gur_ari_2018` say: numbers for claims and tables, and curves.
+
+Those of spectra are in ``edges``, and are named here as well, since data look for them here.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,32 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from benchmarks.papers.gur_ari_2018.cases import CASES
-from benchmarks.papers.reductions import Curve, mean_of, median_of
+from benchmarks.papers.gur_ari_2018.edges import (  # noqa: F401 (data look for them here)
+    deeper_than_elsewhere,
+    density,
+    dip,
+    log_normal,
+    log_normal_misfit,
+    mean_of_kth,
+    outliers,
+    outliers_beyond_k,
+    outliers_of_the_paper,
+    scree,
+)
+from benchmarks.papers.reductions import Curve, column, mean_of, median_of
 from benchmarks.papers.reproduction import Raw
-from subspace_optim.diagnostics import count_outliers
 
 Array = NDArray[np.float64]
 Matrix = list[list[float]]
 
 _TRAINED: Final = 100  # steps of "some training": there the paper's matrices are preserved
-_EARLY: Final = 50  # steps after which the paper finds the gradient in the top subspace
-_BANDWIDTH: Final = 0.05  # of the density of eigenvalues, in decades
 _NOTHING: Final = 1e-6  # an eigenvalue below this, relative to the largest, is zero
-_FITTED: Final = 0.9  # training accuracy from which a network has fitted its labels
+
+SUMS: Final = {(0, 0, 20): 0.20, (50, 0, 20): 0.94, (50, 0, 10): 0.93, (50, 10, 20): 0.01}
+"""What the paper prints beside Figure 11: sums of c_i², by step and the i that they are over."""
 
 
 # --- the top subspace along training -----------------------------------------------------------
@@ -31,7 +43,7 @@ _FITTED: Final = 0.9  # training accuracy from which a network has fitted its la
 
 def since(raw: Raw, name: str, step: int = _TRAINED) -> Array:
     """Returns what the bases from a step on say."""
-    pairs = zip(raw["saved"], raw[name], strict=True)
+    pairs = zip(raw["saved"], column(raw, name), strict=True)
     return np.array([value for at, value in pairs if at >= step], dtype=float)
 
 
@@ -40,16 +52,52 @@ def trained_median(raw: Raw, name: str) -> float:
     return median_of(since(raw, name))
 
 
+def before_the_rise(raw: Raw) -> float:
+    """Returns the smallest f_top of the bases before some training."""
+    pairs = zip(raw["saved"], raw["f_top"], strict=True)
+    return float(min(value for step, value in pairs if step < _TRAINED))
+
+
+def rise(raw: Raw) -> float:
+    """Returns by how much f_top is larger after some training than at the start."""
+    return trained_median(raw, "f_top") - float(raw["f_top"][0])
+
+
 def random_ratio(raw: Raw) -> float:
     """Returns the overlap of random vectors in the top subspace, over that of the gradient."""
     return median_of(since(raw, "random_in_top") / since(raw, "overlap_there"))
 
 
-def estimated_overlap(raw: Raw) -> float:
-    """Returns the overlap of random vectors in the top subspace by eq. 4."""
-    values = since(raw, "eigenvalues").reshape(-1, 2 * raw["k"])[:, : raw["k"]]
+def estimated_overlap(raw: Raw, subspace: str = "top") -> float:
+    """Returns the overlap of random vectors in the top or next k subspace by eq. 4."""
+    k = raw["k"]
+    values = since(raw, "eigenvalues").reshape(-1, 2 * k)
+    values = values[:, :k] if subspace == "top" else values[:, k:]
     squares = np.square(values).sum(axis=1)
-    return median_of(values.sum(axis=1) / np.sqrt(raw["k"] * squares))
+    return median_of(values.sum(axis=1) / np.sqrt(k * squares))
+
+
+def off_the_estimate(raw: Raw) -> float:
+    """Returns the overlap of random vectors in the top subspace less √(3/4), the paper's."""
+    return trained_median(raw, "random_in_top") - math.sqrt(3 / 4)
+
+
+def top_less_next(raw: Raw) -> float:
+    """Returns how much more random vectors of the top k overlap than those of the next k."""
+    return estimated_overlap(raw) - estimated_overlap(raw, "next")
+
+
+def gap_around_k(raw: Raw) -> float:
+    """Returns λ_{k−1}/λ_{k+1} over (k + 1)/(k − 1), that of eigenvalues in proportion to 1/i.
+
+    It is the median after some training; without a positive λ_{k+1} there is none.
+    """
+    k = raw["k"]
+    values = since(raw, "eigenvalues").reshape(-1, 2 * k)
+    above, below = values[:, k - 2], values[:, k]
+    if not (below > 0).all():
+        return math.nan
+    return float(median_of(above / below) * (k - 1) / (k + 1))
 
 
 def first_trained(raw: Raw) -> int:
@@ -68,6 +116,11 @@ def kept(raw: Raw, subspace: str) -> float:
     """Returns the overlap of the top or next k after some training with the last ones."""
     matrix, first = matrix_of(raw, subspace), first_trained(raw)
     return matrix[first][-1] if first < len(matrix) else math.nan
+
+
+def kept_more(raw: Raw) -> float:
+    """Returns how much more of the top k is kept than of the next k."""
+    return kept(raw, "top") - kept(raw, "next")
 
 
 def starts(raw: Raw) -> list[int]:
@@ -119,16 +172,22 @@ def lost_beyond(raw: Raw) -> float:
 
 
 def largest_rise(raw: Raw) -> float:
-    """Returns the largest rise of preservation with the dimension, from k − 1 on."""
-    means = [value for d, value in sorted(by_dimension(raw).items()) if d >= raw["k"] - 1]
+    """Returns the largest rise of preservation with the dimension, from k on."""
+    means = [value for d, value in sorted(by_dimension(raw).items()) if d >= raw["k"]]
     return float(np.max(np.diff(means)))
 
 
-def spread_over_eigenvectors(raw: Raw) -> float:
+def spread_over_eigenvectors(raw: Raw, *steps: int) -> float:
     """Returns over how many of the top k eigenvectors the gradient is spread, at the least."""
-    tops = [fractions[: raw["k"]] for fractions in since(raw, "fractions", _EARLY)]
-    counts = [float(top.sum() ** 2 / np.square(top).sum()) for top in tops]
+    tops = [np.array(fractions_at(raw, step)[: raw["k"]]) for step in steps]
+    counts = [float(top.sum() ** 2 / np.square(top).sum()) for top in tops if len(top)]
     return min(counts, default=math.nan)
+
+
+def off_the_sum(raw: Raw, step: int, start: int, stop: int) -> float:
+    """Returns a sum of c_i² at a step, i from start + 1 to stop, less what the paper prints."""
+    found = fractions_at(raw, step)
+    return math.fsum(found[start:stop]) - SUMS[step, start, stop] if found else math.nan
 
 
 def fractions_at(raw: Raw, step: int) -> list[float]:
@@ -141,6 +200,32 @@ def smallest_top(raw: Raw) -> float:
     """Returns λ_k over λ_1, at the least."""
     values = np.array(raw["eigenvalues"], dtype=float)
     return float(np.min(values[:, raw["k"] - 1] / values[:, 0]))
+
+
+def growth(raw: Raw) -> float:
+    """Returns λ_1 in the first half of training, its median without the start, over the start's."""
+    values = raw["largest"]
+    return median_of(values[1 : len(values) // 2 + 1]) / float(values[0])
+
+
+def decay(raw: Raw) -> float:
+    """Returns the mean λ_1 of the last tenth of training over the median of the first half."""
+    values = raw["largest"]
+    last = values[-max(len(values) // 10, 1) :]
+    return mean_of(last) / median_of(values[1 : len(values) // 2 + 1])
+
+
+def head_over_first(raw: Raw) -> float:
+    """Returns the size of the top weights in the first eigenvector over that of the first layer.
+
+    Both are root mean squares; it is the mean over the steps that are kept.
+    """
+    return mean_of(rms[-2] / rms[0] for rms in raw["anatomy"]["rms"])
+
+
+def off_four_times(raw: Raw) -> float:
+    """Returns it less 4, which the paper prints."""
+    return head_over_first(raw) - 4
 
 
 def head_share(raw: Raw) -> float:
@@ -163,89 +248,8 @@ def early(raw: Raw, name: str) -> Iterator[Curve]:
 
 
 def off_the_table(raw: Raw) -> float:
-    """Returns the distance of the mean overlap from the paper's."""
-    return float(abs(raw["mean_overlap"] - CASES[raw["case"]]["paper"]))
-
-
-# --- spectra -----------------------------------------------------------------------------------
-
-
-def scree(raw: Raw) -> Array:
-    """Returns the top 3k eigenvalues that are positive."""
-    values = np.array(raw["eigenvalues"][: 3 * raw["k"]], dtype=float)
-    return cast("Array", np.where(values > 0, values, np.nan))
-
-
-def outliers(raw: Raw) -> int:
-    """Returns how many eigenvalues stand out, by the largest ratio in the top 3k."""
-    values = torch.tensor(raw["eigenvalues"][: 3 * raw["k"]], dtype=torch.float64)
-    return count_outliers(values, "ratio", floor=1e-2).count
-
-
-def outliers_of_the_paper(raw: Raw) -> str:
-    """Returns how many stand out in its Figure 4, which has no five digits."""
-    return "–" if raw["labels"] == "five" else str(raw["k"])
-
-
-def outliers_beyond_k(raw: Raw) -> float:
-    """Returns how many more there are than classes."""
-    return float(outliers(raw) - raw["k"])
-
-
-def fitted(raw: Raw) -> bool:
-    """Returns whether the labels were fitted."""
-    return bool(raw["accuracy"] >= _FITTED)
-
-
-def decades(raw: Raw) -> Array:
-    """Returns log10 λ, a row for each realisation."""
-    return cast("Array", np.log10(np.array(raw["eigenvalues"], dtype=float)))
-
-
-def log_density(raw: Raw, grid: Array) -> Array:
-    """Returns the density of log10 λ at a grid, all realisations together."""
-    values = np.array(raw["eigenvalues"], dtype=float)
-    points = np.log10(values[values > 0])
-    return cast("Array", norm.pdf(grid[:, None], points, _BANDWIDTH).mean(axis=1))
-
-
-def density(raw: Raw) -> Iterator[Curve]:
-    """Yields the density of log10 λ."""
-    x = _around(raw)
-    yield Curve(x, log_density(raw, x))
-
-
-def log_normal(raw: Raw) -> Iterator[Curve]:
-    """Yields the density of a Gaussian with mean and deviation of the top k."""
-    values, x = decades(raw), _around(raw)
-    top = values[:, : raw["k"]]
-    yield Curve(x, norm.pdf(x, top.mean(), top.std()) * raw["k"] / values.shape[1])
-
-
-def mean_of_kth(raw: Raw) -> float:
-    """Returns the mean of log10 λ_k."""
-    return float(decades(raw)[:, raw["k"] - 1].mean())
-
-
-def _around(raw: Raw) -> Array:
-    values = decades(raw)
-    return np.linspace(values.min() - 0.1, values.max() + 0.1, 400)
-
-
-def dip(raw: Raw) -> float:
-    """Returns the smallest density around the mean λ_k over the lower of the peaks beside it.
-
-    Around it: between the mean log λ of the 1.2 k-th and of the 0.8 k-th.
-    """
-    values, k = decades(raw), raw["k"]
-    means = values.mean(axis=0)
-    grid = np.linspace(values.min(), values.max(), 1000)
-    found = log_density(raw, grid)
-    inside = (grid >= means[round(1.2 * k) - 1]) & (grid <= means[round(0.8 * k) - 1])
-    if not inside.any():
-        return math.nan
-    lowest = int(np.argmin(np.where(inside, found, np.inf)))
-    return float(found[lowest] / min(found[:lowest].max(), found[lowest:].max()))
+    """Returns the mean overlap less the paper's."""
+    return float(raw["mean_overlap"] - CASES[raw["case"]]["paper"])
 
 
 # --- the solvable model ------------------------------------------------------------------------
@@ -315,8 +319,12 @@ def descents(raw: Raw) -> float:
 
 
 def climbs(raw: Raw) -> float:
-    """Returns the number of steps of Newton's method that raised the loss."""
-    return float(np.sum(np.diff(raw["loss"]["newton"]) > 0))
+    """Returns the number of steps of Newton's method that raised the loss.
+
+    It is one more, where the last loss is not below the first: to stand still is not to descend.
+    """
+    losses = raw["loss"]["newton"]
+    return float(np.sum(np.diff(losses) > 0) + (losses[-1] >= losses[0]))
 
 
 def rank_missed(raw: Raw) -> float:

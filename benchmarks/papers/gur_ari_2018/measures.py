@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Final
+from dataclasses import replace
+from typing import Final, Literal
 
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import subspace_optim as so
-from benchmarks.data import Dataset
+from benchmarks.data import Dataset, DataUnavailableError
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import problems
 from benchmarks.papers.networks import fully_connected, made, resnet, simple_convnet
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.training import Problem
+from benchmarks.papers.training import Problem, Row
 from subspace_optim.diagnostics import hessian_gradient_overlap
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Mode = Literal["train", "eval"]
+LR: Final = 0.1  # and ...
+BATCH: Final = 64  # ... of the paper's trainings, but for some of Table 1
+DRAWS: Final = 8  # random vectors for a mean overlap
+COARSE: Final = 1e-2  # a residual that is small enough for f_top and the largest eigenvalue
+_EXCHANGED: Final = 5000  # of the training images of MNIST, from which those for testing are taken
 _CHUNK: Final = 1000  # images of a batch of the Hessian, so that its graphs stay small
 
 
 # --- models and data ---------------------------------------------------------------------------
 
 
-def build(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
+def build(job: Job, model: str, data: Dataset, width: int, start: str = "torch") -> nn.Module:
     """Returns one of the paper's models for these images.
 
     Args:
@@ -33,6 +41,7 @@ def build(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
             norm, and a second dense layer), or ``resnet``.
         data: the images.
         width: of a hidden layer, of the first convolution, or of the first stage.
+        start: ``torch`` or ``glorot``: how initial parameters are drawn.
     """
     pixels, classes = data.x_train[0].numel(), data.num_classes
     channels, side = data.x_train.shape[1], data.x_train.shape[-1]
@@ -48,12 +57,43 @@ def build(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
             classes, (width, 2 * width, 4 * width, 8 * width), 2, channels=channels
         ),
     }
-    return made(job, makers["convnet" if more else model])
+    maker = makers["convnet" if more else model]
+    return made(job, maker if start == "torch" else lambda: glorot(maker()))
+
+
+def glorot(model: nn.Module) -> nn.Module:
+    """Returns a model with weights drawn anew as Keras does: Glorot's uniform, biases 0."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return model
 
 
 def images(job: Job, data: str, examples: int, test: int = 0, factor: int = 1) -> Dataset:
-    """Returns a part of a data set, without a test set unless it is asked for."""
-    return problems.images(job, data, examples, test, factor)
+    """Returns a part of a data set, without a test set unless it is asked for.
+
+    ``mnist-exchanged`` trains on the 10,000 images of MNIST's test set, which are more than
+    ``mnist-5k`` has, and tests on images of its training set.
+    """
+    if data != "mnist-exchanged":
+        return problems.images(job, data, examples, test, factor)
+    whole = problems.real("mnist", job, _EXCHANGED)
+    changed = exchanged(whole)
+    return problems.as_images(problems.pooled(problems.subset(changed, examples, test), factor))
+
+
+def exchanged(data: Dataset) -> Dataset:
+    """Returns a data set with its test set for training, and the other way round.
+
+    Raises:
+        DataUnavailableError: it has no test set.
+    """
+    if data.test is None:
+        raise DataUnavailableError(f"{data.name} has no test set to train on")
+    x, y = data.test
+    return replace(data, x_train=x, y_train=y, x_test=data.x_train, y_test=data.y_train)
 
 
 def half_square(output: Tensor, target: Tensor) -> Tensor:
@@ -61,15 +101,22 @@ def half_square(output: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (output - target).square().sum(dim=-1).mean()
 
 
-def whole_hessian(problem: Problem) -> so.HessianOperator:
-    """Returns the Hessian over all examples; coloured images in chunks, for the memory."""
+def whole_hessian(problem: Problem, mode: Mode | None = None) -> so.HessianOperator:
+    """Returns the Hessian over all examples; coloured images in chunks, for the memory.
+
+    Args:
+        problem: of the loss.
+        mode: of the model; ``None``: that of training.
+    """
     coloured = problem.x.dim() == 4 and problem.x.shape[1] > 1
-    return problem.hessian(_CHUNK if coloured else None)
+    size = _CHUNK if coloured else len(problem.x)
+    batches = list(zip(problem.x.split(size), problem.y.split(size), strict=True))
+    return so.HessianOperator(problem.model, problem.loss_fn, batches, mode=mode)
 
 
-def of_test(model: nn.Module, data: Dataset) -> so.HessianOperator | None:
+def of_test(model: nn.Module, data: Dataset, mode: Mode | None = None) -> so.HessianOperator | None:
     """Returns the Hessian of the cross-entropy over the test set, if there is one."""
-    return data.test and whole_hessian(Problem(model, cross_entropy, *data.test))
+    return data.test and whole_hessian(Problem(model, cross_entropy, *data.test), mode)
 
 
 # --- what is measured at one point -------------------------------------------------------------
@@ -87,6 +134,12 @@ def mean_overlap(operator: so.CurvatureOperator, vectors: Tensor) -> float:
     operator.release()
     pairs = zip(vectors, products, strict=True)
     return sum(float(hessian_gradient_overlap(w, p)) for w, p in pairs) / len(vectors)
+
+
+def cheap(hessian: so.HessianOperator, tested: so.HessianOperator | None) -> Row:
+    """Returns what a gradient and a product on each set tell."""
+    row: Row = {"loss": hessian.loss(), "overlap": overlap_of(hessian)}
+    return row | {"overlap_test": math.nan if tested is None else overlap_of(tested)}
 
 
 def decrease(operator: so.CurvatureOperator, top: so.EigenBasis, lr: float) -> float:

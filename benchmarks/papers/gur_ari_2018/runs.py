@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import subspace_optim as so
 from benchmarks.losses import cross_entropy
-from benchmarks.papers import problems
-from benchmarks.papers.gur_ari_2018.cases import CASES
 from benchmarks.papers.gur_ari_2018.measures import (
-    Loss,
+    BATCH,
+    COARSE,
+    DRAWS,
+    LR,
+    Mode,
     build,
+    cheap,
     decrease,
-    half_square,
     images,
     mean_overlap,
     of_test,
     overlap_of,
     whole_hessian,
 )
-from benchmarks.papers.networks import fully_connected, made
 from benchmarks.papers.problems import first_classes
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Problem, Row, column, performance, top_of, train
 from subspace_optim.diagnostics import (
     eigenvector_fractions,
-    exact_spectrum,
     gradient_fraction,
     overlap_matrix,
     subspace_overlap,
 )
 
-_LR: Final = 0.1  # and ...
-_BATCH: Final = 64  # ... of the paper's trainings, but for some of Table 1
-_DRAWS: Final = 8  # random vectors for a mean overlap
-_SMALL_STEP: Final = 0.1  # of the learning rate, where the loss is nearly linear
-_COARSE: Final = 1e-2  # enough for f_top and the largest eigenvalue
+_SMALL_STEP: Final = 0.01  # of the learning rate, where the loss is nearly linear
 
 
 # --- Figures 1-3 and 6-11 ----------------------------------------------------------------------
@@ -61,6 +55,9 @@ def evolution(
     every: int,
     tol: float,
     anatomy_at: Sequence[int] = (),
+    solved_twice: bool = True,
+    start: str = "torch",
+    mode: Mode | None = None,
     **part_of: Any,
 ) -> Raw:
     """Trains by SGD, and follows gradient, top eigenvalue and top subspaces.
@@ -69,16 +66,17 @@ def evolution(
         The series, figures of each basis, and overlaps of all bases with all others.
     """
     part = first_classes(images(job, **part_of), classes)
-    network = build(job, model, part, width)
+    network = build(job, model, part, width, start)
     problem = Problem(network, cross_entropy, part.x_train, part.y_train)
-    hessian, tested, k = whole_hessian(problem), of_test(network, part), part.num_classes
+    hessian, k = whole_hessian(problem, mode), part.num_classes
+    tested = of_test(network, part, mode)
 
     def record(step: int) -> Row:
         row: Row = {}
         if step % every == 0:
-            row |= {"at": step} | _cheap(hessian, tested)
+            row |= {"at": step} | cheap(hessian, tested)
             row["accuracy"] = performance(network, part.x_train, part.y_train)["accuracy"]
-            row["largest"] = top_of(hessian, 1, _COARSE).largest
+            row["largest"] = top_of(hessian, 1, COARSE).largest
         if step in bases_at:
             basis = top_of(hessian, 2 * k, tol)
             row |= {"saved": step, "vectors": basis.vectors.cpu()}
@@ -86,8 +84,8 @@ def evolution(
         return row
 
     due = {*range(0, steps + 1, every), *bases_at}.__contains__
-    sgd = problem.sgd(_LR)
-    rows = train(job, "sgd", problem, sgd, steps=steps, batch_size=_BATCH, record=record, every=due)
+    sgd = problem.sgd(LR)
+    rows = train(job, "sgd", problem, sgd, steps=steps, batch_size=BATCH, record=record, every=due)
     series = ("at", "loss", "accuracy", "overlap", "overlap_test", "largest")
     of_bases = ("saved", "eigenvalues", "fractions", "f_top", "decrease")
     of_random = ("random_in_top", "random", "overlap_there")
@@ -96,16 +94,11 @@ def evolution(
     raw |= {name: column(rows, name) for name in (*series, *of_bases, *of_random)}
     raw["preserved"] = {str(d): _overlaps(list(saved.values()), 0, d) for d in dimensions}
     raw["next"] = _overlaps(list(saved.values()), k, 2 * k)
-    raw["repeat"] = _repeat(hessian, k, tol)
+    if solved_twice:
+        raw["repeat"] = _repeat(hessian, k, tol)
     if anatomy_at:
         raw["anatomy"] = anatomy(hessian.parameters, [(t, saved[t][0]) for t in anatomy_at])
     return raw
-
-
-def _cheap(hessian: so.HessianOperator, tested: so.HessianOperator | None) -> Row:
-    """What a gradient and a product on each set tell."""
-    row: Row = {"loss": hessian.loss(), "overlap": overlap_of(hessian)}
-    return row | {"overlap_test": math.nan if tested is None else overlap_of(tested)}
 
 
 def _of_basis(
@@ -113,13 +106,13 @@ def _of_basis(
 ) -> Row:
     """What a basis of 2k pairs says about the gradient, and about random vectors."""
     gradient, top = hessian.gradient(), basis.first(k)
-    inside = torch.randn(_DRAWS, k, generator=random).to(basis.device) @ top.vectors
-    anywhere = torch.randn(_DRAWS, hessian.size, generator=random).to(basis.device)
+    inside = torch.randn(DRAWS, k, generator=random).to(basis.device) @ top.vectors
+    anywhere = torch.randn(DRAWS, hessian.size, generator=random).to(basis.device)
     return {
         "eigenvalues": basis.eigenvalues.tolist(),
         "fractions": eigenvector_fractions(gradient, basis).tolist(),
         "f_top": float(gradient_fraction(gradient, top)),
-        "decrease": decrease(hessian, top, _SMALL_STEP * _LR),
+        "decrease": decrease(hessian, top, _SMALL_STEP * LR),
         "overlap_there": overlap_of(hessian),
         "random_in_top": mean_overlap(hessian, inside),
         "random": mean_overlap(hessian, anywhere),
@@ -185,141 +178,6 @@ def _short(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-# --- Table 1 and Figure 12 ---------------------------------------------------------------------
-
-
-def table_row(
-    job: Job,
-    *,
-    case: str,
-    data: str,
-    width: int,
-    examples: int,
-    test: int,
-    factor: int,
-    steps: int,
-    last: int,
-    every: int,
-    f_top_at: Sequence[int] = (),
-) -> Raw:
-    """Measures a row of Table 1, and f_top along the way (Figure 12).
-
-    Returns:
-        The overlaps on both sets, their means, and f_top.
-    """
-    row_of = CASES[case]
-    if data == "sine":
-        x, y = problems.sine(examples, noise=0.1, job=job)
-        unseen = problems.sine(test, noise=0.1, job=replace(job, seed=job.seed + 1_000_000))
-        network: nn.Module = made(job, lambda: fully_connected((1, width, width, 1)))
-        loss_fn: Loss = half_square
-        tested: so.HessianOperator | None = so.HessianOperator(network, loss_fn, unseen)
-    else:
-        part = images(job, data, examples, test, factor)
-        if row_of["random_labels"]:
-            part = problems.randomly_labelled(part, job)
-        x, y = part.x_train, part.y_train
-        network = build(job, row_of["model"], part, width)
-        loss_fn, tested = cross_entropy, of_test(network, part)
-    problem = Problem(network, loss_fn, x, y)
-    hessian = whole_hessian(problem)
-    kind = torch.optim.Adam if row_of["adam"] else torch.optim.SGD
-
-    def record(step: int) -> Row:
-        row: Row = {}
-        if step % every == 0:
-            row |= {"at": step} | _cheap(hessian, tested)
-        if step in f_top_at:
-            top = top_of(hessian, part.num_classes, _COARSE)
-            row |= {"saved": step, "f_top": float(gradient_fraction(hessian.gradient(), top))}
-        return row
-
-    optimizer = kind(network.parameters(), lr=row_of["lr"])
-    size, due = row_of["batch_size"], {*range(0, steps + 1, every), *f_top_at}.__contains__
-    rows = train(
-        job, case, problem, optimizer, steps=steps, batch_size=size, record=record, every=due
-    )
-    names = ("at", "loss", "overlap", "overlap_test", "saved", "f_top")
-    raw: Raw = {"case": case} | {name: column(rows, name) for name in names}
-    late = [i for i, step in enumerate(raw["at"]) if step >= steps - last]
-    for name in ("overlap", "overlap_test"):
-        raw[f"mean_{name}"] = float(np.mean([raw[name][i] for i in late]))
-    raw["accuracy"] = math.nan if data == "sine" else performance(network, x, y)["accuracy"]
-    return raw
-
-
-# --- Figures 4 and 5 ---------------------------------------------------------------------------
-
-_KEPT: Final = 60  # eigenvalues of a spectrum
-
-
-def spectrum(job: Job, *, labels: str, width: int, epochs: int, **part_of: Any) -> Raw:
-    """Trains a small network and decomposes its whole Hessian.
-
-    Returns:
-        The largest eigenvalues, the smallest, and how many there are in each bin of a histogram.
-    """
-    part = images(job, **part_of)
-    if labels == "parity":
-        part = problems.relabelled(part, torch.arange(part.num_classes) % 2)
-    elif labels == "random":
-        part = problems.randomly_labelled(part, job)
-    elif labels == "five":
-        part = first_classes(part, 5)
-    x, y = part.x_train, part.y_train
-    network = build(job, "fc", part, width)
-    steps = epochs * (len(x) // _BATCH)
-    problem = Problem(network, cross_entropy, x, y)
-    train(job, labels, problem, problem.sgd(_LR), steps=steps, batch_size=_BATCH)
-    hessian = whole_hessian(problem)
-    eigenvalues = exact_spectrum(hessian)
-    counts, edges = np.histogram(eigenvalues.numpy(), bins=100)
-    return {
-        "labels": labels,
-        "k": part.num_classes,
-        "parameters": hessian.size,
-        "steps": steps,
-        "loss": hessian.loss(),
-        "accuracy": performance(network, x, y)["accuracy"],
-        "eigenvalues": eigenvalues[:_KEPT].tolist(),
-        "smallest": float(eigenvalues[-1]),
-        "counts": counts.tolist(),
-        "edges": [float(edges[0]), float(edges[-1])],
-    }
-
-
-def right_edge(
-    job: Job,
-    *,
-    classes: int,
-    dimension: int,
-    width: int,
-    steps: int,
-    pairs: int,
-    realisations: int,
-    tol: float = 1e-4,
-    **drawn: Any,
-) -> Raw:
-    """Takes the largest eigenvalues of many trainings, each with data and start of its own.
-
-    Returns:
-        The eigenvalues of each training, descending.
-    """
-    spectra, losses = [], []
-    for number in range(realisations):
-        own = replace(job, seed=job.seed * realisations + number)
-        x, y = problems.blobs(clusters=classes, dimension=dimension, job=own, **drawn)
-        network = made(own, lambda: fully_connected((dimension, width, width, classes)))
-        problem = Problem(network, cross_entropy, x, y)
-        name = f"realisation-{number}"
-        train(own, name, problem, problem.sgd(_LR), steps=steps, batch_size=_BATCH)
-        hessian = problem.hessian()
-        values = top_of(hessian, pairs, tol).eigenvalues
-        spectra.append([float(f"{value:.4g}") for value in values.tolist()])
-        losses.append(hessian.loss())
-    return {"k": classes, "eigenvalues": spectra, "losses": losses}
-
-
 # --- section 4: Newton's method in the top subspace --------------------------------------------
 
 
@@ -335,12 +193,12 @@ def newton(
     network = build(job, "fc", part, width)
     problem = Problem(network, cross_entropy, part.x_train, part.y_train)
     hessian = whole_hessian(problem)
-    train(job, "warmup", problem, problem.sgd(_LR), steps=warmup, batch_size=_BATCH)
+    train(job, "warmup", problem, problem.sgd(LR), steps=warmup, batch_size=BATCH)
     start = copy.deepcopy(problem.model.state_dict())
     raw: Raw = {"k": part.num_classes, "loss": {}}
     for name in ("newton", "gd", "sgd"):
         network.load_state_dict(start)
-        optimizer = problem.sgd(_LR)
+        optimizer = problem.sgd(LR)
         if name == "newton":
             subspace = so.DominantSubspace(hessian, part.num_classes, refresh=1, tol=tol)
             optimizer = so.LowRankNewton(network.parameters(), subspace=subspace)
@@ -350,7 +208,7 @@ def newton(
             problem,
             optimizer,
             steps=steps,
-            batch_size=_BATCH if name == "sgd" else None,
+            batch_size=BATCH if name == "sgd" else None,
             record=lambda _: {"loss": hessian.loss()},
             first=warmup,
         )

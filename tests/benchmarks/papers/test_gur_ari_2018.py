@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,18 @@ from scipy.stats import norm
 from torch import nn
 
 import subspace_optim as so
+from benchmarks.data import DataUnavailableError
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import problems
 from benchmarks.papers.catalogue import PAPERS
-from benchmarks.papers.gur_ari_2018 import analysis, measures, pictures, runs, solvable
+from benchmarks.papers.gur_ari_2018 import (
+    analysis,
+    edges,
+    measures,
+    pictures,
+    runs,
+    solvable,
+)
 from benchmarks.papers.gur_ari_2018.cases import CASES
 from benchmarks.papers.reproduction import Job
 from benchmarks.papers.training import Problem, performance, top_of
@@ -102,20 +111,91 @@ def test_f_top_is_the_sum_of_the_fractions(measured):
         assert f_top == pytest.approx(math.fsum(fractions[:5]), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "classes"),
-    [("spectrum", 10), ("spectrum-random", 10), ("spectrum-parity", 2), ("spectrum-five", 5)],
-)
-def test_a_spectrum_has_all_eigenvalues(name, classes, measured):
-    raw = measured(name)
-    assert raw["k"] == classes
+def test_a_spectrum_has_all_eigenvalues(measured):
+    raw = measured("spectrum")
     assert sum(raw["counts"]) == raw["parameters"]
     assert raw["eigenvalues"] == sorted(raw["eigenvalues"], reverse=True)
     assert raw["edges"] == [raw["smallest"], raw["eigenvalues"][0]]
 
 
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("outliers", 10), ("outliers-random", 10), ("outliers-parity", 2), ("outliers-five", 5)],
+)
+def test_the_largest_eigenvalues_are_those_of_the_whole_spectrum(name, classes, measured):
+    raw = measured(name)
+    assert raw["k"] == classes
+    assert len(raw["eigenvalues"]) == 12
+    if name == "outliers":  # of the same training
+        whole = measured("spectrum")["eigenvalues"][:12]
+        np.testing.assert_allclose(raw["eigenvalues"], whole, atol=0.01 * whole[0])
+
+
 def test_random_labels_are_not_the_digits(measured):
-    assert measured("spectrum-random")["loss"] != measured("spectrum")["loss"]
+    assert measured("outliers-random")["loss"] != measured("outliers")["loss"]
+
+
+def test_realisations_of_images_differ_in_the_start(measured):
+    raw = measured("right-edge-mnist")
+    assert raw["k"] == 10
+    assert [len(values) for values in raw["eigenvalues"]] == [30, 30]
+    assert len(set(raw["losses"])) == 2
+
+
+def test_labels_for_testing_are_permuted_where_those_for_training_are(measured):
+    raw = measured("fc-random")
+    assert raw["overlap_own"] != raw["overlap_test"]
+    assert raw["mean_overlap_own"] == pytest.approx(np.mean(raw["overlap_own"][1:]), rel=1e-5)
+    assert not measured("softmax")["overlap_own"]
+
+
+def test_linear_regression_has_two_parameters_and_overlaps_by_its_condition(measured):
+    raw = measured("regression-linear")
+    # gᵀHg / (|g| |Hg|) is at least 2√(λ_1 λ_2) / (λ_1 + λ_2): here 1 and about π²/3.
+    assert min(raw["overlap"]) > 0.8
+    assert raw["random"] > 0.8
+    assert measured("regression")["random"] < 0.5
+
+
+def test_the_mode_is_that_of_gradient_and_hessian():
+    x, y = torch.randn(60, 1, 6, 6), torch.arange(60) % 3
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3))
+    problem = Problem(net, cross_entropy, x, y)
+    with torch.no_grad():
+        trained = float(cross_entropy(net(x), y))  # and running statistics of one batch
+        net.eval()
+        expected = float(cross_entropy(net(x), y))
+        net.train()
+    assert measures.whole_hessian(problem, "eval").loss() == pytest.approx(expected, rel=1e-5)
+    for mode in ("train", None):  # that of training
+        assert measures.whole_hessian(problem, mode).loss() == pytest.approx(trained, rel=1e-5)
+    assert net.training
+
+
+def test_the_start_of_keras():
+    data = measures.images(Job(), "digits", 50, 20)
+    net = measures.build(Job(), "convnet", data.mapped(lambda x: x.repeat(1, 1, 2, 2)), 4, "glorot")
+    for layer in net:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            field = layer.weight[0, 0].numel()  # of a linear layer: 1
+            outputs, inputs = layer.weight.shape[:2]
+            limit = math.sqrt(6 / (field * (inputs + outputs)))
+            largest = float(layer.weight.detach().abs().max())
+            assert 0.9 * limit < largest <= limit
+            assert not layer.bias.any()
+
+
+def test_exchanged_images_train_on_the_test_set(monkeypatch):
+    data = measures.images(Job(), "digits", 300, 100)
+    flat = data.mapped(lambda x: x.flatten(1))
+    monkeypatch.setattr(problems, "real", lambda name, _, examples: {"mnist": flat}[name])
+    found = measures.images(Job(), "mnist-exchanged", 90, 200)
+    assert found.x_train.shape == (90, 1, 8, 8)
+    assert found.x_test.shape == (200, 1, 8, 8)
+    own = {tuple(image.flatten().tolist()) for image in data.x_test}
+    assert {tuple(image.flatten().tolist()) for image in found.x_train} <= own
+    with pytest.raises(DataUnavailableError, match="no test set"):
+        measures.exchanged(replace(data, x_test=None, y_test=None))
 
 
 def test_newton_starts_where_the_others_do(measured):
@@ -204,15 +284,20 @@ def test_a_hessian_in_chunks_is_the_whole_one():
 
 
 def test_images_with_colours_are_in_chunks(monkeypatch):
-    monkeypatch.setattr(Problem, "hessian", lambda _, chunk: chunk)
-    for shape, chunk in (((1, 3, 4, 4), 1000), ((1, 1, 4, 4), None), ((1, 5), None)):
-        problem = Problem(nn.Identity(), cross_entropy, torch.zeros(shape), torch.zeros(1))
-        assert measures.whole_hessian(problem) == chunk
+    def sizes(_model, _loss_fn, batches, mode):
+        return [len(x) for x, _ in batches], mode
+
+    monkeypatch.setattr(so, "HessianOperator", sizes)
+    of = {(1300, 3, 4, 4): [1000, 300], (1300, 1, 4, 4): [1300], (1300, 5): [1300]}
+    for shape, expected in of.items():
+        problem = Problem(nn.Identity(), cross_entropy, torch.zeros(shape), torch.zeros(1300))
+        assert measures.whole_hessian(problem, "eval") == (expected, "eval")
 
 
 def test_spectra_are_trained_for_forty_epochs_in_the_paper():
     epochs = {run.name: run.paper["epochs"] for run in PAPER.runs if "epochs" in run.paper}
-    assert epochs == dict.fromkeys(PAPER.exhibit("figure-4").runs, 40)
+    shown = (*PAPER.exhibit("figure-4").runs, *PAPER.exhibit("outliers").runs)
+    assert epochs == dict.fromkeys(shown, 40)
 
 
 def test_first_classes():
@@ -235,9 +320,9 @@ def test_the_mean_over_later_subspaces_is_from_one_start_or_from_all_after_some_
 
 
 def test_classes_are_counted_along_axes():
-    spectrum = {"k": 5, "edges": [0, 1], "counts": [1], "eigenvalues": list(range(30, 0, -1))}
-    exhibit = PAPER.exhibit("figure-4")
-    raws = {run: {} for run in exhibit.runs} | {"spectrum-five": {0: spectrum}}
+    spectrum = {"k": 5, "eigenvalues": list(range(30, 0, -1))}
+    exhibit = PAPER.exhibit("outliers")
+    raws = {run: {} for run in exhibit.runs} | {"outliers-five": {0: spectrum}}
     figure = exhibit.draw(raws)
     axes = next(each for each in figure.axes if each.lines and "dashed" in each.get_xlabel())
     assert all(tick == round(tick) for tick in axes.get_xticks())  # not 2.5, 5, 7.5
@@ -246,15 +331,29 @@ def test_classes_are_counted_along_axes():
 def test_the_dip_between_the_top_and_the_bulk():
     # A bulk from 1e-3 to 1e-2, and 10 outliers around 1.
     bulk, top = np.logspace(-2, -3, 30), np.logspace(0.3, -0.3, 10)
-    assert analysis.dip({"k": 10, "eigenvalues": [[*top, *bulk]] * 2}) < 0.01
-    # Without a gap the density is about the same everywhere.
-    assert analysis.dip({"k": 10, "eigenvalues": [np.logspace(0, -3, 40).tolist()] * 2}) > 0.9
+    raw = {"k": 10, "eigenvalues": [[*top, *bulk]] * 2}
+    assert edges.dip(raw) < 0.01
+    assert edges.dip(raw, 20) > 0.9
+    assert edges.deeper_than_elsewhere(raw) < -0.5
+    # Without a gap the density is about the same everywhere, and so it is with one elsewhere.
+    plain = {"k": 10, "eigenvalues": [np.logspace(0, -3, 40).tolist()] * 2}
+    assert edges.dip(plain) > 0.9
+    assert edges.deeper_than_elsewhere(plain) == pytest.approx(0, abs=0.1)
+    further = {"k": 20, "eigenvalues": [[*top, *np.logspace(-2, -3, 60)]] * 2}
+    assert edges.deeper_than_elsewhere(further) > 0.5
+
+
+def test_the_misfit_of_a_log_normal_is_that_of_one_over_i_for_one_over_i():
+    drawn = np.exp(np.random.default_rng(0).standard_normal((200, 10)))
+    assert edges.log_normal_misfit({"k": 10, "eigenvalues": drawn.tolist()}) < 0.2
+    plain = (1 / np.arange(1, 31)).tolist()
+    assert edges.log_normal_misfit({"k": 10, "eigenvalues": [plain]}) == pytest.approx(1)
 
 
 def test_the_density_of_logarithms_is_a_sum_of_gaussians():
     grid = np.linspace(-2, 1, 7)
     expected = (norm.pdf(grid, 0, 0.05) + norm.pdf(grid, -1, 0.05)) / 2
-    density = analysis.log_density({"eigenvalues": [[1.0], [0.1]]}, grid)
+    density = edges.log_density({"eigenvalues": [[1.0], [0.1]]}, grid)
     np.testing.assert_allclose(density, expected, atol=1e-12)
 
 
@@ -267,5 +366,5 @@ def test_the_table_has_the_paper_s_figures_beside_ours():
     raw = {"mean_overlap": 0.8, "mean_overlap_test": 0.1, "accuracy": 0.5}
     raws = {case: {} for case in CASES} | {"fc-random": {0: raw, 2: raw | {"mean_overlap": 0.9}}}
     row = next(row for row in pictures.table_1(raws) if row[2] == "Random labels")
-    assert row == ["MNIST", "FC", "Random labels", "0.85", "0.86", "-0.01", "0.10", "0.50"]
+    assert row == ["MNIST", "FC", "Random labels", "0.85", "0.86", "-0.01", "0.10", "0.50", "–"]
     assert pictures.table_1(raws)[1][3] == "–"
