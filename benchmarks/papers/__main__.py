@@ -28,8 +28,8 @@ from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.pages import CLAIMS, RAW, claims, judged, publish
 from benchmarks.papers.processes import ROOT, Queue, Task
 from benchmarks.papers.raw_files import RawFiles
-from benchmarks.papers.reproduction import SCALES, Exhibit, Paper, Scale
-from benchmarks.papers.verdicts import Verdict, written
+from benchmarks.papers.reproduction import FIRST, SCALES, Exhibit, Paper, Scale
+from benchmarks.papers.verdicts import SEEDS, Verdict, written
 from benchmarks.progress import doing, shown
 
 PAGES: Final = ROOT / "docs" / "papers"
@@ -43,7 +43,7 @@ _START: Final = 3.4
 def tasks_of(
     options: argparse.Namespace, wanted: dict[str, list[Exhibit]], results: RawFiles
 ) -> list[Task]:
-    """Returns what is not on disk, all of one seed before the next."""
+    """Returns what is not on disk, one seed of all papers before the next."""
     tasks: list[Task] = []
     for key, exhibits in wanted.items():
         paper = PAPERS[key]
@@ -51,7 +51,7 @@ def tasks_of(
         for run in (run for run in paper.runs if run.name in needed):
             tasks += [
                 Task(paper, run, seed)
-                for seed in range(options.seeds or run.seeds)
+                for seed in range(FIRST, FIRST + (options.seeds or run.seeds))
                 if results.read(key, run, options.scale, seed) is None
             ]
     return sorted(tasks, key=lambda task: task.seed)
@@ -138,18 +138,18 @@ def _show_exhibit(
 
 
 def _show_verdict(found: Verdict, console: Console) -> None:
-    """Prints the verdict, if all runs of the claim were made."""
-    if not all(found.figures.values()):
-        return
+    """Prints the verdict, if its runs were made for enough seeds, and else what there is."""
     claim = found.claim
-    figures = " ".join(
-        written(claim, *each) for seeds in found.figures.values() for each in seeds.items()
-    )
-    word = found.word if found.complete else "not decided by seeds known when it changed"
-    style = {"reproduced": "green", "not reproduced": "red"}.get(word, "dim")
-    says = f"{claim.says} (identity)" if claim.identity else claim.says
-    console.print(f"{word}: {claim.name}: {says}", style=style, highlight=False)
-    console.print(f"    {claim.inequality}: {figures}", highlight=False)
+    if not any(cell.figures for cell in found.cells):
+        return
+    word = str(found) if found.complete else f"not decided, which takes {SEEDS} seeds"
+    style = {"holds": "green", "fails": "red"}.get(found.word, "dim")
+    console.print(f"{word}: {claim.name}: {claim.says}", style=style, highlight=False)
+    console.print(f"    {claim.inequality}", highlight=False)
+    for cell in found.cells:
+        figures = " ".join(written(claim, figure) for figure in cell.figures.values())
+        told = f"{cell}, {cell.word}: {figures}" if len(cell.figures) > 1 else figures
+        console.print(f"    {cell.run}: {told}", highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     add("exhibits", nargs="*", metavar="FIGURE", help="such as figure-1 or table-2, or all")
     size = "small (the default), or the paper's own size, for a GPU"
     add("--scale", choices=SCALES, default="small", help=size)
-    add("--seeds", type=int, help="how many, from 0 on (default: 3, or what a run's claims take)")
+    add("--seeds", type=int, help=f"how many, from {FIRST} on (default: 5, of cheap runs more)")
     jobs = "runs at a time (default: %(default)s)"
     add("--jobs", type=int, default=os.cpu_count() or 1, help=jobs)
     add("--device", choices=("cpu", "cuda"), help="default at small: cpu")

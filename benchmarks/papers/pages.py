@@ -1,33 +1,41 @@
 """``docs/papers``: raw files, pictures, ``claims.json``, and a page for each paper.
 
 The pages hold nothing but what follows from the raw files and the papers' own files, so that
-``render`` gives them again, letter by letter. What they say around that is in ``templates``.
+``render`` gives them again, letter by letter. What they say around that is in ``templates``; the
+page of a paper is made by ``paper_page``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from string import Template
 from typing import Any, Final
 
 from benchmarks.gallery import save
-from benchmarks.papers.raw_files import RawFiles, Record
-from benchmarks.papers.reproduction import SCALES, TRIAL, Exhibit, Paper, Rows, Scale
-from benchmarks.papers.verdicts import WORDS, Verdict, Word, verdict, written
+from benchmarks.papers.paper_page import (
+    COUNTS,
+    PICTURES,
+    Verdicts,
+    filled,
+    hours,
+    markdown,
+    measured,
+    of_kind,
+    page,
+    picture,
+    records,
+    tally,
+)
+from benchmarks.papers.raw_files import RawFiles
+from benchmarks.papers.reproduction import FIRST, KINDS, SCALES, Paper, Rows, Scale
+from benchmarks.papers.verdicts import CONFIDENCE, SEEDS, Cell, Verdict, verdict
 
 RAW: Final = "raw"
-PICTURES: Final = "pictures"
 CLAIMS: Final = "claims.json"
-_TEMPLATES: Final = Path(__file__).parent / "templates"
-
-Verdicts = Mapping[tuple[str, Scale], Sequence[Verdict]]
-"""By paper and scale."""
 
 
 def publish(results: RawFiles, papers: Mapping[str, Paper], folder: Path) -> list[Path]:
@@ -48,7 +56,7 @@ def publish(results: RawFiles, papers: Mapping[str, Paper], folder: Path) -> lis
     for paper in papers.values():
         for scale in SCALES:
             for exhibit in paper.exhibits:
-                if exhibit.draw is not None and _measured(published, paper, exhibit, scale):
+                if exhibit.draw is not None and measured(published, paper, exhibit, scale):
                     written.append(folder / picture(paper, exhibit, scale))
                     raws = published.raws(paper, exhibit.runs, scale)
                     save(exhibit.draw(raws), written[-1])
@@ -61,7 +69,7 @@ def publish(results: RawFiles, papers: Mapping[str, Paper], folder: Path) -> lis
 
 
 def _copy(results: RawFiles, published: RawFiles, papers: Mapping[str, Paper]) -> None:
-    """Copies the raw files, and removes those that belong to no run of the present sizes."""
+    """Copies the raw files, and removes trials and those of no run of the present sizes."""
     valid = set()
     same = results.folder.resolve() == published.folder.resolve()
     for paper in papers.values():
@@ -72,7 +80,8 @@ def _copy(results: RawFiles, published: RawFiles, papers: Mapping[str, Paper]) -
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(results.path(paper.key, run.name, scale, seed), target)
                 for seed in published.of(paper, run.name, scale):
-                    valid.add(published.path(paper.key, run.name, scale, seed))
+                    if seed >= FIRST:
+                        valid.add(published.path(paper.key, run.name, scale, seed))
     for path in published.folder.rglob("*.json"):
         if path not in valid:
             path.unlink()
@@ -106,112 +115,98 @@ def render(results: RawFiles, papers: Mapping[str, Paper]) -> dict[str, str]:
     pages["index.md"] = _index(results, papers, verdicts)
     for key, paper in papers.items():
         of_scales = {scale: verdicts[key, scale] for scale in SCALES}
-        pages[f"{paper.key}.md"] = _page(results, paper, of_scales)
+        pages[f"{paper.key}.md"] = page(results, paper, of_scales)
     return pages
-
-
-def picture(paper: Paper, exhibit: Exhibit, scale: Scale) -> str:
-    """Returns the picture's file, from the folder of the pages."""
-    suffix = "" if scale == "small" else f"-{scale}"
-    return f"{PICTURES}/{paper.key}-{exhibit.name}{suffix}.png"
-
-
-def markdown(rows: Rows) -> str:
-    """Returns a table, its first row the header."""
-    head, *body = (["", *(cell.replace("|", "\\|") for cell in row), ""] for row in rows)
-    rule = ["", *("---" for _ in head[1:-1]), ""]
-    return "\n".join(" | ".join(row).strip() for row in (head, rule, *body))
-
-
-def _measured(results: RawFiles, paper: Paper, exhibit: Exhibit, scale: Scale) -> bool:
-    return any(results.of(paper, run, scale) for run in exhibit.runs)
-
-
-def _records(results: RawFiles, paper: Paper, scale: Scale) -> list[Record]:
-    return [r for run in paper.runs for r in results.of(paper, run.name, scale).values()]
 
 
 def _entry(results: RawFiles, paper: Paper, found: Verdict, scale: Scale) -> dict[str, Any]:
     claim = found.claim
+    readings = [cell for cells in found.readings.values() for cell in cells]
+    cause = paper.causes.get(claim.name) if found.word != "holds" else None
     return {
         "paper": paper.key,
         "claim": claim.name,
         "scale": scale,
+        "kind": claim.kind,
         "says": claim.says,
         "source": claim.source,
         "inequality": claim.inequality,
-        "figures": {
-            run: {
-                str(seed): float(f"{value:.6g}") if math.isfinite(value) else str(value)
-                for seed, value in seeds.items()
-            }
-            for run, seeds in found.figures.items()
-        },
-        "raw": {
-            results.path(paper.key, run, scale, seed)
-            .relative_to(results.folder)
-            .as_posix(): results.digest(paper.key, run, scale, seed)
-            for run, seeds in found.figures.items()
-            for seed in seeds
-        },
-        "identity": claim.identity,
-        "changed": claim.changed,
-        "decided_by": sorted(
-            {s for seeds in found.figures.values() for s in seeds if claim.decided_by(s)}
-        ),
+        "threshold": claim.threshold,
+        "rule": claim.rule,
         "verdict": found.word,
+        "runs": {cell.run: _cell(cell) for cell in found.cells},
+        "readings": {cell.run: _cell(cell) for cell in readings},
+        "cause": "" if cause is None else cause.text,
+        "cause_measured_by": [] if cause is None else list(cause.measured),
+        "changed": claim.changed,
+        "raw": {
+            results.path(paper.key, cell.run, scale, seed)
+            .relative_to(results.folder)
+            .as_posix(): results.digest(paper.key, cell.run, scale, seed)
+            for cell in (*found.cells, *readings)
+            for seed in cell.figures
+        },
     }
 
 
-def _filled(template: str, **words: object) -> str:
-    """A template with its words; what is empty leaves no gap."""
-    text = (_TEMPLATES / f"{template}.md").read_text(encoding="utf-8")
-    return re.sub(r"\n{3,}", "\n\n", Template(text).substitute(words).strip() + "\n")
+def _cell(cell: Cell) -> dict[str, Any]:
+    low, mean, high = map(_number, cell.interval)
+    found: dict[str, Any] = {"verdict": cell.word, "mean": mean, "interval": [low, high]}
+    found["figures"] = {str(seed): _number(figure) for seed, figure in cell.figures.items()}
+    if cell.premises:
+        found["premise"] = {str(seed): bool(met) for seed, met in cell.premises.items()}
+    return found
 
 
-def _items(texts: Iterable[str]) -> str:
-    return "\n".join(f"- {text}" for text in texts)
-
-
-def _tally(verdicts: Iterable[Verdict]) -> tuple[list[Word], list[Word]]:
-    """The words of the claims, and apart from them those of the identities."""
-    verdicts = list(verdicts)
-    words = [each.word for each in verdicts if not each.claim.identity]
-    return words, [each.word for each in verdicts if each.claim.identity]
+def _number(value: float) -> float | str:
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 
 # --- the index ---------------------------------------------------------------------------------
 
 
 def _index(results: RawFiles, papers: Mapping[str, Paper], verdicts: Verdicts) -> str:
-    table = [["paper", "scale", *WORDS, "not measured", "identities, reproduced"]]
+    counts = [["paper", "scale", *COUNTS]]
     for paper in papers.values():
         for scale in SCALES:
-            if scale == "small" or _records(results, paper, scale):
-                words, identities = _tally(verdicts[paper.key, scale])
-                of = f"{identities.count('reproduced')} of {len(identities)}" if identities else ""
-                counts = [str(words.count(word)) for word in (*WORDS, "not measured")]
+            if scale == "small" or records(results, paper, scale):
                 link = f"[{paper.citation}]({paper.key}.md)"
-                table.append([link, f"`{scale}`", *counts, of])
-    made = [r for paper in papers.values() for r in _records(results, paper, "small")]
+                of_claims = of_kind(verdicts[paper.key, scale], "claim")
+                counts.append([link, f"`{scale}`", *tally(paper, of_claims)])
+    made = [r for paper in papers.values() for r in records(results, paper, "small")]
     sizes = [
         f"### {paper.key}\n\n{markdown(_sizes(results, paper))}\n" for paper in papers.values()
     ]
-    return _filled(
-        "index", verdicts=markdown(table), hours=f"{_hours(made):.1f}", sizes="\n".join(sizes)
+    return filled(
+        "index",
+        counts=markdown(counts),
+        kinds=markdown(_kinds(papers, verdicts)),
+        confidence=f"{CONFIDENCE:.0%}".replace("%", " %"),
+        seeds=SEEDS,
+        first=FIRST,
+        hours=f"{hours(made):.1f}",
+        sizes="\n".join(sizes),
     )
+
+
+def _kinds(papers: Mapping[str, Paper], verdicts: Verdicts) -> Rows:
+    """The counts of all papers together at ``small``, by the kind of claim."""
+    rows = [["what is decided", *COUNTS]]
+    for kind, heading in KINDS.items():
+        found = [tally(p, of_kind(verdicts[p.key, "small"], kind)) for p in papers.values()]
+        rows.append([heading, *(str(sum(map(int, column))) for column in zip(*found, strict=True))])
+    return rows
 
 
 def _sizes(results: RawFiles, paper: Paper) -> Rows:
     rows = [["run", "what", "for", "size", "seeds", "minutes"]]
     for run in paper.runs:
-        records = results.of(paper, run.name, "small")
+        made = results.of(paper, run.name, "small")
         shown = ", ".join(e.name for e in paper.exhibits if run.name in e.runs)
         size = ", ".join(f"{name} {_text(value)}" for name, value in run.small.items())
-        seconds = [record.seconds for record in records.values()]
+        seconds = [record.seconds for record in made.values()]
         minutes = f"{statistics.median(seconds) / 60:.1f}" if seconds else "not run"
-        seeds = " ".join(map(str, records))
-        rows.append([f"`{run.name}`", run.what, shown, size, seeds, minutes])
+        rows.append([f"`{run.name}`", run.what, shown, size, " ".join(map(str, made)), minutes])
     return rows
 
 
@@ -219,111 +214,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(_text, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _hours(records: Iterable[Record]) -> float:
-    return sum(record.seconds for record in records) / 3600
-
-
-# --- a paper's page ----------------------------------------------------------------------------
-
-
-def _page(results: RawFiles, paper: Paper, of_scales: Mapping[Scale, Sequence[Verdict]]) -> str:
-    parts = [_scale(results, paper, scale, verdicts) for scale, verdicts in of_scales.items()]
-    return _filled(
-        "page",
-        citation=paper.citation,
-        address=paper.address,
-        key=paper.key,
-        scales="\n".join(parts),
-        differences=_items(paper.differences),
-    )
-
-
-def _scale(results: RawFiles, paper: Paper, scale: Scale, verdicts: Sequence[Verdict]) -> str:
-    records = _records(results, paper, scale)
-    if not records:
-        # What a GPU is for was not run without one, and the page says so.
-        return _filled("not-measured", scale=scale, reason=_why_not(paper, scale))
-    small = scale == "small"
-    complete = [verdict for verdict in verdicts if verdict.complete]
-    words, identities = _tally(complete)
-    also = f"; and {len(identities)} that follow from definitions (*identities*)"
-    return _filled(
-        "measured",
-        scale=scale,
-        outcome="\n\n".join(paper.outcome) if small else "",
-        claims=len(words),
-        counts=", ".join(f"{words.count(word)} {word}" for word in WORDS),
-        identities=also if identities else "",
-        machines=_machines(records),
-        seeds=", ".join(map(str, sorted({record.seed for record in records}))),
-        hours=f"{_hours(records):.1f}",
-        table=markdown(_claims(verdicts)),
-        causes=_causes(paper, complete) if small else "",
-        changes=_changes(paper) if small else "",
-        exhibits="\n".join(_exhibit(results, paper, each, scale) for each in paper.exhibits),
-    )
-
-
-def _why_not(paper: Paper, scale: Scale) -> str:
-    if scale == "small":
-        return "`make papers` does it."
-    same = [f"`{run.name}`" for run in paper.runs if run.size("small") == run.size("paper")]
-    already = f" Of the same size at both: {', '.join(same)}." if same else ""
-    return f"the paper's own sizes are for a GPU, and none was at hand.{already}"
-
-
-def _machines(records: Iterable[Record]) -> str:
-    kinds = {
-        f"{r.machine['gpu'] or r.machine['cpu']}, {r.machine['threads']} threads a run, "
-        f"torch {r.versions['torch']}".replace(" 1 threads", " one thread")
-        for r in records
-    }
-    return "; ".join(sorted(kinds))
-
-
-def _claims(verdicts: Iterable[Verdict]) -> Rows:
-    rows = [["claim", "source", "holds if", "figures", "verdict"]]
-    for found in verdicts:
-        claim = found.claim
-        figures = "<br>".join(
-            f"`{run}` " + " ".join(written(claim, *each, failing="**") for each in seeds.items())
-            for run, seeds in found.figures.items()
-        )
-        word = found.word if found.word == "reproduced" else f"**{found.word}**"
-        says = f"`{claim.name}`: {claim.says}" + " *(identity)*" * claim.identity
-        rows.append([says, claim.source, claim.inequality, figures, word])
-    return rows
-
-
-def _causes(paper: Paper, verdicts: Iterable[Verdict]) -> str:
-    """The causes that are known of what was not reproduced."""
-    names = [v.claim.name for v in verdicts if v.word != "reproduced"]
-    told = [f"`{name}`: {paper.causes[name]}" for name in names if name in paper.causes]
-    return f"### Why some were not reproduced\n\n{_items(told)}" if told else ""
-
-
-def _changes(paper: Paper) -> str:
-    """What was changed of the claims after a first trial; claims of one text are one line."""
-    names: dict[str, list[str]] = {}
-    for claim in paper.claims:
-        if claim.changed:
-            known = ", ".join(map(str, claim.seen))
-            late = "" if claim.seen == (TRIAL,) else f" Seeds {known} were known by then."
-            names.setdefault(claim.changed + late, []).append(f"`{claim.name}`")
-    told = [f"{', '.join(of_text)}: {text}" for text, of_text in names.items()]
-    return f"### Changed after a first trial\n\n{_items(told)}" if told else ""
-
-
-def _exhibit(results: RawFiles, paper: Paper, exhibit: Exhibit, scale: Scale) -> str:
-    words = dict.fromkeys(("picture", "table", "note"), "")
-    runs = "Not run."
-    if _measured(results, paper, exhibit, scale):
-        runs = f"From {', '.join(f'`{run}`' for run in exhibit.runs)}."
-        words["note"] = exhibit.note
-        if exhibit.draw is not None:
-            words["picture"] = f"![{exhibit.title}]({picture(paper, exhibit, scale)})"
-        if exhibit.table is not None:
-            words["table"] = markdown(exhibit.table(results.raws(paper, exhibit.runs, scale)))
-    return _filled("exhibit", name=exhibit.name, title=exhibit.title, runs=runs, **words)

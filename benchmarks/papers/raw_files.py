@@ -30,6 +30,7 @@ class Record:
         seed: the seed.
         version: of the run, and ...
         size: ... its arguments; a record of others than the run's present ones is measured anew.
+        rules: of the claims about the run as they were then, by the names of the claims.
         seconds: of the processor, or of the clock where a GPU computed; of a run that was taken up
             again, of the process that finished it.
         machine: on which hardware, as ``benchmarks.report.machine`` tells.
@@ -44,6 +45,7 @@ class Record:
     seed: int
     version: int
     size: dict[str, Any]
+    rules: dict[str, str]
     seconds: float
     machine: dict[str, Any]
     versions: dict[str, str | None]
@@ -79,7 +81,8 @@ class RawFiles:
         except (OSError, ValueError) as error:
             raise ForeignFileError(path, "raw file", error, remedy) from error
         try:
-            record = Record(**_with_nan(json.loads(text)))
+            # Those from before rules were kept decide nothing.
+            record = Record(**({"rules": {}} | _with_nan(json.loads(text))))
         except (TypeError, ValueError) as error:
             raise ForeignFileError(path, "raw file", error, remedy) from error
         found = (record.paper, record.run, record.scale, record.seed)
@@ -153,6 +156,7 @@ def measure(paper: Paper, run: Run, scale: Scale, job: Job) -> Record:
         job.seed,
         run.version,
         jsonable(size, _DIGITS),
+        {claim.name: claim.rule for claim in paper.claims_about(run)},
         seconds,
         report.machine(),
         report.versions(),
@@ -164,7 +168,7 @@ def _with_nan(value: Any) -> Any:
     """The value with NaN for null, but for the fields that are text."""
     if isinstance(value, dict):
         return {
-            key: each if key in ("machine", "versions", "size") else _with_nan(each)
+            key: each if key in ("machine", "versions", "size", "rules") else _with_nan(each)
             for key, each in value.items()
         }
     if isinstance(value, list):

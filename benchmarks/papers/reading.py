@@ -3,7 +3,7 @@
 * ``runs.toml``: what is measured, by which function, at which sizes; groups of runs
 * ``claims.toml``: sentences of the paper, and the inequalities that decide them
 * ``exhibits.toml``: its figures and tables, panel by panel and column by column
-* ``page.md``: what came out, why some was not reproduced, and what differs from the paper
+* ``page.md``: what came out and what did not, explanations, and what differs from the paper
 * ``runs.py``, and modules beside it: functions that measure
 * ``analysis.py``: reductions of raw figures, for claims, pictures and tables alike
 * ``pictures.py``: what no data can say of a picture or a table
@@ -17,7 +17,8 @@ further arguments.
 from __future__ import annotations
 
 import importlib
-import math
+import json
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -27,7 +28,7 @@ from typing import Any, Final
 
 from benchmarks.papers import reductions
 from benchmarks.papers.panels import Line, Panel, Picture
-from benchmarks.papers.reproduction import TRIAL, Claim, Exhibit, Paper, Raw, Run
+from benchmarks.papers.reproduction import Cause, Claim, Exhibit, Paper, Raw, Run
 from benchmarks.papers.tables import Cell, rows_of_quantities, rows_of_runs
 
 FOLDER: Final = Path(__file__).parent
@@ -98,22 +99,56 @@ def _filled(value: Any, names: Mapping[str, Any]) -> Any:
     return " ".join(text.split()) if "\n" in text else text
 
 
+_SECTIONS: Final = {
+    "What came out": "came_out",
+    "What depends on the regime": "depends",
+    "What did not come out": "did_not",
+    "Explanations": "causes",
+    "What differs from the paper": "differences",
+}
+"""Of ``page.md``, in this order; each may be missing but the last."""
+
+
 def _prose(text: str) -> Data:
-    """What a page is to say: head, outcome, causes and differences, a paragraph or item each."""
-    opening, causes, differences = text.split("\n## ")
-    head, address, *outcome = (" ".join(part.split()) for part in opening.strip().split("\n\n"))
-    named = (item.removeprefix("`").partition("`: ") for item in _items(causes))
-    return {
-        "citation": head.removeprefix("# "),
-        "address": address.strip("<>"),
-        "outcome": tuple(outcome),
-        "causes": {name: cause for name, _, cause in named},
-        "differences": _items(differences),
-    }
+    """What a page is to say: head, address and commit of the rules, and then its sections.
+
+    Raises:
+        ValueError: there is a section of another name, or an explanation in another form.
+    """
+    opening, *parts = text.split("\n## ")
+    head, address, *rules = _paragraphs(opening)
+    told: Data = {"citation": head.removeprefix("# "), "address": address.strip("<>")}
+    if rules:
+        told["rules"] = rules[0].removeprefix("Rules: ").strip("`")
+    for part in parts:
+        heading, _, body = part.partition("\n")
+        name = _SECTIONS.get(heading.strip())
+        if name is None:
+            raise ValueError(f"page.md has no section {heading!r}: it has {list(_SECTIONS)}")
+        told[name] = _items(body) if name in ("causes", "differences") else _paragraphs(body)
+    told["causes"] = dict(map(_cause, told.get("causes", ())))
+    return told
+
+
+def _paragraphs(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(part.split()) for part in re.split(r"\n\n+", text.strip()) if part)
+
+
+def _cause(item: str) -> tuple[str, Cause]:
+    """The claim of an item ```name` (`run`, `run`): text``, and the cause.
+
+    Raises:
+        ValueError: it is of another form.
+    """
+    found = re.fullmatch(r"`([^`]+)`(?: \(([^)]*)\))?: (.*)", item)
+    if found is None:
+        raise ValueError(f"an explanation is '`claim` (`run`): text', not {item!r}")
+    name, runs, text = found.groups()
+    return name, Cause(text, tuple(re.findall(r"`([^`]+)`", runs or "")))
 
 
 def _items(text: str) -> tuple[str, ...]:
-    return tuple(" ".join(item.split()) for item in text.split("\n- ")[1:])
+    return tuple(" ".join(item.split()) for item in f"\n{text}".split("\n- ")[1:])
 
 
 def _size(parts: Any, sizes: Mapping[str, Any]) -> Data:
@@ -156,12 +191,10 @@ class _Names:
 
     def claim(self, name: str, data: Data) -> Claim:
         """Returns a claim."""
-        data["measure"] = self.function(data["measure"])
-        if "premise" in data:
-            holds, measure = self.function(data.pop("premise")), data["measure"]
-            data["measure"] = lambda raw: measure(raw) if holds(raw) else math.nan
+        data["formula"] = json.dumps(data["measure"])
+        for of_raw in {"measure", "premise"} & data.keys():
+            data[of_raw] = self.function(data[of_raw])
         data["runs"] = self.runs(data["runs"])
-        data["seen"] = tuple(data.get("seen", (TRIAL,)))
         return Claim(name, **data)
 
     def exhibit(self, name: str, data: Data) -> Exhibit:

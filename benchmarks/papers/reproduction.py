@@ -1,10 +1,10 @@
 """What a paper is reproduced by: runs that measure, exhibits that show, claims that decide.
 
-A *run* measures something once for each seed, and gives raw figures. *Exhibits* are the paper's
-figures and tables, drawn from the raw figures of one or several runs. A *claim* is one number of
-each run's raw figures and an inequality about it. It is reproduced if the inequality holds in every
-run that it is about, for every seed that decides: for all, where runs and inequality were fixed
-before anything was measured, and else for those that nobody had seen when they were.
+A *run* measures something once for each seed, mostly along the training of one network, and gives
+raw figures. *Exhibits* are the paper's figures and tables, drawn from the raw figures of one or
+several runs. A *claim* is one number of each run's raw figures and an inequality about it, which
+``verdicts`` decides for each run by seeds that nobody had seen when it was written down. Where the
+paper leaves open how something is measured, its *readings* are runs, one of them the primary one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,20 @@ from matplotlib.figure import Figure
 Scale = Literal["small", "paper"]
 SCALES: Final[tuple[Scale, ...]] = ("small", "paper")
 
-TRIAL: Final = 0
-"""The seed of first trials."""
+FIRST: Final = 10
+"""The first seed that decides; some of those before it were seen as rules and sizes were chosen."""
+
+Kind = Literal["claim", "number", "identity", "misprint", "ours"]
+KINDS: Final[dict[Kind, str]] = {
+    "claim": "Claims",
+    "number": "Printed numbers",
+    "identity": "Identities",
+    "misprint": "Misprints and contradictions",
+    "ours": "Claims of ours",
+}
+"""What is decided, and its heading: the paper's sentences; numbers that it prints, within a stated
+distance; what follows from definitions, and tells of formulas rather than of networks; what it
+prints and cannot be meant; and what the paper does not say (†)."""
 
 Raw = dict[str, Any]
 """Figures that JSON can hold: numbers, texts, and lists and dicts of these."""
@@ -64,7 +76,9 @@ class Run:
         paper: the paper's own size.
         title: in pictures and tables, where it is not the name.
         version: of what is measured; raw files of another version are measured anew.
-        seeds: how many, from 0 on: more where the first ones do not decide.
+        seeds: how many, from ``FIRST`` on.
+        reading: of what the paper leaves open, in words.
+        reading_of: the run of the primary reading, where this is another one.
     """
 
     name: str
@@ -74,7 +88,9 @@ class Run:
     paper: Mapping[str, Any]
     title: str = ""
     version: int = 1
-    seeds: int = 3
+    seeds: int = 5
+    reading: str = ""
+    reading_of: str = ""
 
     def size(self, scale: Scale) -> dict[str, Any]:
         """Returns the arguments of ``measure``."""
@@ -111,14 +127,19 @@ class Claim:
         says: the claim, in our words.
         source: where the paper says it.
         quantity: what ``measure`` returns, in words.
-        runs: names of the runs that it is about.
-        measure: the number, from the raw figures of one seed of one run.
+        runs: names of the runs that it is about, a network each.
+        measure: the number, from the raw figures of one seed of one run; NaN where there is none,
+            such as a share of next to nothing.
         at_least: the smallest value with which it holds; ``None``: there is none.
         at_most: the largest.
-        identity: it follows from definitions, and tells of formulas rather than of networks.
-        changed: what was changed after a first trial, of the rule or of the runs, and why; empty
-            where nothing was.
-        seen: the seeds whose figures were known when it was changed; the others decide.
+        kind: what is decided.
+        formula: ``measure`` as data tell it.
+        threshold: where ``at_least`` or ``at_most`` comes from: the paper's words, or a null.
+        premise: whether the raw figures of a seed meet what the paper takes for granted.
+        geometric: whether means over seeds are of logarithms.
+        untestable: why it cannot be decided at ``small``; empty where it can.
+        evidence: of a misprint.
+        changed: what was other in an earlier form, and why.
     """
 
     name: str
@@ -129,23 +150,32 @@ class Claim:
     measure: Callable[[Raw], float]
     at_least: float | None = None
     at_most: float | None = None
-    identity: bool = False
+    kind: Kind = "claim"
+    formula: str = ""
+    threshold: str = ""
+    premise: Callable[[Raw], bool] | None = None
+    geometric: bool = False
+    untestable: str = ""
+    evidence: str = ""
     changed: str = ""
-    seen: tuple[int, ...] = (TRIAL,)
 
     def __post_init__(self) -> None:
         if self.at_least is None and self.at_most is None:
             raise ValueError(f"claim {self.name!r} has neither at_least nor at_most")
-
-    def decided_by(self, seed: int) -> bool:
-        """Returns whether the claim had its present form before the seed was seen."""
-        return not self.changed or seed not in self.seen
+        if self.kind not in KINDS:
+            raise ValueError(f"claim {self.name!r} is of kind {self.kind!r}: not of {list(KINDS)}")
 
     def holds(self, value: float) -> bool:
         """Returns whether the inequality holds; it does not for NaN."""
-        low = -math.inf if self.at_least is None else self.at_least
-        high = math.inf if self.at_most is None else self.at_most
-        return low <= value <= high
+        return not self.below(value) and not self.above(value) and not math.isnan(value)
+
+    def below(self, value: float) -> bool:
+        """Returns whether a value is too small."""
+        return self.at_least is not None and value < self.at_least
+
+    def above(self, value: float) -> bool:
+        """Returns whether a value is too large."""
+        return self.at_most is not None and value > self.at_most
 
     @property
     def inequality(self) -> str:
@@ -155,6 +185,25 @@ class Claim:
         if self.at_least is None:
             return f"{self.quantity} ≤ {self.at_most:g}"
         return f"{self.at_least:g} ≤ {self.quantity} ≤ {self.at_most:g}"
+
+    @property
+    def rule(self) -> str:
+        """Returns all that decides, but for the code of ``measure``: raw files keep it."""
+        mean = "geometric mean" if self.geometric else "mean"
+        return f"{self.kind}: {mean} of {self.formula} in [{self.at_least}, {self.at_most}]"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a claim does not hold in all of its runs, as far as it is known.
+
+    Attributes:
+        text: the explanation.
+        measured: names of the runs that show it; none where it is a guess.
+    """
+
+    text: str
+    measured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,9 +218,12 @@ class Paper:
         exhibits: what is shown.
         claims: what is decided.
         differences: what is other than in the paper, and why; a sentence each.
-        outcome: what came out at ``small``, in short; a paragraph each.
-        causes: of claims that were not reproduced, by name: why, as far as it is known. They and
-            the outcome alone are written after the runs.
+        came_out: what came out at ``small``; a paragraph each, as are ...
+        depends: ... what depends on the regime, and how, and ...
+        did_not: ... what did not come out.
+        causes: of claims that do not hold in all of their runs, by name. They, and what came out
+            and did not, are written after the runs.
+        rules: the commit that rules, readings and sizes are of; empty before there is one.
     """
 
     key: str
@@ -181,23 +233,36 @@ class Paper:
     exhibits: tuple[Exhibit, ...]
     claims: tuple[Claim, ...]
     differences: tuple[str, ...]
-    outcome: tuple[str, ...]
-    causes: Mapping[str, str] = field(default_factory=dict)
+    came_out: tuple[str, ...] = ()
+    depends: tuple[str, ...] = ()
+    did_not: tuple[str, ...] = ()
+    causes: Mapping[str, Cause] = field(default_factory=dict)
+    rules: str = ""
 
     def __post_init__(self) -> None:
         names = {run.name for run in self.runs}
-        users: list[Exhibit | Claim] = [*self.exhibits, *self.claims]
-        for user in users:
-            if missing := set(user.runs) - names:
-                raise ValueError(
-                    f"{self.key}: {user.name} needs runs that there are not: {missing}"
-                )
+        users = [(exhibit.name, exhibit.runs) for exhibit in self.exhibits]
+        users += [(claim.name, claim.runs) for claim in self.claims]
+        users += [(f"the cause of {name}", each.measured) for name, each in self.causes.items()]
+        users += [(run.name, (run.reading_of,)) for run in self.runs if run.reading_of]
+        for user, runs in users:
+            if missing := set(runs) - names:
+                raise ValueError(f"{self.key}: {user} needs runs that there are not: {missing}")
         if unknown := set(self.causes) - {claim.name for claim in self.claims}:
             raise ValueError(f"{self.key}: causes of claims that there are not: {unknown}")
 
     def run(self, name: str) -> Run:
         """Returns the run of that name; a ``KeyError`` tells that there is none."""
         return {run.name: run for run in self.runs}[name]
+
+    def readings_of(self, name: str) -> tuple[Run, ...]:
+        """Returns the runs that are other readings of the run of that name."""
+        return tuple(run for run in self.runs if run.reading_of == name)
+
+    def claims_about(self, run: Run) -> tuple[Claim, ...]:
+        """Returns the claims about a run, or about that which it is another reading of."""
+        name = run.reading_of or run.name
+        return tuple(claim for claim in self.claims if {name, run.name} & set(claim.runs))
 
     def exhibit(self, name: str) -> Exhibit:
         """Returns the exhibit of that name; a ``KeyError`` tells that there is none."""

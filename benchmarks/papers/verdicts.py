@@ -1,4 +1,10 @@
-"""Verdicts: what the raw figures say of each claim."""
+"""Verdicts: what the raw figures say of each claim, in each network.
+
+A *cell* is a claim in one run. Its mean over seeds has a 90 % interval of Student's t; the claim
+*holds* there if all of the interval is on the right side of the threshold, *fails* if all of it is
+on the wrong side, and else is *inconclusive*. So what is just at its threshold is said to hold once
+in twenty times, and to fail as often. A claim as a whole holds if it does in each of its runs.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +12,86 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Literal
 
-from benchmarks.papers.raw_files import RawFiles
-from benchmarks.papers.reproduction import Claim, Paper, Scale
+from scipy import stats
 
-Word = Literal["reproduced", "not reproduced", "undecided", "not measured"]
-WORDS: Final[tuple[Word, ...]] = ("reproduced", "not reproduced", "undecided")
-"""Of what was measured."""
+from benchmarks.papers.raw_files import RawFiles, Record
+from benchmarks.papers.reproduction import FIRST, Claim, Paper, Scale
+
+Word = Literal["holds", "partly", "fails", "inconclusive", "untestable", "not measured"]
+WORDS: Final[tuple[Word, ...]] = ("holds", "partly", "fails", "inconclusive", "untestable")
+"""Of what was measured; a claim holds *partly* that holds in some of its runs and not in others."""
+SEEDS: Final = 5
+"""Seeds that it takes at least to decide."""
+FIGURES: Final = 3
+"""Of these, that have a figure at least: where fewer have, the claim is untestable there."""
+CONFIDENCE: Final = 0.9
 _TINY: Final = 1e-12
 """Figures below this are told apart from zero alone."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A claim in one run.
+
+    Attributes:
+        claim: what is decided.
+        run: the name of the run.
+        figures: by the seed; NaN where there is none.
+        premises: by the seed, whether what the paper takes for granted is so; empty without one.
+    """
+
+    claim: Claim
+    run: str
+    figures: Mapping[int, float]
+    premises: Mapping[int, bool]
+
+    @property
+    def numbers(self) -> Sequence[float]:
+        """The figures that are numbers, infinite ones included."""
+        return [figure for figure in self.figures.values() if not math.isnan(figure)]
+
+    @cached_property
+    def interval(self) -> tuple[float, float, float]:
+        """The mean over seeds between the ends of its interval; NaN for fewer than two numbers.
+
+        Where a figure is infinite, or its logarithm would be, there is no mean: then it is the
+        median, between the smallest and the largest. All of 5 are above the true one once in 32.
+        """
+        numbers = self.numbers
+        if len(numbers) < 2:
+            return (math.nan, math.nan, math.nan)
+        if not all(map(math.isfinite, numbers)) or (self.claim.geometric and min(numbers) <= 0):
+            return min(numbers), statistics.median(numbers), max(numbers)
+        if self.claim.geometric:
+            numbers = [math.log(number) for number in numbers]
+        mean, error = statistics.fmean(numbers), statistics.stdev(numbers) / len(numbers) ** 0.5
+        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(numbers) - 1)) * error
+        ends = (mean - reach, mean, mean + reach)
+        if self.claim.geometric:
+            return (math.exp(ends[0]), math.exp(ends[1]), math.exp(ends[2]))
+        return ends
+
+    @property
+    def word(self) -> Word:
+        """The verdict in this run."""
+        if len(self.figures) < SEEDS:
+            return "not measured"
+        if self.claim.untestable or len(self.numbers) < FIGURES:
+            return "untestable"
+        low, _, high = self.interval
+        if self.claim.holds(low) and self.claim.holds(high):
+            return "holds"
+        return "fails" if self.claim.below(high) or self.claim.above(low) else "inconclusive"
+
+    def __str__(self) -> str:
+        """The mean with its interval, and how many seeds have a figure where not all have."""
+        low, mean, high = (written(self.claim, value) for value in self.interval)
+        text = mean if low == high else f"{mean} [{low}, {high}]"
+        missing = len(self.figures) - len(self.numbers)
+        return f"{text} ({len(self.numbers)} of {len(self.figures)})" if missing else text
 
 
 @dataclass(frozen=True)
@@ -24,72 +100,80 @@ class Verdict:
 
     Attributes:
         claim: what is decided.
-        figures: by the name of the run, and then by the seed; NaN where the claim's premise does
-            not hold, such as that a network was trained.
+        cells: one for each run that it is about.
+        readings: by the name of such a run, cells of its other readings; they decide nothing.
     """
 
     claim: Claim
-    figures: Mapping[str, Mapping[int, float]]
-
-    @property
-    def deciding(self) -> Mapping[str, Sequence[float]]:
-        """The figures that decide, by the name of the run."""
-        return {
-            run: [value for seed, value in seeds.items() if self.claim.decided_by(seed)]
-            for run, seeds in self.figures.items()
-        }
+    cells: Sequence[Cell]
+    readings: Mapping[str, Sequence[Cell]]
 
     @property
     def complete(self) -> bool:
-        """Every run of the claim was made, for one seed that decides at least."""
-        return all(self.deciding.values())
+        """Every run of the claim was made for as many seeds as it takes."""
+        return all(cell.word != "not measured" for cell in self.cells)
 
     @property
     def word(self) -> Word:
-        """The verdict: where the inequality fails once, a claim is not reproduced."""
+        """The verdict on the claim as a whole."""
         if not self.complete:
             return "not measured"
-        figures = [value for values in self.deciding.values() for value in values]
-        if not all(self.claim.holds(value) for value in figures if not math.isnan(value)):
-            return "not reproduced"
-        return "undecided" if any(map(math.isnan, figures)) else "reproduced"
+        words = {cell.word for cell in self.cells} - {"untestable"}
+        if not words:
+            return "untestable"
+        if "holds" in words:
+            return "holds" if len(words) == 1 else "partly"
+        return "fails" if "fails" in words else "inconclusive"
+
+    @property
+    def exceptions(self) -> Mapping[str, Word]:
+        """The runs in which it does not hold, with their verdicts."""
+        return {cell.run: cell.word for cell in self.cells if cell.word != "holds"}
+
+    def __str__(self) -> str:
+        """The word; of what holds partly, in how many of the runs."""
+        if self.word != "partly":
+            return self.word
+        testable = [cell for cell in self.cells if cell.word != "untestable"]
+        return f"holds in {sum(c.word == 'holds' for c in testable)} of {len(testable)}"
 
 
 def verdict(results: RawFiles, paper: Paper, claim: Claim, scale: Scale) -> Verdict:
-    """Returns the verdict on a claim from the raw files that there are.
+    """Returns the verdict on a claim from the raw files that there are."""
 
-    A share of nothing and the mean of no rows are NaN.
-    """
+    def cell(run: str) -> Cell:
+        found = results.of(paper, run, scale).items()
+        deciding = {seed: record for seed, record in found if decides(claim, record)}
+        figures = {seed: _figure(claim, record.raw) for seed, record in deciding.items()}
+        premises = {
+            seed: claim.premise(record.raw)
+            for seed, record in deciding.items()
+            if claim.premise is not None
+        }
+        return Cell(claim, run, figures, premises)
+
+    readings = {run: [cell(other.name) for other in paper.readings_of(run)] for run in claim.runs}
     return Verdict(
         claim,
-        {
-            run: {
-                seed: _figure(claim, record.raw)
-                for seed, record in results.of(paper, run, scale).items()
-            }
-            for run in claim.runs
-        },
+        [cell(run) for run in claim.runs],
+        {run: cells for run, cells in readings.items() if cells},
     )
 
 
+def decides(claim: Claim, record: Record) -> bool:
+    """Returns whether the claim had its present rule before the seed was seen."""
+    return record.seed >= FIRST and record.rules.get(claim.name) == claim.rule
+
+
 def _figure(claim: Claim, raw: dict[str, object]) -> float:
+    """The figure; a share of nothing and the mean of no rows are NaN."""
     try:
         return float(claim.measure(raw))
     except (ArithmeticError, statistics.StatisticsError):
         return math.nan
 
 
-def written(claim: Claim, seed: int, value: float, failing: str = "") -> str:
-    """Returns the figure of a seed: on its side of the inequality, in parentheses if of a trial.
-
-    Args:
-        claim: that the figure is of.
-        seed: of the run.
-        value: the figure.
-        failing: around figures for which the inequality fails.
-    """
+def written(claim: Claim, value: float) -> str:
+    """Returns a figure with as many digits as tell on which side of the inequality it is."""
     digits = 3 if claim.holds(float(f"{value:.3g}")) == claim.holds(value) else 6
-    text = f"below {_TINY:g}" if 0 < abs(value) < _TINY else f"{value:.{digits}g}"
-    if not claim.holds(value) and not math.isnan(value):
-        text = f"{failing}{text}{failing}"
-    return text if claim.decided_by(seed) else f"({text})"
+    return f"below {_TINY:g}" if 0 < abs(value) < _TINY else f"{value:.{digits}g}"

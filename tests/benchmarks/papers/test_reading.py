@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from benchmarks.papers import reductions as r
 from benchmarks.papers.reading import read
 from benchmarks.papers.reductions import column
+from benchmarks.papers.reproduction import Cause
 from benchmarks.papers.song_2024 import analysis
 
 TOLD = Path(__file__).parent / "told"
@@ -23,6 +25,8 @@ def paper(tmp_path, monkeypatch):
         return [number, number + raw["switch"]]
 
     monkeypatch.setattr(analysis, "component", component, raising=False)
+    rises = lambda raw: raw["switch"] > 0  # noqa: E731
+    monkeypatch.setattr(analysis, "rises", rises, raising=False)
     shutil.copytree(TOLD, tmp_path, dirs_exist_ok=True)
     return read("song_2024", tmp_path)
 
@@ -32,25 +36,47 @@ def test_runs_have_their_sizes_and_the_last_part_counts(paper):
     assert toy.small == {"lr": 1e-4, "steps": 40, "keep": 3}
     assert toy.paper == {"lr": 1e-4, "steps": 100, "keep": 3}
     assert other.small == other.paper == {"lr": 1e-4, "steps": 40, "keep": 5}
-    assert (toy.title, other.title, toy.seeds, other.seeds) == ("Toy", "", 3, 4)
+    assert (toy.title, other.title, toy.seeds, other.seeds) == ("Toy", "", 5, 10)
+    assert paper.readings_of("toy") == (other,)
+    assert (other.reading, paper.readings_of("other")) == ("by eye", ())
     assert toy.measure.__name__ == "toy_quadratic"
 
 
 def test_claims_have_their_bounds_reductions_and_texts(paper):
     low, high = paper.claims
     assert (low.name, low.says, low.runs) == ("ends-low", "It ends low.", ("toy", "other"))
-    assert (low.at_least, low.at_most, low.seen) == (None, 2, (0, 1))
+    assert (low.at_least, low.at_most, low.kind, low.threshold) == (
+        None,
+        2,
+        "number",
+        'It says "2".',
+    )
+    assert (low.premise(RAW), low.premise(RAW | {"switch": 0})) == (True, False)
     assert low.changed == "It was 3. Too late."
     assert low.measure(RAW) == 1.0
-    assert (high.at_least, high.runs, high.seen) == (0.5, ("toy",), (0,))
+    assert (high.at_least, high.runs, high.kind, high.premise) == (0.5, ("toy",), "claim", None)
     assert high.measure(RAW) == 1.0
+    # Also of the run that is another reading of it.
+    assert paper.claims_about(paper.run("other")) == (low, high)
+
+
+def test_the_rule_of_a_claim_has_all_that_decides(paper):
+    low, high = paper.claims
+    assert low.rule == 'number: mean of ["value", "GD.y.-1"] in [None, 2]'
+    assert high.rule == 'claim: mean of ["value", "GD.y.0 / GD.x.-1"] in [0.5, None]'
+    assert "geometric mean" in replace(low, geometric=True).rule
 
 
 def test_the_page_has_its_prose(paper):
     assert paper.citation == "Nobody 1900, On lines"
     assert paper.address == "https://example.org"
-    assert paper.outcome == ("Lines go up.",)
-    assert paper.causes == {"ends-low": "It is told."}
+    assert paper.rules == "abc123"
+    assert paper.came_out == ("Lines go up.", "And on.")
+    assert (paper.depends, paper.did_not) == ((), ())
+    assert paper.causes == {
+        "ends-low": Cause("It is told.", ("toy", "other")),
+        "starts-high": Cause("Nobody knows."),
+    }
     assert paper.differences == ("There is no paper.", "And n - 1 lines.")
 
 

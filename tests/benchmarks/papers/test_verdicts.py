@@ -1,0 +1,152 @@
+"""Verdicts: intervals are Student's, and seeds that were seen do not decide."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.papers.raw_files import RawFiles, measure
+from benchmarks.papers.reproduction import FIRST, Claim, Job
+from benchmarks.papers.verdicts import Cell, verdict
+from tests.benchmarks.papers.made_up import PAPER, first
+
+SEEDS = range(FIRST, FIRST + 5)
+
+
+def cell(values, **bounds):
+    claim = Claim("a", "b", "c", "x", ("run",), first, **bounds)
+    return Cell(claim, "run", dict(enumerate(values, FIRST)), {})
+
+
+def claim_of(name):
+    return next(claim for claim in PAPER.claims if claim.name == name)
+
+
+@pytest.fixture
+def results(tmp_path):
+    results = RawFiles(tmp_path)
+    for run in PAPER.runs:
+        for seed in SEEDS:
+            results.write(measure(PAPER, run, "small", Job(seed)))
+    return results
+
+
+def test_the_interval_is_that_of_students_t():
+    values = [1.0, 2.0, 4.0, 4.5, 3.0]
+    low, mean, high = cell(values, at_least=0).interval
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.9)
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    assert mean == pytest.approx(2.9)
+    logs = stats.ttest_1samp(np.log(values), 0).confidence_interval(0.9)
+    low, mean, high = cell(values, at_least=0, geometric=True).interval
+    assert (low, high) == pytest.approx((math.exp(logs.low), math.exp(logs.high)))
+    assert mean == pytest.approx(math.prod(values) ** 0.2)
+
+
+def test_an_interval_has_the_mean_in_nine_of_ten_draws():
+    random = np.random.default_rng(0)
+    within = [
+        low <= 1 <= high
+        for low, _, high in (
+            cell(random.normal(1, 2, 5).tolist(), at_least=0).interval for _ in range(2000)
+        )
+    ]
+    assert np.mean(within) == pytest.approx(0.9, abs=0.02)  # three deviations
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds", "word"),
+    [
+        ([2.0] * 5, {"at_least": 2.0}, "holds"),
+        ([2.0] * 5, {"at_most": 2.0}, "holds"),
+        ([2.0] * 5, {"at_most": 1.9}, "fails"),
+        ([1.0, 1.1, 0.9, 1.0, 1.05], {"at_least": 0.5}, "holds"),
+        ([1.0, 1.1, 0.9, 1.0, 1.05], {"at_least": 1.0}, "inconclusive"),
+        ([1.0, 1.1, 0.9, 1.0, 1.05], {"at_least": 0.5, "at_most": 1.0}, "inconclusive"),
+        ([1.0, 1.1, 0.9, 1.0, 1.05], {"at_least": 0.5, "at_most": 1.5}, "holds"),
+        ([1.0, 1.1, 0.9, 1.0, 1.05], {"at_least": 1.5, "at_most": 1.9}, "fails"),
+        ([1.0, 1.1, 0.9, 1.0, 1.05], {"at_least": 0.5, "at_most": 0.7}, "fails"),
+        # One seed far on the wrong side is scatter, and not a veto.
+        ([1.0, 1.1, 0.9, 1.0, 0.4], {"at_least": 0.5}, "holds"),
+        ([1.0, 1.1, 0.9, 1.0, -9.0], {"at_least": 0.5}, "inconclusive"),
+        ([1.0, 1.1, 0.9, 1.0], {"at_least": 0.5}, "not measured"),
+        ([1.0, 1.1, 0.9, math.nan, math.nan], {"at_least": 0.5}, "holds"),
+        ([1.0, 1.1, math.nan, math.nan, math.nan], {"at_least": 0.5}, "untestable"),
+        ([1.0] * 5, {"at_least": 0.5, "untestable": "Too few images."}, "untestable"),
+        ([math.inf, 1.0, 2.0, 3.0, 4.0], {"at_least": 0.5}, "holds"),
+        ([math.inf, 1.0, 2.0, 3.0, 4.0], {"at_least": 1.5}, "inconclusive"),
+        ([math.inf, 1.0, 2.0, 3.0, 4.0], {"at_most": 0.5}, "fails"),
+        # A ratio of nought has no logarithm.
+        ([0.0, 4.0, 4.0, 4.0, 4.0], {"at_most": 5.0, "geometric": True}, "holds"),
+        ([-1.0, 4.0, 4.0, 4.0, 4.0], {"at_least": 1.0, "geometric": True}, "inconclusive"),
+    ],
+)
+def test_a_cell_is_decided_by_its_interval(values, bounds, word):
+    assert cell(values, **bounds).word == word
+
+
+def test_a_cell_is_written_with_its_interval_and_with_what_is_missing():
+    assert str(cell([2.0] * 5, at_least=1)) == "2"
+    assert str(cell([1.0, 2.0, 3.0, 2.0, 2.0], at_least=1)) == "2 [1.33, 2.67]"
+    assert str(cell([1.0, 3.0, 2.0, math.nan, 2.0], at_least=1)) == "2 [1.04, 2.96] (4 of 5)"
+    # With more digits, where three would put it on the other side.
+    assert str(cell([0.99996] * 5, at_least=1)) == "0.99996"
+    assert str(cell([1e-15] * 5, at_least=0)) == "below 1e-12"
+
+
+def test_a_claim_holds_if_it_does_in_every_run(results):
+    found = {claim.name: verdict(results, PAPER, claim, "small") for claim in PAPER.claims}
+    # y(1) is 2.10 to 2.14 and 0.60 to 0.64; one over nothing decides nothing.
+    assert {name: each.word for name, each in found.items()} == {
+        "up": "holds",
+        "fast": "partly",
+        "near": "inconclusive",
+        "two": "holds",
+        "flat": "fails",
+        "empty": "untestable",
+    }
+    assert str(found["fast"]) == "holds in 1 of 2"
+    assert found["fast"].exceptions == {"flat": "fails"}
+    assert found["fast"].cells[0].premises == dict.fromkeys(SEEDS, True)
+    assert found["fast"].cells[1].premises == dict.fromkeys(SEEDS, False)
+    (other,) = found["up"].readings["flat"]
+    assert (other.run, other.word, other.figures[FIRST]) == ("eyed", "fails", 0.15)
+    assert not found["near"].readings
+
+
+def test_what_cannot_be_tested_in_one_run_is_decided_by_the_others(results):
+    half = replace(claim_of("up"), measure=lambda raw: raw["slope"] / (raw["slope"] > 1))
+    found = verdict(results, PAPER, half, "small")
+    assert (found.word, found.exceptions) == ("holds", {"flat": "untestable"})
+
+
+def test_a_name_that_there_is_not_is_no_missing_figure(results):
+    misspelt = replace(claim_of("up"), measure=lambda raw: raw["valeus"][0])
+    with pytest.raises(KeyError):
+        verdict(results, PAPER, misspelt, "small")
+
+
+def test_fewer_seeds_decide_nothing(results):
+    assert verdict(results, PAPER, claim_of("up"), "paper").word == "not measured"
+    results.path("made_up", "steep", "small", SEEDS[0]).unlink()
+    assert verdict(results, PAPER, claim_of("two"), "small").word == "not measured"
+
+
+@pytest.mark.parametrize(
+    "other", [{"at_least": 1.7}, {"at_most": 2.3}, {"formula": "2"}, {"geometric": True}]
+)
+def test_seeds_that_were_run_under_another_rule_do_not_decide(results, other):
+    claim = claim_of("two")
+    assert verdict(results, PAPER, claim, "small").word == "holds"
+    assert verdict(results, PAPER, replace(claim, says="It is about 2."), "small").word == "holds"
+    found = verdict(results, PAPER, replace(claim, **other), "small")
+    assert (found.word, found.cells[0].figures) == ("not measured", {})
+
+
+def test_trials_do_not_decide(results):
+    for seed in range(FIRST):
+        results.write(measure(PAPER, PAPER.run("steep"), "small", Job(seed)))
+    found = verdict(results, PAPER, claim_of("two"), "small")
+    assert list(found.cells[0].figures) == list(SEEDS)
