@@ -171,9 +171,7 @@ class RandomDirections(EveryNSteps):
         self.settle(TopPairs(EigenBasis(values.flip(0), vectors, residuals), none, 0.0, 0.0))
 
 
-def minibatch(
-    examples: int, size: int, step: int, seed: int, replacement: bool = False
-) -> Tensor:
+def minibatch(examples: int, size: int, step: int, seed: int, replacement: bool = False) -> Tensor:
     """Returns the indices of the minibatch of ``step``, a function of the seed and the step.
 
     They are of shuffled epochs; or drawn with replacement, each example by itself.
