@@ -218,6 +218,7 @@ class ByLength(nn.Module):
         self.model, self.together = model, together
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Scores of token ids, in the order in which they come."""
         lengths = (tokens != 0).sum(dim=1)
         order = lengths.argsort()
         outputs = [

@@ -13,7 +13,7 @@ from scipy import stats
 
 from benchmarks.papers.reductions import Curve, late_mean, mean_of, median_of, value
 from benchmarks.papers.reproduction import Raw
-from benchmarks.papers.song_2024.runs import OPTIMIZERS
+from benchmarks.papers.song_2024.rates import OPTIMIZERS
 
 ALIGNED: Final = 0.9
 _TRAINED: Final = 0.005
@@ -81,7 +81,7 @@ def achieved(raw: Raw, branch: str, plain: str = "SGD") -> float:
 def relative_decrease(raw: Raw, branch: str) -> float:
     """The decrease of the loss in a branch, over its first loss."""
     losses = raw["losses"][branch]
-    return decrease(losses) / losses[0]
+    return float(decrease(losses) / losses[0])
 
 
 def shuffled_over_drawn(raw: Raw) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, cast
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import subspace_optim as so
 from benchmarks.data import Dataset
 from benchmarks.experiment import WARMUP, Settings, compare
-from benchmarks.losses import LOSSES, mse
+from benchmarks.losses import LOSSES
 from benchmarks.models import CNN, Transformer, mlp
 from benchmarks.papers import networks, problems
 from benchmarks.papers.checkpoint import Checkpoint
@@ -359,60 +358,4 @@ def at_the_edge(
         raw["losses"][name] = losses
         if warm:
             at_switch = copy.deepcopy(problem.model.state_dict())
-    return raw
-
-
-# --- effective rates: Tables 1-3, Figures 11, 23 and 24 -----------------------------------------
-
-OPTIMIZERS: Final = ("GD(-m)", "GD(+m)", "Adam(-m)", "Adam(+m)")
-"""Without and with momentum 0.9, as the paper names them."""
-
-
-def effective_rates(
-    job: Job,
-    *,
-    model: str,
-    lr: float,
-    adam_lr: float,
-    width: int,
-    examples: int,
-    pool: int = 1,
-    chunk: int | None = None,
-    steps: int,
-    every: int,
-) -> Raw:
-    """Dom-LR and Bulk-LR of full-batch GD and Adam, with and without momentum.
-
-    Dom-LR is told wrongly by a basis whose angle to the true subspace is not far below χ_k: what it
-    lets in of the bulk's part of the gradient outweighs the dominant part. χ_k falls to 1e-5 along
-    GD, so that each basis is new, in float64, and as exact as that needs.
-
-    Returns:
-        For each optimizer the rates, loss and χ_k at the measured steps, means and deviations.
-    """
-    data = dataset(job, model, examples, pool)
-    x = data.x_train.double() if data.x_train.is_floating_point() else data.x_train
-    raw: Raw = {"lr": lr}
-    for name in OPTIMIZERS:
-        net = network(job, model, data, width).double()
-        problem = Problem(net, mse, x, data.y_train)
-        beta = 0.9 if "+m" in name else 0.0
-        optimizer = problem.sgd(lr, beta)
-        if name.startswith("Adam"):
-            optimizer = torch.optim.Adam(net.parameters(), lr=adam_lr, betas=(beta, 0.999))
-        subspace = so.DominantSubspace(
-            problem.hessian(chunk), data.num_classes, refresh=1, tol=1e-7, seed=job.seed
-        )
-        monitor = so.Monitor(optimizer, subspace, every=every)
-        losses: list[float] = []
-        also = (subspace, monitor)
-        train(job, name, problem, optimizer, steps=steps, also=also, losses=losses)
-        monitor.detach()
-        history = monitor.history
-        raw[name] = {c: history[c] for c in ("step", "loss", "dom_lr", "bulk_lr", "chi_gradient")}
-        # Adam's loss has spikes: a mean over the last tenth, of its logarithm.
-        raw[name]["mean_log_loss"] = statistics.fmean(map(math.log, losses[-(steps // 10) :]))
-        for rate in ("dom_lr", "bulk_lr"):
-            raw[name][f"mean_{rate}"] = statistics.fmean(history[rate])
-            raw[name][f"std_{rate}"] = statistics.pstdev(history[rate])
     return raw
