@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 import subspace_optim as so
 from benchmarks.data import Dataset
 from benchmarks.losses import cross_entropy
-from benchmarks.papers.class_gradient_2020.runs import Method, optimizer_of, small_cnn
+from benchmarks.papers.class_gradient_2020.readings import optimizer_of
+from benchmarks.papers.class_gradient_2020.runs import small_cnn
 from benchmarks.papers.networks import made, resnet9
 from benchmarks.papers.reproduction import Job, Raw
 
-UNDAMPED: tuple[Method, ...] = ("sgd", "printed", "orthogonal")
+METHODS: Final = ("sgd", "printed", "orthogonal")
 
 
 def cost(
@@ -35,7 +36,7 @@ def cost(
     random = Dataset("random", x, y, None, None, classes, "")
     makes = {"cnn": partial(small_cnn, random), "resnet9": partial(resnet9, classes, width=width)}
     memory, passes = {}, 0.0
-    for method in UNDAMPED:
+    for method in METHODS:
         model = made(job, makes[network])
         optimizer, subspace = optimizer_of(method, model, classes, 0.01, momentum)
         for _ in range(2):

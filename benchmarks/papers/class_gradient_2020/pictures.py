@@ -10,14 +10,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.papers.class_gradient_2020.analysis import (
+    ACCURACIES,
+    LOSSES,
     Curve,
-    curvature_ratio,
+    curvature_ratios,
     curves_of,
     diverged,
     final_accuracy,
     final_loss,
+    late_share,
+    lead,
+    limit,
     losses,
     mean_cosine_between,
+    pairs,
+    readings,
+    trained,
 )
 from benchmarks.papers.drawing import LOOK, finished, first_of, grid, in_turn, line
 from benchmarks.papers.reproduction import Raw, RawOfSeeds, Rows
@@ -27,25 +35,28 @@ from subspace_optim.diagnostics import plots
 _STYLES: Final = {
     "sgd": ("SGD", LOOK.ink, "-"),
     "printed": ("quasi-Newton as printed", LOOK.bulk, "--"),
-    "orthogonal": ("with orthogonal vectors", LOOK.dominant, ":"),
-    "damped": ("damped", LOOK.third, "-."),
+    "class": (r"$\lambda$ over a class", LOOK.dominant, ":"),
+    "class-one-plain": ("all three read calmly", LOOK.third, "-."),
 }
-_METHODS: Final = {name: _STYLES[name][0] for name in ("printed", "orthogonal")} | {
-    "slowed": "with Newton's rate 1 - μ",
-    "added": "with 1 added to each λ",
-    "damped": "damped, by both",
+"""What is drawn of a method; the others are in tables alone."""
+_WORDS: Final = {
+    "printed": "as printed",
+    "class": "λ over a class",
+    "one": "λ from 1",
+    "plain": "no momentum for Newton",
+    "orthogonal": "orthogonal vectors",
 }
-"""The rows of Tables 1 and 2 beneath SGD's."""
-_CROSSES: Final = {"sgd": 14.0, "printed": 11.0, "orthogonal": 7.5, "damped": 4.5}
+_CROSSES: Final = {"sgd": 14.0, "printed": 11.0, "class": 7.5, "class-one-plain": 4.5}
 """Sizes, so that crosses at one place do not hide one another: later ones are smaller."""
 _ROOM: Final = 3.0
 """Losses above this multiple of the loss at the start are beyond the edge of a panel."""
-_ACCURACIES: Final = {"0.1": (88, 92), "0.05": (87, 92), "0.01": (82, 90)}
-"""Table 1 of the paper, in percent: SGD and quasi-Newton."""
-_LOSSES: Final = {"0.1": (0.3574, 0.3304), "0.05": (0.3985, 0.3346), "0.01": (0.5362, 0.3411)}
-"""Table 2 of the paper."""
 
 CurvesOfSeeds = Mapping[int, Curve]
+
+
+def words(method: str) -> str:
+    """Returns the name of a method in a table."""
+    return "SGD" if method == "sgd" else ", ".join(_WORDS[word] for word in method.split("-"))
 
 
 def curves(raws: RawOfSeeds) -> dict[str, dict[str, dict[int, Curve]]]:
@@ -95,8 +106,8 @@ def _lines(panel: Axes, found: Mapping[str, CurvesOfSeeds], column: str) -> None
     What diverged ends in a cross, where its loss leaves the panel, or with its last row.
     """
     high = _highest(found)
-    for method, of_seeds in found.items():
-        label, colour, dashes = _STYLES[method]
+    for method, (label, colour, dashes) in _STYLES.items():
+        of_seeds = found.get(method, {})
         for curve, first in in_turn(of_seeds):
             x, y = np.array(curve["step"]) / curve.get("epoch", 1), np.array(curve[column], float)
             if diverged(curve):
@@ -135,10 +146,11 @@ def _keyed(panels: list[Axes]) -> Figure:
 
 
 def cosines(axes: Axes, of_seeds: Mapping[int, Raw]) -> None:
-    """Draws the cosines of the class gradients of the first seed's last minibatch."""
+    """Draws the cosines of the first seed's class gradients, averaged by eq. 16."""
     raw = first_of(of_seeds)
     if raw is not None:
-        plots.cosine_matrix(raw["cosines"], raw["assignment"], axes=axes)
+        average = raw["average"]
+        plots.cosine_matrix(average["cosines"], average["assignment"], axes=axes)
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -146,12 +158,12 @@ def cosines(axes: Axes, of_seeds: Mapping[int, Raw]) -> None:
 
 def table_1(raws: RawOfSeeds) -> Rows:
     """Returns accuracies in percent, the paper's and ours."""
-    return _beside(raws, _ACCURACIES, lambda curve: 100 * final_accuracy(curve))
+    return _beside(raws, ACCURACIES, lambda curve: 100 * final_accuracy(curve))
 
 
 def table_2(raws: RawOfSeeds) -> Rows:
     """Returns validation losses, the paper's and ours."""
-    return _beside(raws, _LOSSES, final_loss)
+    return _beside(raws, LOSSES, final_loss)
 
 
 def _beside(
@@ -167,39 +179,62 @@ def _beside(
             method: {seed: end(curve) for seed, curve in of_seeds.items()}
             for method, of_seeds in found.get(rate, {}).items()
         }
-        ours = ends.get("sgd", {})
+        ours = ends.pop("sgd", {})
         rows.append([rate, "SGD", f"{sgd:g}", over_seeds(ours.values()), "", ""])
-        for method, label in _METHODS.items():
-            theirs = ends.get(method, {})
+        for method, theirs in ends.items():
             gains = [theirs[seed] - ours[seed] for seed in theirs if seed in ours]
             paper = [f"{newton:g}", f"{newton - sgd:+.4g}"] if method == "printed" else ["–", "–"]
             mine = [over_seeds(theirs.values()), over_seeds(gains)]
-            rows.append([rate, label, paper[0], mine[0], paper[1], mine[1]])
+            rows.append([rate, words(method), paper[0], mine[0], paper[1], mine[1]])
     return rows
 
 
-def table_above(raws: RawOfSeeds) -> Rows:
-    """Returns how the trainings above η = 0.1 ended."""
-    found = curves(raws)
-    rows = [["η", "method", "accuracy at the end (%)", "loss at the end", "diverged"]]
-    for rate in sorted(found, key=float):
-        for method, of_seeds in found[rate].items():
-            ended = list(of_seeds.values())
-            percent = over_seeds(100 * final_accuracy(curve) for curve in ended)
-            lost = f"{sum(map(diverged, ended))} of {len(ended)}"
-            loss = over_seeds(map(final_loss, ended))
-            rows.append([rate, _STYLES[method][0], percent, loss, lost])
+def table_limits(raws: RawOfSeeds) -> Rows:
+    """Returns the largest rate of the ladder that each method stands."""
+    rows = [["network", "method", "paper", "stands η up to", "trains at 0.1"]]
+    for name, of_seeds in raws.items():
+        scores = "its scores" if "unscaled" in name else "an eighth of them"
+        for method in next(iter(of_seeds.values()), {"curves": ()})["curves"]:
+            each = list(of_seeds.values())
+            stood = over_seeds(limit(raw, method) for raw in each)
+            at = [trained(curves_of(raw, method)["0.1"]) for raw in each]
+            rows.append([scores, words(method), "0.1", stood, f"{sum(at)} of {len(at)}"])
     return rows
 
 
 def table_batches(raws: RawOfSeeds) -> Rows:
     """Returns validation losses at the end, by batch size."""
     found = curves(raws)
-    rows = [["batch size", *(label for label, _, _ in _STYLES.values())]]
+    methods = ("sgd", "printed", "class")
+    rows = [["batch size", *map(words, methods)]]
     for size in sorted(found, key=int):
-        ends = [found[size].get(method, {}).values() for method in _STYLES]
+        ends = [found[size].get(method, {}).values() for method in methods]
         rows.append([size, *(over_seeds(map(final_loss, each)) for each in ends)])
     return rows
+
+
+def table_readings(raws: RawOfSeeds) -> Rows:
+    """Returns how the trainings by each reading ended, beside SGD's."""
+    rows = [
+        ["batches", "reading", "trained", "accuracy (%)", "loss", "early lead", "SGD ahead late"]
+    ]
+    for of_seeds in raws.values():
+        each = list(of_seeds.values())
+        for size in next((raw["curves"]["sgd"] for raw in each), ()):
+            sgd = [curves_of(raw, "sgd")[size] for raw in each]
+            rows.append([size, "SGD", *_ended(sgd), "–", "–"])
+            for method in readings(each[0]):
+                both = [pairs(raw, method)[size] for raw in each]
+                leads = over_seeds(lead(*pair) for pair in both)
+                late = over_seeds(late_share(*pair) for pair in both)
+                rows.append([size, words(method), *_ended([n for _, n in both]), leads, late])
+    return rows
+
+
+def _ended(found: list[Curve]) -> list[str]:
+    percent = over_seeds(100 * final_accuracy(curve) for curve in found)
+    stood = f"{sum(map(trained, found))} of {len(found)}"
+    return [stood, percent, over_seeds(map(final_loss, found))]
 
 
 def table_assumptions(raws: RawOfSeeds) -> Rows:
@@ -208,7 +243,6 @@ def table_assumptions(raws: RawOfSeeds) -> Rows:
     return [
         ["assumption", "as assumed", "measured"],
         ["mean |cosine| of two class gradients", "0", over_seeds(map(mean_cosine_between, found))],
-        ["median of v_kᵀHv_k / λ_k", "1", over_seeds(map(curvature_ratio, found))],
         *_ratios(found),
         ["second term of the Hessian", "0", over_seeds(raw["second_term"] for raw in found)],
     ]
@@ -216,6 +250,6 @@ def table_assumptions(raws: RawOfSeeds) -> Rows:
 
 def _ratios(found: list[Raw]) -> Iterator[list[str]]:
     """Yields the median ratio of curvatures at each step that has one."""
-    for step in found[0]["ratios"] if found else ():
-        medians = [np.median(raw["ratios"][step]) for raw in found if step in raw["ratios"]]
-        yield [f"the same at step {step}", "1", over_seeds(medians)]
+    for number, step in enumerate(found[0]["ratios"] if found else ()):
+        medians = over_seeds(curvature_ratios(raw)[number] for raw in found)
+        yield [f"median of v_kᵀHv_k / λ_k at step {step}", "1", medians]

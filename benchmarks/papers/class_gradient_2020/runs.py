@@ -10,33 +10,23 @@ from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.data import Dataset
 from benchmarks.experiment import minibatch
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import problems
+from benchmarks.papers.class_gradient_2020.readings import DECAY, MOMENTUM, optimizer_of
 from benchmarks.papers.networks import lenet, made, resnet9
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Problem, Row, column, performance, top_of, train
 
-Method = Literal["sgd", "printed", "orthogonal", "slowed", "added", "damped"]
-"""SGD, and the quasi-Newton method: eq. 15 as printed, with orthogonal vectors, or calmed.
-
-Slowed, the gradients that momentum sums up make one Newton step together; added is the λ_k that the
-paper begins with, 1, to all; damped is both. They are ours; damped is one of three settings that
-were tried on one seed, and no cure: at the sizes for a CPU it diverges on MNIST, but for one seed
-with batches of 64, and on CIFAR-10 at η = 0.1.
-"""
-
-MOMENTUM: Final = 0.9
-DECAY: Final = 0.9
-"""Both of appendix D."""
 SINES: Final = (0.1, 0.5, 0.9)
 """Of angles above which a direction adds to the rank, beside the rule of linear algebra."""
 OUTLIERS: Final[tuple[Literal["gap", "ratio", "elbow"], ...]] = ("gap", "ratio", "elbow")
 """Ways to count the eigenvalues that stand out."""
+HOPELESS: Final = 1e6
+"""A training whose validation loss is above this is over: it comes back no more."""
 
 
 def images(job: Job, data: str, examples: int, validation: int, pool: int = 1) -> Dataset:
@@ -65,65 +55,70 @@ def small_cnn(data: Dataset) -> nn.Sequential:
     return lenet(side, channels, (6, 16), (120, 84, data.num_classes), padding=0)
 
 
-def optimizer_of(
-    method: Method, model: nn.Module, classes: int, lr: float, momentum: float = MOMENTUM
-) -> tuple[Optimizer, so.ClassGradientSubspace | None]:
-    """Returns an optimizer, and the subspace that is to observe its minibatches, if it has one."""
-    if method == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum), None
-    subspace = so.ClassGradientSubspace(
-        model, classes, decay=DECAY, orthogonal=method == "orthogonal"
-    )
-    optimizer = so.ClassGradientQuasiNewton(
-        model.parameters(),
-        lr=lr,
-        momentum=momentum,
-        newton_lr=1 - momentum if method in ("slowed", "damped") else 1.0,
-        damping=1.0 if method in ("added", "damped") else 0.0,
-        subspace=subspace,
-    )
-    return optimizer, subspace
-
-
 def curves(
     job: Job,
     make: Callable[[], nn.Module],
     data: Dataset,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     trainings: Mapping[str, Mapping[str, Any]],
-) -> dict[Method, dict[str, Raw]]:
+) -> dict[str, dict[str, Raw]]:
     """Trains a network by each method in each way, and watches it on the validation images.
 
     Args:
         job: the seed.
         make: the network, as it is before it is drawn anew.
         data: see there.
-        methods: see there.
+        methods: names that ``optimizer_of`` knows.
         trainings: by name, ``lr``, ``batch_size``, ``steps``, and ``every`` how many to watch.
 
     Returns:
-        ``step``, validation ``loss`` and ``accuracy`` at each of these steps, and whether the
-        training ``diverged``, so that the series end where a loss is no number.
+        The ``curve`` of each.
     """
-    found: dict[Method, dict[str, Raw]] = {method: {} for method in methods}
-    valid = cast("tuple[Tensor, Tensor]", data.test)
+    found: dict[str, dict[str, Raw]] = {method: {} for method in methods}
     for method, (name, training) in itertools.product(methods, trainings.items()):
-        model = made(job, make)
-        optimizer, subspace = optimizer_of(method, model, data.num_classes, training["lr"])
-        rows = train(
-            job,
-            f"{method}-{name}",
-            Problem(model, cross_entropy, data.x_train, data.y_train),
-            optimizer,
-            record=lambda _, model=model: performance(model, *valid),  # type: ignore[misc]
-            before=None if subspace is None else subspace.observe,
-            also=() if subspace is None else (subspace,),
-            **{option: value for option, value in training.items() if option != "lr"},
-        )
-        ended = [row for row in rows if "diverged" not in row]
-        series = {key: column(ended, key) for key in ("step", "loss", "accuracy")}
-        found[method][name] = series | {"diverged": len(ended) < len(rows)}
+        found[method][name] = curve(job, f"{method}-{name}", make, data, method, **training)
     return found
+
+
+def curve(
+    job: Job,
+    name: str,
+    make: Callable[[], nn.Module],
+    data: Dataset,
+    method: str,
+    *,
+    lr: float,
+    **training: Any,
+) -> Raw:
+    """Trains a network by a method, and watches it on the validation images.
+
+    Returns:
+        ``step``, validation ``loss`` and ``accuracy`` along the way, and whether the training
+        ``diverged``, so that the series end where a loss is no number, or hopeless.
+    """
+    model = made(job, make)
+    optimizer, subspace = optimizer_of(method, model, data.num_classes, lr)
+    valid = cast("tuple[Tensor, Tensor]", data.test)
+    last = 0.0
+
+    def record(_: int) -> Row:
+        nonlocal last
+        row = performance(model, *valid)
+        last = row["loss"]
+        return row
+
+    def before(x: Tensor, y: Tensor) -> None:
+        if last > HOPELESS:
+            raise so.NonFiniteError("the training is lost")
+        if subspace is not None:
+            subspace.observe(x, y)
+
+    problem = Problem(model, cross_entropy, data.x_train, data.y_train)
+    also = () if subspace is None else (subspace,)
+    rows = train(job, name, problem, optimizer, record=record, before=before, also=also, **training)
+    ended = [row for row in rows if "diverged" not in row]
+    series = {key: column(ended, key) for key in ("step", "loss", "accuracy")}
+    return series | {"diverged": len(ended) < len(rows)}
 
 
 def at_rates(
@@ -133,16 +128,31 @@ def at_rates(
     batch_size: int,
     rates: Sequence[float],
     epochs: int,
-    methods: Sequence[Method],
+    methods: Sequence[str],
+    scaled: bool = True,
     **part: Any,
 ) -> Raw:
     """Trains a ResNet9 by each method at each rate, from one start and over the same minibatches.
+
+    Args:
+        job: the seed.
+        width: of the network.
+        batch_size: see there.
+        rates: η.
+        epochs: see there.
+        methods: names that ``optimizer_of`` knows.
+        scaled: whether the network puts out an eighth of its scores, or its scores.
+        part: of the data, as ``images`` has it.
 
     Returns:
         Steps an epoch, and a curve for each method and rate, with a row for each epoch.
     """
     found = images(job, **part)
-    make = partial(resnet9, found.num_classes, channels=found.x_train.shape[1], width=width)
+
+    def make() -> nn.Module:
+        whole = resnet9(found.num_classes, channels=found.x_train.shape[1], width=width)
+        return whole if scaled else whole[:-1]
+
     epoch = len(found.x_train) // batch_size
     usual = {"batch_size": batch_size, "steps": epochs * epoch, "every": epoch}
     trainings = {f"{lr:g}": usual | {"lr": lr} for lr in rates}
@@ -157,7 +167,7 @@ def at_batch_sizes(
     lr: float,
     steps: int,
     records: int,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     **part: Any,
 ) -> Raw:
     """Trains a small CNN by each method with each batch size, for equally many steps.
@@ -196,15 +206,19 @@ def beside_eigenvectors(
 ) -> Raw:
     """Trains a small CNN by SGD, and holds its class gradients against its last eigenvectors.
 
+    Raises:
+        RuntimeError: SGD diverged.
+
     Returns:
         Along the training, of the class gradients of one minibatch: their ``step``; ``ranks`` with
         the last C eigenvectors, a row for each of ``tolerances``; ``assigned`` cosines with them;
         and ``ratios`` v_kᵀHv_k / λ_k of each class at some steps. At the end: ``eigenvalues``,
-        their ``outliers`` by each method, ``cosines`` and ``assignment`` of the last minibatch;
-        of all examples the ``assigned`` cosine, the ``overlap`` with the eigenvectors, the cosines
-        of the principal ``angles``, and the cosines ``between`` classes; ``chance`` and its
-        deviation; ``second_term``, its Frobenius norm relative to the Hessian's; and how far it was
-        trained: ``loss`` and ``accuracy`` on the examples, ``valid_accuracy``.
+        their ``outliers`` by each method; of the ``average`` of eq. 16 the ``assigned`` cosine,
+        its ``cosines`` and ``assignment``; of all examples the ``assigned`` cosine, the ``overlap``
+        with the eigenvectors, the cosines of the principal ``angles``, and the cosines ``between``
+        classes; ``chance`` and its deviation; ``second_term``, its Frobenius norm relative to the
+        Hessian's; and how far it was trained: ``loss`` and ``accuracy`` on the examples,
+        ``valid_accuracy``.
     """
     found = images(job, **part)
     valid = cast("tuple[Tensor, Tensor]", found.test)
@@ -219,27 +233,40 @@ def beside_eigenvectors(
         x, y = found.x_train[batch], found.y_train[batch]
         curvature = class_gradients(model, found.num_classes, x, y)
         row: Row = {"vectors": curvature.vectors}
-        if -(-step // every) % curvatures == 0:  # of the rows, of which the last is out of step
+        if step == steps or step // every % curvatures == 0:
             products = hessian.matmat(curvature.vectors)
             hessian.release()
             quotients = (products * curvature.vectors).sum(dim=1)
             row["ratios"] = (quotients / curvature.eigenvalues).tolist()
         return row
 
-    sgd, size = problem.sgd(lr, MOMENTUM), batch_size
-    rows = train(job, "sgd", problem, sgd, steps=steps, batch_size=size, record=record, every=every)
+    average = so.ClassGradientSubspace(model, found.num_classes, decay=DECAY)
+    # A minibatch counts γᵗ after t more: those of the last eighth are all that is left.
+    late = every * max(1, snapshots // 8)
+    training = partial(
+        train,
+        job,
+        problem=problem,
+        optimizer=problem.sgd(lr, MOMENTUM),
+        batch_size=batch_size,
+        record=record,
+        every=every,
+    )
+    rows = training("early", steps=steps - late)
+    if not rows[-1].get("diverged", False):
+        observing: dict[str, Any] = {"before": average.observe, "also": (average,)}
+        rows = rows[:-1] + training("late", first=steps - late, steps=late, **observing)
     if rows[-1].get("diverged", False):
-        return {"diverged": True}
+        raise RuntimeError("SGD diverged: there are no eigenvectors of a trained network")
     solved = top_of(hessian, eigenvalues, tol, job.seed)
     basis = solved.first(found.num_classes)
     vectors = column(rows, "vectors")
     of_minibatches = [so.diagnostics.class_gradient_cosines(v, basis) for v in vectors]
     of_all = class_gradients(model, found.num_classes, found.x_train, found.y_train).vectors
-    last = of_minibatches[-1]
+    averaged = so.diagnostics.class_gradient_cosines(average.update().vectors, basis)
     # The rule of numpy and torch for the rank of a P×2C matrix, for numbers of single precision.
     tolerances = [basis.size * torch.finfo(torch.float32).eps, *SINES]
     return {
-        "diverged": False,
         "size": basis.size,
         "classes": found.num_classes,
         "step": [row["step"] for row in rows],
@@ -255,8 +282,11 @@ def beside_eigenvectors(
             method: so.diagnostics.count_outliers(solved.eigenvalues, method).count
             for method in OUTLIERS
         },
-        "cosines": last.cosines.tolist(),
-        "assignment": last.assignment.tolist(),
+        "average": {
+            "assigned": averaged.mean,
+            "cosines": averaged.cosines.tolist(),
+            "assignment": averaged.assignment.tolist(),
+        },
         "of_all": {
             "assigned": so.diagnostics.class_gradient_cosines(of_all, basis).mean,
             "overlap": float(so.diagnostics.subspace_overlap(span(of_all), basis)),

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import math
-import tomllib
-from collections.abc import Iterator
-from itertools import combinations
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from itertools import combinations, pairwise
 from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.papers.reductions import Curve, mean_of
+from benchmarks.papers.reductions import Curve, mean_of, median_of
 from benchmarks.papers.reproduction import Raw
+from benchmarks.papers.sagun_2017.clusters import TABLE
 
 _RATIO: Final = 0.2
 """The left edge is shown up to this share of all eigenvalues."""
 
 
-Place = tuple[str, str, float, int]
-"""Of a row of Table 1: algorithm, activation, covariance and clusters."""
-TABLE: Final[dict[Place, Raw]] = {
-    (row["algorithm"], row["activation"], row["covariance"], row["clusters"]): row
-    for row in tomllib.loads(Path(__file__).with_name("table-1.toml").read_text("utf-8"))["rows"]
-}
-"""The table as it is printed."""
 COUNTS: Final = ("gap", "ratio", "elbow")
 
 Offsets = tuple[int, int, int]
@@ -44,14 +36,9 @@ def beside(raw: Raw) -> Iterator[tuple[Raw, Raw]]:
 # --- appendix A ----------------------------------------------------------------------------------
 
 
-def rows_matched(raw: Raw) -> float:
-    """Rows whose elbow is within one of the clusters, less the rows where the paper's is."""
-    found = 0
-    for pair in beside(raw):
-        if "elbow" in pair[1]:
-            ours, theirs = (abs(row["elbow"] - row["clusters"]) <= 1 for row in pair)
-            found += ours - theirs
-    return float(found)
+def clusters_matched(raw: Raw) -> float:
+    """Share of the rows whose elbow is within one of the clusters."""
+    return mean_of(abs(row["elbow"] - row["clusters"]) <= 1 for row in raw["rows"])
 
 
 def agreeing(raw: Raw, less: Offsets = (0, 0, 0)) -> tuple[list[bool], ...]:
@@ -66,9 +53,11 @@ def agreeing(raw: Raw, less: Offsets = (0, 0, 0)) -> tuple[list[bool], ...]:
     )
 
 
-def counts_agreeing(raw: Raw) -> float:
-    """Share of all counts of the table that ours are within one of."""
-    return mean_of(answer for column in agreeing(raw) for answer in column)
+def off_printed(raw: Raw, name: str, less: int = 0) -> float:
+    """Median difference of a count of ours from one printed less so many; NaN where none is."""
+    return median_of(
+        ours[name] - (theirs[name] - less) for ours, theirs in beside(raw) if name in theirs
+    )
 
 
 def exact_matches(raw: Raw) -> float:
@@ -86,15 +75,55 @@ def matches_beyond_two(raw: Raw) -> float:
     )
 
 
-def bulk_over_outliers(raw: Raw) -> float:
-    """How far the bulk moves with the covariance, beside the outliers; both in logarithms."""
-    shares = []
+def deviation_by_cutoff(theirs: Raw) -> float:
+    """The least deviation that a printed row can have, with so many eigenvalues above its cutoff.
+
+    Each of them adds at least the square of the cutoff to the sum of squares.
+    """
+    size = parameters_of(theirs["clusters"])
+    return math.sqrt(theirs["elbow"] / size * theirs["cutoff"] ** 2 - theirs["mean"] ** 2)
+
+
+def parameters_of(clusters: int) -> int:
+    """Of the network of Table 1."""
+    return 3960 + 31 * clusters
+
+
+def other_covariance(raw: Raw) -> list[tuple[Raw, Raw]]:
+    """Rows of the smaller covariance and the larger, of the same clusters."""
     pairs = combinations(raw["rows"], 2)
-    for near, far in pairs:
-        if near["clusters"] == far["clusters"]:
-            outliers = math.log(far["outlying"] / near["outlying"])
-            shares.append(abs(math.log(far["bulk"] / near["bulk"]) / outliers))
-    return float(np.median(shares)) if shares else math.nan
+    return [(near, far) for near, far in pairs if near["clusters"] == far["clusters"]]
+
+
+def next_clusters(raw: Raw) -> list[tuple[Raw, Raw]]:
+    """Rows of one number of clusters and the next, of the same classes."""
+    return list(pairwise(raw["rows"]))
+
+
+def moved_by_covariance(raw: Raw) -> float:
+    """How much farther the bulk moves than the outliers between those, in logarithms; mean."""
+    return _moved(other_covariance(raw))
+
+
+def moved_by_clusters(raw: Raw) -> float:
+    """The same with the number of clusters."""
+    return _moved(next_clusters(raw))
+
+
+def _moved(pairs: Iterable[tuple[Raw, Raw]]) -> float:
+    return mean_of(
+        abs(math.log(b["bulk"] / a["bulk"])) - abs(math.log(b["outlying"] / a["outlying"]))
+        for a, b in pairs
+    )
+
+
+def between_classes_and_clusters(raw: Raw) -> float:
+    """Where the elbow is, in logarithms: 0 at the classes, 1 at the clusters; mean over rows."""
+    return mean_of(
+        math.log(max(row["elbow"], 1) / row["classes"]) / math.log(row["clusters"] / row["classes"])
+        for row in raw["rows"]
+        if row["clusters"] > row["classes"]
+    )
 
 
 # --- section 3 -----------------------------------------------------------------------------------
@@ -105,24 +134,67 @@ def most_negative(raw: Raw) -> float:
     return float(max(-n["left"][0] / n["right"][0] for n in raw["networks"]))
 
 
+def _edge(network: Raw) -> Any:
+    """The largest twenty eigenvalues over the largest."""
+    return np.array(network["right"][:20]) / network["right"][0]
+
+
+def right_edge_distances(raw: Raw) -> list[float]:
+    """Mean distances of the right edges, of height 1, from that of the widest network."""
+    shapes = [_edge(network) for network in raw["networks"]]
+    return [float(np.abs(shape - shapes[-1]).mean()) for shape in shapes[:-1]]
+
+
+def other_edge_distance(raw: Raw) -> float:
+    """The same distance of the widest network, trained on other data."""
+    return float(np.abs(_edge(raw["other"]) - _edge(raw["networks"][-1])).mean())
+
+
 def right_edges_apart(raw: Raw) -> float:
-    """The largest mean distance of a right edge, of height 1, from that of the widest network."""
-    shapes = [np.array(n["right"][:20]) / n["right"][0] for n in raw["networks"]]
-    return float(max(np.abs(shape - shapes[-1]).mean() for shape in shapes))
+    """How far other widths move the right edge, beside other data."""
+    return mean_of(right_edge_distances(raw)) / other_edge_distance(raw)
+
+
+def outliers_grow(raw: Raw, narrowest: int = 0) -> float:
+    """Large eigenvalues more, where a network has twice the parameters: a slope.
+
+    Args:
+        raw: the figures.
+        narrowest: so many networks are left out.
+    """
+    networks = raw["networks"][narrowest:]
+    sizes, counts = (np.array([n[name] for n in networks]) for name in ("size", "outliers"))
+    return float(np.polyfit(np.log2(sizes), counts, 1)[0])
 
 
 def outliers_apart(raw: Raw) -> float:
-    """The largest number of large eigenvalues, less the smallest."""
-    counts = [network["outliers"] for network in raw["networks"]]
-    return float(max(counts) - min(counts))
+    """Large eigenvalues after large batches, less those after small ones."""
+    large, small = (network["outliers"] for network in raw["networks"])
+    return float(large - small)
 
 
-def left_edges_apart(raw: Raw) -> float:
-    """The largest distance of two left edges by ratio, each of norm 1."""
+def left_edge_distances(raw: Raw) -> list[float]:
+    """Distances of left edges by ratio, each of norm 1: from each network to the next larger."""
     curves = [np.minimum(n["ratios"], 0.0) for n in raw["networks"] if n["ratios"]]
     shapes = [curve / np.linalg.norm(curve) for curve in curves]
-    distances = [float(np.linalg.norm(a - b)) for a, b in combinations(shapes, 2)]
-    return max(distances, default=math.nan)
+    return [float(np.linalg.norm(a - b)) for a, b in pairwise(shapes)]
+
+
+def left_edges_converge(raw: Raw) -> float:
+    """The factor by which such a distance changes from one pair to the next; NaN of one pair."""
+    distances = left_edge_distances(raw)
+    if len(distances) < 2:
+        return math.nan
+    return float(np.exp(np.polyfit(range(len(distances)), np.log(distances), 1)[0]))
+
+
+def negative_share_grows(raw: Raw) -> float:
+    """Share of negative eigenvalues in the largest network with a whole spectrum, over the least's.
+
+    NaN where the latter has none.
+    """
+    shares = [network["negative"] for network in raw["networks"] if "negative" in network]
+    return shares[-1] / shares[0] if shares[0] else math.nan
 
 
 def large_over_small(raw: Raw) -> float:
@@ -164,33 +236,78 @@ def _in_order(raw: Raw) -> Iterator[tuple[dict[str, Any], str, float]]:
 def halves(raw: Raw) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the rows of the large batches, and those of the small ones after the switch.
 
-    A training that diverged has no such rows any more from there on.
+    At the switch there are two, of which one is left out. A training that diverged has no such rows
+    any more from there on.
     """
-    rows = [row for row in raw["training"] if not row.get("diverged")]
-    before = [row for row in rows if row["step"] <= raw["switch"]]
-    return before, [row for row in rows if row["step"] > raw["switch"]]
+    rows = {row["step"]: row for row in raw["training"] if not row.get("diverged")}
+    before = [row for step, row in rows.items() if step <= raw["switch"]]
+    return before, [row for step, row in rows.items() if step > raw["switch"]]
 
 
-def jump(raw: Raw) -> float:
-    """The highest loss in the ten rows after the switch, over the loss at the switch."""
+def across(raw: Raw, name: str) -> tuple[float, float]:
+    """Returns the means of a column over the last ten rows before the switch, and ten after it.
+
+    NaN where the training diverged before.
+    """
     before, after = halves(raw)
-    highest = max((row["train_loss"] for row in after[:10]), default=math.nan)
-    return float(highest / before[-1]["train_loss"])
+    return mean_of(row[name] for row in before[-10:]), mean_of(row[name] for row in after[:10])
+
+
+def jump(raw: Raw, data: str) -> float:
+    """The loss of training or test data after the switch, over that before it."""
+    before, after = across(raw, f"{data}_loss")
+    return after / before
+
+
+def drop(raw: Raw) -> float:
+    """The accuracy after the switch less that before it: of training or test data, the larger."""
+    pairs = (across(raw, f"{data}_accuracy") for data in ("train", "test"))
+    return float(np.max([after - before for before, after in pairs]))
 
 
 def accuracy_gained(raw: Raw) -> float:
     """Test accuracy over the last ten rows of the small batches, less that of the large ones."""
-    before, after = halves(raw)
-    if not after:
-        return math.nan
-    ends = (np.mean([row["test_accuracy"] for row in part[-10:]]) for part in (after, before))
-    return float(next(ends) - next(ends))
+    ends = (mean_of(row["test_accuracy"] for row in part[-10:]) for part in halves(raw))
+    large, small = ends
+    return small - large
 
 
-def barrier(raw: Raw) -> float:
-    """The highest ratio of the loss, between the ends, to a straight line between those of both."""
-    losses = np.array([row["train_loss"] for row in raw["line"] if 0 <= row["alpha"] <= 1])
-    return float(np.max(losses / np.linspace(losses[0], losses[-1], len(losses))))
+def loss_regained(raw: Raw) -> float:
+    """Training loss over the last ten rows of the small batches, over that of the large ones."""
+    large, small = (mean_of(row["train_loss"] for row in part[-10:]) for part in halves(raw))
+    return small / large
+
+
+def _between(raw: Raw, line: str, name: str) -> list[float]:
+    """A column from one end of a line to the other."""
+    return [row[name] for row in raw[line] if 0 <= row["alpha"] <= 1]
+
+
+def barrier(raw: Raw, line: str = "line") -> float:
+    """The highest loss between the ends, over the higher end: of either data, the larger."""
+    columns = (_between(raw, line, f"{data}_loss") for data in ("train", "test"))
+    return max(max(losses) / max(losses[0], losses[-1]) for losses in columns)
+
+
+def accuracy_lost(raw: Raw, line: str = "line") -> float:
+    """How far the accuracy falls between the ends below the lower one: of either data, the more."""
+    columns = (_between(raw, line, f"{data}_accuracy") for data in ("train", "test"))
+    return max(min(values[0], values[-1]) - min(values) for values in columns)
+
+
+def rises(raw: Raw) -> tuple[float, float]:
+    """How far the training loss rises beyond the ends of the line, large batches first.
+
+    Half the distance of the ends beyond each of them.
+    """
+    losses = {row["alpha"]: row["train_loss"] for row in raw["line"]}
+    return losses[-0.5] - losses[0.0], losses[1.5] - losses[1.0]
+
+
+def sharper_end(raw: Raw) -> float:
+    """The first rise less the second."""
+    large, small = rises(raw)
+    return large - small
 
 
 def course(raw: Raw, name: str) -> Iterator[Curve]:

@@ -15,16 +15,23 @@ from benchmarks.papers.reproduction import Raw, RawOfSeeds, Rows
 from benchmarks.papers.sagun_2017.analysis import (
     COUNTS,
     OFFSETS,
-    TABLE,
     Offsets,
     agreeing,
     beside,
+    left_edge_distances,
+    next_clusters,
+    other_covariance,
+    other_edge_distance,
+    parameters_of,
     residual_share,
+    right_edge_distances,
 )
+from benchmarks.papers.sagun_2017.clusters import TABLE
 from benchmarks.papers.tables import over_seeds
 
 _PARTS: Final = {"parts-mnist": "MNIST", "parts-clusters": "ten clusters"}
 _NUMBERS: Final = ("mean", "std", "cutoff")
+_MOVED: Final = ("outlying", "bulk")
 
 
 def table_clusters(raws: RawOfSeeds) -> Rows:
@@ -36,7 +43,7 @@ def table_clusters(raws: RawOfSeeds) -> Rows:
     rows = [["training", "size", "cov", "clusters", *both]]
     for (algorithm, activation, covariance, clusters), theirs in TABLE.items():
         ours = [row for row, printed in pairs if printed is theirs]
-        cells = [f"{algorithm} {activation}", str(3960 + 31 * clusters), f"{covariance:g}"]
+        cells = [f"{algorithm} {activation}", str(parameters_of(clusters)), f"{covariance:g}"]
         cells.append(str(clusters))
         for name in COUNTS:
             cells += [_or_dash(theirs.get(name)), listed(row[name] for row in ours)]
@@ -73,6 +80,54 @@ def _rows_by(of_seeds: Mapping[int, Raw], *names: str) -> dict[tuple[Any, ...], 
     for row in (row for raw in of_seeds.values() for row in raw["rows"]):
         found.setdefault(tuple(row[name] for name in names), []).append(row)
     return found
+
+
+def table_moves(raws: RawOfSeeds) -> Rows:
+    """Returns how far other data move outliers and bulk, of networks of one size and one loss."""
+    rows = [["from", "to", "classes", "elbow", "outliers, factor", "bulk, factor", "losses"]]
+    for run, pairs_of in (("more-clusters", next_clusters), ("sgd-relu-even", other_covariance)):
+        found: dict[tuple[str, str, int], list[tuple[Raw, Raw]]] = {}
+        for _, raw in sorted(raws[run].items()):
+            for a, b in pairs_of(raw):
+                found.setdefault((_data_of(a), _data_of(b), b["classes"]), []).append((a, b))
+        for (first, second, classes), pairs in found.items():
+            factors = [over_seeds(b[name] / a[name] for a, b in pairs) for name in _MOVED]
+            elbows = (
+                f"{listed(a['elbow'] for a, _ in pairs)} → {listed(b['elbow'] for _, b in pairs)}"
+            )
+            losses = over_seeds(row["loss"] for pair in pairs for row in pair)
+            rows.append([first, second, str(classes), elbows, *factors, losses])
+    return rows
+
+
+def _data_of(row: Raw) -> str:
+    return f"{row['clusters']} clusters, covariance {row['covariance']:g}"
+
+
+def table_growth(raws: RawOfSeeds) -> Rows:
+    """Returns large eigenvalues by size, and how far edges are apart."""
+    rows = [
+        ["width", "P", "steps", "large", "right edge", "left edge to the next larger", "negative"]
+    ]
+    seeds = [raw for _, raw in sorted(raws["growth"].items())]
+    if not seeds:
+        return rows
+    right, left = (
+        [of_raw(raw) for raw in seeds] for of_raw in (right_edge_distances, left_edge_distances)
+    )
+    for at, network in enumerate(seeds[0]["networks"]):
+        ours = [raw["networks"][at] for raw in seeds]
+        steps = over_seeds(row["steps"] for row in ours)
+        cells = [listed(row["outliers"] for row in ours)]
+        cells += [
+            over_seeds(distances[at] for distances in found if at < len(distances))
+            for found in (right, left)
+        ]
+        cells.append(over_seeds(row["negative"] for row in ours if "negative" in row))
+        rows.append([str(network["width"]), f"{network['size']:,}", steps, *cells])
+    steps = over_seeds(raw["other"]["steps"] for raw in seeds)
+    other = over_seeds(map(other_edge_distance, seeds))
+    return [*rows, ["other data", rows[-1][1], steps, "", other, "", ""]]
 
 
 def table_parts(raws: RawOfSeeds) -> Rows:

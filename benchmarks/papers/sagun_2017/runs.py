@@ -5,8 +5,8 @@ Spectra of up to 6,000 eigenvalues are exact, as in the paper. All losses are cr
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ import subspace_optim as so
 from benchmarks.data import Dataset
 from benchmarks.losses import cross_entropy
 from benchmarks.papers.networks import fully_connected, lenet, made
-from benchmarks.papers.problems import blobs, images
+from benchmarks.papers.problems import blobs, first_classes, images
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Problem, Row, performance, top_of, train
 
@@ -26,33 +26,63 @@ SHOWN: Final = 30
 """Eigenvalues at each edge, beyond those that are looked for, that a raw figure keeps."""
 NEAR_ZERO: Final = 0.01
 """An eigenvalue below this share of the largest is near zero in a plot of the whole spectrum."""
+ROUNDING: Final = 1e-6
+"""A negative eigenvalue within this share of the largest may be rounding."""
 RATIOS: Final = 101
 """Points of a left edge, from the smallest eigenvalue to the median."""
-
-_ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+_OTHER: Final = 1000
+"""Added to the seed for other initial parameters on the same data."""
 
 
 # --- what several runs share ---------------------------------------------------------------------
 
 
 def train_until(
-    job: Job, name: str, problem: Problem, *, lr: float, target: float, most: int, chunk: int = 100
+    job: Job,
+    name: str,
+    problem: Problem,
+    reached: Callable[[], bool],
+    *,
+    lr: float,
+    most: int,
+    batch_size: int | None = None,
+    chunk: int = 100,
+    growth: float = 0.0,
 ) -> int:
-    """Trains by gradient descent until the loss is ``target``, looked at after each ``chunk``.
+    """Trains until something is reached, looked at after each chunk.
+
+    Args:
+        job: see ``train``.
+        name: of the training.
+        problem: its model is trained.
+        reached: asked at θ_t whether that is the end.
+        lr: learning rate.
+        most: steps after which the training ends anyway, or a chunk later.
+        batch_size: ``None``: all examples at each step.
+        chunk: steps, at least.
+        growth: a chunk is that share of the steps so far, where they are more.
 
     Returns:
-        The number of steps, ``most`` or a few more at the most.
+        The number of steps.
     """
     step = 0
-    while step < most and problem.loss() > target:
-        train(job, f"{name}-{step}", problem, problem.sgd(lr), steps=chunk, first=step)
-        step += chunk
+    while not reached() and step < most:
+        taken = max(chunk, round(growth * step))
+        sgd = problem.sgd(lr)
+        train(job, f"{name}-{step}", problem, sgd, steps=taken, batch_size=batch_size, first=step)
+        step += taken
     return step
 
 
-def near_zero(spectrum: Tensor, share: float = NEAR_ZERO) -> int:
-    """Returns how many eigenvalues are within that share of the largest from zero."""
-    return int((spectrum.abs() <= share * spectrum.abs().max()).sum())
+def below(problem: Problem, loss: float) -> bool:
+    """Returns whether the loss is at or below that."""
+    return problem.loss() <= loss
+
+
+def near_zero(spectrum: Tensor, share: float = NEAR_ZERO, of: float | None = None) -> int:
+    """Returns how many eigenvalues are within a share of a number, or of the largest, from zero."""
+    scale = spectrum.abs().max() if of is None else of
+    return int((spectrum.abs() <= share * scale).sum())
 
 
 def left_edge(spectrum: Tensor) -> list[float]:
@@ -73,66 +103,6 @@ def edges(largest: Tensor, smallest: Tensor) -> dict[str, Any]:
     }
 
 
-# --- appendix A: clusters ------------------------------------------------------------------------
-
-
-def clusters(
-    job: Job,
-    *,
-    activation: str,
-    batch_size: int | None,
-    covariances: Sequence[float],
-    clusters: Sequence[int],
-    examples: int,
-    inputs: int,
-    hidden: int,
-    steps: int,
-    lr: float,
-) -> Raw:
-    """Trains on Gaussian clusters, and counts the outliers of the Hessian (Figures 2, 3, Table 1).
-
-    Returns:
-        A row for each covariance and number of clusters.
-    """
-    rows = []
-    for covariance, count in itertools.product(covariances, clusters):
-        x, y = blobs(count, examples, inputs, covariance=covariance, job=job)
-        sizes = (inputs, hidden, hidden, count)
-        model = made(job, partial(fully_connected, sizes, _ACTIVATIONS[activation]))
-        problem = Problem(model, cross_entropy, x, y)
-        name = f"{covariance:g}-{count}"
-        train(job, name, problem, problem.sgd(lr), steps=steps, batch_size=batch_size)
-        row = {"covariance": covariance, "clusters": count, "loss": problem.loss()}
-        row |= counted(so.diagnostics.exact_spectrum(problem.hessian()), count)
-        rows.append(row | {"principal": principal(x, count)})
-    algorithm = "GD" if batch_size is None else "SGD"
-    return {"algorithm": algorithm, "activation": activation, "rows": rows}
-
-
-def counted(spectrum: Tensor, clusters: int) -> dict[str, Any]:
-    """Returns a row of Table 1, and the top of the scree plot."""
-    top = spectrum[: clusters + SHOWN]
-    elbow = so.diagnostics.count_outliers(top, "elbow")
-    return {
-        "size": len(spectrum),
-        "mean": float(spectrum.mean()),
-        "std": float(spectrum.std(correction=0)),
-        "gap": so.diagnostics.count_outliers(top, "gap").count,
-        "ratio": so.diagnostics.count_outliers(top, "ratio").count,
-        "elbow": elbow.count,
-        "cutoff": elbow.cutoff,
-        "outlying": float(spectrum[:clusters].mean()),
-        "bulk": float(spectrum[2 * clusters :].square().mean().sqrt()),
-        "top": top.tolist(),
-    }
-
-
-def principal(x: Tensor, clusters: int) -> list[float]:
-    """Returns the largest eigenvalues of the covariance of the inputs, descending."""
-    eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T.double())).flip(0)
-    return list(map(float, eigenvalues[: clusters + SHOWN]))
-
-
 # --- section 3.2: growth -------------------------------------------------------------------------
 
 
@@ -141,46 +111,78 @@ def growth(
     *,
     widths: Sequence[int],
     exact: int,
+    other: int,
     lr: float,
     target: float,
     most: int,
     **part_of: Any,
 ) -> Raw:
-    """Trains wider and wider networks on the same data (Figures 1, 4, 5, 6).
+    """Trains wider and wider networks on the same data (Figures 1, 4, 5, 6), and one on other data.
 
     The right edge and the smallest eigenvalue of every network, and the whole spectrum of those
-    that are small enough, also at the start.
+    that are small enough, of the last of these also at the start.
+
+    Args:
+        job: the seed.
+        widths: of the networks, ascending.
+        exact: the largest width of which the whole spectrum is taken.
+        other: the widest network is trained once more, on the examples of so many classes alone.
+        lr: learning rate.
+        target: the loss at which a training ends.
+        most: steps after which it ends anyway.
+        part_of: the data.
 
     Returns:
         A row for each network, its left edge by ratio empty if it is not exact; the spectra of the
-        largest that is exact, at both ends.
+        largest that is exact, at both ends; and the right edge on the other data.
     """
     part = images(job, **part_of)
-    inputs = part.x_train[0].numel()
+
+    def problem_of(width: int, data: Dataset) -> Problem:
+        sizes = (data.x_train[0].numel(), width, width, part.num_classes)
+        model = made(job, partial(fully_connected, sizes))
+        return Problem(model, cross_entropy, data.x_train, data.y_train)
+
+    def trained(name: str, problem: Problem) -> Row:
+        reached = partial(below, problem, target)
+        steps = train_until(job, name, problem, reached, lr=lr, most=most)
+        return {"size": problem.hessian().size, "steps": steps, "loss": problem.loss()}
+
     networks: list[Row] = []
     whole: Raw = {}
     for width in widths:
-        model = made(job, partial(fully_connected, (inputs, width, width, part.num_classes)))
-        problem = Problem(model, cross_entropy, part.x_train, part.y_train)
+        problem = problem_of(width, part)
         hessian = problem.hessian()
-        row: Row = {"width": width, "size": hessian.size}
-        start = so.diagnostics.exact_spectrum(hessian) if hessian.size <= exact else None
-        row["steps"] = train_until(job, f"{width}", problem, lr=lr, target=target, most=most)
-        row["loss"] = problem.loss()
-        if start is not None:
+        if width == exact:
+            whole["start"] = so.diagnostics.exact_spectrum(hessian)
+        row: Row = {"width": width} | trained(f"{width}", problem)
+        if width <= exact:
             end = so.diagnostics.exact_spectrum(hessian)
             row |= edges(end[:SHOWN], end[-SHOWN:]) | {"ratios": left_edge(end)}
-            whole = {"size": hessian.size, "start": thinned(start), "end": thinned(end)}
+            row |= {"negative": int((end < -ROUNDING * end[0]).sum()) / len(end)}
+            if width == exact:
+                scale = float(end[0])
+                whole |= {"start": thinned(whole["start"], scale), "end": thinned(end, scale)}
+                whole["size"] = hessian.size
         else:
             largest, smallest = so.diagnostics.spectrum_edges(hessian, SHOWN, seed=job.seed)
             # Of the crowded lower edge, this tolerance tells the smallest eigenvalue alone.
             row |= edges(largest.eigenvalues, smallest.eigenvalues[-1:]) | {"ratios": []}
         networks.append(row)
-    return {"networks": networks, "whole": whole}
+    problem = problem_of(widths[-1], first_classes(part, other))
+    elsewhere = trained("other", problem)
+    right = top_of(problem.hessian(), SHOWN, 1e-3, job.seed).eigenvalues.tolist()
+    elsewhere |= {"classes": other, "right": right}
+    return {"networks": networks, "whole": whole, "other": elsewhere}
 
 
-def thinned(spectrum: Tensor) -> dict[str, Any]:
-    """Returns a spectrum for a plot: both edges, and each twentieth eigenvalue between them."""
+def thinned(spectrum: Tensor, trained: float) -> dict[str, Any]:
+    """Returns a spectrum for a plot: both edges, and each twentieth eigenvalue between them.
+
+    Args:
+        spectrum: all of it, descending.
+        trained: the largest eigenvalue after training, a second measure of what is near zero.
+    """
     last = len(spectrum) - 1
     chosen = sorted(
         {*range(min(50, last)), *range(0, last, 20), *range(max(0, last - 50), last + 1)}
@@ -188,7 +190,8 @@ def thinned(spectrum: Tensor) -> dict[str, Any]:
     return {
         "index": chosen,
         "eigenvalues": spectrum[chosen].tolist(),
-        "near_zero": near_zero(spectrum) / len(spectrum),
+        "near_zero": near_zero(spectrum, of=trained) / len(spectrum),
+        "near_zero_of_own": near_zero(spectrum) / len(spectrum),
     }
 
 
@@ -243,12 +246,18 @@ def phases(
 
     Returns:
         ``training``: losses and accuracies by step; ``switch``: the step where the batches change;
-        ``line``: the same by α, with 0 the end of the first part and 1 that of the second.
+        ``line``: the same by α, with 0 the end of the first part and 1 that of the second;
+        ``other``: the same on the way from the end of the first part to that of one which started
+        at other parameters: a line that may well have a barrier.
     """
     part = images(job, **part_of)
     channels, side = part.x_train.shape[1], part.x_train.shape[-1]
-    model = made(job, partial(lenet, side, channels, widths, (*dense, 10), padding=2))
-    problem = Problem(model, cross_entropy, part.x_train, part.y_train)
+
+    def problem_of(drawn_by: Job) -> Problem:
+        model = made(drawn_by, partial(lenet, side, channels, widths, (*dense, 10), padding=2))
+        return Problem(model, cross_entropy, part.x_train, part.y_train)
+
+    problem, other = problem_of(job), problem_of(replace(job, seed=job.seed + _OTHER))
     optimizer = problem.sgd(lr)
     rows: list[Row] = []
     ends: list[Tensor] = []
@@ -260,16 +269,27 @@ def phases(
             optimizer,
             steps=steps,
             batch_size=size,
-            record=lambda _: on_both(model, part),
+            record=lambda _: on_both(problem.model, part),
             every=every,
             first=number * steps,
         )
         ends.append(problem.theta())
-    line = []
-    for alpha in torch.linspace(-0.5, 1.5, 41).tolist():
-        vector_to_parameters(torch.lerp(ends[0], ends[1], alpha), model.parameters())
-        line.append({"alpha": round(alpha, 3)} | on_both(model, part))
-    return {"training": rows, "switch": steps, "line": line}
+    train(job, "other", other, other.sgd(lr), steps=steps, batch_size=large)
+    lines = [
+        ((ends[0], ends[1]), torch.linspace(-0.5, 1.5, 41)),
+        ((ends[0], other.theta()), torch.linspace(0, 1, 11)),
+    ]
+    along, elsewhere = (
+        [_at(problem.model, part, torch.lerp(*between, alpha), alpha) for alpha in alphas.tolist()]
+        for between, alphas in lines
+    )
+    return {"training": rows, "switch": steps, "line": along, "other": elsewhere}
+
+
+def _at(model: nn.Module, data: Dataset, theta: Tensor, alpha: float) -> Row:
+    """A point of a line."""
+    vector_to_parameters(theta, model.parameters())
+    return {"alpha": round(alpha, 3)} | on_both(model, data)
 
 
 def on_both(model: nn.Module, data: Dataset) -> Row:

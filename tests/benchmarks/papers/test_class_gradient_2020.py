@@ -11,7 +11,7 @@ import subspace_optim as so
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import drawing
 from benchmarks.papers.catalogue import PAPERS
-from benchmarks.papers.class_gradient_2020 import analysis, cost, pictures, runs
+from benchmarks.papers.class_gradient_2020 import analysis, cost, pictures, readings, runs
 from benchmarks.papers.reproduction import Job
 from tests.benchmarks.papers.tiny import claim_of, size
 
@@ -44,7 +44,7 @@ def test_the_method_keeps_as_many_gradients_as_the_paper_says():
 def test_all_methods_start_from_the_same_network(tiny):
     losses = {
         curve["loss"][0]
-        for run in ("resnet9", "resnet9-orthogonal", "resnet9-damped", "resnet9-readings")
+        for run in ("resnet9", "resnet9-class", "resnet9-one", "resnet9-plain", "resnet9-calm")
         for of_method in tiny("class_gradient_2020", run)["curves"].values()
         for curve in of_method.values()
     }
@@ -65,16 +65,24 @@ def test_a_loss_far_above_its_start_has_diverged(losses, lost):
     assert analysis.diverged(curve([1.0, 0.5], diverged=True))
 
 
-def test_a_run_of_class_gradients_that_diverged_has_no_figures_and_breaks_nothing():
-    raw = runs.beside_eigenvectors(Job(), **CLASSES | {"lr": 1e9})
-    assert raw == {"diverged": True}
-    for each in PAPER.claims:
-        if "class-gradients" in each.runs:
-            assert not each.holds(each.measure(raw))
-    for exhibit in PAPER.exhibits:
-        if exhibit.runs == ("class-gradients",):
-            for show in filter(None, (exhibit.draw, exhibit.table)):
-                show({"class-gradients": {0: raw}})
+def flat():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
+def test_a_hopeless_training_is_over():
+    data = runs.images(Job(), "mnist-5k", 20, 20)
+    training = {"batch_size": 20, "steps": 9, "every": 1}
+    lost = runs.curve(Job(), "lost", flat, data, "sgd", lr=1e9, **training)
+    assert lost["diverged"]
+    assert len(lost["loss"]) == 2
+    kept = runs.curve(Job(), "kept", flat, data, "sgd", lr=0.01, **training)
+    assert not kept["diverged"]
+    assert kept["step"] == list(range(10))
+
+
+def test_class_gradients_need_a_network_that_was_trained():
+    with pytest.raises(RuntimeError, match="SGD diverged"):
+        runs.beside_eigenvectors(Job(), **CLASSES | {"lr": 1e9})
 
 
 @pytest.mark.slow
@@ -112,7 +120,7 @@ def test_pictures_show_what_diverged_up_to_a_cross():
     """Where its loss leaves the panel, in all columns; and no cross hides another."""
     wild = {"step": [0, 9, 18, 27], "loss": [2.0, 1.0, 99.0, 0.5], "accuracy": [0.1, 0.5, 0.2, 0.9]}
     wild |= {"diverged": True, "epoch": 9}
-    lost = {"printed": {0: wild}, "damped": {0: wild}}
+    lost = {"printed": {0: wild}, "class": {0: wild}}
     above, below = drawing.grid(["", ""])
     pictures._losses(above, lost)
     pictures._lines(below, lost, "accuracy")
@@ -136,21 +144,78 @@ def test_validation_images_are_others_than_those_for_training():
     assert not torch.equal(found.x_train, other.x_train)
 
 
-def test_methods_differ_in_what_they_are_named_after():
-    model = nn.Linear(3, 2)
-    assert runs.optimizer_of("sgd", model, 2, 0.1)[1] is None
-    for method, orthogonal, rate, damping in (
-        ("printed", False, 1.0, 0.0),
-        ("orthogonal", True, 1.0, 0.0),
-        ("slowed", False, 0.1, 0.0),
-        ("added", False, 1.0, 1.0),
-        ("damped", False, 0.1, 1.0),
-    ):
-        optimizer, subspace = runs.optimizer_of(method, model, 2, 0.05)
-        (group,) = optimizer.param_groups
-        assert (group["lr"], group["momentum"], group["damping"]) == (0.05, 0.9, damping)
-        assert group["newton_lr"] == pytest.approx(rate)
-        assert (subspace.orthogonal, subspace.decay) == (orthogonal, 0.9)
+def observed(subspace, minibatches):
+    for x, y in minibatches:
+        subspace.observe(x, y)
+    return subspace.update()
+
+
+def two_minibatches():
+    torch.manual_seed(0)
+    y = torch.tensor([0, 1, 1, 1])
+    return nn.Linear(3, 2), [(torch.randn(4, 3), y), (torch.randn(4, 3), 1 - y)]
+
+
+def test_the_printed_reading_is_that_of_the_package():
+    model, minibatches = two_minibatches()
+    read = observed(readings.ReadSubspace(model, 2, readings.Reading()), minibatches)
+    expected = observed(so.ClassGradientSubspace(model, 2), minibatches)
+    torch.testing.assert_close(read.vectors, expected.vectors)
+    torch.testing.assert_close(read.eigenvalues, expected.eigenvalues)
+
+
+def test_a_class_that_was_never_seen_has_no_vector_and_an_eigenvalue_of_one():
+    for reading in readings.READINGS.values():
+        if not reading.orthogonal:
+            subspace = readings.ReadSubspace(nn.Linear(3, 3), 3, reading)
+            found = observed(subspace, two_minibatches()[1])
+            assert (found.vectors[2].norm(), found.eigenvalues[2]) == (0.0, 1.0)
+
+
+def test_readings_differ_in_what_they_are_named_after():
+    model, minibatches = two_minibatches()
+    by = {
+        name: observed(readings.ReadSubspace(model, 2, readings.READINGS[name]), minibatches[:1])
+        for name in ("printed", "class", "one", "plain")
+    }
+    printed = by["printed"].eigenvalues
+    shares = torch.tensor([1 / 4, 3 / 4])  # of the classes in the minibatch
+    torch.testing.assert_close(by["class"].eigenvalues, printed / shares)
+    torch.testing.assert_close(by["one"].eigenvalues, (0.1 * printed.square() + 0.9).sqrt())
+    torch.testing.assert_close(by["plain"].eigenvalues, printed)
+    assert len(readings.READINGS) == 16
+
+
+@pytest.mark.parametrize("method", ["printed", "class-plain"])
+def test_momentum_is_that_of_all_the_step_or_of_sgd_alone(method):
+    """The second step, by hand, from the subspace's own terms."""
+    model, minibatches = two_minibatches()
+    optimizer, subspace = readings.optimizer_of(method, model, 2, 0.05)
+    buffer = torch.zeros(8)
+    for x, y in minibatches:
+        subspace.observe(x, y)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        buffer = 0.9 * buffer + gradient
+        H, theta = subspace.update(), nn.utils.parameters_to_vector(model.parameters())
+        newton = gradient if method == "class-plain" else buffer
+        expected = theta - 0.05 * (buffer - H.vectors.T @ (H.vectors @ buffer))
+        expected -= H.vectors.T @ (H.vectors @ newton / H.eigenvalues)
+        optimizer.step()
+        found = nn.utils.parameters_to_vector(model.parameters())
+        torch.testing.assert_close(found, expected)
+
+
+def test_averages_of_a_reading_go_on_from_a_state():
+    model, minibatches = two_minibatches()
+    reading = readings.READINGS["class-one"]
+    first, second = (readings.ReadSubspace(model, 2, reading) for _ in range(2))
+    observed(first, minibatches[:1])
+    second.load_state_dict(first.state_dict())
+    for name in ("vectors", "eigenvalues"):
+        mine, other = (observed(each, minibatches[1:]) for each in (first, second))
+        assert torch.equal(getattr(mine, name), getattr(other, name))
 
 
 def test_class_gradients_are_means_of_the_gradients_of_the_own_logit():
@@ -191,7 +256,7 @@ def test_the_second_term_is_that_of_the_dense_matrices():
 
 def test_memory_is_counted_once_for_each_storage():
     model = nn.Linear(3, 2)
-    optimizer, _ = runs.optimizer_of("sgd", model, 2, 0.1)
+    optimizer, _ = readings.optimizer_of("sgd", model, 2, 0.1)
     cross_entropy(model(torch.randn(4, 3)), torch.tensor([0, 1, 0, 1])).backward()
     assert cost.held(model, optimizer, None) == 1.0  # gradients
     optimizer.step()

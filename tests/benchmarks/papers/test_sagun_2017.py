@@ -17,8 +17,8 @@ from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.networks import fully_connected, made
 from benchmarks.papers.problems import blobs
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.sagun_2017 import analysis, random_matrices, runs
-from benchmarks.papers.sagun_2017.pictures import table_clusters
+from benchmarks.papers.sagun_2017 import analysis, clusters, random_matrices, runs
+from benchmarks.papers.sagun_2017.pictures import table_clusters, table_growth, table_moves
 from benchmarks.papers.training import Problem
 from tests.benchmarks.papers.tiny import claim_of
 from tests.benchmarks.papers.tiny import size as tiny_size
@@ -61,10 +61,10 @@ def test_an_interrupted_training_ends_the_same(tmp_path: Any) -> None:
 # --- Table 1 -------------------------------------------------------------------------------------
 
 
-def row_like(clusters: int, gap: int, ratio: int, elbow: int, covariance: float = 1.0) -> Raw:
+def row_like(number: int, gap: int, ratio: int, elbow: int, covariance: float = 1.0) -> Raw:
     counts = {"gap": gap, "ratio": ratio, "elbow": elbow}
     figures = {"mean": 1e-5, "std": 2e-4, "cutoff": 0.003, "outlying": 0.1, "bulk": 1e-4}
-    return {"clusters": clusters, "covariance": covariance} | counts | figures
+    return {"clusters": number, "covariance": covariance} | counts | figures
 
 
 def raw_like(key: tuple[str, str], *rows: Raw) -> Raw:
@@ -73,15 +73,15 @@ def raw_like(key: tuple[str, str], *rows: Raw) -> Raw:
 
 def as_printed(algorithm: str, activation: str) -> Raw:
     rows = [
-        row_like(clusters, theirs["gap"], theirs["ratio"], theirs.get("elbow", 0), covariance)
-        for (a, f, covariance, clusters), theirs in analysis.TABLE.items()
+        row_like(number, theirs["gap"], theirs["ratio"], theirs.get("elbow", 0), covariance)
+        for (a, f, covariance, number), theirs in clusters.TABLE.items()
         if (a, f) == (algorithm, activation)
     ]
     return raw_like((algorithm, activation), *rows)
 
 
 def test_the_table_has_the_papers_rows() -> None:
-    assert len(analysis.TABLE) == 19
+    assert len(clusters.TABLE) == 19
     sizes = {
         sum(p.numel() for p in fully_connected((100, 30, 30, c)).parameters()) for c in (2, 50)
     }
@@ -93,14 +93,30 @@ def test_the_table_has_the_papers_rows() -> None:
 
 def test_the_papers_own_table_agrees_with_itself_and_not_with_its_text() -> None:
     for key in (("GD", "tanh"), ("GD", "relu"), ("SGD", "relu")):
-        assert analysis.counts_agreeing(as_printed(*key)) == 1
-    for key in (("GD", "relu"), ("SGD", "relu")):
-        assert analysis.rows_matched(as_printed(*key)) == 0
-    assert claim("no-gap-with-tanh").holds(analysis.matches_beyond_two(as_printed("GD", "tanh")))
+        assert all(all(column) for column in analysis.agreeing(as_printed(*key)))
+        assert analysis.off_printed(as_printed(*key), "gap") == 0
+    assert math.isnan(analysis.off_printed(as_printed("GD", "tanh"), "elbow"))
+    assert analysis.clusters_matched(as_printed("GD", "relu")) == 1
+    assert analysis.clusters_matched(as_printed("SGD", "relu")) == pytest.approx(0.8)
+    assert claim("one-outlier-a-cluster").holds(0.8)
+    assert analysis.matches_beyond_two(as_printed("GD", "tanh")) == 0
+    assert analysis.matches_beyond_two(as_printed("GD", "relu")) == 1
     # 2, 7, 15, 21, 49 for 2, 5, 10, 20, 50 clusters: one of five.
     exact = analysis.exact_matches(as_printed("SGD", "relu"))
     assert exact == pytest.approx(0.2)
     assert not claim("exactly-one-a-class").holds(exact)
+
+
+def test_printed_cutoffs_contradict_printed_deviations() -> None:
+    """As the evidence of `deviation-is-mean` has it; first for a spectrum that is known."""
+    spectrum = torch.cat([torch.full((3,), 0.5), torch.zeros(analysis.parameters_of(2) - 3)])
+    row = {"clusters": 2, "elbow": 3, "cutoff": 0.5, "mean": float(spectrum.mean())}
+    assert analysis.deviation_by_cutoff(row) == pytest.approx(float(spectrum.std(correction=0)))
+    rows = [row for row in clusters.TABLE.values() if "cutoff" in row]
+    times = [analysis.deviation_by_cutoff(row) / row["mean"] for row in rows]
+    assert len(times) == 15
+    assert [f"{bound:.1f}" for bound in (min(times), max(times))] == ["2.2", "9.3"]
+    assert "2.2 to 9.3 times" in claim("deviation-is-mean").evidence
 
 
 def test_counts_are_compared_less_the_offsets_of_their_columns() -> None:
@@ -127,7 +143,7 @@ def test_seeds_of_a_row_stand_in_order() -> None:
 
 def test_a_prescribed_spectrum_is_counted() -> None:
     spectrum = torch.cat([torch.tensor([9.0, 8.0, 7.0, 1.0]), torch.zeros(46)]).double()
-    row = runs.counted(spectrum, clusters=3)
+    row = clusters.counted(spectrum, 3, outliers=3, past=6)
     assert (row["size"], row["gap"], row["elbow"]) == (50, 3, 3)
     assert row["mean"] == pytest.approx(0.5)
     assert row["std"] == pytest.approx(math.sqrt(195 / 50 - 0.25))
@@ -139,7 +155,33 @@ def test_a_prescribed_spectrum_is_counted() -> None:
 def test_principal_components_are_those_of_numpy() -> None:
     x = torch.randn(30, 5, generator=torch.Generator().manual_seed(1))
     truth = np.linalg.eigvalsh(np.cov(x.double().numpy(), rowvar=False))[::-1]
-    np.testing.assert_allclose(runs.principal(x, 2), truth, rtol=1e-6)
+    np.testing.assert_allclose(clusters.principal(x, 2), truth, rtol=1e-6)
+
+
+def test_a_training_ends_where_a_number_has_fallen_to_a_level() -> None:
+    """Not where it is still below it."""
+    numbers = iter([1.0, 2.0, 5.0, 3.0, 2.0])
+    fallen = clusters.fallen_to(2.0, lambda: next(numbers))
+    assert [fallen() for _ in range(5)] == [False, False, False, False, True]
+
+
+def test_the_mean_eigenvalue_is_that_of_all(measured: Callable[[str], Raw]) -> None:
+    job = Job()
+    x, y = blobs(3, 40, 5, covariance=1.0, job=job)
+    problem = Problem(made(job, lambda: fully_connected((5, 4, 3))), nn.CrossEntropyLoss(), x, y)
+    truth = float(so.diagnostics.exact_spectrum(problem.hessian()).mean())
+    assert clusters.mean_eigenvalue(problem, 0) == pytest.approx(truth, rel=1e-4)
+
+
+def test_more_clusters_than_classes(measured: Callable[[str], Raw]) -> None:
+    """The network stays the same, and the bulk begins at the same place."""
+    raw = measured("more-clusters")
+    assert [row["clusters"] for row in raw["rows"]] == [3, 6, 9]
+    assert [row["classes"] for row in raw["rows"]] == [3, 3, 3]
+    assert len({row["size"] for row in raw["rows"]}) == 1
+    moves = table_moves(NOTHING | {"more-clusters": {0: raw}})
+    data = [f"{count} clusters, covariance 1" for count in (3, 6, 9)]
+    assert [row[:3] for row in moves[1:]] == [[*data[:2], "3"], [*data[1:], "3"]]
 
 
 # --- edges ---------------------------------------------------------------------------------------
@@ -148,7 +190,8 @@ def test_principal_components_are_those_of_numpy() -> None:
 def networks(*spectra: torch.Tensor) -> Raw:
     return {
         "networks": [
-            runs.edges(spectrum[:30], spectrum[-30:]) | {"ratios": runs.left_edge(spectrum)}
+            runs.edges(spectrum[:30], spectrum[-30:])
+            | {"ratios": runs.left_edge(spectrum), "size": len(spectrum), "width": len(spectrum)}
             for spectrum in spectra
         ]
     }
@@ -164,31 +207,55 @@ def test_scaled_copies_of_a_spectrum_have_its_shape() -> None:
     raw = networks(bulk(400), bulk(4000))
     assert raw["networks"][0]["left"][0] == -0.05
     assert analysis.most_negative(raw) == pytest.approx(0.005)
-    assert analysis.outliers_apart(raw) == 0
-    assert analysis.right_edges_apart(raw) < 0.01
-    assert analysis.left_edges_apart(raw) < 0.02
+    assert analysis.outliers_grow(raw) == pytest.approx(0)
+    assert analysis.right_edge_distances(raw)[0] < 0.01
+    assert analysis.left_edge_distances(raw)[0] < 0.02
 
 
 def test_another_spectrum_has_another_shape() -> None:
     power = bulk(400).clone()
     power[3:] = 0.05 - 0.3 * torch.linspace(0, 1, 397, dtype=torch.float64) ** 20
     raw = networks(bulk(400), power)
-    assert not claim("left-edge-scales").holds(analysis.left_edges_apart(raw))
+    assert analysis.left_edge_distances(raw)[0] > 0.2
     assert not claim("negative-but-tiny").holds(analysis.most_negative(raw))
-    steep = bulk(400).clone()
+    steep = bulk(800).clone()
     steep[:16] = torch.linspace(10, 9, 16)
     raw = networks(bulk(400), steep)
-    assert not claim("outliers-belong-to-data").holds(analysis.outliers_apart(raw))
-    assert not claim("right-edge-keeps-shape").holds(analysis.right_edges_apart(raw))
+    assert analysis.outliers_grow(raw) == pytest.approx(13)
+    assert not claim("outliers-belong-to-data").holds(13)
+
+
+def test_right_edges_are_compared_with_that_on_other_data() -> None:
+    raw = networks(bulk(400), bulk(800), bulk(1600))
+    shape = np.array(raw["networks"][-1]["right"])
+    for network, distance in zip(raw["networks"], (0.02, 0.04), strict=False):
+        network["right"] = list(shape + 10 * distance * np.append(0, np.full(29, 20 / 19)))
+    raw["other"] = {"right": list(shape + 10 * 0.06 * np.append(0, np.full(29, 20 / 19)))}
+    assert analysis.right_edge_distances(raw) == pytest.approx([0.02, 0.04])
+    assert analysis.other_edge_distance(raw) == pytest.approx(0.06)
+    assert analysis.right_edges_apart(raw) == pytest.approx(0.5)
+
+
+def test_left_edges_converge_where_their_distances_fall() -> None:
+    """By halves, of shapes that turn by less and less."""
+    angles = np.cumsum([0, 0.4, 0.2, 0.1])
+    shapes = [[-np.cos(angle), -np.sin(angle)] for angle in angles]
+    raw = {"networks": [{"ratios": shape} for shape in shapes]}
+    assert analysis.left_edges_converge(raw) == pytest.approx(0.5, rel=0.01)
+    assert claim("left-edge-scales").holds(analysis.left_edges_converge(raw))
+    backwards = {"networks": raw["networks"][::-1]}
+    assert analysis.left_edges_converge(backwards) == pytest.approx(2, rel=0.01)
+    assert math.isnan(analysis.left_edges_converge({"networks": raw["networks"][:2]}))
 
 
 def test_networks_that_are_not_exact_have_no_left_edge(measured: Callable[[str], Raw]) -> None:
     """They come back from the file as they were, and the others decide."""
     raw = measured("growth")
-    assert [len(network["ratios"]) for network in raw["networks"]] == [101, 101, 0]
-    exact = {"networks": raw["networks"][:2]}
-    assert analysis.left_edges_apart(raw) == analysis.left_edges_apart(exact) > 0
-    assert math.isnan(analysis.left_edges_apart({"networks": raw["networks"][2:]}))
+    assert [len(network["ratios"]) for network in raw["networks"]] == [101, 101, 101, 0]
+    assert len(analysis.left_edge_distances(raw)) == 2
+    assert raw["whole"]["size"] == raw["networks"][2]["size"]
+    table = table_growth(NOTHING | {"growth": {0: raw}})
+    assert [row[0] for row in table[1:]] == ["3", "4", "6", "9", "other data"]
 
 
 def test_no_negative_eigenvalue_refutes_that_there_are() -> None:
@@ -210,8 +277,10 @@ def test_the_left_edge_goes_to_the_median() -> None:
 def test_near_zero_is_by_size_and_not_by_sign() -> None:
     spectrum = torch.tensor([1.0, 0.02, 0.009, 0.0, -0.009, -0.5])
     assert runs.near_zero(spectrum) == 3
-    whole = runs.thinned(torch.linspace(1, -1, 202))
-    assert whole["near_zero"] == pytest.approx(2 / 202)
+    assert runs.near_zero(spectrum, of=2.0) == 4
+    whole = runs.thinned(torch.linspace(1, -1, 202), 4.0)
+    assert whole["near_zero_of_own"] == pytest.approx(2 / 202)
+    assert whole["near_zero"] == pytest.approx(8 / 202)
     assert whole["index"][-1] == 201
     assert {0, 1, 49, 60, 151, 200} <= set(whole["index"])
 
@@ -224,6 +293,10 @@ def test_the_line_goes_through_both_ends(measured: Callable[[str], Raw]) -> None
     assert ends[1.0] == pytest.approx(by_step[2 * raw["switch"]], rel=1e-5)
     assert min(ends) == -0.5
     assert max(ends) == 1.5
+    other = {row["alpha"]: row["train_loss"] for row in raw["other"]}
+    assert (min(other), max(other)) == (0, 1)
+    assert other[0] == pytest.approx(ends[0.0], rel=1e-5)
+    assert other[1] != pytest.approx(ends[0.0], rel=1e-3)
 
 
 # --- parts of the Hessian ------------------------------------------------------------------------
@@ -287,7 +360,24 @@ def test_a_training_ends_where_its_loss_is_reached() -> None:
     model = made(job, lambda: fully_connected((5, 4, 2)))
     problem = Problem(model, nn.CrossEntropyLoss(), x, y)
     start = problem.loss()
-    assert runs.train_until(job, "a", problem, lr=0.5, target=start, most=50, chunk=10) == 0
-    taken = runs.train_until(job, "b", problem, lr=0.5, target=start / 10, most=500, chunk=10)
+    until = functools.partial(runs.train_until, job, lr=0.5, most=500, chunk=10)
+    assert until("a", problem, lambda: runs.below(problem, start)) == 0
+    taken = until("b", problem, lambda: runs.below(problem, start / 10))
     assert 0 < taken < 500
     assert problem.loss() <= start / 10
+
+
+def test_chunks_of_a_training_grow_with_its_steps() -> None:
+    job = Job()
+    x, y = blobs(2, 40, 5, covariance=0.1, job=job)
+    problem = Problem(made(job, lambda: fully_connected((5, 2))), nn.CrossEntropyLoss(), x, y)
+    looks: list[int] = []
+
+    def never() -> bool:
+        looks.append(0)
+        return False
+
+    taken = runs.train_until(
+        job, "a", problem, never, lr=0.1, most=50, batch_size=7, chunk=10, growth=1.0
+    )
+    assert (taken, len(looks)) == (80, 5)  # 0, 10, 20, 40, 80
