@@ -46,6 +46,7 @@ class Settings:
         lr: the constant learning rate of SGD before the switch, and of all optimizers after it
             that have no default of their own.
         batch_size: examples a minibatch.
+        replacement: minibatches are drawn with replacement, not of shuffled epochs.
         steps: steps of each branch.
         switch_at: the step to branch at; ``None``: where the average of χ_k reaches
             ``switch_chi``, and at ``last_switch`` at the latest.
@@ -69,6 +70,7 @@ class Settings:
     k: int
     lr: float = 0.01
     batch_size: int = 50
+    replacement: bool = False
     steps: int = 400
     switch_at: int | None = None
     switch_chi: float = 0.95
@@ -169,13 +171,19 @@ class RandomDirections(EveryNSteps):
         self.settle(TopPairs(EigenBasis(values.flip(0), vectors, residuals), none, 0.0, 0.0))
 
 
-def minibatch(examples: int, size: int, step: int, seed: int) -> Tensor:
-    """Returns the indices of the minibatch of ``step``: shuffled epochs, a function of the seed."""
+def minibatch(examples: int, size: int, step: int, seed: int, replacement: bool = False) -> Tensor:
+    """Returns the indices of the minibatch of ``step``, a function of the seed and the step.
+
+    They are of shuffled epochs; or drawn with replacement, each example by itself.
+    """
     size = min(size, examples)
+    generator = torch.Generator()
+    if replacement:
+        generator.manual_seed(seed * 1_000_003 + step)
+        return torch.randint(examples, (size,), generator=generator)
     per_epoch = examples // size
     epoch, position = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(examples, generator=generator)
+    order = torch.randperm(examples, generator=generator.manual_seed(seed * 1_000_003 + epoch))
     return order[position * size : (position + 1) * size]
 
 
@@ -266,9 +274,10 @@ class _Experiment:
             NonFiniteError: SGD diverged before the switch. Later, it ends the branch.
         """
         start = time.perf_counter()
-        batch = minibatch(len(self.x), self.settings.batch_size, self.step, self.settings.seed).to(
-            self.x.device
-        )
+        settings = self.settings
+        batch = minibatch(
+            len(self.x), settings.batch_size, self.step, settings.seed, settings.replacement
+        ).to(self.x.device)
         next_eigenvalues = self._next_eigenvalues()
         recorded = len(self.monitor.history["step"])
         try:

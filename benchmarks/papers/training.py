@@ -97,6 +97,7 @@ def train(
     *,
     steps: int,
     batch_size: int | None = None,
+    replacement: bool = False,
     record: Callable[[int], Row | None] | None = None,
     every: int | Callable[[int], bool] = 1,
     first: int = 0,
@@ -106,8 +107,8 @@ def train(
 ) -> list[Row]:
     """Trains, and returns what ``record`` said along the way.
 
-    Step t takes minibatch t of shuffled epochs, a function of the seed and t alone; so do two
-    optimizers that go on from one step see the same examples. A loss that is not finite ends the
+    Step t takes minibatch t, a function of the seed and t alone; so do two optimizers that go on
+    from one step see the same examples. A loss that is not finite ends the
     training, and is a last row ``{"step": t, "diverged": True}``.
 
     Args:
@@ -119,6 +120,7 @@ def train(
         optimizer: steps on the model.
         steps: how many.
         batch_size: ``None``: all examples at each step.
+        replacement: minibatches are drawn with replacement, not of shuffled epochs.
         record: called at θ_t before step t, and with ``t = first + steps`` at the end; what it
             returns is a row, to which the step is added, if it returns one.
         every: at one step in so many, counted from ``first``, and at the end; or where
@@ -168,7 +170,8 @@ def train(
             if not over:
                 batch = slice(None)
                 if batch_size is not None:
-                    batch = minibatch(len(x), batch_size, step, job.seed).to(x.device)
+                    drawn = minibatch(len(x), batch_size, step, job.seed, replacement)
+                    batch = drawn.to(x.device)
                 examples, seed = (x[batch], y[batch]), job.seed + step
                 try:
                     if before is not None:

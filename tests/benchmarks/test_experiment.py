@@ -146,6 +146,30 @@ def test_minibatches_are_epochs_of_all_examples():
     assert not torch.equal(drawn, torch.cat([minibatch(12, 4, s, seed=2) for s in range(3)]))
 
 
+def test_minibatches_with_replacement_draw_each_example_by_itself():
+    drawn = [minibatch(12, 4, step, 1, replacement=True) for step in range(3000)]
+    assert torch.equal(drawn[7], minibatch(12, 4, 7, seed=1, replacement=True))
+    assert len({tuple(batch.tolist()) for batch in drawn[:50]}) > 45
+    share = torch.bincount(torch.cat(drawn), minlength=12) / 12_000
+    # A twelfth each, to 3 % at one deviation.
+    torch.testing.assert_close(share, torch.full((12,), 1 / 12), rtol=0.12, atol=0.0)
+    # An example is twice in a minibatch as often as chance has it: 1 - 11·10·9/12³ of them.
+    twice = sum(len(set(batch.tolist())) < 4 for batch in drawn) / len(drawn)
+    assert twice == pytest.approx(1 - 11 * 10 * 9 / 12**3, abs=0.04)
+
+
+def test_the_experiment_draws_as_its_settings_say():
+    x, y = quadratic_data()
+    x = x * torch.arange(1, 9)[:, None] / 4  # examples that differ
+    net, chosen = Quadratic(), {"k": 2, "lr": 0.1, "batch_size": 4, "switch_at": 2}
+    result = compare(net, half_square, (x, y), ["SGD"], steps=1, replacement=True, **chosen)
+    theta = torch.ones(5, dtype=torch.float64)
+    for step in range(2):
+        batch = minibatch(8, 4, step, 0, replacement=True)
+        theta = theta - 0.1 * x[batch].square().mean(0) * theta
+    assert result.switch_loss == pytest.approx(float(half_square(x * theta, y)))
+
+
 SMALL = Settings(
     k=3, lr=0.1, batch_size=8, switch_at=7, steps=9, warmup_measure=3, measure=4, refresh=3
 )

@@ -7,7 +7,7 @@ from typing import Final
 
 from benchmarks.papers.reductions import mean_of
 from benchmarks.papers.reproduction import RawOfSeeds, Rows
-from benchmarks.papers.song_2024.runs import OPTIMIZERS
+from benchmarks.papers.song_2024.rates import OPTIMIZERS
 
 _PAPERS_TABLE_1: Final = {
     "GD(-m)": ((0.0100, 0.0000), (0.0100, 0.0000)),

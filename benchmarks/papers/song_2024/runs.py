@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, cast
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import subspace_optim as so
 from benchmarks.data import Dataset
 from benchmarks.experiment import WARMUP, Settings, compare
-from benchmarks.losses import LOSSES, mse
+from benchmarks.losses import LOSSES
 from benchmarks.models import CNN, Transformer, mlp
 from benchmarks.papers import networks, problems
 from benchmarks.papers.checkpoint import Checkpoint
@@ -39,12 +38,14 @@ def network(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
     makers: dict[str, Callable[[], nn.Module]] = {
         "mlp": lambda: mlp(math.prod(shape), outputs, width=width),
         "cnn": lambda: CNN((shape[0], shape[1], shape[2]), outputs, width=width),
-        "transformer": lambda: Transformer(
-            data.vocabulary or 0,  # of images, which it does not get
-            shape[0],
-            outputs,
-            width=width,
-            heads=max(1, width // 8),  # the paper's: 8 of 64
+        "transformer": lambda: networks.ByLength(
+            Transformer(
+                data.vocabulary or 0,  # of images, which it does not get
+                shape[0],
+                outputs,
+                width=width,
+                heads=max(1, width // 8),  # the paper's: 8 of 64
+            )
         ),
         "vgg11": lambda: networks.vgg11(outputs, width=width),
         "resnet8": lambda: networks.resnet(outputs, (width, 2 * width, 4 * width), 1),
@@ -52,9 +53,9 @@ def network(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
     return networks.made(job, makers[model])
 
 
-def problem_of(job: Job, model: str, data: Dataset, width: int) -> Problem:
-    """Returns one of them to be trained by the squared error."""
-    return Problem(network(job, model, data, width), mse, data.x_train, data.y_train)
+def problem_of(job: Job, model: str, data: Dataset, width: int, loss: str = "mse") -> Problem:
+    """Returns one of them to be trained by a loss, the squared error if no other is told."""
+    return Problem(network(job, model, data, width), LOSSES[loss], data.x_train, data.y_train)
 
 
 def columns(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Columns:
@@ -86,6 +87,8 @@ def critical_experiment(
     optimizers: Sequence[str],
     look: int,
     refresh: int | Literal["auto"] = "auto",
+    replacement: bool = True,
+    shuffled: int = 0,
     **settings: Any,
 ) -> Raw:
     """SGD until its gradient is dominant; from there SGD and its projections, each by itself.
@@ -95,7 +98,7 @@ def critical_experiment(
 
     Returns:
         The switch; columns of each phase; of each branch the losses, from the switch on, and its
-        final distance.
+        final distance; if ``shuffled`` is not 0, columns of ``in_shuffled_epochs``.
 
     Raises:
         KeyboardInterrupt: it was interrupted, and can be taken up again.
@@ -104,6 +107,7 @@ def critical_experiment(
     net = network(job, model, data, width)
     checkpoint = Checkpoint(None if job.scratch is None else job.scratch / "compare.pt")
     losses: dict[str, list[float]] = {name: [] for name in optimizers}
+    at_switch: dict[str, Tensor] = {}
     kept = None
 
     def load(state: Raw) -> None:
@@ -113,6 +117,8 @@ def critical_experiment(
     checkpoint.take_up(job.device, load)
 
     def after_step(experiment: Any, measured: bool) -> None:
+        nonlocal at_switch
+        at_switch = experiment.switch_model
         if experiment.phase in losses and not experiment.result.finished:
             losses[experiment.phase].append(experiment.loss())
         latest = [f"loss {row['loss']:.4g}" for row in experiment.result.rows[-1:]]
@@ -128,7 +134,12 @@ def critical_experiment(
             (data.x_train, data.y_train),
             list(optimizers),
             settings=Settings(
-                k=data.num_classes, warmup_measure=look, refresh=refresh, seed=job.seed, **settings
+                k=data.num_classes,
+                warmup_measure=look,
+                refresh=refresh,
+                replacement=replacement,
+                seed=job.seed,
+                **settings,
             ),
             resume_from=kept,
             on_progress=after_step,
@@ -136,7 +147,14 @@ def critical_experiment(
     if not result.finished:  # an interrupt, which ``compare`` takes for the end
         raise KeyboardInterrupt
     phases = {name: columns(result.of(name), _OF_A_PHASE) for name in (WARMUP, *result.branches)}
-    return {
+    more: Raw = {}
+    if shuffled:
+        net.load_state_dict(at_switch)
+        problem = Problem(net, LOSSES[loss], data.x_train, data.y_train)
+        more["shuffled"] = in_shuffled_epochs(
+            job, problem, data.num_classes, result.settings, result.switch_step or 0, shuffled
+        )
+    return more | {
         "parameters": sum(p.numel() for p in net.parameters()),
         "switch_step": result.switch_step,
         "switch_reason": result.switch_reason,
@@ -144,6 +162,43 @@ def critical_experiment(
         "losses": losses,
         "final_distance": {name: branch.distance for name, branch in result.branches.items()},
     }
+
+
+def in_shuffled_epochs(
+    job: Job, problem: Problem, k: int, settings: Settings, first: int, steps: int
+) -> Columns:
+    """SGD goes on with minibatches of shuffled epochs: χ_k at their ends, and half-way between.
+
+    The minibatches of an epoch together are all the data: over whole ones the noise adds up to
+    nothing but for what changes meanwhile, which minibatches with replacement do not do.
+
+    Returns:
+        Columns of the last three epochs; ``place`` is 0 at the end of one, and 1 half-way.
+    """
+    hessian = problem.hessian(settings.chunk)
+    subspace = so.DominantSubspace(hessian, k, refresh=1, tol=settings.tol, seed=job.seed)
+    epoch = max(2, len(problem.x) // settings.batch_size)
+    half, last = epoch // 2, first + steps
+
+    def record(step: int) -> Row | None:
+        place = step % epoch
+        if place not in (0, half):  # the last step is recorded whatever it is
+            return None
+        chi = so.diagnostics.alignment(hessian.gradient(), subspace.refresh())
+        return {"place": int(place == half), "chi_gradient": float(chi)}
+
+    rows = train(
+        job,
+        "shuffled",
+        problem,
+        problem.sgd(settings.lr),
+        steps=steps,
+        batch_size=settings.batch_size,
+        record=record,
+        every=lambda step: step > last - 3 * epoch and step % epoch in (0, half),
+        first=first,
+    )
+    return columns(rows, ("step", "place", "chi_gradient"))
 
 
 # --- noise: Figures 4-5 and 18-21 --------------------------------------------------------------
@@ -193,6 +248,7 @@ def switching(
                 optimizer,
                 steps=steps,
                 batch_size=sizes[number],
+                replacement=True,
                 record=probe,
                 every=every,
                 first=start,
@@ -223,7 +279,8 @@ def small_rate(
 
     def record(step: int) -> Row:
         nonlocal done, other
-        train(job, "", noisy, sgd, steps=step - done, batch_size=50, first=done)
+        steps = step - done
+        train(job, "", noisy, sgd, steps=steps, batch_size=50, replacement=True, first=done)
         done, other = step, noisy.theta()
         theta = plain.theta()
         distances = {"GD": theta - start, "SGD": other - start, "GD to SGD": theta - other}
@@ -301,60 +358,4 @@ def at_the_edge(
         raw["losses"][name] = losses
         if warm:
             at_switch = copy.deepcopy(problem.model.state_dict())
-    return raw
-
-
-# --- effective rates: Tables 1-3, Figures 11, 23 and 24 -----------------------------------------
-
-OPTIMIZERS: Final = ("GD(-m)", "GD(+m)", "Adam(-m)", "Adam(+m)")
-"""Without and with momentum 0.9, as the paper names them."""
-
-
-def effective_rates(
-    job: Job,
-    *,
-    model: str,
-    lr: float,
-    adam_lr: float,
-    width: int,
-    examples: int,
-    pool: int = 1,
-    chunk: int | None = None,
-    steps: int,
-    every: int,
-) -> Raw:
-    """Dom-LR and Bulk-LR of full-batch GD and Adam, with and without momentum.
-
-    Dom-LR is told wrongly by a basis whose angle to the true subspace is not far below χ_k: what it
-    lets in of the bulk's part of the gradient outweighs the dominant part. χ_k falls to 1e-5 along
-    GD, so that each basis is new, in float64, and as exact as that needs.
-
-    Returns:
-        For each optimizer the rates, loss and χ_k at the measured steps, means and deviations.
-    """
-    data = dataset(job, model, examples, pool)
-    x = data.x_train.double() if data.x_train.is_floating_point() else data.x_train
-    raw: Raw = {"lr": lr}
-    for name in OPTIMIZERS:
-        net = network(job, model, data, width).double()
-        problem = Problem(net, mse, x, data.y_train)
-        beta = 0.9 if "+m" in name else 0.0
-        optimizer = problem.sgd(lr, beta)
-        if name.startswith("Adam"):
-            optimizer = torch.optim.Adam(net.parameters(), lr=adam_lr, betas=(beta, 0.999))
-        subspace = so.DominantSubspace(
-            problem.hessian(chunk), data.num_classes, refresh=1, tol=1e-7, seed=job.seed
-        )
-        monitor = so.Monitor(optimizer, subspace, every=every)
-        losses: list[float] = []
-        also = (subspace, monitor)
-        train(job, name, problem, optimizer, steps=steps, also=also, losses=losses)
-        monitor.detach()
-        history = monitor.history
-        raw[name] = {c: history[c] for c in ("step", "loss", "dom_lr", "bulk_lr", "chi_gradient")}
-        # Adam's loss has spikes: a mean over the last tenth, of its logarithm.
-        raw[name]["mean_log_loss"] = statistics.fmean(map(math.log, losses[-(steps // 10) :]))
-        for rate in ("dom_lr", "bulk_lr"):
-            raw[name][f"mean_{rate}"] = statistics.fmean(history[rate])
-            raw[name][f"std_{rate}"] = statistics.pstdev(history[rate])
     return raw

@@ -79,3 +79,19 @@ def test_models_are_drawn_from_the_seed_and_leave_the_random_state(make):
     assert all(torch.equal(a, b) for a, b in pairs)
     pairs = zip(first.parameters(), other.parameters(), strict=True)
     assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_sentences_by_length_have_the_scores_of_the_model_and_less_padding():
+    class Seen(nn.Module):
+        shapes = ()
+
+        def forward(self, tokens):
+            self.shapes += (tuple(tokens.shape),)
+            return torch.stack([tokens.sum(1), (tokens != 0).sum(1)], dim=1)
+
+    lengths = torch.tensor([3, 1, 6, 0, 2])
+    tokens = torch.randint(1, 9, (5, 6)) * (torch.arange(6) < lengths[:, None])
+    model = Seen()
+    scores = networks.ByLength(model, together=2)(tokens)
+    assert torch.equal(scores, Seen()(tokens))
+    assert model.shapes == ((2, 1), (2, 3), (1, 6))

@@ -100,8 +100,39 @@ def test_what_holds_exactly_holds_at_any_size(tiny):
         assert len(losses) == 4 + 1
         assert losses[:4:2] == pytest.approx(sgd["phases"][name]["loss"], rel=1e-5)
         assert losses[0] == sgd["losses"]["SGD"][0]
+    # Epochs of 24 examples are one minibatch: all steps are ends, but for what is half-way.
+    assert len(sgd["shuffled"]["place"]) == len(sgd["shuffled"]["step"]) > 0
+    assert all(0 <= chi <= 1 + 1e-6 for chi in sgd["shuffled"]["chi_gradient"])
     assert "BulkSGD" not in tiny("song_2024", "sgd-mlp-ce")["phases"]
     assert switching["SGD to GD"]["step"] == [*range(11), *range(10, 14)]
+
+
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
+def test_shuffled_epochs_are_measured_at_their_ends_and_half_way(run_of_clouds):
+    raw = run_of_clouds("sgd-mlp-mse", Job(0), examples=200, batch_size=50, shuffled=16)
+    first = raw["switch_step"]
+    assert first == 4
+    part = raw["shuffled"]
+    assert part["step"] == [10, 12, 14, 16, 18, 20]
+    assert part["place"] == [1, 0, 1, 0, 1, 0]
+    assert "shuffled" not in run_of_clouds("sgd-mlp-mse", Job(0), shuffled=0)
+
+
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
+@pytest.mark.filterwarnings("ignore::subspace_optim.ConvergenceWarning")
+@pytest.mark.parametrize("name", ["momentum-sgd", "momentum-adam"])
+def test_branches_with_momentum_begin_where_the_part_before_ended(run_of_clouds, name):
+    raw = run_of_clouds(name, Job(0), refresh=1)
+    losses = raw["losses"]
+    assert {each: len(found) for each, found in losses.items()} == dict.fromkeys(losses, 3 + 1)
+    assert losses["plain"][0] == losses["Dom"][0] == losses["Bulk"][0]
+    assert raw["plain"]["step"][0] == raw["switch_step"]
+    # Momentum is kept: it moves on at once, and projected it moves in the subspace alone.
+    assert raw["Dom"]["chi_update"] == pytest.approx([1.0] * len(raw["Dom"]["step"]), abs=1e-3)
+    assert raw["Bulk"]["chi_update"] == pytest.approx([0.0] * len(raw["Bulk"]["step"]), abs=1e-3)
+    longer = run_of_clouds(name, Job(0), refresh=1, switch=10)
+    begun = raw["losses"]["plain"][2]  # two steps after step 8
+    assert longer["losses"]["plain"][0] == pytest.approx(begun, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")

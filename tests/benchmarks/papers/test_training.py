@@ -90,6 +90,23 @@ def test_each_minibatch_is_shown_before_the_step():
         assert y.tolist() == data()[1][batch].tolist()
 
 
+def test_minibatches_can_be_drawn_with_replacement():
+    net, shown = network(), []
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    train(
+        Job(3),
+        "a",
+        problem(net),
+        sgd,
+        steps=2,
+        batch_size=5,
+        replacement=True,
+        before=lambda x, _: shown.append(x),
+    )
+    for step, x in enumerate(shown):
+        torch.testing.assert_close(x, data()[0][minibatch(12, 5, step, 3, replacement=True)])
+
+
 def test_a_loss_that_is_not_finite_ends_the_training():
     net = network()
 

@@ -1,0 +1,87 @@
+"""What is measured for appendix C of `song_2024`: Phenomenon 2 with momentum, and with Adam."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Final, Literal
+
+import torch
+from torch.optim import Optimizer
+
+import subspace_optim as so
+from benchmarks.papers.reproduction import Job, Raw
+from benchmarks.papers.song_2024.runs import dataset, problem_of
+from benchmarks.papers.training import train
+
+BRANCHES: Final = ("plain", "Dom", "Bulk")
+_COLUMNS: Final = ("step", "loss", "chi_gradient", "chi_update", "eigenvalues")
+_PARTS: Final[dict[str, Literal["dominant", "bulk"]]] = {"Dom": "dominant", "Bulk": "bulk"}
+
+
+def with_momentum(
+    job: Job,
+    *,
+    optimizer: str,
+    lr: float,
+    width: int,
+    examples: int,
+    switch: int,
+    every: int,
+    after: int,
+    measure: int,
+    refresh: int | Literal["auto"] = "auto",
+) -> Raw:
+    """SGD with momentum, or Adam; from the switch on it, and its projections.
+
+    The momentum goes on through the switch, and sees the whole gradients after it: what is
+    projected is the step that comes of it.
+
+    Returns:
+        Columns of each phase, those of ``Monitor``, and the losses over all data at each step of a
+        branch, and at its end.
+    """
+    data = dataset(job, "mlp", examples, 1)
+    problem = problem_of(job, "mlp", data, width)
+    hessian = problem.hessian()
+    raw: Raw = {"switch_step": switch, "losses": {}}
+    kept: dict[str, Any] = {}
+    for name in ("before", *BRANCHES):
+        warm = name == "before"
+        stepper = _optimizer(optimizer, problem.model, lr)
+        if not warm:
+            problem.model.load_state_dict(kept["model"])
+            stepper.load_state_dict(copy.deepcopy(kept["optimizer"]))
+        subspace = so.DominantSubspace(hessian, data.num_classes, refresh=refresh, seed=job.seed)
+        if name in _PARTS:
+            so.project_updates(stepper, subspace, _PARTS[name])
+        monitor = so.Monitor(stepper, subspace, every=every if warm else measure)
+        rows = train(
+            job,
+            name,
+            problem,
+            stepper,
+            steps=switch if warm else after,
+            batch_size=50,
+            replacement=True,
+            record=None if warm else lambda _: {"loss": problem.loss()},
+            first=0 if warm else switch,
+            also=(subspace, monitor),
+        )
+        monitor.detach()
+        history = monitor.history
+        raw[name] = {column: history[column] for column in _COLUMNS}
+        raw[name]["step"] = [step + (0 if warm else switch) for step in history["step"]]
+        if warm:
+            kept = copy.deepcopy(
+                {"model": problem.model.state_dict(), "optimizer": stepper.state_dict()}
+            )
+        else:
+            raw["losses"][name] = [row.get("loss", float("nan")) for row in rows]
+    return raw
+
+
+def _optimizer(name: str, model: torch.nn.Module, lr: float) -> Optimizer:
+    """Returns SGD with the paper's momentum, or Adam."""
+    if name == "Adam":
+        return torch.optim.Adam(model.parameters(), lr=lr)
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
