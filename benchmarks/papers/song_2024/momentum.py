@@ -30,11 +30,12 @@ def with_momentum(
     after: int,
     measure: int,
     refresh: int | Literal["auto"] = "auto",
+    projected: Literal["update", "gradient"] = "update",
 ) -> Raw:
     """SGD with momentum, or Adam; from the switch on it, and its projections.
 
-    The momentum goes on through the switch, and sees the whole gradients after it: what is
-    projected is the step that comes of it.
+    The momentum goes on through the switch. Projected is the step that comes of it, while it sees
+    the whole gradients; or, as another reading, each gradient that it sees.
 
     Returns:
         Columns of each phase, those of ``Monitor``, and the losses over all data at each step of a
@@ -52,8 +53,10 @@ def with_momentum(
             problem.model.load_state_dict(kept["model"])
             stepper.load_state_dict(copy.deepcopy(kept["optimizer"]))
         subspace = so.DominantSubspace(hessian, data.num_classes, refresh=refresh, seed=job.seed)
-        if name in _PARTS:
+        if name in _PARTS and projected == "update":
             so.project_updates(stepper, subspace, _PARTS[name])
+        elif name in _PARTS:
+            _project_gradients(stepper, subspace, _PARTS[name])
         monitor = so.Monitor(stepper, subspace, every=every if warm else measure)
         rows = train(
             job,
@@ -78,6 +81,33 @@ def with_momentum(
         else:
             raw["losses"][name] = [row.get("loss", float("nan")) for row in rows]
     return raw
+
+
+def _project_gradients(
+    optimizer: Optimizer, subspace: so.DominantSubspace, onto: Literal["dominant", "bulk"]
+) -> None:
+    """Lets an optimizer that is stepped with a closure see one part of its gradient alone."""
+    space = subspace.parameters
+
+    def step_on_part(
+        _: Optimizer, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        stepped, closure = args
+
+        def of_part() -> Any:
+            loss = closure()
+            gradients = [p.grad for p in space.tensors]
+            whole = space.flatten(gradients)
+            dominant = subspace.update().project(whole)
+            part = dominant if onto == "dominant" else whole - dominant
+            for gradient, value in zip(gradients, space.unflatten(part), strict=True):
+                if gradient is not None:
+                    gradient.copy_(value)
+            return loss
+
+        return (stepped, of_part), options
+
+    optimizer.register_step_pre_hook(step_on_part)
 
 
 def _optimizer(name: str, model: torch.nn.Module, lr: float) -> Optimizer:

@@ -136,6 +136,21 @@ def test_branches_with_momentum_begin_where_the_part_before_ended(run_of_clouds,
 
 
 @pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
+@pytest.mark.filterwarnings("ignore::subspace_optim.ConvergenceWarning")
+def test_projected_gradients_and_projected_steps_are_one_for_what_is_linear(run_of_clouds):
+    """SGD without a buffer is; Adam, which divides by what it saw, is not."""
+    steps, gradients = (
+        run_of_clouds("momentum-sgd", Job(0), refresh=1, switch=0, after=1, projected=which)
+        for which in ("update", "gradient")
+    )
+    for name in ("Dom", "Bulk"):
+        assert gradients["losses"][name] == pytest.approx(steps["losses"][name], rel=1e-6)
+    seen = run_of_clouds("momentum-adam-gradient", Job(0), refresh=1)
+    assert max(seen["Dom"]["chi_update"]) < 0.99
+    assert seen["losses"]["plain"] == run_of_clouds("momentum-adam", Job(0))["losses"]["plain"]
+
+
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
 def test_other_seeds_and_sizes_give_other_figures(run_of_clouds):
     raws = [
         run_of_clouds("sgd-mlp-mse", Job(seed), width=width, last_switch=1, steps=1)
