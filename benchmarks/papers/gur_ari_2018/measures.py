@@ -7,16 +7,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import subspace_optim as so
 from benchmarks.data import Dataset, DataUnavailableError
+from benchmarks.experiment import minibatch
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import problems
 from benchmarks.papers.networks import fully_connected, made, resnet, simple_convnet
 from benchmarks.papers.reproduction import Job
 from benchmarks.papers.training import Problem, Row
+from subspace_optim.curvature.contexts import in_mode, seeded
 from subspace_optim.diagnostics import hessian_gradient_overlap
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -26,6 +29,7 @@ BATCH: Final = 64  # ... of the paper's trainings, but for some of Table 1
 DRAWS: Final = 8  # random vectors for a mean overlap
 COARSE: Final = 1e-2  # a residual that is small enough for f_top and the largest eigenvalue
 _EXCHANGED: Final = 5000  # of the training images of MNIST, from which those for testing are taken
+_SETTLED: Final = 50  # minibatches, after which 0.5 % of the first statistics are left
 _CHUNK: Final = 1000  # images of a batch of the Hessian, so that its graphs stay small
 
 
@@ -99,6 +103,19 @@ def exchanged(data: Dataset) -> Dataset:
 def half_square(output: Tensor, target: Tensor) -> Tensor:
     """Returns half the squared error, a mean over examples: the loss of the regression."""
     return 0.5 * (output - target).square().sum(dim=-1).mean()
+
+
+@torch.no_grad()
+def settle(problem: Problem, seed: int) -> None:
+    """Gives running statistics their values at the start, as minibatches of training do.
+
+    They begin at 0 and 1: until training has moved them, a network in eval mode is another one
+    than that which is trained.
+    """
+    with in_mode(problem.model, "train"), seeded(problem.x.device, seed):
+        for step in range(_SETTLED):
+            batch = minibatch(len(problem.x), BATCH, step, seed).to(problem.x.device)
+            problem.model(problem.x[batch])
 
 
 def whole_hessian(problem: Problem, mode: Mode | None = None) -> so.HessianOperator:

@@ -25,6 +25,7 @@ from benchmarks.papers.gur_ari_2018.measures import (
     mean_overlap,
     of_test,
     overlap_of,
+    settle,
     whole_hessian,
 )
 from benchmarks.papers.problems import first_classes
@@ -70,6 +71,8 @@ def evolution(
     problem = Problem(network, cross_entropy, part.x_train, part.y_train)
     hessian, k = whole_hessian(problem, mode), part.num_classes
     tested = of_test(network, part, mode)
+    if mode == "eval":
+        settle(problem, job.seed)
 
     def record(step: int) -> Row:
         row: Row = {}

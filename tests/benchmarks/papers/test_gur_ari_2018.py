@@ -157,6 +157,19 @@ def test_linear_regression_has_two_parameters_and_overlaps_by_its_condition(meas
     assert measured("regression")["random"] < 0.5
 
 
+def test_running_statistics_are_settled_before_training():
+    generator = torch.Generator().manual_seed(0)
+    x, y = 3 + 2 * torch.randn(500, 4, generator=generator), torch.arange(500) % 2
+    norm = nn.BatchNorm1d(4)
+    problem = Problem(nn.Sequential(norm, nn.Linear(4, 2)), cross_entropy, x, y)
+    theta = problem.theta()
+    measures.settle(problem, 0)
+    assert torch.allclose(norm.running_mean, x.mean(dim=0), atol=0.3)
+    assert torch.allclose(norm.running_var, x.var(dim=0), rtol=0.2)
+    assert torch.equal(problem.theta(), theta)
+    assert problem.model.training
+
+
 def test_the_mode_is_that_of_gradient_and_hessian():
     x, y = torch.randn(60, 1, 6, 6), torch.arange(60) % 3
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3))
