@@ -29,7 +29,7 @@ from benchmarks.papers.pages import CLAIMS, RAW, claims, judged, publish
 from benchmarks.papers.processes import ROOT, Queue, Task
 from benchmarks.papers.raw_files import RawFiles
 from benchmarks.papers.reproduction import FIRST, SCALES, Exhibit, Paper, Scale
-from benchmarks.papers.verdicts import SEEDS, Verdict, written
+from benchmarks.papers.verdicts import Verdict, written
 from benchmarks.progress import doing, shown
 
 PAGES: Final = ROOT / "docs" / "papers"
@@ -51,7 +51,7 @@ def tasks_of(
         for run in (run for run in paper.runs if run.name in needed):
             tasks += [
                 Task(paper, run, seed)
-                for seed in range(FIRST, FIRST + (options.seeds or run.seeds))
+                for seed in run.deciding[: options.seeds]
                 if results.read(key, run, options.scale, seed) is None
             ]
     return sorted(tasks, key=lambda task: task.seed)
@@ -142,7 +142,7 @@ def _show_verdict(found: Verdict, console: Console) -> None:
     claim = found.claim
     if not any(cell.figures for cell in found.cells):
         return
-    word = str(found) if found.complete else f"not decided, which takes {SEEDS} seeds"
+    word = str(found) if found.complete else "not decided by so few seeds"
     style = {"holds": "green", "fails": "red"}.get(found.word, "dim")
     console.print(f"{word}: {claim.name}: {claim.says}", style=style, highlight=False)
     console.print(f"    {claim.inequality}", highlight=False)
@@ -162,7 +162,11 @@ def _parser() -> argparse.ArgumentParser:
     add("exhibits", nargs="*", metavar="FIGURE", help="such as figure-1 or table-2, or all")
     size = "small (the default), or the paper's own size, for a GPU"
     add("--scale", choices=SCALES, default="small", help=size)
-    add("--seeds", type=int, help=f"how many, from {FIRST} on (default: 5, of cheap runs more)")
+    add(
+        "--seeds",
+        type=int,
+        help=f"how many at most, from {FIRST} on (default: 5, of cheap runs more)",
+    )
     jobs = "runs at a time (default: %(default)s)"
     add("--jobs", type=int, default=os.cpu_count() or 1, help=jobs)
     add("--device", choices=("cpu", "cuda"), help="default at small: cpu")

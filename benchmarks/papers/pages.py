@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,15 +24,14 @@ from benchmarks.papers.paper_page import (
     hours,
     markdown,
     measured,
-    of_kind,
     page,
     picture,
     records,
     tally,
 )
 from benchmarks.papers.raw_files import RawFiles
-from benchmarks.papers.reproduction import FIRST, KINDS, SCALES, Paper, Rows, Scale
-from benchmarks.papers.verdicts import CONFIDENCE, SEEDS, Cell, Verdict, verdict
+from benchmarks.papers.reproduction import FIRST, KINDS, LEAST_SEEDS, SCALES, Paper, Rows, Scale
+from benchmarks.papers.verdicts import CONFIDENCE, Cell, Verdict, explained, verdict
 
 RAW: Final = "raw"
 CLAIMS: Final = "claims.json"
@@ -99,7 +98,7 @@ def judged(results: RawFiles, papers: Mapping[str, Paper]) -> Verdicts:
 def claims(results: RawFiles, papers: Mapping[str, Paper], verdicts: Verdicts) -> str:
     """Returns the text of ``claims.json``: all claims that are decided."""
     entries = [
-        _entry(results, papers[key], found, scale)
+        _entry(results, papers[key], found, of_paper, scale)
         for (key, scale), of_paper in verdicts.items()
         for found in of_paper
         if found.complete
@@ -119,10 +118,12 @@ def render(results: RawFiles, papers: Mapping[str, Paper]) -> dict[str, str]:
     return pages
 
 
-def _entry(results: RawFiles, paper: Paper, found: Verdict, scale: Scale) -> dict[str, Any]:
+def _entry(
+    results: RawFiles, paper: Paper, found: Verdict, verdicts: Sequence[Verdict], scale: Scale
+) -> dict[str, Any]:
     claim = found.claim
     readings = [cell for cells in found.readings.values() for cell in cells]
-    cause = paper.causes.get(claim.name) if found.word != "holds" else None
+    cause = paper.causes.get(claim.name)
     return {
         "paper": paper.key,
         "claim": claim.name,
@@ -137,7 +138,11 @@ def _entry(results: RawFiles, paper: Paper, found: Verdict, scale: Scale) -> dic
         "runs": {cell.run: _cell(cell) for cell in found.cells},
         "readings": {cell.run: _cell(cell) for cell in readings},
         "cause": "" if cause is None else cause.text,
-        "cause_measured_by": [] if cause is None else list(cause.measured),
+        "cause_shown_by": list(cause.shown_by)
+        if cause and explained(paper, found, verdicts)
+        else [],
+        "untestable": claim.untestable,
+        "evidence": claim.evidence,
         "changed": claim.changed,
         "raw": {
             results.path(paper.key, cell.run, scale, seed)
@@ -171,8 +176,9 @@ def _index(results: RawFiles, papers: Mapping[str, Paper], verdicts: Verdicts) -
         for scale in SCALES:
             if scale == "small" or records(results, paper, scale):
                 link = f"[{paper.citation}]({paper.key}.md)"
-                of_claims = of_kind(verdicts[paper.key, scale], "claim")
-                counts.append([link, f"`{scale}`", *tally(paper, of_claims)])
+                counts.append(
+                    [link, f"`{scale}`", *tally(paper, "claim", verdicts[paper.key, scale])]
+                )
     made = [r for paper in papers.values() for r in records(results, paper, "small")]
     sizes = [
         f"### {paper.key}\n\n{markdown(_sizes(results, paper))}\n" for paper in papers.values()
@@ -182,7 +188,7 @@ def _index(results: RawFiles, papers: Mapping[str, Paper], verdicts: Verdicts) -
         counts=markdown(counts),
         kinds=markdown(_kinds(papers, verdicts)),
         confidence=f"{CONFIDENCE:.0%}".replace("%", " %"),
-        seeds=SEEDS,
+        seeds=LEAST_SEEDS,
         first=FIRST,
         hours=f"{hours(made):.1f}",
         sizes="\n".join(sizes),
@@ -193,7 +199,7 @@ def _kinds(papers: Mapping[str, Paper], verdicts: Verdicts) -> Rows:
     """The counts of all papers together at ``small``, by the kind of claim."""
     rows = [["what is decided", *COUNTS]]
     for kind, heading in KINDS.items():
-        found = [tally(p, of_kind(verdicts[p.key, "small"], kind)) for p in papers.values()]
+        found = [tally(paper, kind, verdicts[key, "small"]) for key, paper in papers.items()]
         rows.append([heading, *(str(sum(map(int, column))) for column in zip(*found, strict=True))])
     return rows
 

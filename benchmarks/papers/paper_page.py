@@ -10,11 +10,11 @@ from typing import Final
 
 from benchmarks.papers.raw_files import RawFiles, Record
 from benchmarks.papers.reproduction import KINDS, Exhibit, Kind, Paper, Rows, Scale
-from benchmarks.papers.verdicts import WORDS, Cell, Verdict
+from benchmarks.papers.verdicts import WORDS, Cell, Verdict, explained
 
 PICTURES: Final = "pictures"
 _TEMPLATES: Final = Path(__file__).parent / "templates"
-COUNTS: Final = ("claims", *WORDS, "not measured", "explained by a run")
+COUNTS: Final = ("all", *WORDS, "not measured", "explained")
 """Heads of the columns of ``tally``."""
 
 Verdicts = Mapping[tuple[str, Scale], Sequence[Verdict]]
@@ -63,16 +63,24 @@ def of_kind(verdicts: Iterable[Verdict], kind: Kind) -> list[Verdict]:
     return [verdict for verdict in verdicts if verdict.claim.kind == kind]
 
 
-def tally(paper: Paper, verdicts: Sequence[Verdict]) -> list[str]:
-    """Returns counts of claims: all, by their verdicts, and those whose cause a run shows."""
-    words = [found.word for found in verdicts]
-    explained = sum(
-        bool(paper.causes[found.claim.name].measured)
-        for found in verdicts
-        if found.word in ("partly", "fails", "inconclusive") and found.claim.name in paper.causes
-    )
-    counts = [len(words), *map(words.count, (*WORDS, "not measured")), explained]
-    return list(map(str, counts))
+def tally(paper: Paper, kind: Kind, verdicts: Sequence[Verdict]) -> list[str]:
+    """Returns how many claims of a kind there are, by their verdicts, and how many are explained.
+
+    Args:
+        paper: it is of.
+        kind: of the claims that are counted.
+        verdicts: on all claims of the paper.
+    """
+    counted = of_kind(verdicts, kind)
+    words = [found.word for found in counted]
+    told = sum(explained(paper, found, verdicts) for found in counted)
+    return list(map(str, [len(words), *map(words.count, (*WORDS, "not measured")), told]))
+
+
+def tally_cells(verdicts: Iterable[Verdict]) -> list[str]:
+    """Returns how many claims there are network by network, by their verdicts there."""
+    words = [cell.word for found in verdicts for cell in found.cells]
+    return list(map(str, [len(words), *map(words.count, (*WORDS, "not measured"))]))
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -118,7 +126,7 @@ def _scale(results: RawFiles, paper: Paper, scale: Scale, verdicts: Sequence[Ver
         # What a GPU is for was not run without one, and the page says so.
         return filled("not-measured", scale=scale, reason=_why_not(paper, scale))
     small = scale == "small"
-    claims = [_claims(paper, kind, of_kind(verdicts, kind)) for kind in KINDS]
+    claims = [_claims(paper, kind, verdicts) for kind in KINDS]
     return filled(
         "measured",
         scale=scale,
@@ -130,7 +138,7 @@ def _scale(results: RawFiles, paper: Paper, scale: Scale, verdicts: Sequence[Ver
         claims="\n".join(claims),
         readings=_section(3, "Readings", _readings(paper, verdicts)),
         causes=_section(3, "Explanations", _causes(paper, verdicts)) if small else "",
-        changes=_section(3, "What was changed", _changes(paper)) if small else "",
+        changes=_section(2, "What was changed of the claims", _changes(paper)) if small else "",
         exhibits="\n".join(_exhibit(results, paper, each, scale) for each in paper.exhibits),
     )
 
@@ -144,8 +152,12 @@ def _why_not(paper: Paper, scale: Scale) -> str:
 
 
 def _counts(paper: Paper, verdicts: Sequence[Verdict]) -> Rows:
-    kinds = {kind: of_kind(verdicts, kind) for kind in KINDS}
-    rows = [[KINDS[kind], *tally(paper, found)] for kind, found in kinds.items() if found]
+    rows = [
+        [heading, *tally(paper, kind, verdicts)]
+        for kind, heading in KINDS.items()
+        if of_kind(verdicts, kind)
+    ]
+    rows.insert(1, ["network by network", *tally_cells(of_kind(verdicts, "claim")), ""])
     return [["", *COUNTS], *rows]
 
 
@@ -166,12 +178,13 @@ def _machines(made: Iterable[Record]) -> str:
 
 
 def _claims(paper: Paper, kind: Kind, verdicts: Sequence[Verdict]) -> str:
-    if not verdicts:
+    shown = of_kind(verdicts, kind)
+    if not shown:
         return ""
-    premises = any(found.claim.premise for found in verdicts)
+    premises = any(found.claim.premise for found in shown)
     head = ["claim", "source", "holds if", "mean [interval]"]
     rows = [[*head, *["premise"] * premises, "verdict"]]
-    for found in verdicts:
+    for found in shown:
         claim = found.claim
         says = f"`{claim.name}`{' †' * (kind == 'ours')}: {claim.says}"
         rule = "<br>".join(filter(None, (claim.inequality, claim.threshold)))
@@ -179,11 +192,9 @@ def _claims(paper: Paper, kind: Kind, verdicts: Sequence[Verdict]) -> str:
         row = [says, claim.source, rule, figures]
         if premises:
             row.append("<br>".join(_premise(cell) for cell in found.cells))
-        rows.append([*row, _word(paper, found)])
+        rows.append([*row, _word(paper, found, verdicts)])
     evidence = [
-        f"`{found.claim.name}`: {found.claim.evidence}"
-        for found in verdicts
-        if found.claim.evidence
+        f"`{found.claim.name}`: {found.claim.evidence}" for found in shown if found.claim.evidence
     ]
     return _section(3, KINDS[kind], "\n\n".join(filter(None, (markdown(rows), _items(evidence)))))
 
@@ -198,17 +209,23 @@ def _premise(cell: Cell) -> str:
     return f"{sum(cell.premises.values())} of {len(cell.premises)}" if cell.premises else ""
 
 
-def _word(paper: Paper, found: Verdict) -> str:
+_PRINTED: Final = {"holds": "as printed", "fails": "not as printed"}
+"""Of misprints, where to hold is nothing good."""
+
+
+def _word(paper: Paper, found: Verdict, verdicts: Sequence[Verdict]) -> str:
     """The verdict, with the runs that are exceptions to it, and why it cannot be tested."""
-    if found.claim.untestable:
-        return f"untestable: {found.claim.untestable}"
-    text = str(found) if found.word == "holds" else f"**{found}**"
-    if found.word in ("partly", "inconclusive") or len(set(found.exceptions.values())) > 1:
-        told = ", ".join(f"{word} in `{run}`" for run, word in found.exceptions.items())
-        text += f": {told}" if len(found.cells) > 1 else ""
-    cause = paper.causes.get(found.claim.name)
-    shown = found.word in ("partly", "fails", "inconclusive") and cause and cause.measured
-    return f"{text}; explained" if shown else text
+    claim, told = found.claim, str(found)
+    if claim.untestable:
+        return f"untestable: {claim.untestable}"
+    if claim.kind == "misprint":
+        return _PRINTED.get(told, told)
+    text = told if told == "holds" else f"**{told}**"
+    if len(found.cells) > 1 and len({cell.word for cell in found.cells}) > 1:
+        text += ": " + ", ".join(f"{word} in `{run}`" for run, word in found.exceptions.items())
+    if not found.granted:
+        text += "; what it takes for granted is not so"
+    return f"{text}; explained" if explained(paper, found, verdicts) else text
 
 
 def _readings(paper: Paper, verdicts: Iterable[Verdict]) -> str:
@@ -233,14 +250,14 @@ def _depends(primary: Cell, other: Cell) -> str:
     return "no" if primary.word == other.word else "yes"
 
 
-def _causes(paper: Paper, verdicts: Iterable[Verdict]) -> str:
-    """The causes that are known of what does not hold, with the runs that show them."""
+def _causes(paper: Paper, verdicts: Sequence[Verdict]) -> str:
+    """The causes that are known of what does not hold, with what shows them."""
     told = []
     for found in verdicts:
         cause = paper.causes.get(found.claim.name)
-        if cause is not None and found.word in ("partly", "fails", "inconclusive", "untestable"):
-            shown = ", ".join(f"`{run}`" for run in cause.measured)
-            by = f" (measured by {shown})" if shown else " (not measured)"
+        if cause is not None:
+            names = ", ".join(f"`{name}`" for name in cause.shown_by)
+            by = f" (shown by {names})" if explained(paper, found, verdicts) else ""
             told.append(f"`{found.claim.name}`{by}: {cause.text}")
     return _items(told)
 

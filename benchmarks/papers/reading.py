@@ -135,14 +135,14 @@ def _paragraphs(text: str) -> tuple[str, ...]:
 
 
 def _cause(item: str) -> tuple[str, Cause]:
-    """The claim of an item ```name` (`run`, `run`): text``, and the cause.
+    """The claim of an item ```name` (`shown by`, `and by`): text``, and the cause.
 
     Raises:
         ValueError: it is of another form.
     """
     found = re.fullmatch(r"`([^`]+)`(?: \(([^)]*)\))?: (.*)", item)
     if found is None:
-        raise ValueError(f"an explanation is '`claim` (`run`): text', not {item!r}")
+        raise ValueError(f"an explanation is '`claim` (`shown by`): text', not {item!r}")
     name, runs, text = found.groups()
     return name, Cause(text, tuple(re.findall(r"`([^`]+)`", runs or "")))
 

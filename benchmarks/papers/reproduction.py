@@ -23,6 +23,7 @@ SCALES: Final[tuple[Scale, ...]] = ("small", "paper")
 
 FIRST: Final = 10
 """The first seed that decides; some of those before it were seen as rules and sizes were chosen."""
+LEAST_SEEDS: Final = 5
 
 Kind = Literal["claim", "number", "identity", "misprint", "ours"]
 KINDS: Final[dict[Kind, str]] = {
@@ -88,9 +89,18 @@ class Run:
     paper: Mapping[str, Any]
     title: str = ""
     version: int = 1
-    seeds: int = 5
+    seeds: int = LEAST_SEEDS
     reading: str = ""
     reading_of: str = ""
+
+    def __post_init__(self) -> None:
+        if self.seeds < LEAST_SEEDS:
+            raise ValueError(f"run {self.name!r} has {self.seeds} seeds: at least {LEAST_SEEDS}")
+
+    @property
+    def deciding(self) -> range:
+        """The seeds that decide."""
+        return range(FIRST, FIRST + self.seeds)
 
     def size(self, scale: Scale) -> dict[str, Any]:
         """Returns the arguments of ``measure``."""
@@ -190,7 +200,9 @@ class Claim:
     def rule(self) -> str:
         """Returns all that decides, but for the code of ``measure``: raw files keep it."""
         mean = "geometric mean" if self.geometric else "mean"
-        return f"{self.kind}: {mean} of {self.formula} in [{self.at_least}, {self.at_most}]"
+        untestable = ", untestable" if self.untestable else ""
+        bounds = f"[{self.at_least}, {self.at_most}]"
+        return f"{self.kind}: {mean} of {self.formula} in {bounds}{untestable}"
 
 
 @dataclass(frozen=True)
@@ -199,11 +211,12 @@ class Cause:
 
     Attributes:
         text: the explanation.
-        measured: names of the runs that show it; none where it is a guess.
+        shown_by: names of claims that show it where they hold, or of runs where this claim holds;
+            none where it is a guess.
     """
 
     text: str
-    measured: tuple[str, ...] = ()
+    shown_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -243,11 +256,14 @@ class Paper:
         names = {run.name for run in self.runs}
         users = [(exhibit.name, exhibit.runs) for exhibit in self.exhibits]
         users += [(claim.name, claim.runs) for claim in self.claims]
-        users += [(f"the cause of {name}", each.measured) for name, each in self.causes.items()]
         users += [(run.name, (run.reading_of,)) for run in self.runs if run.reading_of]
         for user, runs in users:
             if missing := set(runs) - names:
                 raise ValueError(f"{self.key}: {user} needs runs that there are not: {missing}")
+        known = names | {claim.name for claim in self.claims}
+        for name, cause in self.causes.items():
+            if missing := set(cause.shown_by) - known:
+                raise ValueError(f"{self.key}: nothing shows the cause of {name}: {missing}")
         if unknown := set(self.causes) - {claim.name for claim in self.claims}:
             raise ValueError(f"{self.key}: causes of claims that there are not: {unknown}")
 

@@ -3,7 +3,8 @@
 A *cell* is a claim in one run. Its mean over seeds has a 90 % interval of Student's t; the claim
 *holds* there if all of the interval is on the right side of the threshold, *fails* if all of it is
 on the wrong side, and else is *inconclusive*. So what is just at its threshold is said to hold once
-in twenty times, and to fail as often. A claim as a whole holds if it does in each of its runs.
+in twenty times, and to fail as often. The seeds are those that the run was told to have beforehand,
+all of them. A claim as a whole holds if it does in each of its runs that can be tested.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from typing import Final, Literal
 from scipy import stats
 
 from benchmarks.papers.raw_files import RawFiles, Record
-from benchmarks.papers.reproduction import FIRST, Claim, Paper, Scale
+from benchmarks.papers.reproduction import Claim, Paper, Scale
 
 Word = Literal["holds", "partly", "fails", "inconclusive", "untestable", "not measured"]
 WORDS: Final[tuple[Word, ...]] = ("holds", "partly", "fails", "inconclusive", "untestable")
 """Of what was measured; a claim holds *partly* that holds in some of its runs and not in others."""
-SEEDS: Final = 5
-"""Seeds that it takes at least to decide."""
 FIGURES: Final = 3
-"""Of these, that have a figure at least: where fewer have, the claim is untestable there."""
+"""Seeds that have a figure at least: where fewer have, the claim is untestable there."""
 CONFIDENCE: Final = 0.9
 _TINY: Final = 1e-12
 """Figures below this are told apart from zero alone."""
@@ -39,12 +38,14 @@ class Cell:
     Attributes:
         claim: what is decided.
         run: the name of the run.
+        seeds: those that the run is to have.
         figures: by the seed; NaN where there is none.
         premises: by the seed, whether what the paper takes for granted is so; empty without one.
     """
 
     claim: Claim
     run: str
+    seeds: range
     figures: Mapping[int, float]
     premises: Mapping[int, bool]
 
@@ -58,13 +59,14 @@ class Cell:
         """The mean over seeds between the ends of its interval; NaN for fewer than two numbers.
 
         Where a figure is infinite, or its logarithm would be, there is no mean: then it is the
-        median, between the smallest and the largest. All of 5 are above the true one once in 32.
+        median, between figures that are both beyond the true one as rarely: of 5 the smallest and
+        the largest, each once in 32.
         """
         numbers = self.numbers
         if len(numbers) < 2:
             return (math.nan, math.nan, math.nan)
         if not all(map(math.isfinite, numbers)) or (self.claim.geometric and min(numbers) <= 0):
-            return min(numbers), statistics.median(numbers), max(numbers)
+            return _median_between(numbers)
         if self.claim.geometric:
             numbers = [math.log(number) for number in numbers]
         mean, error = statistics.fmean(numbers), statistics.stdev(numbers) / len(numbers) ** 0.5
@@ -77,7 +79,7 @@ class Cell:
     @property
     def word(self) -> Word:
         """The verdict in this run."""
-        if len(self.figures) < SEEDS:
+        if set(self.seeds) - set(self.figures):
             return "not measured"
         if self.claim.untestable or len(self.numbers) < FIGURES:
             return "untestable"
@@ -130,27 +132,35 @@ class Verdict:
         """The runs in which it does not hold, with their verdicts."""
         return {cell.run: cell.word for cell in self.cells if cell.word != "holds"}
 
+    @property
+    def granted(self) -> bool:
+        """Whether what the paper takes for granted is so for half of the seeds at least."""
+        met = [each for cell in self.cells for each in cell.premises.values()]
+        return 2 * sum(met) >= len(met)
+
+    def holds_in(self, run: str) -> bool:
+        """Returns whether it holds in one of its runs, or of their other readings."""
+        cells = (*self.cells, *(cell for each in self.readings.values() for cell in each))
+        return any(cell.run == run and cell.word == "holds" for cell in cells)
+
     def __str__(self) -> str:
-        """The word; of what holds partly, in how many of the runs."""
-        if self.word != "partly":
-            return self.word
-        testable = [cell for cell in self.cells if cell.word != "untestable"]
-        return f"holds in {sum(c.word == 'holds' for c in testable)} of {len(testable)}"
+        """The word; of what does not hold in all of its runs, in how many it does."""
+        held = len(self.cells) - len(self.exceptions)
+        return f"holds in {held} of {len(self.cells)}" if held and self.exceptions else self.word
 
 
 def verdict(results: RawFiles, paper: Paper, claim: Claim, scale: Scale) -> Verdict:
     """Returns the verdict on a claim from the raw files that there are."""
 
     def cell(run: str) -> Cell:
-        found = results.of(paper, run, scale).items()
-        deciding = {seed: record for seed, record in found if decides(claim, record)}
-        figures = {seed: _figure(claim, record.raw) for seed, record in deciding.items()}
-        premises = {
-            seed: claim.premise(record.raw)
-            for seed, record in deciding.items()
-            if claim.premise is not None
+        seeds, found = paper.run(run).deciding, results.of(paper, run, scale)
+        raws = {
+            seed: found[seed].raw for seed in seeds if seed in found and decides(claim, found[seed])
         }
-        return Cell(claim, run, figures, premises)
+        figures = {seed: _figure(claim, raw) for seed, raw in raws.items()}
+        premise = claim.premise
+        premises = {} if premise is None else {seed: premise(raw) for seed, raw in raws.items()}
+        return Cell(claim, run, seeds, figures, premises)
 
     readings = {run: [cell(other.name) for other in paper.readings_of(run)] for run in claim.runs}
     return Verdict(
@@ -160,9 +170,30 @@ def verdict(results: RawFiles, paper: Paper, claim: Claim, scale: Scale) -> Verd
     )
 
 
+def explained(paper: Paper, found: Verdict, verdicts: Sequence[Verdict]) -> bool:
+    """Returns whether what shows the cause of a claim that does not hold came out.
+
+    Args:
+        paper: it is of.
+        found: the verdict on the claim.
+        verdicts: on all claims of the paper.
+    """
+    if found.claim.name not in paper.causes or found.word not in (
+        "partly",
+        "fails",
+        "inconclusive",
+    ):
+        return False
+    words = {each.claim.name: each.word for each in verdicts}
+    return any(
+        words.get(name) == "holds" or found.holds_in(name)
+        for name in paper.causes[found.claim.name].shown_by
+    )
+
+
 def decides(claim: Claim, record: Record) -> bool:
-    """Returns whether the claim had its present rule before the seed was seen."""
-    return record.seed >= FIRST and record.rules.get(claim.name) == claim.rule
+    """Returns whether the claim had its present rule when the seed was run."""
+    return record.rules.get(claim.name) == claim.rule
 
 
 def _figure(claim: Claim, raw: dict[str, object]) -> float:
@@ -171,6 +202,16 @@ def _figure(claim: Claim, raw: dict[str, object]) -> float:
         return float(claim.measure(raw))
     except (ArithmeticError, statistics.StatisticsError):
         return math.nan
+
+
+def _median_between(numbers: Sequence[float]) -> tuple[float, float, float]:
+    """The median, between the figures that it is beyond with a probability of 5 % at most."""
+    numbers = sorted(numbers)
+    beyond = [stats.binom.cdf(i, len(numbers), 0.5) for i in range(len(numbers) // 2)]
+    rarely = [i for i, chance in enumerate(beyond) if chance <= (1 - CONFIDENCE) / 2]
+    if not rarely:
+        return -math.inf, statistics.median(numbers), math.inf
+    return numbers[rarely[-1]], statistics.median(numbers), numbers[-1 - rarely[-1]]
 
 
 def written(claim: Claim, value: float) -> str:
