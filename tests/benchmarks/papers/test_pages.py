@@ -38,7 +38,7 @@ def test_a_page_has_verdicts_figures_tables_and_differences(folder):
     assert (
         f"| {fast} | 5 of 5<br>0 of 5 | **holds in 1 of 2**: fails in `flat`; explained |" in page
     )
-    assert "**`flat`** nan (0 of 5)" in page
+    assert "**`flat`** – (0 of 5)" in page
     assert "`flat` †: It is flat." in page
     assert "- `fast` (shown by `eyed`, `two`): It is slow." in page
     assert "- `flat`: Nobody knows." in page

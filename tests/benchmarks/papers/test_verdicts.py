@@ -99,6 +99,8 @@ def test_a_cell_is_written_with_its_interval_and_with_what_is_missing():
     assert str(cell([2.0] * 5, at_least=1)) == "2"
     assert str(cell([1.0, 2.0, 3.0, 2.0, 2.0], at_least=1)) == "2 [1.33, 2.67]"
     assert str(cell([1.0, 3.0, 2.0, math.nan, 2.0], at_least=1)) == "2 [1.04, 2.96] (4 of 5)"
+    assert str(cell([2.5, math.nan], at_least=1)) == "2.5 (1 of 2)"
+    assert str(cell([], at_least=1)) == "–"
     # With more digits, where three would put it on the other side.
     assert str(cell([0.99996] * 5, at_least=1)) == "0.99996"
     assert str(cell([1e-15] * 5, at_least=0)) == "below 1e-12"
