@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, cast
 
@@ -80,6 +80,21 @@ def curves(
     return found
 
 
+@dataclass
+class _Watched:
+    """The validation loss of the last row: a part of the training, which may be taken up again."""
+
+    loss: float = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        """Returns the loss."""
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes a loss that ``state_dict()`` returned."""
+        self.loss = state["loss"]
+
+
 def curve(
     job: Job,
     name: str,
@@ -99,22 +114,21 @@ def curve(
     model = made(job, make)
     optimizer, subspace = optimizer_of(method, model, data.num_classes, lr)
     valid = cast("tuple[Tensor, Tensor]", data.test)
-    last = 0.0
+    watched = _Watched()
 
     def record(_: int) -> Row:
-        nonlocal last
         row = performance(model, *valid)
-        last = row["loss"]
+        watched.loss = row["loss"]
         return row
 
     def before(x: Tensor, y: Tensor) -> None:
-        if last > HOPELESS:
+        if watched.loss > HOPELESS:
             raise so.NonFiniteError("the training is lost")
         if subspace is not None:
             subspace.observe(x, y)
 
     problem = Problem(model, cross_entropy, data.x_train, data.y_train)
-    also = () if subspace is None else (subspace,)
+    also: tuple[Any, ...] = (watched,) if subspace is None else (watched, subspace)
     rows = train(job, name, problem, optimizer, record=record, before=before, also=also, **training)
     ended = [row for row in rows if "diverged" not in row]
     series = {key: column(ended, key) for key in ("step", "loss", "accuracy")}

@@ -80,6 +80,33 @@ def test_a_hopeless_training_is_over():
     assert kept["step"] == list(range(10))
 
 
+def test_a_hopeless_training_is_over_also_when_it_is_taken_up_again(tmp_path, monkeypatch):
+    """Between two rows, by the last of those that were kept."""
+    data = runs.images(Job(), "mnist-5k", 20, 20)
+    training = {"lr": 1e6, "batch_size": 20, "steps": 9, "every": 4}
+    whole = runs.curve(Job(), "lost", flat, data, "sgd", **training)
+    assert whole["step"] == [0, 4]
+
+    calls, step = 0, torch.optim.SGD.step
+
+    def fails_once(self, closure=None):
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # a step after row 4, if the training were not over
+            raise KeyboardInterrupt
+        return step(self, closure)
+
+    job = Job(scratch=tmp_path)
+    monkeypatch.setattr("benchmarks.papers.checkpoint.SAVE_EVERY", -1.0)
+    monkeypatch.setattr("benchmarks.papers.checkpoint._SHARE", math.inf)
+    monkeypatch.setattr(torch.optim.SGD, "step", fails_once)
+    monkeypatch.setattr(runs, "HOPELESS", math.inf)
+    with pytest.raises(KeyboardInterrupt):
+        runs.curve(job, "lost", flat, data, "sgd", **training)
+    monkeypatch.setattr(runs, "HOPELESS", 1e6)
+    assert runs.curve(job, "lost", flat, data, "sgd", **training) == whole
+
+
 def test_class_gradients_need_a_network_that_was_trained():
     with pytest.raises(RuntimeError, match="SGD diverged"):
         runs.beside_eigenvectors(Job(), **CLASSES | {"lr": 1e9})
