@@ -48,7 +48,7 @@ def tasks_of(
     for key, exhibits in wanted.items():
         paper = PAPERS[key]
         needed = {name for exhibit in exhibits for name in exhibit.runs}
-        for run in (run for run in paper.runs if run.name in needed):
+        for run in (run for run in paper.runs if needed & {run.name, run.reading_of}):
             tasks += [
                 Task(paper, run, seed)
                 for seed in run.deciding[: options.seeds]

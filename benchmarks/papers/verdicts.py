@@ -92,6 +92,8 @@ class Cell:
         """The mean with its interval, and how many seeds have a figure where not all have."""
         low, mean, high = (written(self.claim, value) for value in self.interval)
         text = mean if low == high else f"{mean} [{low}, {high}]"
+        if len(self.numbers) < 2:
+            text = "".join(written(self.claim, value) for value in self.numbers) or "–"
         missing = len(self.figures) - len(self.numbers)
         return f"{text} ({len(self.numbers)} of {len(self.figures)})" if missing else text
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.papers.reductions import mean_of, second_half
+from benchmarks.papers.reductions import mean_of, second_half, value
 from benchmarks.papers.reproduction import Raw
 
 _LAST: Final = 3
@@ -18,11 +20,15 @@ _TREND: Final = 0.9
 """A method is ahead from a row on if it is in so many of the rows that follow."""
 _ABOVE_CHANCE: Final = 1.5
 """Times as accurate as chance: what ends below this has not been trained."""
+_START: Final = 4
+"""The start of a training is the first of so many parts."""
 
 ACCURACIES: Final = {"0.1": (88, 92), "0.05": (87, 92), "0.01": (82, 90)}
 """Table 1 of the paper, in percent: SGD and quasi-Newton."""
 LOSSES: Final = {"0.1": (0.3574, 0.3304), "0.05": (0.3985, 0.3346), "0.01": (0.5362, 0.3411)}
 """Table 2 of the paper."""
+_LIMIT: Final = 0.1
+"""The rate of section 3 above which both diverge."""
 
 Curve = dict[str, Any]
 Pairs = dict[str, tuple[Curve, Curve]]
@@ -79,30 +85,33 @@ def curves_of(raw: Raw, method: str) -> dict[str, Curve]:
 
 def pairs(raw: Raw, method: str = "") -> Pairs:
     """Returns the curves of SGD and of a reading of the method: of the only one, if not told."""
-    method = method or next(name for name in raw["curves"] if name != "sgd")
-    sgd, newton = curves_of(raw, "sgd"), curves_of(raw, method)
+    sgd, newton = curves_of(raw, "sgd"), curves_of(raw, method or _only(raw))
     return {key: (sgd[key], newton[key]) for key in sgd}
 
 
-def both_train(raw: Raw) -> bool:
-    """Returns whether both methods end above chance, each time.
+def lasting(raw: Raw, method: str = "") -> Pairs:
+    """Returns the pairs of which neither diverged.
 
-    What diverges at once is behind, slower and overtaken, but in an empty sense.
+    What explodes is behind, slower and overtaken: that is not what the sentences are about.
     """
+    return {key: pair for key, pair in pairs(raw, method).items() if not any(map(diverged, pair))}
+
+
+def both_train(raw: Raw) -> bool:
+    """Returns whether both methods end above chance, each time."""
     return all(trained(curve) for pair in pairs(raw).values() for curve in pair)
 
 
 # --- tables 1 and 2, and section 3 ---------------------------------------------------------------
 
 
-def accuracy_gains(raw: Raw) -> list[float]:
-    """Returns how much more accurate the quasi-Newton method is at the end, for each rate."""
-    return [final_accuracy(newton) - final_accuracy(sgd) for sgd, newton in pairs(raw).values()]
+def _gains(found: Pairs) -> list[float]:
+    return [final_accuracy(newton) - final_accuracy(sgd) for sgd, newton in found.values()]
 
 
 def least_accuracy_gain(raw: Raw) -> float:
     """Returns how much more accurate quasi-Newton is at the end than SGD, at the least."""
-    return min(accuracy_gains(raw))
+    return min(_gains(pairs(raw)))
 
 
 def least_loss_gain(raw: Raw) -> float:
@@ -111,54 +120,76 @@ def least_loss_gain(raw: Raw) -> float:
 
 
 def mean_accuracy_gain(raw: Raw) -> float:
-    """Returns the mean gain in accuracy."""
-    return mean_of(accuracy_gains(raw))
+    """Returns the mean gain in accuracy where neither diverges; NaN for no such rate."""
+    return mean_of(_gains(lasting(raw)))
 
 
-def mean_accuracy_difference(raw: Raw) -> float:
-    """Returns the mean difference in accuracy."""
-    return mean_of(map(abs, accuracy_gains(raw)))
+def excess_difference(raw: Raw) -> float:
+    """Returns by how much the methods differ in accuracy more than SGD does at two rates.
+
+    Both are means, where neither diverges; NaN for fewer than two such rates.
+    """
+    found = lasting(raw)
+    ends = [final_accuracy(sgd) for sgd, _ in found.values()]
+    own = mean_of(abs(a - b) for a, b in combinations(ends, 2))
+    return mean_of(map(abs, _gains(found))) - own
 
 
-def off_table_1(raw: Raw) -> float:
-    """Returns the mean difference of SGD's accuracies to those printed."""
-    found = curves_of(raw, "sgd")
-    return mean_of(final_accuracy(found[rate]) - ACCURACIES[rate][0] / 100 for rate in found)
+def off_table_1(raw: Raw, column: int = 0) -> float:
+    """Returns the mean difference of accuracies to those of a column: SGD's, or the method's.
+
+    Of the rates at which it does not diverge; NaN for none.
+    """
+    found = _not_diverged(raw, column).items()
+    return mean_of(final_accuracy(curve) - ACCURACIES[rate][column] / 100 for rate, curve in found)
 
 
-def off_table_2(raw: Raw) -> float:
-    """Returns the mean difference of SGD's losses to those printed."""
-    found = curves_of(raw, "sgd")
-    return mean_of(final_loss(found[rate]) - LOSSES[rate][0] for rate in found)
+def off_table_2(raw: Raw, column: int = 0) -> float:
+    """Returns the mean difference of losses to those of a column, likewise."""
+    found = _not_diverged(raw, column).items()
+    return mean_of(final_loss(curve) - LOSSES[rate][column] for rate, curve in found)
+
+
+def _not_diverged(raw: Raw, column: int) -> dict[str, Curve]:
+    found = curves_of(raw, _only(raw) if column else "sgd")
+    return {rate: curve for rate, curve in found.items() if not diverged(curve)}
 
 
 def share_behind(raw: Raw) -> float:
-    """Returns the share of the rows after the start with quasi-Newton's loss above SGD's."""
+    """Returns the share of the rows after the start with quasi-Newton's loss above SGD's.
+
+    Over the rates at which neither diverges; NaN for none.
+    """
     return mean_of(
         bool(behind)
-        for pair in pairs(raw).values()
+        for pair in lasting(raw).values()
         for sgd, newton in [aligned(*pair)]
         for behind in newton > sgd
     )
 
 
 def volatility(curve: Curve) -> float:
-    """Returns the mean change of log loss from row to row in the second half of a training."""
+    """Returns the deviation of the changes of log loss in the second half of a training.
+
+    It is taken around their mean: a steady fall is no volatility. NaN for fewer than two changes.
+    """
     values = losses(curve)
-    return float(np.abs(np.diff(np.log(values[len(values) // 2 :]))).mean())
+    changes = np.diff(np.log(values[len(values) // 2 :]))
+    return float(changes.std(ddof=1)) if len(changes) > 1 else math.nan
 
 
 def volatility_ratio(raw: Raw) -> float:
     """Returns the geometric mean of quasi-Newton's volatility over SGD's.
 
-    Over the rates at which neither diverges: what is lost has no second half. NaN for none.
+    Over the rates at which neither diverges, and SGD's is not 0; NaN for none.
     """
-    ratios = [
-        volatility(newton) / volatility(sgd)
-        for sgd, newton in pairs(raw).values()
-        if not diverged(sgd) and not diverged(newton)
-    ]
-    return float(np.exp(mean_of(np.log(ratios))))
+    both = [(volatility(sgd), volatility(newton)) for sgd, newton in lasting(raw).values()]
+    return _geometric_mean([newton / sgd for sgd, newton in both if sgd > 0])
+
+
+def _geometric_mean(ratios: Sequence[float]) -> float:
+    with np.errstate(divide="ignore"):
+        return float(np.exp(mean_of(np.log(ratios))))
 
 
 def survivors(raw: Raw) -> float:
@@ -170,15 +201,21 @@ def survivors(raw: Raw) -> float:
 
 
 def lead(sgd: Curve, newton: Curve) -> float:
-    """Returns SGD's loss over quasi-Newton's, geometric mean of the first third of the rows."""
-    first, second = (each[: max(1, len(each) // 3)] for each in aligned(sgd, newton))
-    with np.errstate(divide="ignore"):
-        return float(np.exp(np.log(first / second).mean()))
+    """Returns SGD's loss over quasi-Newton's, geometric mean of the first rows.
+
+    Infinite or 0 where one of them has ended there; NaN where both have.
+    """
+    rows = max(1, max(len(sgd["loss"]), len(newton["loss"])) // _START)
+    first, second = (each[:rows] for each in aligned(sgd, newton))
+    if not len(first) or not np.isfinite(np.minimum(first, second)).all():
+        return math.nan
+    return _geometric_mean(first / second)
 
 
-def early_lead(raw: Raw) -> float:
-    """Returns the best early lead of all batch sizes."""
-    return max(lead(*pair) for pair in pairs(raw).values())
+def full_batch_lead(raw: Raw) -> float:
+    """Returns the early lead with the largest of the batches."""
+    found = pairs(raw)
+    return lead(*found[max(found, key=int)])
 
 
 def late_share(sgd: Curve, newton: Curve) -> float:
@@ -188,27 +225,30 @@ def late_share(sgd: Curve, newton: Curve) -> float:
 
 
 def least_late_lead(raw: Raw) -> float:
-    """Returns the smallest such share of all batch sizes."""
-    return min(late_share(*pair) for pair in pairs(raw).values())
+    """Returns the smallest such share of those batch sizes at which neither diverges, or NaN."""
+    return min((late_share(*pair) for pair in lasting(raw).values()), default=math.nan)
 
 
 def crossover(sgd: Curve, newton: Curve) -> float:
     """Returns the step from which SGD is ahead, but for a tenth of the rows; infinite: from none.
 
-    A row in which neither has been trained yet is no lead.
+    NaN where quasi-Newton was never ahead before, so that there is nothing to cross. A row in which
+    both have the same loss is no lead.
     """
     first, second = aligned(sgd, newton)
-    ahead = first < second
+    ahead, led = first < second, first > second
     for row, step in enumerate(sgd["step"][1:]):
         if ahead[row] and ahead[row:].mean() >= _TREND:
-            return float(step)
-    return math.inf
+            return float(step) if led[:row].any() else math.nan
+    return math.inf if led.any() else math.nan
 
 
 def first_crossover(raw: Raw) -> float:
-    """Returns the crossover with the smallest batch, in epochs."""
+    """Returns the crossover with the smallest batch, in epochs; NaN if either diverges there."""
     size = min(pairs(raw), key=int)
-    return crossover(*pairs(raw)[size]) * int(size) / int(raw["examples"])
+    if size not in (found := lasting(raw)):
+        return math.nan
+    return crossover(*found[size]) * int(size) / int(raw["examples"])
 
 
 # --- the readings --------------------------------------------------------------------------------
@@ -227,11 +267,14 @@ def stable_readings(raw: Raw) -> float:
 
 
 def best_reading(raw: Raw) -> float:
-    """Returns how much more accurate than SGD the best of the readings is at the end."""
-    return max(
-        mean_of(final_accuracy(newton) - final_accuracy(sgd) for sgd, newton in each.values())
-        for each in _own(raw).values()
-    )
+    """Returns how much more accurate than SGD the best of those readings is that train.
+
+    NaN if none does.
+    """
+    found = [
+        each for each in _own(raw).values() if all(trained(newton) for _, newton in each.values())
+    ]
+    return max((mean_of(_gains(each)) for each in found), default=math.nan)
 
 
 def _own(raw: Raw) -> dict[str, Pairs]:
@@ -239,41 +282,55 @@ def _own(raw: Raw) -> dict[str, Pairs]:
     return {name: each for name, each in readings(raw).items() if "orthogonal" not in name}
 
 
-# --- the rate that each stands -------------------------------------------------------------------
+# --- the largest rates ---------------------------------------------------------------------------
 
 
 def limit(raw: Raw, method: str) -> float:
-    """Returns the largest rate of the ladder at which a method ends above chance.
+    """Returns the largest rate of the ladder at which a method does not diverge.
 
-    Half of the smallest one where there is none.
+    NaN if it trains at no rate: then there is none from which on it diverges.
     """
     found = curves_of(raw, method)
-    stood = [float(rate) for rate, curve in found.items() if trained(curve)]
-    return max(stood, default=min(map(float, found)) / 2)
+    if not any(map(trained, found.values())):
+        return math.nan
+    return max(float(rate) for rate, curve in found.items() if not diverged(curve))
 
 
-def limits(raw: Raw) -> tuple[float, float]:
-    """Returns that of SGD, and that of the only reading of the quasi-Newton method."""
-    return limit(raw, "sgd"), limit(raw, next(name for name in raw["curves"] if name != "sgd"))
+def sgds_limit(raw: Raw) -> float:
+    """Returns that of SGD, over the one printed."""
+    return limit(raw, "sgd") / _LIMIT
 
 
-def larger_limit(raw: Raw) -> float:
-    """Returns the larger of both limits."""
-    return max(limits(raw))
-
-
-def smaller_limit(raw: Raw) -> float:
-    """Returns the smaller of both limits."""
-    return min(limits(raw))
+def newtons_limit(raw: Raw) -> float:
+    """Returns that of the only reading of the quasi-Newton method, over the one printed."""
+    return limit(raw, _only(raw)) / _LIMIT
 
 
 def limit_ratio(raw: Raw) -> float:
     """Returns quasi-Newton's limit over SGD's."""
-    sgd, newton = limits(raw)
-    return newton / sgd
+    return newtons_limit(raw) / sgds_limit(raw)
+
+
+def largest_trained(raw: Raw) -> float:
+    """Returns the largest rate at which both methods end above chance, over the limit printed.
+
+    Half of the smallest of the ladder where there is none.
+    """
+    found = pairs(raw)
+    both = [float(rate) for rate, pair in found.items() if all(map(trained, pair))]
+    return max(both, default=min(map(float, found)) / 2) / _LIMIT
+
+
+def _only(raw: Raw) -> str:
+    return next(str(name) for name in raw["curves"] if name != "sgd")
 
 
 # --- class gradients beside eigenvectors ---------------------------------------------------------
+
+
+def learned(raw: Raw) -> bool:
+    """Returns whether the network of the class gradients is more accurate than chance."""
+    return bool(raw["accuracy"] >= _ABOVE_CHANCE / raw["classes"])
 
 
 def late_rank(raw: Raw, tolerance: int = 0) -> float:
@@ -281,9 +338,9 @@ def late_rank(raw: Raw, tolerance: int = 0) -> float:
     return float(np.median(second_half(raw["ranks"][tolerance])))
 
 
-def off_figure_4(raw: Raw) -> float:
-    """Returns the assigned cosine of the average of eq. 16, less the one printed."""
-    return float(raw["average"]["assigned"]) - 0.36
+def off_figure_4(raw: Raw, path: str) -> float:
+    """Returns an assigned cosine, less the one printed."""
+    return value(raw, path) - 0.36
 
 
 def random_cosine(raw: Raw) -> float:
@@ -291,32 +348,46 @@ def random_cosine(raw: Raw) -> float:
     return math.sqrt(2 / (math.pi * raw["size"]))
 
 
+def kept_over_chance(raw: Raw) -> float:
+    """Returns the overlap with the next minibatch, late in training, over random subspaces'."""
+    return mean_of(second_half(raw["kept"])) * float(raw["size"] / raw["classes"])
+
+
 def cutoff(raw: Raw) -> float:
-    """Returns the mean of the top C eigenvalues over that of the next C."""
-    top, following = np.array(raw["eigenvalues"][: 2 * raw["classes"]]).reshape(2, -1)
-    return float(top.mean() / following.mean())
+    """Returns the mean of the top C eigenvalues over that of the next C; NaN if that is not > 0."""
+    top, following = np.array(raw["eigenvalues"][: 2 * raw["classes"]]).reshape(2, -1).mean(axis=1)
+    return float(top / following) if following > 0 else math.nan
 
 
 def cut(raw: Raw) -> float:
-    """Returns how far the spectrum falls after the C-th eigenvalue, beside its falls around there.
+    """Returns how far the spectrum falls at C, beside its falls before and behind.
 
-    It is ``log(λ_C / λ_{C+1})`` over the mean of the same at half of C places before and behind.
+    Falls are logarithms of the ratio of the means of two neighbouring blocks of C/2 eigenvalues;
+    of the four blocks around C the middle ones are across it. NaN where one is not above 0, or
+    where there is no fall to compare with.
     """
-    falls = -np.diff(np.log(raw["eigenvalues"]))
-    at, reach = raw["classes"] - 1, raw["classes"] // 2
-    around = np.concatenate([falls[at - reach : at], falls[at + 1 : at + 1 + reach]])
-    return float(falls[at] / around.mean())
+    half = raw["classes"] // 2
+    first = raw["classes"] - 2 * half
+    blocks = np.array(raw["eigenvalues"][first : first + 4 * half]).reshape(4, half).mean(axis=1)
+    if not (blocks > 0).all():
+        return math.nan
+    before, across, behind = -np.diff(np.log(blocks))
+    around = (before + behind) / 2
+    return float(across / around) if around > 0 else math.nan
 
 
-def missed_by(raw: Raw, method: str) -> float:
-    """Returns how far from C a count of the eigenvalues that stand out is."""
-    return float(abs(raw["outliers"][method] - raw["classes"]))
+def guessed(raw: Raw, method: str) -> float:
+    """Returns 1 if a count of the eigenvalues that stand out is C, else 0; NaN of no count."""
+    count = raw["outliers"][method]
+    return math.nan if math.isnan(count) else float(count == raw["classes"])
 
 
-def mean_cosine_between(raw: Raw) -> float:
-    """Returns the mean |cosine| between the class gradients of two classes."""
-    cosines = np.abs(np.array(raw["of_all"]["between"], dtype=float))
-    return float(cosines[~np.eye(len(cosines), dtype=bool)].mean())
+def longest(raw: Raw) -> float:
+    """Returns the largest eigenvalue of the cosines between class gradients: 1 if orthogonal."""
+    cosines = np.array(raw["of_all"]["between"], dtype=float)
+    if not np.isfinite(cosines).all():
+        return math.nan
+    return float(np.linalg.eigvalsh(cosines)[-1])
 
 
 def curvature_ratios(raw: Raw) -> list[float]:
@@ -324,9 +395,9 @@ def curvature_ratios(raw: Raw) -> list[float]:
     return [float(np.median(ratios)) for ratios in raw["ratios"].values()]
 
 
-def largest_curvature_ratio(raw: Raw) -> float:
-    """Returns the largest of them."""
-    return max(curvature_ratios(raw))
+def late_curvature_ratio(raw: Raw) -> float:
+    """Returns their mean in the second half of training."""
+    return mean_of(second_half(curvature_ratios(raw)))
 
 
 def first_curvature_ratio(raw: Raw) -> float:
@@ -334,7 +405,6 @@ def first_curvature_ratio(raw: Raw) -> float:
     return curvature_ratios(raw)[0] / float(raw["classes"])
 
 
-def late_curvature_ratio(raw: Raw) -> float:
+def fall_of_curvature_ratio(raw: Raw) -> float:
     """Returns their mean in the second half of training, over the first."""
-    found = curvature_ratios(raw)
-    return mean_of(second_half(found)) / found[0]
+    return late_curvature_ratio(raw) / curvature_ratios(raw)[0]

@@ -11,7 +11,14 @@ import subspace_optim as so
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import drawing
 from benchmarks.papers.catalogue import PAPERS
-from benchmarks.papers.class_gradient_2020 import analysis, cost, pictures, readings, runs
+from benchmarks.papers.class_gradient_2020 import (
+    analysis,
+    cost,
+    eigenvectors,
+    pictures,
+    readings,
+    runs,
+)
 from benchmarks.papers.reproduction import Job
 from tests.benchmarks.papers.tiny import claim_of, size
 
@@ -44,7 +51,7 @@ def test_the_method_keeps_as_many_gradients_as_the_paper_says():
 def test_all_methods_start_from_the_same_network(tiny):
     losses = {
         curve["loss"][0]
-        for run in ("resnet9", "resnet9-class", "resnet9-one", "resnet9-plain", "resnet9-calm")
+        for run in ("resnet9", "resnet9-class", "resnet9-class-one-plain")
         for of_method in tiny("class_gradient_2020", run)["curves"].values()
         for curve in of_method.values()
     }
@@ -80,14 +87,53 @@ def test_a_hopeless_training_is_over():
     assert kept["step"] == list(range(10))
 
 
-def test_class_gradients_need_a_network_that_was_trained():
-    with pytest.raises(RuntimeError, match="SGD diverged"):
-        runs.beside_eigenvectors(Job(), **CLASSES | {"lr": 1e9})
+def test_a_hopeless_training_is_over_also_when_it_is_taken_up_again(tmp_path, monkeypatch):
+    """Between two rows, by the last of those that were kept."""
+    data = runs.images(Job(), "mnist-5k", 20, 20)
+    training = {"lr": 1e6, "batch_size": 20, "steps": 9, "every": 4}
+    whole = runs.curve(Job(), "lost", flat, data, "sgd", **training)
+    assert whole["step"] == [0, 4]
+
+    calls, step = 0, torch.optim.SGD.step
+
+    def fails_once(self, closure=None):
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # a step after row 4, if the training were not over
+            raise KeyboardInterrupt
+        return step(self, closure)
+
+    job = Job(scratch=tmp_path)
+    monkeypatch.setattr("benchmarks.papers.checkpoint.SAVE_EVERY", -1.0)
+    monkeypatch.setattr("benchmarks.papers.checkpoint._SHARE", math.inf)
+    monkeypatch.setattr(torch.optim.SGD, "step", fails_once)
+    monkeypatch.setattr(runs, "HOPELESS", math.inf)
+    with pytest.raises(KeyboardInterrupt):
+        runs.curve(job, "lost", flat, data, "sgd", **training)
+    monkeypatch.setattr(runs, "HOPELESS", 1e4)
+    assert runs.curve(job, "lost", flat, data, "sgd", **training) == whole
+
+
+def test_class_gradients_of_what_diverged_have_no_figures():
+    raws = {
+        seed: eigenvectors.beside_eigenvectors(Job(), **CLASSES | {"lr": lr})
+        for seed, lr in ((0, 1e9), (1, 0.01))
+    }
+    assert [raw["diverged"] for raw in raws.values()] == [True, False]
+    assert raws[0].keys() == raws[1].keys()
+    for about in PAPER.claims_about(PAPER.run("class-gradients")):
+        if about.kind != "identity":
+            assert math.isnan(about.measure(raws[0])), about.name
+            assert not about.premise(raws[0])
+    for exhibit in PAPER.exhibits:
+        if exhibit.runs == ("class-gradients",):
+            assert exhibit.draw is None or exhibit.draw({"class-gradients": raws})
+            assert exhibit.table is None or exhibit.table({"class-gradients": raws})
 
 
 @pytest.mark.slow
 def test_class_gradients_tell_how_far_the_network_was_trained(tiny):
-    trained = runs.beside_eigenvectors(
+    trained = eigenvectors.beside_eigenvectors(
         Job(), **CLASSES | {"lr": 0.05, "epochs": 40, "curvatures": 9}
     )
     raw = tiny("class_gradient_2020", "class-gradients")
@@ -98,7 +144,7 @@ def test_class_gradients_tell_how_far_the_network_was_trained(tiny):
 
 @pytest.mark.slow
 def test_class_gradients_along_a_training_survive_an_interruption(tmp_path, monkeypatch):
-    whole = runs.beside_eigenvectors(Job(), **CLASSES)
+    whole = eigenvectors.beside_eigenvectors(Job(), **CLASSES)
     calls, step = 0, torch.optim.SGD.step
 
     def fails_once(self, closure=None):
@@ -112,8 +158,8 @@ def test_class_gradients_along_a_training_survive_an_interruption(tmp_path, monk
     monkeypatch.setattr("benchmarks.papers.checkpoint.SAVE_EVERY", -1.0)
     monkeypatch.setattr(torch.optim.SGD, "step", fails_once)
     with pytest.raises(KeyboardInterrupt):
-        runs.beside_eigenvectors(job, **CLASSES)
-    assert runs.beside_eigenvectors(job, **CLASSES) == whole
+        eigenvectors.beside_eigenvectors(job, **CLASSES)
+    assert eigenvectors.beside_eigenvectors(job, **CLASSES) == whole
 
 
 def test_pictures_show_what_diverged_up_to_a_cross():
@@ -221,7 +267,7 @@ def test_averages_of_a_reading_go_on_from_a_state():
 def test_class_gradients_are_means_of_the_gradients_of_the_own_logit():
     torch.manual_seed(0)
     model, x, y = nn.Linear(3, 2), torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 1, 0])
-    found = runs.class_gradients(model, 2, x, y)
+    found = eigenvectors.class_gradients(model, 2, x, y)
     for k in (0, 1):
         weight, bias = torch.zeros(2, 3), torch.zeros(2)
         weight[k], bias[k] = x[y == k].mean(dim=0), 1.0  # of z_k = w_k·x + b_k
@@ -231,7 +277,7 @@ def test_class_gradients_are_means_of_the_gradients_of_the_own_logit():
 
 def test_a_span_is_that_of_rows_of_any_length_and_leaves_out_zeros():
     rows = torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    basis = runs.span(rows)
+    basis = eigenvectors.span(rows)
     projector = basis.vectors.T @ basis.vectors
     torch.testing.assert_close(projector, torch.diag(torch.tensor([1.0, 1.0, 0.0])))
 
@@ -244,12 +290,12 @@ def test_the_second_term_is_that_of_the_dense_matrices():
         nn.Linear(3, 3, dtype=torch.float64), nn.ReLU(), nn.Linear(3, 2, dtype=torch.float64)
     )
     hessian = so.HessianOperator(linear, cross_entropy, (x, y))
-    assert runs.second_term(Job(), hessian, (x, y), 4) < 1e-12
+    assert eigenvectors.second_term(Job(), hessian, (x, y), 4) < 1e-12
     hessian = so.HessianOperator(deep, cross_entropy, (x, y))
     whole = hessian.matmat(torch.eye(hessian.size, dtype=torch.float64))
     of_model = so.GaussNewtonOperator(deep, cross_entropy, (x, y))
     rest = whole - of_model.matmat(torch.eye(hessian.size, dtype=torch.float64))
-    estimate = runs.second_term(Job(), hessian, (x, y), 500)
+    estimate = eigenvectors.second_term(Job(), hessian, (x, y), 500)
     assert estimate == pytest.approx(float(rest.norm() / whole.norm()), rel=0.2)
     assert estimate > 0.1  # with ReLU too: the layers multiply
 

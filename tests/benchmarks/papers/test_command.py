@@ -78,6 +78,7 @@ def test_only_what_is_not_on_disk_is_run_all_of_a_seed_first(tmp_path):
     ]
     results.write(measure(paper, paper.run("toy"), "small", Job(11)))
     assert tasks("figure-6") == ["song_2024 toy seed 10"]
+    # The other readings of its runs as well.
     everything = tasks(*(exhibit.name for exhibit in paper.exhibits))
     assert len(everything) == 2 * len(paper.runs) - 1
 
@@ -192,8 +193,8 @@ def test_an_interrupt_ends_the_runs_and_what_was_measured_stays(tmp_path):
     ("seeds", "lines"),
     [
         (
-            range(9, 11),
-            ["not decided, which takes 5 seeds: two: It is 2.", "1.8 ≤ y(1) ≤ 2.2", "steep: 2.1"],
+            range(9, 11),  # a trial, and one of five
+            ["not decided by so few seeds: two: It is 2.", "1.8 ≤ y(1) ≤ 2.2", "steep: 2.1"],
         ),
         (
             range(10, 15),

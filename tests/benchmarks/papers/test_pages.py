@@ -26,8 +26,9 @@ def test_a_page_has_verdicts_figures_tables_and_differences(folder):
     page = (folder / "made_up.md").read_text()
     assert "## What came out\n\nLines go up.\n\n## What depends on the regime\n\nSome are" in page
     assert "## What did not come out" not in page  # there is nothing beneath it
-    # All; hold, partly, fail, inconclusive, untestable, not measured; and with a cause.
+    # All; hold, partly, fail, inconclusive, untestable, not measured; and explained.
     assert "| Claims | 3 | 1 | 1 | 0 | 0 | 1 | 0 | 1 |" in page
+    assert "| network by network | 5 | 3 | 0 | 1 | 0 | 1 | 0 |" in page
     assert "| Claims of ours | 1 | 0 | 0 | 1 | 0 | 0 | 0 | 0 |" in page
     assert "They are those of commit `abc123`." in page
     assert "| `up`: It goes up. | eq. 1 | y(1) ≥ 0.3 | `steep` 2.12 [2.1, 2.14]<br>" in page
@@ -37,11 +38,11 @@ def test_a_page_has_verdicts_figures_tables_and_differences(folder):
     assert (
         f"| {fast} | 5 of 5<br>0 of 5 | **holds in 1 of 2**: fails in `flat`; explained |" in page
     )
-    assert "**`flat`** nan (0 of 5)" in page
+    assert "**`flat`** – (0 of 5)" in page
     assert "`flat` †: It is flat." in page
-    assert "- `fast` (measured by `eyed`): It is slow." in page
-    assert "- `flat` (not measured): Nobody knows." in page
-    assert "- `up`" not in page  # causes of what holds are left out
+    assert "- `fast` (shown by `eyed`, `two`): It is slow." in page
+    assert "- `flat`: Nobody knows." in page
+    assert "- `up`: It is told." in page
     assert "- `near`: It was 3.\n" in page
     first, *_, second = (line for line in page.splitlines() if "by ruler: " in line)
     assert first == (
@@ -77,8 +78,8 @@ def test_claims_have_their_raw_files_and_hashes(folder):
         "figures": {"10": 0.6, "11": 0.61, "12": 0.62, "13": 0.63, "14": 0.64},
     }
     assert up["readings"]["eyed"]["verdict"] == "fails"
-    assert up["cause"] == ""
-    assert (fast["cause"], fast["cause_measured_by"]) == ("It is slow.", ["eyed"])
+    assert (up["cause"], up["cause_shown_by"]) == ("It is told.", [])
+    assert (fast["cause"], fast["cause_shown_by"]) == ("It is slow.", ["eyed", "two"])
     assert fast["runs"]["steep"]["premise"]["10"] is True
     assert claims[5]["runs"]["flat"]["figures"]["10"] == "nan"
     results = RawFiles(folder / RAW)

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.papers.raw_files import RawFiles, measure
-from benchmarks.papers.reproduction import FIRST, Claim, Job
-from benchmarks.papers.verdicts import Cell, verdict
+from benchmarks.papers.reproduction import FIRST, Cause, Claim, Job, Run
+from benchmarks.papers.verdicts import Cell, explained, verdict
 from tests.benchmarks.papers.made_up import PAPER, first
 
 SEEDS = range(FIRST, FIRST + 5)
@@ -17,7 +17,7 @@ SEEDS = range(FIRST, FIRST + 5)
 
 def cell(values, **bounds):
     claim = Claim("a", "b", "c", "x", ("run",), first, **bounds)
-    return Cell(claim, "run", dict(enumerate(values, FIRST)), {})
+    return Cell(claim, "run", SEEDS, dict(enumerate(values, FIRST)), {})
 
 
 def claim_of(name):
@@ -78,6 +78,8 @@ def test_an_interval_has_the_mean_in_nine_of_ten_draws():
         ([math.inf, 1.0, 2.0, 3.0, 4.0], {"at_least": 0.5}, "holds"),
         ([math.inf, 1.0, 2.0, 3.0, 4.0], {"at_least": 1.5}, "inconclusive"),
         ([math.inf, 1.0, 2.0, 3.0, 4.0], {"at_most": 0.5}, "fails"),
+        # Of fewer than five none is beyond the median as rarely as that.
+        ([math.inf, 1.0, 2.0, 3.0, math.nan], {"at_least": 0.5}, "inconclusive"),
         # A ratio of nought has no logarithm.
         ([0.0, 4.0, 4.0, 4.0, 4.0], {"at_most": 5.0, "geometric": True}, "holds"),
         ([-1.0, 4.0, 4.0, 4.0, 4.0], {"at_least": 1.0, "geometric": True}, "inconclusive"),
@@ -87,10 +89,18 @@ def test_a_cell_is_decided_by_its_interval(values, bounds, word):
     assert cell(values, **bounds).word == word
 
 
+def test_of_more_seeds_some_may_be_on_the_other_side_where_there_is_no_mean():
+    """Of ten, two are above the median once in 93, and three once in 18."""
+    cell_of_ten = cell([math.inf, *range(1, 10)], at_least=0)
+    assert cell_of_ten.interval == (2, 5.5, 9)
+
+
 def test_a_cell_is_written_with_its_interval_and_with_what_is_missing():
     assert str(cell([2.0] * 5, at_least=1)) == "2"
     assert str(cell([1.0, 2.0, 3.0, 2.0, 2.0], at_least=1)) == "2 [1.33, 2.67]"
     assert str(cell([1.0, 3.0, 2.0, math.nan, 2.0], at_least=1)) == "2 [1.04, 2.96] (4 of 5)"
+    assert str(cell([2.5, math.nan], at_least=1)) == "2.5 (1 of 2)"
+    assert str(cell([], at_least=1)) == "–"
     # With more digits, where three would put it on the other side.
     assert str(cell([0.99996] * 5, at_least=1)) == "0.99996"
     assert str(cell([1e-15] * 5, at_least=0)) == "below 1e-12"
@@ -111,6 +121,7 @@ def test_a_claim_holds_if_it_does_in_every_run(results):
     assert found["fast"].exceptions == {"flat": "fails"}
     assert found["fast"].cells[0].premises == dict.fromkeys(SEEDS, True)
     assert found["fast"].cells[1].premises == dict.fromkeys(SEEDS, False)
+    assert (found["fast"].granted, found["up"].granted) == (True, True)
     (other,) = found["up"].readings["flat"]
     assert (other.run, other.word, other.figures[FIRST]) == ("eyed", "fails", 0.15)
     assert not found["near"].readings
@@ -120,6 +131,29 @@ def test_what_cannot_be_tested_in_one_run_is_decided_by_the_others(results):
     half = replace(claim_of("up"), measure=lambda raw: raw["slope"] / (raw["slope"] > 1))
     found = verdict(results, PAPER, half, "small")
     assert (found.word, found.exceptions) == ("holds", {"flat": "untestable"})
+    assert str(found) == "holds in 1 of 2"
+
+
+def test_what_is_taken_for_granted_is_so_for_half_of_the_seeds_at_least(results):
+    never = replace(claim_of("up"), premise=lambda raw: raw["values"][0] < 0.62)
+    found = verdict(results, PAPER, never, "small")  # 2 of 10 seeds
+    assert (found.word, found.granted) == ("holds", False)
+
+
+def test_a_cause_is_shown_by_what_holds(results):
+    def told(name, *shown_by):
+        paper = replace(PAPER, causes={name: Cause("So it is.", shown_by)})
+        found = [verdict(results, paper, claim, "small") for claim in paper.claims]
+        return explained(paper, next(f for f in found if f.claim.name == name), found)
+
+    assert told("fast", "two")  # another claim, which holds
+    assert told("fast", "flat", "two")
+    assert not told("fast", "flat")  # a claim that fails, and a run where this one does
+    assert told("fast", "steep")  # a run where it holds
+    assert not told("fast", "eyed")
+    assert not told("fast")  # a guess
+    assert not told("up", "two")  # it holds itself
+    assert not told("empty", "two")  # nobody can tell
 
 
 def test_a_name_that_there_is_not_is_no_missing_figure(results):
@@ -132,10 +166,21 @@ def test_fewer_seeds_decide_nothing(results):
     assert verdict(results, PAPER, claim_of("up"), "paper").word == "not measured"
     results.path("made_up", "steep", "small", SEEDS[0]).unlink()
     assert verdict(results, PAPER, claim_of("two"), "small").word == "not measured"
+    # Nor does another one in its place: that would be a choice.
+    results.write(measure(PAPER, PAPER.run("steep"), "small", Job(SEEDS[-1] + 1)))
+    assert verdict(results, PAPER, claim_of("two"), "small").word == "not measured"
 
 
 @pytest.mark.parametrize(
-    "other", [{"at_least": 1.7}, {"at_most": 2.3}, {"formula": "2"}, {"geometric": True}]
+    "other",
+    [
+        {"at_least": 1.7},
+        {"at_most": 2.3},
+        {"formula": "2"},
+        {"geometric": True},
+        {"kind": "ours"},
+        {"untestable": "It failed."},
+    ],
 )
 def test_seeds_that_were_run_under_another_rule_do_not_decide(results, other):
     claim = claim_of("two")
@@ -145,8 +190,14 @@ def test_seeds_that_were_run_under_another_rule_do_not_decide(results, other):
     assert (found.word, found.cells[0].figures) == ("not measured", {})
 
 
-def test_trials_do_not_decide(results):
-    for seed in range(FIRST):
+def test_other_seeds_do_not_decide(results):
+    """Neither trials nor more than there were to be."""
+    for seed in (*range(FIRST), SEEDS[-1] + 1):
         results.write(measure(PAPER, PAPER.run("steep"), "small", Job(seed)))
     found = verdict(results, PAPER, claim_of("two"), "small")
     assert list(found.cells[0].figures) == list(SEEDS)
+
+
+def test_a_run_has_five_seeds_at_least():
+    with pytest.raises(ValueError, match="run 'a' has 4 seeds: at least 5"):
+        Run("a", "b", lambda job: {}, {}, {}, seeds=4)
