@@ -1,13 +1,14 @@
 """What the raw figures of `gur_ari_2018` say: numbers for claims and tables, and curves.
 
-Those of spectra are in ``edges``, and are named here as well, since data look for them here.
+Those of spectra are in ``edges``, those of the solvable model in ``toys``; they are named here as
+well, since data look for them here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Final, cast
+from collections.abc import Iterator
+from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from benchmarks.papers.gur_ari_2018.edges import (  # noqa: F401 (data look for 
     deeper_than_elsewhere,
     density,
     dip,
+    fitted_on_average,
+    gap_at_k,
     log_normal,
     log_normal_misfit,
     mean_of_kth,
@@ -25,6 +28,18 @@ from benchmarks.papers.gur_ari_2018.edges import (  # noqa: F401 (data look for 
     outliers_of_the_paper,
     scree,
 )
+from benchmarks.papers.gur_ari_2018.toys import (  # noqa: F401
+    climbs,
+    component,
+    descents,
+    inverse_time,
+    least_of_mixtures,
+    log_time,
+    mixtures,
+    off_the_trajectory,
+    rank_missed,
+    times_time,
+)
 from benchmarks.papers.reductions import Curve, column, mean_of, median_of
 from benchmarks.papers.reproduction import Raw
 
@@ -32,7 +47,11 @@ Array = NDArray[np.float64]
 Matrix = list[list[float]]
 
 _TRAINED: Final = 100  # steps of "some training": there the paper's matrices are preserved
-_NOTHING: Final = 1e-6  # an eigenvalue below this, relative to the largest, is zero
+_MUCH_LATER: Final = 400  # the step up to which all networks are followed
+_BETWEEN: Final = 200
+_RANDOM: Final = 4.36  # over how many of ten axes a random direction is spread, on average
+_FEWEST: Final = 6  # λ_1 along a training, so that its last tenth is behind its first half
+_LEAST: Final = 0.1  # a mean overlap below this is too small to divide by
 
 SUMS: Final = {(0, 0, 20): 0.20, (50, 0, 20): 0.94, (50, 0, 10): 0.93, (50, 10, 20): 0.01}
 """What the paper prints beside Figure 11: sums of c_i², by step and the i that they are over."""
@@ -52,15 +71,53 @@ def trained_median(raw: Raw, name: str) -> float:
     return median_of(since(raw, name))
 
 
+def f_top_trained(raw: Raw) -> float:
+    """Returns the median f_top along the way after some training."""
+    pairs = zip(raw["f_at"], raw["f"], strict=True)
+    return median_of(value for step, value in pairs if step >= _TRAINED)
+
+
 def before_the_rise(raw: Raw) -> float:
-    """Returns the smallest f_top of the bases before some training."""
-    pairs = zip(raw["saved"], raw["f_top"], strict=True)
-    return float(min(value for step, value in pairs if step < _TRAINED))
+    """Returns the smallest f_top along the way before some training."""
+    pairs = zip(raw["f_at"], raw["f"], strict=True)
+    return float(min((value for step, value in pairs if step < _TRAINED), default=math.nan))
+
+
+def at_the_start(raw: Raw) -> float:
+    """Returns f_top at step 0."""
+    return float(dict(zip(raw["f_at"], raw["f"], strict=True)).get(0, math.nan))
 
 
 def rise(raw: Raw) -> float:
     """Returns by how much f_top is larger after some training than at the start."""
-    return trained_median(raw, "f_top") - float(raw["f_top"][0])
+    return f_top_trained(raw) - at_the_start(raw)
+
+
+def loss_is_halved(raw: Raw) -> bool:
+    """Returns whether training has brought the loss to half of what it was."""
+    return bool(raw["loss"][-1] <= raw["loss"][0] / 2)
+
+
+def half_are_fitted(raw: Raw) -> bool:
+    """Returns whether half of the examples are fitted after some training."""
+    accuracies = since(raw, "accuracy_there")
+    return len(accuracies) > 0 and bool(accuracies[0] >= 0.5)
+
+
+def labels_are_fitted(raw: Raw) -> bool:
+    """Returns whether nine tenths of the examples are fitted at the end."""
+    return bool(raw["accuracy"] >= 0.9)
+
+
+def all_are_fitted(raw: Raw) -> bool:
+    """Returns whether all but a hundredth of the examples are fitted at the end."""
+    return bool(raw["accuracy"][-1] >= 0.99)
+
+
+def tested_over_trained(raw: Raw) -> float:
+    """Returns the mean overlap on test data over that on the training data."""
+    of_training = raw["mean_overlap"]
+    return float(raw["mean_overlap_test"] / of_training) if of_training >= _LEAST else math.nan
 
 
 def random_ratio(raw: Raw) -> float:
@@ -88,16 +145,20 @@ def top_less_next(raw: Raw) -> float:
 
 
 def gap_around_k(raw: Raw) -> float:
-    """Returns λ_{k−1}/λ_{k+1} over (k + 1)/(k − 1), that of eigenvalues in proportion to 1/i.
+    """Returns by how much more steeply eigenvalues fall from k − 1 to k + 1 than around there.
 
-    It is the median after some training; without a positive λ_{k+1} there is none.
+    It is the exponent of the power law that these two are of, less that of the one which is fitted
+    to eigenvalues 2 to 2k: 0 for any power law. It is the median after some training; without
+    eigenvalues that are all positive there is none.
     """
     k = raw["k"]
     values = since(raw, "eigenvalues").reshape(-1, 2 * k)
-    above, below = values[:, k - 2], values[:, k]
-    if not (below > 0).all():
+    if not (values > 0).all():
         return math.nan
-    return float(median_of(above / below) * (k - 1) / (k + 1))
+    logs = np.log(values)
+    places = np.log(np.arange(2, 2 * k + 1))
+    fall = (logs[:, k - 2] - logs[:, k]) / math.log((k + 1) / (k - 1))
+    return median_of(fall + np.polyfit(places, logs[:, 1:].T, 1)[0])
 
 
 def first_trained(raw: Raw) -> int:
@@ -112,15 +173,23 @@ def matrix_of(raw: Raw, subspace: str | int) -> Matrix:
     return cast("Matrix", raw["preserved"][str(raw["k"] if subspace == "top" else subspace)])
 
 
-def kept(raw: Raw, subspace: str) -> float:
-    """Returns the overlap of the top or next k after some training with the last ones."""
-    matrix, first = matrix_of(raw, subspace), first_trained(raw)
-    return matrix[first][-1] if first < len(matrix) else math.nan
+def kept(raw: Raw, subspace: str | int, start: int = _TRAINED, stop: int = _MUCH_LATER) -> float:
+    """Returns the overlap of a subspace at one step with that at another; NaN without either."""
+    matrix, at = matrix_of(raw, subspace), raw["saved"]
+    if start not in at or stop not in at:
+        return math.nan
+    return float(matrix[at.index(start)][at.index(stop)])
 
 
-def kept_more(raw: Raw) -> float:
-    """Returns how much more of the top k is kept than of the next k."""
-    return kept(raw, "top") - kept(raw, "next")
+def kept_more(raw: Raw, than: str | int) -> float:
+    """Returns how much more of the top k is kept than of another subspace."""
+    return kept(raw, "top") - kept(raw, than)
+
+
+def settles(raw: Raw) -> float:
+    """Returns how much more of the top k is kept from step 200 to 400 than from 100 to 200."""
+    early = kept(raw, "top", _TRAINED, _BETWEEN)
+    return kept(raw, "top", _BETWEEN, _MUCH_LATER) - early
 
 
 def starts(raw: Raw) -> list[int]:
@@ -166,22 +235,45 @@ def by_dimension(raw: Raw, start: int | None = None) -> dict[int, float]:
 
 
 def lost_beyond(raw: Raw) -> float:
-    """Returns how much less the top 2k are preserved than the top k − 1."""
+    """Returns how much less subspaces of 1.5 k dimensions and more are preserved than those of k.
+
+    The latter are those of k − 1, k and k + 1.
+    """
+    means, k = by_dimension(raw), raw["k"]
+    near = mean_of(value for d, value in means.items() if abs(d - k) <= 1)
+    return near - mean_of(value for d, value in means.items() if d >= 1.5 * k)
+
+
+def slope_from_k(raw: Raw) -> float:
+    """Returns the slope of preservation against the dimension, from k on."""
+    means = {d: value for d, value in by_dimension(raw).items() if d >= raw["k"]}
+    return float(np.polyfit(list(means), list(means.values()), 1)[0])
+
+
+def gained_below_k(raw: Raw) -> float:
+    """Returns how much more the top k − 1 are preserved than the top 2."""
     means = by_dimension(raw)
-    return float(means[raw["k"] - 1] - means[2 * raw["k"]])
+    return means[raw["k"] - 1] - means[2]
 
 
-def largest_rise(raw: Raw) -> float:
-    """Returns the largest rise of preservation with the dimension, from k on."""
-    means = [value for d, value in sorted(by_dimension(raw).items()) if d >= raw["k"]]
-    return float(np.max(np.diff(means)))
+def spread(fractions: list[float]) -> float:
+    """Returns over how many of the eigenvectors the gradient is spread; NaN of none."""
+    top = np.array(fractions)
+    return float(top.sum() ** 2 / np.square(top).sum()) if len(top) else math.nan
 
 
 def spread_over_eigenvectors(raw: Raw, *steps: int) -> float:
-    """Returns over how many of the top k eigenvectors the gradient is spread, at the least."""
-    tops = [np.array(fractions_at(raw, step)[: raw["k"]]) for step in steps]
-    counts = [float(top.sum() ** 2 / np.square(top).sum()) for top in tops if len(top)]
-    return min(counts, default=math.nan)
+    """Returns over how many of the top k the gradient is spread, on average of these steps."""
+    return mean_of(spread(fractions_at(raw, step)[: raw["k"]]) for step in steps)
+
+
+def spread_over_random(raw: Raw) -> float:
+    """Returns over how many of ten the gradient is spread, over the same for random directions.
+
+    It is the geometric mean after some training.
+    """
+    spreads = [spread(list(each[: raw["k"]])) for each in since(raw, "fractions")]
+    return math.exp(mean_of(map(math.log, spreads))) / _RANDOM
 
 
 def off_the_sum(raw: Raw, step: int, start: int, stop: int) -> float:
@@ -197,9 +289,11 @@ def fractions_at(raw: Raw, step: int) -> list[float]:
 
 
 def smallest_top(raw: Raw) -> float:
-    """Returns λ_k over λ_1, at the least."""
+    """Returns λ_k over the largest |λ| that was found, at the least; NaN unless λ_1 is positive."""
     values = np.array(raw["eigenvalues"], dtype=float)
-    return float(np.min(values[:, raw["k"] - 1] / values[:, 0]))
+    if not (values[:, 0] > 0).all():
+        return math.nan
+    return float(np.min(values[:, raw["k"] - 1] / np.abs(values).max(axis=1)))
 
 
 def growth(raw: Raw) -> float:
@@ -209,23 +303,36 @@ def growth(raw: Raw) -> float:
 
 
 def decay(raw: Raw) -> float:
-    """Returns the mean λ_1 of the last tenth of training over the median of the first half."""
+    """Returns the mean λ_1 of the last tenth of training over the median of the first half.
+
+    Where the last tenth is not wholly behind the first half there is none.
+    """
     values = raw["largest"]
+    if len(values) < _FEWEST:
+        return math.nan
     last = values[-max(len(values) // 10, 1) :]
     return mean_of(last) / median_of(values[1 : len(values) // 2 + 1])
 
 
-def head_over_first(raw: Raw) -> float:
+def head_over_first(raw: Raw, size: str) -> float:
     """Returns the size of the top weights in the first eigenvector over that of the first layer.
 
-    Both are root mean squares; it is the mean over the steps that are kept.
+    It is the geometric mean over the steps that are kept.
+
+    Args:
+        raw: of a run that keeps them.
+        size: ``largest`` component, or ``rms``, the root mean square.
     """
-    return mean_of(rms[-2] / rms[0] for rms in raw["anatomy"]["rms"])
+    sizes = raw["anatomy"]["rms"] if size == "rms" else largest_components(raw["anatomy"])
+    return math.exp(mean_of(math.log(each[-2] / each[0]) for each in sizes))
 
 
-def off_four_times(raw: Raw) -> float:
-    """Returns it less 4, which the paper prints."""
-    return head_over_first(raw) - 4
+def largest_components(anatomy: Raw) -> Matrix:
+    """Returns the largest |component| of the first eigenvector in each part, by its steps."""
+    return [
+        [max(map(abs, (*lows, *highs))) for lows, highs in zip(low, high, strict=True)]
+        for low, high in zip(anatomy["low"], anatomy["high"], strict=True)
+    ]
 
 
 def head_share(raw: Raw) -> float:
@@ -242,91 +349,11 @@ def head(raw: Raw, number: int, part: str) -> Iterator[Curve]:
 
 
 def early(raw: Raw, name: str) -> Iterator[Curve]:
-    """Yields a series up to the last basis."""
-    shown = [i for i, step in enumerate(raw["at"]) if step <= raw["saved"][-1]]
+    """Yields a series up to the last step at which f_top was measured."""
+    shown = [i for i, step in enumerate(raw["at"]) if step <= raw["f_at"][-1]]
     yield Curve([raw["at"][i] for i in shown], [raw[name][i] for i in shown])
 
 
 def off_the_table(raw: Raw) -> float:
     """Returns the mean overlap less the paper's."""
     return float(raw["mean_overlap"] - CASES[raw["case"]]["paper"])
-
-
-# --- the solvable model ------------------------------------------------------------------------
-
-
-def off_the_trajectory(raw: Raw) -> float:
-    """Returns the largest relative error at the end: of the leads, and of the weights."""
-    leads = np.array(raw["lead"][-1], dtype=float) / np.array(raw["flow"][-1], dtype=float)
-    return float(np.max([*np.abs(leads - 1), raw["trajectory"][-1]]))
-
-
-def inverse_time(raw: Raw) -> float:
-    """Returns by how much the two eigenvalues differ from 1/(ηt) at the end, relatively."""
-    return float(max(abs(value * raw["time"][-1] - 1) for value in raw["eigenvalues"][-1][:2]))
-
-
-def log_time(raw: Raw) -> Array:
-    """Returns log ηt."""
-    return cast("Array", np.log(np.array(raw["time"], dtype=float)))
-
-
-def component(raw: Raw, name: str, number: int) -> Array:
-    """Returns one of the numbers of each row of a column."""
-    return cast("Array", np.array(raw[name], dtype=float)[:, number])
-
-
-def times_time(raw: Raw, name: str, number: int) -> Array:
-    """Returns one of the numbers of each row of a column, times ηt."""
-    return cast("Array", component(raw, name, number) * np.array(raw["time"], dtype=float))
-
-
-def _gap(case: Raw) -> Array:
-    values, k = np.array(case["eigenvalues"], dtype=float), case["k"]
-    return cast("Array", values[:, k - 1] / np.maximum(values[:, k], _NOTHING * values[:, 0]))
-
-
-_MIXTURES: Final[dict[str, tuple[Callable[[Raw], bool], Callable[[Raw], Any]]]] = {
-    "plain": (lambda case: not case["noise"] and not case["bias"] and case["k"] > 2, _gap),
-    "noisy": (lambda case: case["noise"] and not case["bias"], lambda case: case["f_top"]),
-    "biased": (lambda case: case["bias"], lambda case: component(case, "fractions", -1)),
-}
-"""Kinds of mixtures, and what is looked at: λ_k/λ_{k+1} without noise and biases, for more than
-two classes; f_top with noise and without biases; c_k² with biases."""
-
-
-def least_of_mixtures(raw: Raw, kind: str) -> float:
-    """Returns what is looked at in mixtures of that kind, at the end, at the least."""
-    of_kind, of = _MIXTURES[kind]
-    return float(min(of(case)[-1] for case in filter(of_kind, raw["cases"])))
-
-
-def mixtures(raw: Raw, kind: str) -> Iterator[Curve]:
-    """Yields it by step for each of the mixtures of that kind; dashed with noise."""
-    of_kind, of = _MIXTURES[kind]
-    for case in filter(of_kind, raw["cases"]):
-        k, noise = case["k"], case["noise"]
-        label = f"k = {k}" + (f", σ = {noise:g}" if noise and case["bias"] else "")
-        look = {"color": {2: "dominant", 5: "bulk", 10: "third"}.get(k, "ink")}
-        if noise and case["bias"]:
-            look["ls"] = "--"
-        yield Curve([max(step, 0.5) for step in case["step"]], of(case), label, look=look)
-
-
-def descents(raw: Raw) -> float:
-    """Returns the share of steps of Newton's method that lowered the loss."""
-    return float(np.mean(np.diff(raw["loss"]["newton"]) < 0))
-
-
-def climbs(raw: Raw) -> float:
-    """Returns the number of steps of Newton's method that raised the loss.
-
-    It is one more, where the last loss is not below the first: to stand still is not to descend.
-    """
-    losses = raw["loss"]["newton"]
-    return float(np.sum(np.diff(losses) > 0) + (losses[-1] >= losses[0]))
-
-
-def rank_missed(raw: Raw) -> float:
-    """Returns the largest difference of a rank from k(k − 1)."""
-    return float(max(abs(rank - k * (k - 1)) for k, rank in raw["ranks"]))

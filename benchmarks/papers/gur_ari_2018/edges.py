@@ -9,7 +9,7 @@ from typing import Final, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import kstest, norm
+from scipy.stats import expon, kstest, norm, uniform
 
 from benchmarks.papers.reductions import Curve
 from benchmarks.papers.reproduction import Raw
@@ -32,6 +32,18 @@ def outliers(raw: Raw) -> int:
     """Returns how many eigenvalues stand out, by the elbow of the top 30."""
     values = torch.tensor(raw["eigenvalues"][:_SHOWN], dtype=torch.float64)
     return count_outliers(values, "elbow").count
+
+
+def gap_at_k(raw: Raw) -> float:
+    """Returns the largest gap at k, or at k − 1, less the largest one from k + 1 on.
+
+    A gap is that of log λ; those of the top 30 are looked at, which all have to be positive.
+    """
+    values, k = np.array(raw["eigenvalues"][:_SHOWN], dtype=float), raw["k"]
+    if not (values > 0).all():
+        return math.nan
+    gaps = -np.diff(np.log(values))
+    return float(gaps[max(k - 2, 0) : k].max() - gaps[k:].max())
 
 
 def outliers_of_the_paper(raw: Raw) -> str:
@@ -80,18 +92,30 @@ def _around(raw: Raw) -> Array:
 
 
 def log_normal_misfit(raw: Raw) -> float:
-    """Returns how far log λ of the top k are from a Gaussian, over what 1/i is from one.
+    """Returns how far log λ of the top k are from a Gaussian, over what they are from others.
 
-    It is the largest distance of the distribution functions, with mean and deviation fitted, all
-    realisations together; so it is for eigenvalues in proportion to 1/i, of which there are k.
+    It is the largest distance of the distribution functions, all realisations together, over the
+    smaller one of two more that have as many parameters: a uniform distribution between the
+    smallest and the largest, and an exponential one from the smallest on, which is that of
+    eigenvalues in proportion to 1/i with i anywhere between 1 and k.
     """
-    k = raw["k"]
-    plain = -np.log10(np.arange(1, k + 1))
-    return _misfit(decades(raw)[:, :k].ravel()) / _misfit(plain)
+    if not positive(raw):
+        return math.nan
+    values = decades(raw)[:, : raw["k"]].ravel()
+    low, high, middle = values.min(), values.max(), values.mean()
+    others = (uniform(low, high - low), expon(low, middle - low))
+    gaussian = kstest(values, norm(middle, values.std()).cdf).statistic
+    return float(gaussian / min(kstest(values, other.cdf).statistic for other in others))
 
 
-def _misfit(values: Array) -> float:
-    return float(kstest(values, norm(values.mean(), values.std()).cdf).statistic)
+def positive(raw: Raw) -> bool:
+    """Returns whether all eigenvalues have logarithms."""
+    return bool((np.array(raw["eigenvalues"], dtype=float) > 0).all())
+
+
+def fitted_on_average(raw: Raw) -> bool:
+    """Returns whether nine tenths of the examples are fitted, on average over realisations."""
+    return bool(np.mean(raw["accuracies"]) >= 0.9)
 
 
 def deeper_than_elsewhere(raw: Raw) -> float:
@@ -109,6 +133,8 @@ def dip(raw: Raw, number: int | None = None) -> float:
         raw: of a run with realisations.
         number: n, of the eigenvalue (default: k).
     """
+    if not positive(raw):
+        return math.nan
     values, n = decades(raw), number or raw["k"]
     means = values.mean(axis=0)
     grid = np.linspace(values.min(), values.max(), 1000)

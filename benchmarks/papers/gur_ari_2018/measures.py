@@ -153,6 +153,22 @@ def mean_overlap(operator: so.CurvatureOperator, vectors: Tensor) -> float:
     return sum(float(hessian_gradient_overlap(w, p)) for w, p in pairs) / len(vectors)
 
 
+def overlap_within(operator: so.CurvatureOperator, top: so.EigenBasis, weights: Tensor) -> float:
+    """Returns the mean overlap of vectors of a subspace with their products.
+
+    Args:
+        operator: the Hessian.
+        top: a basis of the subspace; its products are all that is needed.
+        weights: a row of coefficients for each vector.
+    """
+    with operator.frozen():
+        products = operator.matmat(top.vectors)
+    operator.release()
+    weights = weights.to(top.vectors)
+    pairs = zip(weights @ top.vectors, weights @ products, strict=True)
+    return sum(float(hessian_gradient_overlap(w, p)) for w, p in pairs) / len(weights)
+
+
 def cheap(hessian: so.HessianOperator, tested: so.HessianOperator | None) -> Row:
     """Returns what a gradient and a product on each set tell."""
     row: Row = {"loss": hessian.loss(), "overlap": overlap_of(hessian)}

@@ -10,7 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.papers.drawing import LOOK, first_of
-from benchmarks.papers.gur_ari_2018.analysis import SUMS, by_dimension, fractions_at
+from benchmarks.papers.gur_ari_2018.analysis import (
+    SUMS,
+    by_dimension,
+    fractions_at,
+    largest_components,
+)
 from benchmarks.papers.gur_ari_2018.cases import CASES
 from benchmarks.papers.reductions import mean_of
 from benchmarks.papers.reproduction import Raw, RawOfSeeds, Rows
@@ -76,14 +81,16 @@ def table_of_dimensions(raws: RawOfSeeds) -> Rows:
 
 def table_of_parts(raws: RawOfSeeds) -> Rows:
     """Returns how large the components of the first eigenvector are in each part."""
-    more = ["top weights over first layer", "share of the last layer"]
+    more = ["top weights over first layer: rms", "largest", "share of the last layer"]
     rows = [["step", *(f"rms, {part}" for part in _PARTS), *more]]
     raw = first_of(raws["fc"])
     if raw is not None:
         found = raw["anatomy"]
-        for step, rms, share in zip(found["steps"], found["rms"], found["share"], strict=True):
+        columns = (found["steps"], found["rms"], largest_components(found), found["share"])
+        for step, rms, largest, share in zip(*columns, strict=True):
             sizes = [f"{value:.2g}" for value in rms]
-            rows.append([str(step), *sizes, f"{rms[2] / rms[0]:.1f}", number(sum(share[-2:]))])
+            ratios = [f"{each[-2] / each[0]:.1f}" for each in (rms, largest)]
+            rows.append([str(step), *sizes, *ratios, number(sum(share[-2:]))])
     return rows
 
 

@@ -25,6 +25,7 @@ from benchmarks.papers.gur_ari_2018.measures import (
     mean_overlap,
     of_test,
     overlap_of,
+    overlap_within,
     settle,
     whole_hessian,
 )
@@ -39,6 +40,8 @@ from subspace_optim.diagnostics import (
 )
 
 _SMALL_STEP: Final = 0.01  # of the learning rate, where the loss is nearly linear
+_INSIDE: Final = 32  # random vectors of the top subspace, which cost k products for any number
+_APART: Final = 1_000_003  # more than the steps of a training
 
 
 # --- Figures 1-3 and 6-11 ----------------------------------------------------------------------
@@ -55,6 +58,8 @@ def evolution(
     steps: int,
     every: int,
     tol: float,
+    f_top_at: Sequence[int] = (),
+    largest: bool = True,
     anatomy_at: Sequence[int] = (),
     solved_twice: bool = True,
     start: str = "torch",
@@ -64,7 +69,8 @@ def evolution(
     """Trains by SGD, and follows gradient, top eigenvalue and top subspaces.
 
     Returns:
-        The series, figures of each basis, and overlaps of all bases with all others.
+        The series, f_top along the way (``f`` at ``f_at``), figures of each basis, and overlaps of
+        all bases with all others.
     """
     part = first_classes(images(job, **part_of), classes)
     network = build(job, model, part, width, start)
@@ -79,18 +85,24 @@ def evolution(
         if step % every == 0:
             row |= {"at": step} | cheap(hessian, tested)
             row["accuracy"] = performance(network, part.x_train, part.y_train)["accuracy"]
-            row["largest"] = top_of(hessian, 1, COARSE).largest
+            if largest:
+                row["largest"] = top_of(hessian, 1, COARSE).largest
         if step in bases_at:
             basis = top_of(hessian, 2 * k, tol)
             row |= {"saved": step, "vectors": basis.vectors.cpu()}
-            row |= _of_basis(hessian, basis, k, torch.Generator().manual_seed(step))
+            row |= _of_basis(hessian, basis, k, _random(job, step))
+            row["accuracy_there"] = performance(network, part.x_train, part.y_train)["accuracy"]
+            row |= {"f_at": step, "f": row["f_top"]}
+        elif step in f_top_at:
+            top = top_of(hessian, k, COARSE)
+            row |= {"f_at": step, "f": float(gradient_fraction(hessian.gradient(), top))}
         return row
 
-    due = {*range(0, steps + 1, every), *bases_at}.__contains__
+    due = {*range(0, steps + 1, every), *bases_at, *f_top_at}.__contains__
     sgd = problem.sgd(LR)
     rows = train(job, "sgd", problem, sgd, steps=steps, batch_size=BATCH, record=record, every=due)
-    series = ("at", "loss", "accuracy", "overlap", "overlap_test", "largest")
-    of_bases = ("saved", "eigenvalues", "fractions", "f_top", "decrease")
+    series = ("at", "loss", "accuracy", "overlap", "overlap_test", "largest", "f_at", "f")
+    of_bases = ("saved", "eigenvalues", "fractions", "f_top", "decrease", "accuracy_there")
     of_random = ("random_in_top", "random", "overlap_there")
     saved = dict(zip(column(rows, "saved"), column(rows, "vectors"), strict=True))
     raw: Raw = {"k": k, "parameters": hessian.size}
@@ -109,7 +121,7 @@ def _of_basis(
 ) -> Row:
     """What a basis of 2k pairs says about the gradient, and about random vectors."""
     gradient, top = hessian.gradient(), basis.first(k)
-    inside = torch.randn(DRAWS, k, generator=random).to(basis.device) @ top.vectors
+    inside = torch.randn(_INSIDE, k, generator=random)
     anywhere = torch.randn(DRAWS, hessian.size, generator=random).to(basis.device)
     return {
         "eigenvalues": basis.eigenvalues.tolist(),
@@ -117,9 +129,14 @@ def _of_basis(
         "f_top": float(gradient_fraction(gradient, top)),
         "decrease": decrease(hessian, top, _SMALL_STEP * LR),
         "overlap_there": overlap_of(hessian),
-        "random_in_top": mean_overlap(hessian, inside),
+        "random_in_top": overlap_within(hessian, top, inside),
         "random": mean_overlap(hessian, anywhere),
     }
+
+
+def _random(job: Job, step: int) -> torch.Generator:
+    """Random vectors of their own for each seed and each step."""
+    return torch.Generator().manual_seed(job.seed * _APART + step)
 
 
 def _overlaps(vectors: Sequence[Tensor], start: int, stop: int) -> list[list[float]]:

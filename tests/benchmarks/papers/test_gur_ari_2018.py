@@ -111,6 +111,18 @@ def test_f_top_is_the_sum_of_the_fractions(measured):
         assert f_top == pytest.approx(math.fsum(fractions[:5]), rel=1e-4)
 
 
+def test_f_top_along_the_way_has_the_bases_and_further_steps(measured):
+    raw = measured("fc")
+    along = dict(zip(raw["f_at"], raw["f"], strict=True))
+    assert raw["f_at"] == sorted({*raw["saved"], 5})
+    for step, f_top in zip(raw["saved"], raw["f_top"], strict=True):
+        assert along[step] == f_top
+    assert 0 <= along[5] <= 1
+    assert len(raw["accuracy_there"]) == len(raw["saved"])
+    assert len(raw["largest"]) == len(raw["at"])
+    assert not measured("convnet")["largest"]
+
+
 def test_a_spectrum_has_all_eigenvalues(measured):
     raw = measured("spectrum")
     assert sum(raw["counts"]) == raw["parameters"]
@@ -267,6 +279,19 @@ def test_mean_overlaps(quadratic):
     assert measures.mean_overlap(hessian, signs @ top.vectors) == pytest.approx(float(estimate))
 
 
+def test_products_of_a_basis_tell_those_of_all_its_vectors(quadratic):
+    hessian, _ = quadratic
+    top, weights = top_of(hessian, 3, 1e-12), torch.randn(5, 3)
+    vectors = weights.double() @ top.vectors
+    expected = measures.mean_overlap(hessian, vectors)
+    assert measures.overlap_within(hessian, top, weights) == pytest.approx(expected)
+
+
+def test_random_vectors_are_of_the_seed_and_of_the_step():
+    seeds = {runs._random(Job(seed), step).initial_seed() for seed in (0, 1) for step in (0, 100)}
+    assert len(seeds) == 4
+
+
 def test_the_anatomy_of_a_vector():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))  # 6 + 2 and 4 + 2 parameters
     space = so.ParameterSpace(model)
@@ -332,6 +357,13 @@ def test_the_mean_over_later_subspaces_is_from_one_start_or_from_all_after_some_
     assert analysis.by_dimension(raw, 0) == {1: 0}
 
 
+@pytest.mark.parametrize("power", [0.5, 1, 2])
+def test_no_power_law_has_a_gap(power):
+    values = [(1 / np.arange(1, 21) ** power).tolist()] * 2
+    raw = {"k": 10, "saved": [100, 200], "eigenvalues": values}
+    assert analysis.gap_around_k(raw) == pytest.approx(0, abs=1e-9)
+
+
 def test_classes_are_counted_along_axes():
     spectrum = {"k": 5, "eigenvalues": list(range(30, 0, -1))}
     exhibit = PAPER.exhibit("outliers")
@@ -356,11 +388,43 @@ def test_the_dip_between_the_top_and_the_bulk():
     assert edges.deeper_than_elsewhere(further) > 0.5
 
 
-def test_the_misfit_of_a_log_normal_is_that_of_one_over_i_for_one_over_i():
-    drawn = np.exp(np.random.default_rng(0).standard_normal((200, 10)))
+def test_a_log_normal_fits_what_is_log_normal_and_neither_of_its_rivals():
+    random = np.random.default_rng(0)
+    drawn = np.exp(random.standard_normal((200, 10)))
     assert edges.log_normal_misfit({"k": 10, "eigenvalues": drawn.tolist()}) < 0.2
     plain = (1 / np.arange(1, 31)).tolist()
-    assert edges.log_normal_misfit({"k": 10, "eigenvalues": [plain]}) == pytest.approx(1)
+    assert edges.log_normal_misfit({"k": 10, "eigenvalues": [plain]}) == pytest.approx(
+        1.57, abs=0.01
+    )
+    for others in (random.exponential(size=(200, 10)), random.random((200, 10))):
+        assert edges.log_normal_misfit({"k": 10, "eigenvalues": np.exp(others).tolist()}) > 1.5
+
+
+def test_without_logarithms_there_is_neither_a_dip_nor_a_fit():
+    raw = {"k": 2, "eigenvalues": [[3.0, 2.0, 1.0, 0.0, 0.0, 0.0]]}
+    assert math.isnan(edges.dip(raw))
+    assert math.isnan(edges.deeper_than_elsewhere(raw))
+    assert math.isnan(edges.log_normal_misfit(raw))
+
+
+def test_one_over_i_has_three_eigenvalues_before_the_elbow_whatever_the_classes():
+    plain = (1 / np.arange(1, 31)).tolist()
+    assert {edges.outliers({"k": k, "eigenvalues": plain}) for k in (2, 10)} == {3}
+
+
+def test_premises():
+    raw = {"loss": [2.0, 9.0, 1.0], "saved": [0, 100], "accuracy_there": [0.1, 0.5]}
+    assert analysis.loss_is_halved(raw)
+    assert not analysis.loss_is_halved(raw | {"loss": [2.0, 0.5, 1.5]})
+    assert analysis.half_are_fitted(raw)
+    assert not analysis.half_are_fitted(raw | {"accuracy_there": [0.9, 0.4]})
+    assert not analysis.half_are_fitted(raw | {"saved": [0, 50]})
+    assert analysis.labels_are_fitted({"accuracy": 0.9})
+    assert not analysis.labels_are_fitted({"accuracy": math.nan})
+    assert analysis.all_are_fitted({"accuracy": [0.1, 0.99]})
+    assert not analysis.all_are_fitted({"accuracy": [1.0, 0.98]})
+    assert edges.fitted_on_average({"accuracies": [0.8, 1.0]})
+    assert not edges.fitted_on_average({"accuracies": [0.8, 0.9]})
 
 
 def test_the_density_of_logarithms_is_a_sum_of_gaussians():
