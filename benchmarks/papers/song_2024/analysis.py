@@ -162,8 +162,8 @@ def in_epoch(raw: Raw, place: int) -> float:
 
 
 def reached(raw: Raw) -> bool:
-    """Whether the moving average reached the 0.95 of a switch, which is where it did then."""
-    return raw["switch_reason"].startswith("the average")
+    """Whether the switch is where the moving average of χ_k reached 0.95."""
+    return str(raw["switch_reason"]).startswith("the average")
 
 
 def aligned_from(raw: Raw) -> float:
@@ -295,7 +295,7 @@ def sharpness_at_printed_edge(raw: Raw) -> float:
 def sharpness_with_edge(raw: Raw) -> float:
     """Rank correlation of λ_1 and SAM's edge, in the second half before the switch."""
     part = raw["before"]
-    top = [row[0] for row in second_half(part["eigenvalues"])]
+    top = second_half([row[0] for row in part["eigenvalues"]])
     return float(stats.spearmanr(top, second_half(part["sam_edge"])).statistic)
 
 

@@ -228,9 +228,10 @@ def test_an_experiment_killed_in_shuffled_epochs_goes_on_from_the_switch(
         torch_save(state, path)
 
     job = Job(0, scratch=tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(checkpoint.torch, "save", save_or_die)
+    monkeypatch.setattr(checkpoint.torch, "save", save_or_die)
+    with pytest.raises(KilledError):
         run_of_clouds("sgd-mlp-mse", job)
+    monkeypatch.setattr(checkpoint.torch, "save", torch_save)
     assert run_of_clouds("sgd-mlp-mse", job) == whole
 
 
