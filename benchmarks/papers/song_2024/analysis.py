@@ -5,43 +5,69 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 from scipy import stats
 
-from benchmarks.papers.reductions import Curve, late_mean, mean_of, median_of, value
+from benchmarks.papers.reductions import (
+    Curve,
+    column,
+    late_mean,
+    mean,
+    mean_of,
+    median_of,
+    second_half,
+    value,
+)
 from benchmarks.papers.reproduction import Raw
 from benchmarks.papers.song_2024.rates import OPTIMIZERS
 
 ALIGNED: Final = 0.9
-_TRAINED: Final = 0.005
-"""Relative decrease of the loss below which a training stands still, and shares of it are noise."""
+_HARDLY_ALIGNED: Final = 0.5
+"""Mean χ_k below which a projection onto the bulk is the step itself, for the most part."""
+
+
+def aligned(raw: Raw, path: str) -> bool:
+    """Whether the mean of χ_k along SGD, or another plain optimizer, is that of Phenomenon 1."""
+    return mean(raw, path) >= ALIGNED
+
+
+def median(raw: Raw, path: str) -> float:
+    """Returns the median of a column; NaN of none."""
+    return median_of(column(raw, path))
+
+
+def aligned_late(raw: Raw, path: str) -> bool:
+    """Whether it is in the second half."""
+    return late_mean(raw, path) >= ALIGNED
 
 
 # --- the critical experiment -------------------------------------------------------------------
 
 
 def _spectra(raw: Raw) -> Iterator[tuple[list[float], list[float]]]:
-    """The top k and the next k eigenvalues along SGD, before the switch and after, where known."""
+    """The top k and the next k eigenvalues along SGD, where known; not of random parameters."""
     for phase in ("warmup", "SGD"):
         part = raw["phases"][phase]
-        for top, following in zip(part["eigenvalues"], part["next_eigenvalues"], strict=True):
-            if isinstance(following, list) and following and statistics.fmean(following) > 0:
+        rows = zip(part["step"], part["eigenvalues"], part["next_eigenvalues"], strict=True)
+        for step, top, following in rows:
+            known = isinstance(following, list) and following and statistics.fmean(following) > 0
+            if step and known:
                 yield top, following
 
 
 def rank_gap(raw: Raw) -> float:
-    """Median along SGD of mean top k over mean next k eigenvalues, over that of λ_i = 1/i.
+    """Median along SGD of mean top k over mean next k eigenvalues."""
+    return median_of(
+        statistics.fmean(top) / statistics.fmean(following) for top, following in _spectra(raw)
+    )
 
-    Of 1/i it is 2.57 for k = 2 and 4.38 for k = 10: any spectrum that falls off has some.
-    """
-    ratios = [
-        statistics.fmean(top) / statistics.fmean(following) / _smooth_gap(len(top))
-        for top, following in _spectra(raw)
-    ]
-    return median_of(ratios)
+
+def rank_gap_beyond_smooth(raw: Raw) -> float:
+    """The rank gap over that of λ_i = 1/i, which is 2.57 for k = 2 and 4.38 for k = 10."""
+    return rank_gap(raw) / _smooth_gap(len(raw["phases"]["SGD"]["eigenvalues"][0]))
 
 
 def _smooth_gap(k: int) -> float:
@@ -66,16 +92,45 @@ def decrease(losses: Sequence[float]) -> float:
     return mean_of(known[:fifth]) - mean_of(known[-fifth:])
 
 
-def achieved(raw: Raw, branch: str, plain: str = "SGD") -> float:
+def over_scatter(raw: Raw, branch: str) -> float:
+    """The decrease of the loss over its scatter within the two fifths; NaN where it diverged."""
+    losses = raw["losses"][branch]
+    fifth, fall = max(1, len(losses) // 5), decrease(losses)
+    if not math.isfinite(fall):
+        return math.nan
+    scatter = math.hypot(statistics.pstdev(losses[:fifth]), statistics.pstdev(losses[-fifth:]))
+    return fall / scatter if scatter else fall * math.inf
+
+
+def achieved(raw: Raw, branch: str, plain: str = "SGD", chi: str = "") -> float:
     """The decrease of the loss in a branch, over that of the plain optimizer.
 
     Losses go up and down, at the edge of stability above all. Between means over fifths, a branch
-    that stands still scores 0, wherever in the ups and downs it began. NaN where the plain
-    optimizer lowers its loss by less than 0.005 of it, and shares of that are noise.
+    that stands still scores 0, wherever in the ups and downs it began.
+
+    Args:
+        raw: of the run.
+        branch: a projection of the plain optimizer.
+        plain: see there.
+        chi: column of χ_k along the plain optimizer; empty where nothing is asked of it.
+
+    Returns:
+        The share; -inf for what diverges in the bulk. NaN where the plain optimizer does not lower
+        its loss by its scatter within fifths, so that shares of that are noise; where mean χ_k is
+        below 0.5, since what is hardly aligned fails in the dominant subspace of itself; and where
+        a Dom branch diverges, which is not that it fails to lower the loss.
     """
     losses = raw["losses"]
-    trained = relative_decrease(raw, plain)
-    return decrease(losses[branch]) / decrease(losses[plain]) if trained >= _TRAINED else math.nan
+    if not over_scatter(raw, plain) >= 1 or (chi and not mean(raw, chi) >= _HARDLY_ALIGNED):
+        return math.nan
+    share = decrease(losses[branch]) / decrease(losses[plain])
+    return math.nan if branch.startswith("Dom") and not math.isfinite(share) else share
+
+
+def loss_steps(raw: Raw, branch: str) -> Sequence[int]:
+    """The steps that the losses of a branch are of."""
+    every, number = raw.get("loss_every", 1), len(raw["losses"][branch])
+    return range(raw["switch_step"], raw["switch_step"] + every * number, every)
 
 
 def relative_decrease(raw: Raw, branch: str) -> float:
@@ -84,9 +139,19 @@ def relative_decrease(raw: Raw, branch: str) -> float:
     return float(decrease(losses) / losses[0])
 
 
-def shuffled_over_drawn(raw: Raw) -> float:
-    """χ_k where SGD goes on in shuffled epochs, over that with replacement from the same point."""
-    return mean_of(raw["shuffled"]["chi_gradient"]) / mean_of(raw["phases"]["SGD"]["chi_gradient"])
+def gained_late(raw: Raw, branch: str) -> float:
+    """How much of its distance from the switch a branch gains in its second half, over SGD's."""
+    gained = {
+        name: raw["final_distance"][name] - raw["phases"][name]["distance"][rows // 2]
+        for name in (branch, "SGD")
+        for rows in [len(raw["phases"][name]["distance"]) + 1]
+    }
+    return float(gained[branch] / gained["SGD"])
+
+
+def epoch_ends_over_drawn(raw: Raw) -> float:
+    """χ_k at ends of shuffled epochs, over that with replacement from the same point."""
+    return in_epoch(raw, 0) / mean_of(raw["phases"]["SGD"]["chi_gradient"])
 
 
 def in_epoch(raw: Raw, place: int) -> float:
@@ -97,22 +162,28 @@ def in_epoch(raw: Raw, place: int) -> float:
 
 
 def reached(raw: Raw) -> bool:
-    """Whether the moving average reached the 0.95 of a switch."""
-    return not raw["switch_reason"].startswith("last")
+    """Whether the switch is where the moving average of χ_k reached 0.95."""
+    return str(raw["switch_reason"]).startswith("the average")
 
 
-def aligned_from(raw: Raw) -> str:
-    """The first measured step of the warm-up from which on χ_k is at least 0.9 up to its end."""
+def aligned_from(raw: Raw) -> float:
+    """The first measured step after 0 from which on χ_k is aligned, up to the switch.
+
+    Aligned is that it is 0.9 there, and its median from there on; infinite where it never is.
+    """
     warmup = raw["phases"]["warmup"]
-    backward = zip(reversed(warmup["step"]), reversed(warmup["chi_gradient"]), strict=True)
-    aligned = [step for step, _ in takewhile(lambda row: row[1] >= ALIGNED, backward)]
-    return f"{aligned[-1]:,}" if aligned else "–"
+    for number, (step, chi) in enumerate(zip(warmup["step"], warmup["chi_gradient"], strict=True)):
+        later = median_of(warmup["chi_gradient"][number:])
+        if step and min(chi, later) >= ALIGNED:
+            return float(step)
+    return math.inf
 
 
 def before_switch(raw: Raw) -> Iterator[Curve]:
     """The loss before the switch, for as many steps as the branches have."""
     switch, sgd, before = raw["switch_step"], raw["losses"]["SGD"], raw["phases"]["warmup"]
-    shown = [i for i, step in enumerate(before["step"]) if step >= switch - len(sgd)]
+    first = switch - raw.get("loss_every", 1) * len(sgd)
+    shown = [i for i, step in enumerate(before["step"]) if step >= first]
     steps, losses = ([before[name][i] for i in shown] for name in ("step", "loss"))
     yield Curve([*steps, switch], [*losses, sgd[0]])
 
@@ -120,7 +191,7 @@ def before_switch(raw: Raw) -> Iterator[Curve]:
 def joined(raw: Raw, name: str, *parts: str) -> Iterator[Curve]:
     """A column along one part of a run after the other."""
     phases = raw.get("phases", raw)
-    x, y = ([v for part in parts for v in phases[part][column]] for column in ("step", name))
+    x, y = ([v for part in parts for v in phases[part][each]] for each in ("step", name))
     yield Curve(x, y)
 
 
@@ -152,6 +223,21 @@ def late_alignment(raw: Raw, name: str) -> float:
     return late_mean({"chi": [chi for step, chi in rows if step > part["switch_step"]]}, "chi")
 
 
+def aligned_before(raw: Raw, name: str) -> bool:
+    """Whether χ_k is at least 0.9 where SGD is switched off, or at most 0.1 where GD is."""
+    part = raw[name]
+    rows = zip(part["step"], part["chi_gradient"], strict=True)
+    *_, chi = (chi for step, chi in rows if step <= part["switch_step"])
+    return bool(chi >= ALIGNED if name.startswith("SGD") else chi <= 1 - ALIGNED)
+
+
+def first_alignment(raw: Raw, name: str) -> float:
+    """χ_k at the first measured step after a switch."""
+    part = raw[name]
+    rows = zip(part["step"], part["chi_gradient"], strict=True)
+    return float(next(chi for step, chi in rows if step > part["switch_step"]))
+
+
 def jump_of_sharpness(raw: Raw) -> float:
     """The largest relative change of λ_1 from one row to the next after either switch."""
     changes = []
@@ -166,6 +252,14 @@ def jump_of_sharpness(raw: Raw) -> float:
         ]
         changes += [abs(b / a - 1) for a, b in pairwise(values)]
     return float(max(changes))
+
+
+# --- momentum ----------------------------------------------------------------------------------
+
+
+def update_over_sgd(raw: Raw) -> float:
+    """Mean χ_k of the plain optimizer's update, over that of SGD's from the same point."""
+    return mean(raw, "plain.chi_update") / mean(raw, "SGD.chi_update")
 
 
 # --- edge of stability -------------------------------------------------------------------------
@@ -185,6 +279,26 @@ def nearer_to_sam(raw: Raw) -> float:
     return abs(math.log(of_sam)) / abs(math.log(of_gd))
 
 
+def sharpness_at_printed_edge(raw: Raw) -> float:
+    """Median of λ_1 over SAM's edge as printed, in the last quarter before the switch.
+
+    Printed is n/(2ρ) · (√(1 + 8/(ηn)) − 1) for a gradient of norm n, without the ρ below the root.
+    """
+    part = raw["before"]
+    edges = [
+        norm / (2 * raw["rho"]) * (math.sqrt(1 + 4 * threshold / norm) - 1)
+        for norm, threshold in zip(part["gradient_norm"], part["threshold"], strict=True)
+    ]
+    return sharpness_at_edge({"before": part | {"printed": edges}}, "printed")
+
+
+def sharpness_with_edge(raw: Raw) -> float:
+    """Rank correlation of λ_1 and SAM's edge, in the second half before the switch."""
+    part = raw["before"]
+    top = second_half([row[0] for row in part["eigenvalues"]])
+    return float(stats.spearmanr(top, second_half(part["sam_edge"])).statistic)
+
+
 def edge_with_gradient(raw: Raw) -> float:
     """Rank correlation of SAM-edge and gradient norm before the switch."""
     part = raw["before"]
@@ -201,18 +315,18 @@ def plain_rate(raw: Raw) -> float:
     )
 
 
-def rate_and_speed(raw: Raw) -> float:
-    """Rank correlation, over the four optimizers, of the mean Bulk-LR and −log of the loss."""
-    rates = [raw[name]["mean_bulk_lr"] for name in OPTIMIZERS]
+def rate_and_speed(raw: Raw, rate: str = "bulk_lr") -> float:
+    """Rank correlation, over the four optimizers, of a mean rate and −log of the loss."""
+    rates = [raw[name][f"mean_{rate}"] for name in OPTIMIZERS]
     speeds = [-raw[name]["mean_log_loss"] for name in OPTIMIZERS]
-    return float(stats.spearmanr(rates, speeds).statistic)
+    return float(round(stats.spearmanr(rates, speeds).statistic, 9))
+
+
+def bulk_rather_than_dom(raw: Raw) -> float:
+    """How much more Bulk-LR goes with speed than Dom-LR does."""
+    return rate_and_speed(raw) - rate_and_speed(raw, "dom_lr")
 
 
 def from_printed(raw: Raw, path: str, printed: float, deviation: float) -> float:
     """How far a mean rate is from a printed one, in deviations along training, as printed."""
     return (value(raw, path) - printed) / deviation
-
-
-def over_printed(raw: Raw, path: str, printed: float) -> float:
-    """A mean rate over a printed one."""
-    return value(raw, path) / printed

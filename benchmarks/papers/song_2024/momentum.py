@@ -13,7 +13,8 @@ from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.song_2024.runs import dataset, problem_of
 from benchmarks.papers.training import train
 
-BRANCHES: Final = ("plain", "Dom", "Bulk")
+BRANCHES: Final = ("plain", "SGD", "Dom", "Bulk")
+"""SGD, without momentum, is the control of the plain optimizer: of the same point."""
 _COLUMNS: Final = ("step", "loss", "chi_gradient", "chi_update", "eigenvalues")
 _PARTS: Final[dict[str, Literal["dominant", "bulk"]]] = {"Dom": "dominant", "Bulk": "bulk"}
 
@@ -29,10 +30,11 @@ def with_momentum(
     every: int,
     after: int,
     measure: int,
+    control_lr: float,
     refresh: int | Literal["auto"] = "auto",
     projected: Literal["update", "gradient"] = "update",
 ) -> Raw:
-    """SGD with momentum, or Adam; from the switch on it, and its projections.
+    """SGD with momentum, or Adam; from the switch on it, its projections, and SGD without momentum.
 
     The momentum goes on through the switch. Projected is the step that comes of it, while it sees
     the whole gradients; or, as another reading, each gradient that it sees.
@@ -48,9 +50,11 @@ def with_momentum(
     kept: dict[str, Any] = {}
     for name in ("before", *BRANCHES):
         warm = name == "before"
-        stepper = _optimizer(optimizer, problem.model, lr)
+        control = name == "SGD"
+        stepper = problem.sgd(control_lr) if control else _optimizer(optimizer, problem.model, lr)
         if not warm:
             problem.model.load_state_dict(kept["model"])
+        if not warm and not control:
             stepper.load_state_dict(copy.deepcopy(kept["optimizer"]))
         subspace = so.DominantSubspace(hessian, data.num_classes, refresh=refresh, seed=job.seed)
         if name in _PARTS and projected == "update":

@@ -38,7 +38,8 @@ def effective_rates(
     GD, so that each basis is new, in float64, and as exact as that needs.
 
     Returns:
-        For each optimizer the rates, loss and χ_k at the measured steps, means and deviations.
+        For each optimizer the rates, loss and χ_k at the measured steps; means and deviations of
+        the rates after step 0.
     """
     data = dataset(job, model, examples, pool)
     x = data.x_train.double() if data.x_train.is_floating_point() else data.x_train
@@ -63,6 +64,8 @@ def effective_rates(
         # Adam's loss has spikes: a mean over the last tenth, of its logarithm.
         raw[name]["mean_log_loss"] = statistics.fmean(map(math.log, losses[-(steps // 10) :]))
         for rate in ("dom_lr", "bulk_lr"):
-            raw[name][f"mean_{rate}"] = statistics.fmean(history[rate])
-            raw[name][f"std_{rate}"] = statistics.pstdev(history[rate])
+            begun = history[rate][1:]  # at step 0 there is no momentum yet
+            raw[name][f"mean_{rate}"] = statistics.fmean(begun)
+            raw[name][f"std_{rate}"] = statistics.pstdev(begun)
+        raw[name]["mean_abs_dom_lr"] = statistics.fmean(map(abs, history["dom_lr"][1:]))
     return raw

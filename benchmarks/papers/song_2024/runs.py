@@ -89,12 +89,13 @@ def critical_experiment(
     refresh: int | Literal["auto"] = "auto",
     replacement: bool = True,
     shuffled: int = 0,
+    loss_every: int = 1,
     **settings: Any,
 ) -> Raw:
     """SGD until its gradient is dominant; from there SGD and its projections, each by itself.
 
     Single losses jump, by more than what some steps achieve: in a branch the loss over all data is
-    taken at every step.
+    taken at every step, or at one in so many where it is smooth.
 
     Returns:
         The switch; columns of each phase; of each branch the losses, from the switch on, and its
@@ -111,15 +112,18 @@ def critical_experiment(
     kept = None
 
     def load(state: Raw) -> None:
-        nonlocal kept, losses
+        nonlocal kept, losses, at_switch
         kept, losses = state["experiment"], state["losses"]
+        at_switch = kept["switch_model"]  # also where no step of the comparison is left
 
     checkpoint.take_up(job.device, load)
 
     def after_step(experiment: Any, measured: bool) -> None:
         nonlocal at_switch
         at_switch = experiment.switch_model
-        if experiment.phase in losses and not experiment.result.finished:
+        done = experiment.step - (experiment.result.switch_step or 0)
+        over = experiment.result.finished
+        if experiment.phase in losses and not over and done % loss_every == 0:
             losses[experiment.phase].append(experiment.loss())
         latest = [f"loss {row['loss']:.4g}" for row in experiment.result.rows[-1:]]
         task.at(experiment.step, ", ".join([f"{experiment.phase} step {experiment.step}", *latest]))
@@ -160,6 +164,7 @@ def critical_experiment(
         "switch_reason": result.switch_reason,
         "phases": phases,
         "losses": losses,
+        "loss_every": loss_every,
         "final_distance": {name: branch.distance for name, branch in result.branches.items()},
     }
 
@@ -268,10 +273,15 @@ def small_rate(
     steps: int,
     every: int,
 ) -> Raw:
-    """GD and SGD side by side from one initialisation: χ_k along GD, and how far they part."""
+    """GD and SGD side by side from one initialisation: χ_k along both, and how far they part."""
     data = dataset(job, model, examples, pool)
     plain, noisy = (problem_of(job, model, data, width) for _ in range(2))
     probe, sgd = _probe(plain, data.num_classes, job.seed), noisy.sgd(lr)
+    # Those beyond the dominant ones make these converge, as in the probe.
+    noisy_hessian = noisy.hessian()
+    noisy_subspace = so.DominantSubspace(
+        noisy_hessian, 2 * data.num_classes, refresh=1, tol=1e-2, seed=job.seed
+    )
     start, other = plain.theta(), noisy.theta()
     # Without checkpoints: the second training lives inside the records of the first.
     job = Job(job.seed, job.device)
@@ -284,10 +294,13 @@ def small_rate(
         done, other = step, noisy.theta()
         theta = plain.theta()
         distances = {"GD": theta - start, "SGD": other - start, "GD to SGD": theta - other}
-        return probe(step) | {name: float(d.norm()) for name, d in distances.items()}
+        basis = noisy_subspace.refresh().first(data.num_classes)
+        chi = float(so.diagnostics.alignment(noisy_hessian.gradient(), basis))
+        lengths = {name: float(d.norm()) for name, d in distances.items()}
+        return probe(step) | {"chi_of_sgd": chi} | lengths
 
     rows = train(job, "", plain, plain.sgd(lr), steps=steps, record=record, every=every)
-    return columns(rows, (*_OF_A_PROBE, "GD", "SGD", "GD to SGD"))
+    return columns(rows, (*_OF_A_PROBE, "chi_of_sgd", "GD", "SGD", "GD to SGD"))
 
 
 # --- edge of stability and SAM: Figures 9-10 ---------------------------------------------------
@@ -326,7 +339,7 @@ def at_the_edge(
     sgd, sam = (torch.optim.SGD, so.DomSGD, so.BulkSGD), (so.SAM, so.DomSAM, so.BulkSAM)
     plain, dom, bulk = cast("tuple[type[Any], ...]", sam if rho else sgd)
     kinds = {"before": plain, name: plain, f"Dom-{name}": dom, f"Bulk-{name}": bulk}
-    raw: Raw = {"switch_step": switch, "losses": {}}
+    raw: Raw = {"switch_step": switch, "rho": rho, "losses": {}}
     at_switch: dict[str, Tensor] = {}
     for name, kind in kinds.items():
         warm = name == "before"

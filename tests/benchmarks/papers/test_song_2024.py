@@ -10,7 +10,7 @@ import torch
 from benchmarks.papers import checkpoint, problems
 from benchmarks.papers.catalogue import PAPERS
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.song_2024 import runs
+from benchmarks.papers.song_2024 import analysis, runs
 from tests.benchmarks.papers.tiny import clouds, size
 
 PAPER = PAPERS["song_2024"]
@@ -92,6 +92,8 @@ def test_what_holds_exactly_holds_at_any_size(tiny):
     assert lengths == {"before": 8, "GD": 3, "Dom-GD": 3, "Bulk-GD": 3}
     assert edge["GD"]["step"][0] == edge["switch_step"] == 8
     assert near["GD to SGD"][0] == near["GD"][0] == 0
+    assert near["chi_of_sgd"][0] == pytest.approx(near["chi_gradient"][0], abs=1e-3)
+    assert near["chi_of_sgd"][-1] != near["chi_gradient"][-1]
     assert near["GD to SGD"][-1] <= near["GD"][-1] + near["SGD"][-1]
     assert len(near["eigenvalues"][0]) == len(near["next_eigenvalues"][0]) == 3
     assert sgd["phases"]["warmup"]["step"] == [0, 2]
@@ -119,13 +121,35 @@ def test_shuffled_epochs_are_measured_at_their_ends_and_half_way(run_of_clouds):
 
 
 @pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
+def test_losses_of_a_branch_are_taken_at_one_step_in_so_many(run_of_clouds):
+    whole, some = (
+        run_of_clouds("sgd-mlp-mse", Job(0), shuffled=0, loss_every=every) for every in (1, 2)
+    )
+    for name, losses in some["losses"].items():
+        assert losses == whole["losses"][name][::2]
+        assert list(analysis.loss_steps(some, name)) == [4, 6, 8]
+
+
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
+def test_a_switch_at_a_fixed_step_is_none_by_the_average(run_of_clouds):
+    raw = run_of_clouds("sgd-vgg11", Job(0))
+    assert raw["switch_step"] == 4
+    assert not analysis.reached(raw)
+    warmup = raw["phases"]["warmup"]
+    assert warmup["chi_average"] == pytest.approx(warmup["chi_gradient"])
+
+
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
 @pytest.mark.filterwarnings("ignore::subspace_optim.ConvergenceWarning")
 @pytest.mark.parametrize("name", ["momentum-sgd", "momentum-adam"])
 def test_branches_with_momentum_begin_where_the_part_before_ended(run_of_clouds, name):
     raw = run_of_clouds(name, Job(0), refresh=1)
     losses = raw["losses"]
     assert {each: len(found) for each, found in losses.items()} == dict.fromkeys(losses, 3 + 1)
-    assert losses["plain"][0] == losses["Dom"][0] == losses["Bulk"][0]
+    assert losses["plain"][0] == losses["SGD"][0] == losses["Dom"][0] == losses["Bulk"][0]
+    assert raw["SGD"]["chi_gradient"][0] == pytest.approx(raw["plain"]["chi_gradient"][0], abs=1e-3)
+    # The control has no momentum: whatever was before the switch, its step is the minibatch's.
+    assert raw["SGD"]["chi_update"][0] != pytest.approx(raw["plain"]["chi_update"][0], abs=1e-3)
     assert raw["plain"]["step"][0] == raw["switch_step"]
     # Momentum is kept: it moves on at once, and projected it moves in the subspace alone.
     assert raw["Dom"]["chi_update"] == pytest.approx([1.0] * len(raw["Dom"]["step"]), abs=1e-3)
@@ -187,6 +211,55 @@ def test_a_killed_experiment_goes_on_to_the_same_figures(tmp_path, monkeypatch, 
     assert run_of_clouds("sgd-mlp-ce", job) == whole
     # 4 steps before the switch and 4 in each of two branches, none of them twice.
     assert len(saved) == 4 + 2 * 4 + 3  # and the end of each phase
+
+
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
+def test_an_experiment_killed_in_shuffled_epochs_goes_on_from_the_switch(
+    tmp_path, monkeypatch, run_of_clouds
+):
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "_SHARE", math.inf)
+    whole = run_of_clouds("sgd-mlp-mse", Job(0))
+    torch_save = torch.save
+
+    def save_or_die(state, path):
+        if "experiment" not in state:
+            raise KilledError
+        torch_save(state, path)
+
+    job = Job(0, scratch=tmp_path)
+    monkeypatch.setattr(checkpoint.torch, "save", save_or_die)
+    with pytest.raises(KilledError):
+        run_of_clouds("sgd-mlp-mse", job)
+    monkeypatch.setattr(checkpoint.torch, "save", torch_save)
+    assert run_of_clouds("sgd-mlp-mse", job) == whole
+
+
+def test_the_gate_is_of_the_losses_scatter():
+    def gate(losses):
+        return analysis.over_scatter({"losses": {"SGD": losses}}, "SGD")
+
+    assert gate([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.5, -0.5]) == pytest.approx(2 / 1.25**0.5)
+    assert gate([2.0, 2.0, 2.0, 2.0, 1.9]) == math.inf
+    assert gate([1.0, 2.0, 2.0, 2.0, 1.9]) == -math.inf
+    assert math.isnan(gate([1.0] * 5))
+    assert math.isnan(gate([1.0, 1.0, 1.0, 1.0, math.inf]))
+
+
+@pytest.mark.parametrize(("chi", "met"), [([0.95, 0.9], True), ([0.95, 0.8], False)])
+def test_a_premise_is_of_the_mean_alignment(chi, met):
+    raw = {"phases": {"SGD": {"chi_gradient": chi}}, "GD": {"chi_gradient": chi}}
+    assert CLAIMS["dom-fails"].premise(raw) is met
+    assert CLAIMS["edge-dom-fails"].premise(raw) is met
+    assert CLAIMS["gd-not-aligned"].premise({"chi_of_sgd": [0.0, *chi]}) is met
+
+
+@pytest.mark.parametrize(("before", "met"), [(0.95, (True, False)), (0.05, (False, True))])
+def test_the_premise_of_a_switch_is_what_was_before_it(before, met):
+    part = {"switch_step": 2, "step": [0, 2, 2, 3], "chi_gradient": [0.5, before, before, 0.5]}
+    raw = {"SGD to GD": part, "GD to SGD": part}
+    names = ("noise-off", "noise-on")
+    assert tuple(CLAIMS[name].premise(raw) for name in names) == met
 
 
 def test_eigenvalues_of_what_diverged_are_drawn_up_to_there():
