@@ -10,11 +10,11 @@ from typing import Final
 
 from benchmarks.papers.raw_files import RawFiles, Record
 from benchmarks.papers.reproduction import KINDS, Exhibit, Kind, Paper, Rows, Scale
-from benchmarks.papers.verdicts import WORDS, Cell, Verdict, explained
+from benchmarks.papers.verdicts import WORDS, Cell, Verdict, Word, explained
 
 PICTURES: Final = "pictures"
 _TEMPLATES: Final = Path(__file__).parent / "templates"
-COUNTS: Final = ("all", *WORDS, "not measured", "explained")
+COUNTS: Final = ("all", *WORDS, "explained")
 """Heads of the columns of ``tally``."""
 
 Verdicts = Mapping[tuple[str, Scale], Sequence[Verdict]]
@@ -72,15 +72,18 @@ def tally(paper: Paper, kind: Kind, verdicts: Sequence[Verdict]) -> list[str]:
         verdicts: on all claims of the paper.
     """
     counted = of_kind(verdicts, kind)
-    words = [found.word for found in counted]
     told = sum(explained(paper, found, verdicts) for found in counted)
-    return list(map(str, [len(words), *map(words.count, (*WORDS, "not measured")), told]))
+    return [*_tally([found.word for found in counted]), str(told)]
 
 
 def tally_cells(verdicts: Iterable[Verdict]) -> list[str]:
     """Returns how many claims there are network by network, by their verdicts there."""
-    words = [cell.word for found in verdicts for cell in found.cells]
-    return list(map(str, [len(words), *map(words.count, (*WORDS, "not measured"))]))
+    return _tally([cell.word for found in verdicts for cell in found.cells])
+
+
+def _tally(words: Sequence[Word]) -> list[str]:
+    """How many words there are, and how often each of them."""
+    return list(map(str, [len(words), *map(words.count, WORDS)]))
 
 
 # --- the page ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from scipy import stats
 
@@ -22,8 +22,8 @@ from benchmarks.papers.raw_files import RawFiles, Record
 from benchmarks.papers.reproduction import Claim, Paper, Scale
 
 Word = Literal["holds", "partly", "fails", "inconclusive", "untestable", "not measured"]
-WORDS: Final[tuple[Word, ...]] = ("holds", "partly", "fails", "inconclusive", "untestable")
-"""Of what was measured; a claim holds *partly* that holds in some of its runs and not in others."""
+"""A claim holds *partly* that holds in some of its runs and not in others."""
+WORDS: Final[tuple[Word, ...]] = get_args(Word)
 FIGURES: Final = 3
 """Seeds that have a figure at least: where fewer have, the claim is untestable there."""
 CONFIDENCE: Final = 0.9

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 import subspace_optim as so
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.song_2024.runs import dataset, problem_of
-from benchmarks.papers.training import train
+from benchmarks.papers.training import Problem, train
 
 BRANCHES: Final = ("plain", "SGD", "Dom", "Bulk")
 """SGD, without momentum, is the control of the plain optimizer: of the same point."""
@@ -51,7 +51,7 @@ def with_momentum(
     for name in ("before", *BRANCHES):
         warm = name == "before"
         control = name == "SGD"
-        stepper = problem.sgd(control_lr) if control else _optimizer(optimizer, problem.model, lr)
+        stepper = problem.sgd(control_lr) if control else _optimizer(optimizer, problem, lr)
         if not warm:
             problem.model.load_state_dict(kept["model"])
         if not warm and not control:
@@ -102,8 +102,8 @@ def _project_gradients(
             loss = closure()
             gradients = [p.grad for p in space.tensors]
             whole = space.flatten(gradients)
-            dominant = subspace.update().project(whole)
-            part = dominant if onto == "dominant" else whole - dominant
+            basis = subspace.update()
+            part = basis.project(whole) if onto == "dominant" else basis.project_out(whole)
             for gradient, value in zip(gradients, space.unflatten(part), strict=True):
                 if gradient is not None:
                     gradient.copy_(value)
@@ -114,8 +114,8 @@ def _project_gradients(
     optimizer.register_step_pre_hook(step_on_part)
 
 
-def _optimizer(name: str, model: torch.nn.Module, lr: float) -> Optimizer:
+def _optimizer(name: str, problem: Problem, lr: float) -> Optimizer:
     """Returns SGD with the paper's momentum, or Adam."""
     if name == "Adam":
-        return torch.optim.Adam(model.parameters(), lr=lr)
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        return torch.optim.Adam(problem.model.parameters(), lr=lr)
+    return problem.sgd(lr, momentum=0.9)

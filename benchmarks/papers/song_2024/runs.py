@@ -276,12 +276,8 @@ def small_rate(
     """GD and SGD side by side from one initialisation: χ_k along both, and how far they part."""
     data = dataset(job, model, examples, pool)
     plain, noisy = (problem_of(job, model, data, width) for _ in range(2))
-    probe, sgd = _probe(plain, data.num_classes, job.seed), noisy.sgd(lr)
-    # Those beyond the dominant ones make these converge, as in the probe.
-    noisy_hessian = noisy.hessian()
-    noisy_subspace = so.DominantSubspace(
-        noisy_hessian, 2 * data.num_classes, refresh=1, tol=1e-2, seed=job.seed
-    )
+    probe, probe_noisy = (_probe(each, data.num_classes, job.seed) for each in (plain, noisy))
+    sgd = noisy.sgd(lr)
     start, other = plain.theta(), noisy.theta()
     # Without checkpoints: the second training lives inside the records of the first.
     job = Job(job.seed, job.device)
@@ -294,8 +290,7 @@ def small_rate(
         done, other = step, noisy.theta()
         theta = plain.theta()
         distances = {"GD": theta - start, "SGD": other - start, "GD to SGD": theta - other}
-        basis = noisy_subspace.refresh().first(data.num_classes)
-        chi = float(so.diagnostics.alignment(noisy_hessian.gradient(), basis))
+        chi = probe_noisy(step)["chi_gradient"]
         lengths = {name: float(d.norm()) for name, d in distances.items()}
         return probe(step) | {"chi_of_sgd": chi} | lengths
 
