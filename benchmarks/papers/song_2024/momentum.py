@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.song_2024.runs import dataset, problem_of
-from benchmarks.papers.training import Problem, train
+from benchmarks.papers.song_2024.runs import dataset, problem_of, watched
+from benchmarks.papers.training import Problem
 
 BRANCHES: Final = ("plain", "SGD", "Dom", "Bulk")
 """SGD, without momentum, is the control of the plain optimizer: of the same point."""
@@ -61,23 +61,20 @@ def with_momentum(
             so.project_updates(stepper, subspace, _PARTS[name])
         elif name in _PARTS:
             _project_gradients(stepper, subspace, _PARTS[name])
-        monitor = so.Monitor(stepper, subspace, every=every if warm else measure)
-        rows = train(
+        raw[name], rows = watched(
             job,
             name,
             problem,
             stepper,
+            subspace,
+            _COLUMNS,
+            every=every if warm else measure,
+            first=0 if warm else switch,
             steps=switch if warm else after,
             batch_size=50,
             replacement=True,
             record=None if warm else lambda _: {"loss": problem.loss()},
-            first=0 if warm else switch,
-            also=(subspace, monitor),
         )
-        monitor.detach()
-        history = monitor.history
-        raw[name] = {column: history[column] for column in _COLUMNS}
-        raw[name]["step"] = [step + (0 if warm else switch) for step in history["step"]]
         if warm:
             kept = copy.deepcopy(
                 {"model": problem.model.state_dict(), "optimizer": stepper.state_dict()}

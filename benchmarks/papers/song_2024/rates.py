@@ -11,11 +11,12 @@ import torch
 import subspace_optim as so
 from benchmarks.losses import mse
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.song_2024.runs import dataset, network
-from benchmarks.papers.training import Problem, train
+from benchmarks.papers.song_2024.runs import dataset, network, watched
+from benchmarks.papers.training import Problem
 
 OPTIMIZERS: Final = ("GD(-m)", "GD(+m)", "Adam(-m)", "Adam(+m)")
 """Without and with momentum 0.9, as the paper names them."""
+_COLUMNS: Final = ("step", "loss", "dom_lr", "bulk_lr", "chi_gradient")
 
 
 def effective_rates(
@@ -54,13 +55,19 @@ def effective_rates(
         subspace = so.DominantSubspace(
             problem.hessian(chunk), data.num_classes, refresh=1, tol=1e-7, seed=job.seed
         )
-        monitor = so.Monitor(optimizer, subspace, every=every)
         losses: list[float] = []
-        also = (subspace, monitor)
-        train(job, name, problem, optimizer, steps=steps, also=also, losses=losses)
-        monitor.detach()
-        history = monitor.history
-        raw[name] = {c: history[c] for c in ("step", "loss", "dom_lr", "bulk_lr", "chi_gradient")}
+        history, _ = watched(
+            job,
+            name,
+            problem,
+            optimizer,
+            subspace,
+            _COLUMNS,
+            every=every,
+            steps=steps,
+            losses=losses,
+        )
+        raw[name] = dict(history)
         # Adam's loss has spikes: a mean over the last tenth, of its logarithm.
         raw[name]["mean_log_loss"] = statistics.fmean(map(math.log, losses[-(steps // 10) :]))
         for rate in ("dom_lr", "bulk_lr"):

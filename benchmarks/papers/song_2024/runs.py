@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import subspace_optim as so
 from benchmarks.data import Dataset
@@ -20,6 +21,7 @@ from benchmarks.papers.checkpoint import Checkpoint
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Problem, Row, train
 from benchmarks.progress import doing
+from subspace_optim.diagnostics.rows import Measures
 
 Columns = dict[str, list[Any]]
 
@@ -61,6 +63,34 @@ def problem_of(job: Job, model: str, data: Dataset, width: int, loss: str = "mse
 def columns(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Columns:
     """Returns rows as columns; what a row lacks is NaN."""
     return {name: [row.get(name, math.nan) for row in rows] for name in names}
+
+
+def watched(
+    job: Job,
+    name: str,
+    problem: Problem,
+    optimizer: Optimizer,
+    subspace: so.DominantSubspace,
+    names: Sequence[str],
+    *,
+    every: int,
+    measures: Measures | None = None,
+    first: int = 0,
+    **how: Any,
+) -> tuple[Columns, list[Row]]:
+    """Trains, as ``train`` does, under the eyes of a ``Monitor``.
+
+    Returns:
+        Columns of the monitor by name, of those that it has, and the rows of ``train``. Steps are
+        counted from the first one of all, where the monitor counts from that of this training.
+    """
+    monitor = so.Monitor(optimizer, subspace, measures=measures, every=every)
+    also = (subspace, monitor)
+    rows = train(job, name, problem, optimizer, first=first, also=also, **how)
+    monitor.detach()
+    history = monitor.history
+    seen = {column: history[column] for column in names if column in history}
+    return seen | {"step": [first + step for step in history["step"]]}, rows
 
 
 # --- the critical experiment: Figures 1-3, 12-17 and 22 ---------------------------------------
@@ -346,24 +376,21 @@ def at_the_edge(
         measures = so.measures.dominant()
         if kind is plain:
             measures.append(so.measures.next_eigenvalues(k))
-        often = every if warm else measure
-        monitor = so.Monitor(optimizer, subspace, measures=measures, every=often)
         losses: list[float] = []
-        train(
+        raw["losses"][name] = losses
+        raw[name], _ = watched(
             job,
             name,
             problem,
             optimizer,
-            steps=switch if warm else after,
+            subspace,
+            _OF_A_MONITOR,
+            every=every if warm else measure,
+            measures=measures,
             first=0 if warm else switch,
-            also=(subspace, monitor),
+            steps=switch if warm else after,
             losses=losses,
         )
-        monitor.detach()
-        history = monitor.history.items()
-        raw[name] = {column: values for column, values in history if column in _OF_A_MONITOR}
-        raw[name]["step"] = [step + (0 if warm else switch) for step in monitor.history["step"]]
-        raw["losses"][name] = losses
         if warm:
             at_switch = copy.deepcopy(problem.model.state_dict())
     return raw
