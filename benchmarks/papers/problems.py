@@ -101,7 +101,13 @@ def randomly_labelled(data: Dataset, job: Job) -> Dataset:
 
 
 def blobs(
-    clusters: int, examples: int, dimension: int, *, covariance: float, job: Job
+    clusters: int,
+    examples: int,
+    dimension: int,
+    *,
+    covariance: float,
+    job: Job,
+    between: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns Gaussian clusters, their centres standard normal, normalised globally.
 
@@ -114,6 +120,8 @@ def blobs(
         dimension: of the inputs.
         covariance: scale of the covariance of the clusters.
         job: the seed.
+        between: scale of the covariance in the span of the centres, where it is another one: what
+            is noise across that span makes the clusters no less separable.
 
     Returns:
         Inputs ``(examples, dimension)``, and classes.
@@ -123,6 +131,9 @@ def blobs(
     centres = torch.randn(clusters, dimension, generator=generator)
     noise = torch.randn(examples, dimension, generator=generator)
     x = centres[y] + math.sqrt(covariance) * noise
+    if between is not None:
+        span = torch.linalg.qr(centres.T).Q
+        x += (math.sqrt(between) - math.sqrt(covariance)) * (noise @ span @ span.T)
     x = (x - x.mean()) / x.std()
     return x.to(job.device), y.to(job.device)
 

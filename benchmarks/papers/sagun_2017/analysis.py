@@ -197,6 +197,37 @@ def negative_share_grows(raw: Raw) -> float:
     return shares[-1] / shares[0] if shares[0] else math.nan
 
 
+def later_weights(network: Raw) -> int:
+    """Of a network with ten classes, and a bias in each layer: all but those of the first layer."""
+    width = network["width"]
+    return int((width + 1) * (width + 10))
+
+
+def negative_of_later(raw: Raw) -> list[float]:
+    """Negative eigenvalues of each network over its weights behind the first layer.
+
+    With ReLU outputs are piecewise linear in the first layer's weights: in their block the second
+    part of the Hessian is zero, and the first is nowhere negative. So in their span the Hessian is
+    not negative, and has at most as many negative eigenvalues as there are other weights.
+    """
+    return [
+        network["negative"] * network["size"] / later_weights(network)
+        for network in raw["networks"]
+        if "negative" in network
+    ]
+
+
+def most_negative_of_later(raw: Raw) -> float:
+    """The largest of these shares."""
+    return max(negative_of_later(raw))
+
+
+def negative_of_later_grows(raw: Raw) -> float:
+    """That share in the largest network, over the smallest one's."""
+    shares = negative_of_later(raw)
+    return shares[-1] / shares[0]
+
+
 def large_over_small(raw: Raw) -> float:
     """Geometric mean of the ten largest eigenvalues: of large batches over of small ones."""
     large, small = (np.array(network["right"][:10]) for network in raw["networks"])

@@ -45,6 +45,7 @@ def clusters(
     lr: float,
     loss: float | None,
     classes: int | None = None,
+    between: float | None = None,
 ) -> Raw:
     """Trains on Gaussian clusters, and counts the outliers of the Hessian (Figures 2, 3, Table 1).
 
@@ -61,6 +62,7 @@ def clusters(
         lr: learning rate.
         loss: at which a training ends; ``None``: where the mean eigenvalue is the printed one.
         classes: cluster c is of class c modulo so many; ``None``: each is a class.
+        between: covariance in the span of the centres, see ``blobs``.
 
     Returns:
         A row for each covariance and number of clusters.
@@ -68,7 +70,7 @@ def clusters(
     algorithm = "GD" if batch_size is None else "SGD"
     rows = []
     for covariance, count in itertools.product(covariances, clusters):
-        x, y = blobs(count, examples, inputs, covariance=covariance, job=job)
+        x, y = blobs(count, examples, inputs, covariance=covariance, job=job, between=between)
         outputs = classes or count
         sizes = (inputs, hidden, hidden, outputs)
         model = made(job, partial(fully_connected, sizes, _ACTIVATIONS[activation]))

@@ -18,7 +18,9 @@ from benchmarks.papers.sagun_2017.analysis import (
     Offsets,
     agreeing,
     beside,
+    later_weights,
     left_edge_distances,
+    negative_of_later,
     next_clusters,
     other_covariance,
     other_edge_distance,
@@ -85,11 +87,16 @@ def _rows_by(of_seeds: Mapping[int, Raw], *names: str) -> dict[tuple[Any, ...], 
 def table_moves(raws: RawOfSeeds) -> Rows:
     """Returns how far other data move outliers and bulk, of networks of one size and one loss."""
     rows = [["from", "to", "classes", "elbow", "outliers, factor", "bulk, factor", "losses"]]
-    for run, pairs_of in (("more-clusters", next_clusters), ("sgd-relu-even", other_covariance)):
+    for run, pairs_of, where in (
+        ("more-clusters", next_clusters, ""),
+        ("sgd-relu-even", other_covariance, ""),
+        ("scattered", other_covariance, " across"),
+    ):
         found: dict[tuple[str, str, int], list[tuple[Raw, Raw]]] = {}
         for _, raw in sorted(raws[run].items()):
             for a, b in pairs_of(raw):
-                found.setdefault((_data_of(a), _data_of(b), b["classes"]), []).append((a, b))
+                key = (_data_of(a), _data_of(b) + where, b["classes"])
+                found.setdefault(key, []).append((a, b))
         for (first, second, classes), pairs in found.items():
             factors = [over_seeds(b[name] / a[name] for a, b in pairs) for name in _MOVED]
             elbows = (
@@ -128,6 +135,21 @@ def table_growth(raws: RawOfSeeds) -> Rows:
     steps = over_seeds(raw["other"]["steps"] for raw in seeds)
     other = over_seeds(map(other_edge_distance, seeds))
     return [*rows, ["other data", rows[-1][1], steps, "", other, "", ""]]
+
+
+def table_negative(raws: RawOfSeeds) -> Rows:
+    """Returns how many eigenvalues are negative, beside all weights and those of later layers."""
+    rows = [["images", "width", "P", "later weights", "negative, of P", "of the later weights"]]
+    for run, images in (("growth", "14x14"), ("small-images", "7x7")):
+        seeds = [raw for _, raw in sorted(raws[run].items())]
+        of_later = [negative_of_later(raw) for raw in seeds]
+        for at, network in enumerate(seeds[0]["networks"] if seeds else []):
+            if "negative" in network:
+                sizes = [f"{network['size']:,}", f"{later_weights(network):,}"]
+                of_all = over_seeds(raw["networks"][at]["negative"] for raw in seeds)
+                shares = [of_all, over_seeds(found[at] for found in of_later)]
+                rows.append([images, str(network["width"]), *sizes, *shares])
+    return rows
 
 
 def table_parts(raws: RawOfSeeds) -> Rows:

@@ -18,7 +18,12 @@ from benchmarks.papers.networks import fully_connected, made
 from benchmarks.papers.problems import blobs
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.sagun_2017 import analysis, clusters, random_matrices, runs
-from benchmarks.papers.sagun_2017.pictures import table_clusters, table_growth, table_moves
+from benchmarks.papers.sagun_2017.pictures import (
+    table_clusters,
+    table_growth,
+    table_moves,
+    table_negative,
+)
 from benchmarks.papers.training import Problem
 from tests.benchmarks.papers.tiny import claim_of
 from tests.benchmarks.papers.tiny import size as tiny_size
@@ -184,6 +189,20 @@ def test_more_clusters_than_classes(measured: Callable[[str], Raw]) -> None:
     assert [row[:3] for row in moves[1:]] == [[*data[:2], "3"], [*data[1:], "3"]]
 
 
+def test_clusters_scatter_by_two_covariances() -> None:
+    """In the span of their centres by one, across it by the other."""
+    x, y = blobs(3, 6000, 5, covariance=9.0, job=Job(3), between=1.0)
+    x = x.double()
+    centres = torch.stack([x[y == c].mean(0) for c in range(3)])
+    spread = torch.cat([x[y == c] - centres[c] for c in range(3)]).T.cov()
+    variances, directions = torch.linalg.eigh(spread)
+    ratio = variances / variances[:3].mean()
+    np.testing.assert_allclose(ratio, [1, 1, 1, 9, 9], rtol=0.1)
+    # Centres differ within the span alone, up to the error of their estimates.
+    moved = (centres - centres.mean(0)) @ directions
+    assert moved[:, 3:].abs().max() < 0.1 * moved[:, :3].abs().max()
+
+
 # --- edges ---------------------------------------------------------------------------------------
 
 
@@ -261,6 +280,33 @@ def test_networks_that_are_not_exact_have_no_left_edge(measured: Callable[[str],
 def test_no_negative_eigenvalue_refutes_that_there_are() -> None:
     positive = torch.linspace(1, 0, 100, dtype=torch.float64)
     assert not claim("negative-but-tiny").holds(analysis.most_negative(networks(positive)))
+
+
+def test_negative_eigenvalues_are_no_more_than_later_weights(
+    measured: Callable[[str], Raw],
+) -> None:
+    """As the whole Hessian of one network has it: nowhere negative in the first layer's block."""
+    job = Job()
+    x, y = blobs(10, 40, 6, covariance=1.0, job=job)
+    model = made(job, lambda: fully_connected((6, 4, 4, 10))).double()
+    problem = Problem(model, nn.CrossEntropyLoss(), x.double(), y)
+    spectrum = so.diagnostics.exact_spectrum(problem.hessian())
+    negative = int((spectrum < -1e-6 * spectrum[0]).sum())
+    first, *later = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    bound = sum(p.numel() for layer in later for p in layer.parameters())
+    assert first.in_features == 6
+    assert analysis.later_weights({"width": 4}) == bound
+    assert 0 < negative <= bound < len(spectrum)
+    network = {"negative": negative / len(spectrum), "size": len(spectrum), "width": 4}
+    both = {"networks": [network | {"negative": network["negative"] / 2}, network]}
+    assert analysis.negative_of_later_grows(both) == pytest.approx(2)
+    assert not claim("later-weights-hold-negatives").holds(2)
+    raw = measured("small-images")
+    theorem = claim("later-weights-bound-negatives")
+    assert theorem.holds(theorem.measure(raw))
+    assert not theorem.holds(theorem.measure({"networks": [network | {"negative": 0.9}]}))
+    table = table_negative(NOTHING | {"small-images": {0: raw}})
+    assert [row[:2] for row in table[1:]] == [["7x7", "3"], ["7x7", "6"]]
 
 
 def test_large_batches_are_over_small_ones() -> None:
