@@ -30,8 +30,24 @@ from benchmarks.papers.paper_page import (
     tally,
 )
 from benchmarks.papers.raw_files import RawFiles
-from benchmarks.papers.reproduction import FIRST, KINDS, LEAST_SEEDS, SCALES, Paper, Rows, Scale
-from benchmarks.papers.verdicts import CONFIDENCE, Cell, Verdict, explained, verdict
+from benchmarks.papers.reproduction import (
+    FIRST,
+    KINDS,
+    LEAST_SEEDS,
+    SCALES,
+    SECOND_LOOK,
+    Paper,
+    Rows,
+    Scale,
+)
+from benchmarks.papers.verdicts import (
+    CONFIDENCE,
+    CONFIDENCE_AGAIN,
+    Cell,
+    Verdict,
+    explained,
+    verdict,
+)
 
 RAW: Final = "raw"
 CLAIMS: Final = "claims.json"
@@ -157,6 +173,7 @@ def _entry(
 def _cell(cell: Cell) -> dict[str, Any]:
     low, mean, high = map(_number, cell.interval)
     found: dict[str, Any] = {"verdict": cell.word, "mean": mean, "interval": [low, high]}
+    found["confidence"] = cell.confidence
     found["figures"] = {str(seed): _number(figure) for seed, figure in cell.figures.items()}
     if cell.premises:
         found["premise"] = {str(seed): bool(met) for seed, met in cell.premises.items()}
@@ -187,12 +204,18 @@ def _index(results: RawFiles, papers: Mapping[str, Paper], verdicts: Verdicts) -
         "index",
         counts=markdown(counts),
         kinds=markdown(_kinds(papers, verdicts)),
-        confidence=f"{CONFIDENCE:.0%}".replace("%", " %"),
+        confidence=_percent(CONFIDENCE),
+        confidence_again=_percent(CONFIDENCE_AGAIN),
+        again=SECOND_LOOK,
         seeds=LEAST_SEEDS,
         first=FIRST,
         hours=f"{hours(made):.1f}",
         sizes="\n".join(sizes),
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
 
 
 def _kinds(papers: Mapping[str, Paper], verdicts: Verdicts) -> Rows:

@@ -24,6 +24,8 @@ SCALES: Final[tuple[Scale, ...]] = ("small", "paper")
 FIRST: Final = 10
 """The first seed that decides; some of those before it were seen as rules and sizes were chosen."""
 LEAST_SEEDS: Final = 5
+SECOND_LOOK: Final = 20
+"""Seeds of a run that a claim was inconclusive about, where more of them are cheap."""
 
 Kind = Literal["claim", "number", "identity", "misprint", "ours"]
 KINDS: Final[dict[Kind, str]] = {
@@ -78,6 +80,8 @@ class Run:
         title: in pictures and tables, where it is not the name.
         version: of what is measured; raw files of another version are measured anew.
         seeds: how many, from ``FIRST`` on.
+        looked_again: whether it was to have fewer, and got ``SECOND_LOOK`` of them because a claim
+            of the paper about it was inconclusive.
         reading: of what the paper leaves open, in words.
         reading_of: the run of the primary reading, where this is another one.
     """
@@ -90,6 +94,7 @@ class Run:
     title: str = ""
     version: int = 1
     seeds: int = LEAST_SEEDS
+    looked_again: bool = False
     reading: str = ""
     reading_of: str = ""
 
@@ -100,7 +105,7 @@ class Run:
     @property
     def deciding(self) -> range:
         """The seeds that decide."""
-        return range(FIRST, FIRST + self.seeds)
+        return range(FIRST, FIRST + (SECOND_LOOK if self.looked_again else self.seeds))
 
     def size(self, scale: Scale) -> dict[str, Any]:
         """Returns the arguments of ``measure``."""

@@ -4,7 +4,9 @@ A *cell* is a claim in one run. Its mean over seeds has a 90 % interval of Stude
 *holds* there if all of the interval is on the right side of the threshold, *fails* if all of it is
 on the wrong side, and else is *inconclusive*. So what is just at its threshold is said to hold once
 in twenty times, and to fail as often. The seeds are those that the run was told to have beforehand,
-all of them. A claim as a whole holds if it does in each of its runs that can be tested.
+all of them; where it got more because they left a claim open, all intervals about it are of 95 %,
+since looking twice is right by chance more often. A claim as a whole holds if it does in each of
+its runs that can be tested.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ WORDS: Final[tuple[Word, ...]] = get_args(Word)
 FIGURES: Final = 3
 """Seeds that have a figure at least: where fewer have, the claim is untestable there."""
 CONFIDENCE: Final = 0.9
+CONFIDENCE_AGAIN: Final = 0.95
+"""Of a run that got more seeds after a first look."""
 _TINY: Final = 1e-12
 """Figures below this are told apart from zero alone."""
 
@@ -41,6 +45,7 @@ class Cell:
         seeds: those that the run is to have.
         figures: by the seed; NaN where there is none.
         premises: by the seed, whether what the paper takes for granted is so; empty without one.
+        confidence: of the interval.
     """
 
     claim: Claim
@@ -48,6 +53,7 @@ class Cell:
     seeds: range
     figures: Mapping[int, float]
     premises: Mapping[int, bool]
+    confidence: float = CONFIDENCE
 
     @property
     def numbers(self) -> Sequence[float]:
@@ -62,15 +68,15 @@ class Cell:
         median, between figures that are both beyond the true one as rarely: of 5 the smallest and
         the largest, each once in 32.
         """
-        numbers = self.numbers
+        numbers, beyond = self.numbers, (1 - self.confidence) / 2
         if len(numbers) < 2:
             return (math.nan, math.nan, math.nan)
         if not all(map(math.isfinite, numbers)) or (self.claim.geometric and min(numbers) <= 0):
-            return _median_between(numbers)
+            return _median_between(numbers, beyond)
         if self.claim.geometric:
             numbers = [math.log(number) for number in numbers]
         mean, error = statistics.fmean(numbers), statistics.stdev(numbers) / len(numbers) ** 0.5
-        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(numbers) - 1)) * error
+        reach = float(stats.t.isf(beyond, len(numbers) - 1)) * error
         ends = (mean - reach, mean, mean + reach)
         if self.claim.geometric:
             return (math.exp(ends[0]), math.exp(ends[1]), math.exp(ends[2]))
@@ -89,13 +95,15 @@ class Cell:
         return "fails" if self.claim.below(high) or self.claim.above(low) else "inconclusive"
 
     def __str__(self) -> str:
-        """The mean with its interval, and how many seeds have a figure where not all have."""
+        """The mean with its interval; how many seeds have a figure, where not as many as usual."""
         low, mean, high = (written(self.claim, value) for value in self.interval)
         text = mean if low == high else f"{mean} [{low}, {high}]"
         if len(self.numbers) < 2:
             text = "".join(written(self.claim, value) for value in self.numbers) or "–"
         missing = len(self.figures) - len(self.numbers)
-        return f"{text} ({len(self.numbers)} of {len(self.figures)})" if missing else text
+        if missing:
+            text = f"{text} ({len(self.numbers)} of {len(self.figures)})"
+        return text if self.confidence == CONFIDENCE else f"{text} (looked again)"
 
 
 @dataclass(frozen=True)
@@ -155,14 +163,15 @@ def verdict(results: RawFiles, paper: Paper, claim: Claim, scale: Scale) -> Verd
     """Returns the verdict on a claim from the raw files that there are."""
 
     def cell(run: str) -> Cell:
-        seeds, found = paper.run(run).deciding, results.of(paper, run, scale)
+        told, found = paper.run(run), results.of(paper, run, scale)
+        seeds, confidence = told.deciding, CONFIDENCE_AGAIN if told.looked_again else CONFIDENCE
         raws = {
             seed: found[seed].raw for seed in seeds if seed in found and decides(claim, found[seed])
         }
         figures = {seed: _figure(claim, raw) for seed, raw in raws.items()}
         premise = claim.premise
         premises = {} if premise is None else {seed: premise(raw) for seed, raw in raws.items()}
-        return Cell(claim, run, seeds, figures, premises)
+        return Cell(claim, run, seeds, figures, premises, confidence)
 
     readings = {run: [cell(other.name) for other in paper.readings_of(run)] for run in claim.runs}
     return Verdict(
@@ -206,11 +215,11 @@ def _figure(claim: Claim, raw: dict[str, object]) -> float:
         return math.nan
 
 
-def _median_between(numbers: Sequence[float]) -> tuple[float, float, float]:
-    """The median, between the figures that it is beyond with a probability of 5 % at most."""
+def _median_between(numbers: Sequence[float], beyond: float) -> tuple[float, float, float]:
+    """The median, between the figures that it is beyond with that probability at most."""
     numbers = sorted(numbers)
-    beyond = [stats.binom.cdf(i, len(numbers), 0.5) for i in range(len(numbers) // 2)]
-    rarely = [i for i, chance in enumerate(beyond) if chance <= (1 - CONFIDENCE) / 2]
+    chances = [stats.binom.cdf(i, len(numbers), 0.5) for i in range(len(numbers) // 2)]
+    rarely = [i for i, chance in enumerate(chances) if chance <= beyond]
     if not rarely:
         return -math.inf, statistics.median(numbers), math.inf
     return numbers[rarely[-1]], statistics.median(numbers), numbers[-1 - rarely[-1]]

@@ -75,6 +75,7 @@ def test_claims_have_their_raw_files_and_hashes(folder):
         "verdict": "holds",
         "mean": 0.62,
         "interval": [0.604926, 0.635074],
+        "confidence": 0.9,
         "figures": {"10": 0.6, "11": 0.61, "12": 0.62, "13": 0.63, "14": 0.64},
     }
     assert up["readings"]["eyed"]["verdict"] == "fails"

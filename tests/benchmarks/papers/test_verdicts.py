@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.papers.raw_files import RawFiles, measure
-from benchmarks.papers.reproduction import FIRST, Cause, Claim, Job, Run
+from benchmarks.papers.reproduction import FIRST, SECOND_LOOK, Cause, Claim, Job, Run
 from benchmarks.papers.verdicts import Cell, explained, verdict
 from tests.benchmarks.papers.made_up import PAPER, first
 
@@ -54,6 +54,24 @@ def test_an_interval_has_the_mean_in_nine_of_ten_draws():
         )
     ]
     assert np.mean(within) == pytest.approx(0.9, abs=0.02)  # three deviations
+
+
+def test_a_run_that_is_looked_at_again_has_more_seeds_and_wider_intervals(tmp_path):
+    """Its first seeds alone decide nothing any more."""
+    run = replace(PAPER.run("steep"), looked_again=True)
+    paper = replace(PAPER, runs=(run, *(each for each in PAPER.runs if each.name != "steep")))
+    results, claim = RawFiles(tmp_path), replace(claim_of("up"), runs=("steep",))
+    for seed in range(FIRST, FIRST + SECOND_LOOK):
+        assert verdict(results, paper, claim, "small").word == "not measured"
+        results.write(measure(paper, run, "small", Job(seed)))
+    (found,) = verdict(results, paper, claim, "small").cells
+    assert found.word != "not measured"
+    assert len(found.figures) == SECOND_LOOK == 20
+    values = list(found.figures.values())
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    low, _, high = found.interval
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    assert str(found).endswith("(looked again)")
 
 
 @pytest.mark.parametrize(
