@@ -20,6 +20,7 @@ from benchmarks.papers.paper_page import (
     COUNTS,
     PICTURES,
     Verdicts,
+    consecutive,
     filled,
     hours,
     markdown,
@@ -235,7 +236,7 @@ def _sizes(results: RawFiles, paper: Paper) -> Rows:
         size = ", ".join(f"{name} {_text(value)}" for name, value in run.small.items())
         seconds = [record.seconds for record in made.values()]
         minutes = f"{statistics.median(seconds) / 60:.1f}" if seconds else "not run"
-        rows.append([f"`{run.name}`", run.what, shown, size, " ".join(map(str, made)), minutes])
+        rows.append([f"`{run.name}`", run.what, shown, size, consecutive(made), minutes])
     return rows
 
 

@@ -58,6 +58,17 @@ def hours(made: Iterable[Record]) -> float:
     return sum(record.seconds for record in made) / 3600
 
 
+def consecutive(seeds: Iterable[int]) -> str:
+    """Returns numbers as a text, such as "10 to 14, 16"."""
+    found: list[list[int]] = []
+    for seed in sorted(seeds):
+        if found and seed == found[-1][-1] + 1:
+            found[-1].append(seed)
+        else:
+            found.append([seed])
+    return ", ".join(f"{part[0]} to {part[-1]}" if part[1:] else f"{part[0]}" for part in found)
+
+
 def of_kind(verdicts: Iterable[Verdict], kind: Kind) -> list[Verdict]:
     """Returns those on claims of that kind."""
     return [verdict for verdict in verdicts if verdict.claim.kind == kind]
@@ -136,7 +147,7 @@ def _scale(results: RawFiles, paper: Paper, scale: Scale, verdicts: Sequence[Ver
         counts=markdown(_counts(paper, verdicts)),
         rules=_rules(paper),
         machines=_machines(made),
-        seeds=", ".join(map(str, sorted({record.seed for record in made}))),
+        seeds=consecutive({record.seed for record in made}),
         hours=f"{hours(made):.1f}",
         claims="\n".join(claims),
         readings=_section(3, "Readings", _readings(paper, verdicts)),
@@ -165,7 +176,7 @@ def _counts(paper: Paper, verdicts: Sequence[Verdict]) -> Rows:
 
 
 def _rules(paper: Paper) -> str:
-    return f" They are those of commit `{paper.rules}`." if paper.rules else ""
+    return f" They are those of commit {paper.rules}." if paper.rules else ""
 
 
 def _machines(made: Iterable[Record]) -> str:

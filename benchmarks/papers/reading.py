@@ -119,7 +119,7 @@ def _prose(text: str) -> Data:
     head, address, *rules = _paragraphs(opening)
     told: Data = {"citation": head.removeprefix("# "), "address": address.strip("<>")}
     if rules:
-        told["rules"] = rules[0].removeprefix("Rules: ").strip("`")
+        told["rules"] = rules[0].removeprefix("Rules: ").rstrip(".")
     for part in parts:
         heading, _, body = part.partition("\n")
         name = _SECTIONS.get(heading.strip())

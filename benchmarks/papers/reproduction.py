@@ -241,7 +241,8 @@ class Paper:
         did_not: ... what did not come out.
         causes: of claims that do not hold in all of their runs, by name. They, and what came out
             and did not, are written after the runs.
-        rules: the commit that rules, readings and sizes are of; empty before there is one.
+        rules: the commit that rules, readings and sizes are of, and those of what was added after
+            it, in words; empty before there is one.
     """
 
     key: str

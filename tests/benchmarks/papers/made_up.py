@@ -86,5 +86,5 @@ PAPER = Paper(
     },
     came_out=("Lines go up.",),
     depends=("Some are steep.",),
-    rules="abc123",
+    rules="`abc123`, of `steep` `def456`",
 )

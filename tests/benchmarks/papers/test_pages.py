@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from benchmarks.papers.pages import RAW, publish, render
-from benchmarks.papers.paper_page import PICTURES
+from benchmarks.papers.paper_page import PICTURES, consecutive
 from benchmarks.papers.raw_files import RawFiles, measure
 from benchmarks.papers.reproduction import Job
 from tests.benchmarks.papers.made_up import PAPER
@@ -30,7 +30,7 @@ def test_a_page_has_verdicts_figures_tables_and_differences(folder):
     assert "| Claims | 3 | 1 | 1 | 0 | 0 | 1 | 0 | 1 |" in page
     assert "| network by network | 5 | 3 | 0 | 1 | 0 | 1 | 0 |" in page
     assert "| Claims of ours | 1 | 0 | 0 | 1 | 0 | 0 | 0 | 0 |" in page
-    assert "They are those of commit `abc123`." in page
+    assert "They are those of commit `abc123`, of `steep` `def456`." in page
     assert "| `up`: It goes up. | eq. 1 | y(1) ≥ 0.3 | `steep` 2.12 [2.1, 2.14]<br>" in page
     # Where the claim does not hold, the figure is in bold.
     assert "y(1) ≥ 1<br>Standing still is 0. |" in page
@@ -57,14 +57,20 @@ def test_a_page_has_verdicts_figures_tables_and_differences(folder):
     assert "- There is no paper." in page
     assert "Nothing was run at `paper`: the paper's own sizes are for a GPU" in page
     assert "Of the same size at both: `flat`, `eyed`." in page
-    assert "Seeds 10, 11, 12, 13, 14;" in page
+    assert "Seeds 10 to 14;" in page
     assert (folder / PICTURES / "made_up-figure-1.png").read_bytes().startswith(b"\x89PNG")
     index = (folder / "index.md").read_text()
     link = "[Nobody 1900, On lines](made_up.md)"
     assert f"| {link} | `small` | 3 | 1 | 1 | 0 | 0 | 1 | 0 | 1 |" in index
     assert "| Identities | 1 | 0 | 0 | 0 | 1 | 0 | 0 | 0 |" in index
     assert "`paper` |" not in index  # nothing was run at it, as the page says
-    assert "| `steep` | a steep line | figure-1 | slope 2 | 10 11 12 13 14 | 0.0 |" in index
+    assert "| `steep` | a steep line | figure-1 | slope 2 | 10 to 14 | 0.0 |" in index
+
+
+def test_seeds_that_follow_one_another_are_told_by_their_ends():
+    assert consecutive({12, 10, 11, 16, 14, 15}) == "10 to 12, 14 to 16"
+    assert consecutive([7]) == "7"
+    assert consecutive([]) == ""
 
 
 def test_claims_have_their_raw_files_and_hashes(folder):

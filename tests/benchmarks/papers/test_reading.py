@@ -70,7 +70,7 @@ def test_the_rule_of_a_claim_has_all_that_decides(paper):
 def test_the_page_has_its_prose(paper):
     assert paper.citation == "Nobody 1900, On lines"
     assert paper.address == "https://example.org"
-    assert paper.rules == "abc123"
+    assert paper.rules == "`abc123`; of `steep` `def456`"
     assert paper.came_out == ("Lines go up.", "And on.")
     assert (paper.depends, paper.did_not) == ((), ())
     assert paper.causes == {
