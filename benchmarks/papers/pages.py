@@ -175,6 +175,8 @@ def _cell(cell: Cell) -> dict[str, Any]:
     low, mean, high = map(_number, cell.interval)
     found: dict[str, Any] = {"verdict": cell.word, "mean": mean, "interval": [low, high]}
     found["confidence"] = cell.confidence
+    if cell.first is not None:
+        found["at_first"] = {"verdict": cell.first.word, "interval": str(cell.first)}
     found["figures"] = {str(seed): _number(figure) for seed, figure in cell.figures.items()}
     if cell.premises:
         found["premise"] = {str(seed): bool(met) for seed, met in cell.premises.items()}

@@ -201,7 +201,8 @@ def _claims(paper: Paper, kind: Kind, verdicts: Sequence[Verdict]) -> str:
     for found in shown:
         claim = found.claim
         says = f"`{claim.name}`{' †' * (kind == 'ours')}: {claim.says}"
-        rule = "<br>".join(filter(None, (claim.inequality, claim.threshold)))
+        inequality = f"{claim.inequality}{', geometric mean' * claim.geometric}"
+        rule = "<br>".join(filter(None, (inequality, claim.threshold)))
         figures = "<br>".join(_figures(cell) for cell in found.cells)
         row = [says, claim.source, rule, figures]
         if premises:

@@ -80,8 +80,7 @@ class Run:
         title: in pictures and tables, where it is not the name.
         version: of what is measured; raw files of another version are measured anew.
         seeds: how many, from ``FIRST`` on.
-        looked_again: whether it was to have fewer, and got ``SECOND_LOOK`` of them because a claim
-            of the paper about it was inconclusive.
+        looked_again: names of the claims that these left open, for which there are ``SECOND_LOOK``.
         reading: of what the paper leaves open, in words.
         reading_of: the run of the primary reading, where this is another one.
     """
@@ -94,18 +93,25 @@ class Run:
     title: str = ""
     version: int = 1
     seeds: int = LEAST_SEEDS
-    looked_again: bool = False
+    looked_again: Sequence[str] = ()
     reading: str = ""
     reading_of: str = ""
 
     def __post_init__(self) -> None:
         if self.seeds < LEAST_SEEDS:
             raise ValueError(f"run {self.name!r} has {self.seeds} seeds: at least {LEAST_SEEDS}")
+        if self.looked_again and self.seeds >= SECOND_LOOK:
+            raise ValueError(f"run {self.name!r} has {self.seeds} seeds: no second look has more")
+
+    @property
+    def first_look(self) -> range:
+        """The seeds that decide at first."""
+        return range(FIRST, FIRST + self.seeds)
 
     @property
     def deciding(self) -> range:
-        """The seeds that decide."""
-        return range(FIRST, FIRST + (SECOND_LOOK if self.looked_again else self.seeds))
+        """The seeds that decide, all that there are to be."""
+        return range(FIRST, FIRST + SECOND_LOOK) if self.looked_again else self.first_look
 
     def size(self, scale: Scale) -> dict[str, Any]:
         """Returns the arguments of ``measure``."""
@@ -266,6 +272,10 @@ class Paper:
         for user, runs in users:
             if missing := set(runs) - names:
                 raise ValueError(f"{self.key}: {user} needs runs that there are not: {missing}")
+        for run in self.runs:
+            about = {claim.name for claim in self.claims_about(run)}
+            if unknown := set(run.looked_again) - about:
+                raise ValueError(f"{self.key}: {run.name} is looked at again for none of {unknown}")
         known = names | {claim.name for claim in self.claims}
         for name, cause in self.causes.items():
             if missing := set(cause.shown_by) - known:

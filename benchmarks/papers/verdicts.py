@@ -4,8 +4,8 @@ A *cell* is a claim in one run. Its mean over seeds has a 90 % interval of Stude
 *holds* there if all of the interval is on the right side of the threshold, *fails* if all of it is
 on the wrong side, and else is *inconclusive*. So what is just at its threshold is said to hold once
 in twenty times, and to fail as often. The seeds are those that the run was told to have beforehand,
-all of them; where it got more because they left a claim open, all intervals about it are of 95 %,
-since looking twice is right by chance more often. A claim as a whole holds if it does in each of
+all of them. Where they left a claim open, and the run was looked at again with more, intervals of
+98 % keep both looks together to once in seventeen. A claim as a whole holds if it does in each of
 its runs that can be tested.
 """
 
@@ -29,8 +29,8 @@ WORDS: Final[tuple[Word, ...]] = get_args(Word)
 FIGURES: Final = 3
 """Seeds that have a figure at least: where fewer have, the claim is untestable there."""
 CONFIDENCE: Final = 0.9
-CONFIDENCE_AGAIN: Final = 0.95
-"""Of a run that got more seeds after a first look."""
+CONFIDENCE_AGAIN: Final = 0.98
+"""Of a run that is looked at again."""
 _TINY: Final = 1e-12
 """Figures below this are told apart from zero alone."""
 
@@ -45,7 +45,7 @@ class Cell:
         seeds: those that the run is to have.
         figures: by the seed; NaN where there is none.
         premises: by the seed, whether what the paper takes for granted is so; empty without one.
-        confidence: of the interval.
+        first: what it was at the first look, where the run was looked at again.
     """
 
     claim: Claim
@@ -53,7 +53,12 @@ class Cell:
     seeds: range
     figures: Mapping[int, float]
     premises: Mapping[int, bool]
-    confidence: float = CONFIDENCE
+    first: Cell | None = None
+
+    @property
+    def confidence(self) -> float:
+        """Of the interval."""
+        return CONFIDENCE if self.first is None else CONFIDENCE_AGAIN
 
     @property
     def numbers(self) -> Sequence[float]:
@@ -103,7 +108,7 @@ class Cell:
         missing = len(self.figures) - len(self.numbers)
         if missing:
             text = f"{text} ({len(self.numbers)} of {len(self.figures)})"
-        return text if self.confidence == CONFIDENCE else f"{text} (looked again)"
+        return text if self.first is None else f"{text}, at first {self.first}"
 
 
 @dataclass(frozen=True)
@@ -164,14 +169,18 @@ def verdict(results: RawFiles, paper: Paper, claim: Claim, scale: Scale) -> Verd
 
     def cell(run: str) -> Cell:
         told, found = paper.run(run), results.of(paper, run, scale)
-        seeds, confidence = told.deciding, CONFIDENCE_AGAIN if told.looked_again else CONFIDENCE
+        seeds, first = told.deciding, None
         raws = {
             seed: found[seed].raw for seed in seeds if seed in found and decides(claim, found[seed])
         }
         figures = {seed: _figure(claim, raw) for seed, raw in raws.items()}
         premise = claim.premise
         premises = {} if premise is None else {seed: premise(raw) for seed, raw in raws.items()}
-        return Cell(claim, run, seeds, figures, premises, confidence)
+        if told.looked_again:
+            seen = told.first_look
+            before = {seed: figure for seed, figure in figures.items() if seed in seen}
+            first = Cell(claim, run, seen, before, {})
+        return Cell(claim, run, seeds, figures, premises, first)
 
     readings = {run: [cell(other.name) for other in paper.readings_of(run)] for run in claim.runs}
     return Verdict(

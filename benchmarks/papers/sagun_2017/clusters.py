@@ -46,6 +46,7 @@ def clusters(
     loss: float | None,
     classes: int | None = None,
     between: float | None = None,
+    across: float | None = None,
 ) -> Raw:
     """Trains on Gaussian clusters, and counts the outliers of the Hessian (Figures 2, 3, Table 1).
 
@@ -62,7 +63,8 @@ def clusters(
         lr: learning rate.
         loss: at which a training ends; ``None``: where the mean eigenvalue is the printed one.
         classes: cluster c is of class c modulo so many; ``None``: each is a class.
-        between: covariance in the span of the centres, see ``blobs``.
+        between: in the span of the centres the covariance is always that.
+        across: across that span it is always that.
 
     Returns:
         A row for each covariance and number of clusters.
@@ -70,7 +72,8 @@ def clusters(
     algorithm = "GD" if batch_size is None else "SGD"
     rows = []
     for covariance, count in itertools.product(covariances, clusters):
-        x, y = blobs(count, examples, inputs, covariance=covariance, job=job, between=between)
+        scales = (covariance, between) if across is None else (across, covariance)
+        x, y = blobs(count, examples, inputs, covariance=scales[0], between=scales[1], job=job)
         outputs = classes or count
         sizes = (inputs, hidden, hidden, outputs)
         model = made(job, partial(fully_connected, sizes, _ACTIVATIONS[activation]))

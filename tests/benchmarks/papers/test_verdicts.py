@@ -9,7 +9,7 @@ from scipy import stats
 
 from benchmarks.papers.raw_files import RawFiles, measure
 from benchmarks.papers.reproduction import FIRST, SECOND_LOOK, Cause, Claim, Job, Run
-from benchmarks.papers.verdicts import Cell, explained, verdict
+from benchmarks.papers.verdicts import CONFIDENCE, CONFIDENCE_AGAIN, Cell, explained, verdict
 from tests.benchmarks.papers.made_up import PAPER, first
 
 SEEDS = range(FIRST, FIRST + 5)
@@ -58,7 +58,7 @@ def test_an_interval_has_the_mean_in_nine_of_ten_draws():
 
 def test_a_run_that_is_looked_at_again_has_more_seeds_and_wider_intervals(tmp_path):
     """Its first seeds alone decide nothing any more."""
-    run = replace(PAPER.run("steep"), looked_again=True)
+    run = replace(PAPER.run("steep"), looked_again=("up",))
     paper = replace(PAPER, runs=(run, *(each for each in PAPER.runs if each.name != "steep")))
     results, claim = RawFiles(tmp_path), replace(claim_of("up"), runs=("steep",))
     for seed in range(FIRST, FIRST + SECOND_LOOK):
@@ -68,10 +68,36 @@ def test_a_run_that_is_looked_at_again_has_more_seeds_and_wider_intervals(tmp_pa
     assert found.word != "not measured"
     assert len(found.figures) == SECOND_LOOK == 20
     values = list(found.figures.values())
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.98)
     low, _, high = found.interval
     assert (low, high) == pytest.approx((expected.low, expected.high))
-    assert str(found).endswith("(looked again)")
+    first = stats.ttest_1samp(values[:5], 0).confidence_interval(0.9)
+    assert found.first.interval[::2] == pytest.approx((first.low, first.high))
+    assert str(found).endswith(f", at first {found.first}")
+
+
+def test_two_looks_are_wrong_on_one_side_once_in_seventeen_times():
+    """What is at its threshold holds at the first look, or it is open and holds at the second."""
+    draws = np.random.default_rng(0).normal(size=(100_000, 20))
+
+    def reach(part, confidence):
+        error = part.std(1, ddof=1) / part.shape[1] ** 0.5
+        return stats.t.ppf((1 + confidence) / 2, part.shape[1] - 1) * error
+
+    first, both = draws[:, :5], draws
+    at_first = reach(first, CONFIDENCE)
+    holds = first.mean(1) > at_first
+    left_open = abs(first.mean(1)) < at_first
+    holds |= left_open & (both.mean(1) > reach(both, CONFIDENCE_AGAIN))
+    assert holds.mean() == pytest.approx(1 / 17, abs=0.003)  # four deviations
+
+
+def test_a_second_look_is_of_claims_that_there_are():
+    run = PAPER.run("steep")
+    with pytest.raises(ValueError, match=r"looked at again for none of \{'sideways'\}"):
+        replace(PAPER, runs=(replace(run, looked_again=("sideways",)), *PAPER.runs[1:]))
+    with pytest.raises(ValueError, match="has 20 seeds: no second look has more"):
+        replace(run, seeds=SECOND_LOOK, looked_again=("up",))
 
 
 @pytest.mark.parametrize(
