@@ -202,6 +202,15 @@ def resnet9(outputs: int, *, channels: int = 3, width: int = 64) -> nn.Sequentia
     )
 
 
+def without_norm(model: nn.Module) -> nn.Module:
+    """Takes the batch norm out of a model's convolutions, in place, and returns it."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    return model
+
+
 class ByLength(nn.Module):
     """A model of sentences that sees them by length, a few together, with no more padding than so.
 

@@ -301,6 +301,16 @@ def sgds_limit(raw: Raw) -> float:
     return limit(raw, "sgd") / _LIMIT
 
 
+def sgds_largest_trained(raw: Raw) -> float:
+    """Returns the largest rate at which SGD ends above chance, over the limit printed.
+
+    Half of the smallest of the ladder where there is none.
+    """
+    found = curves_of(raw, "sgd")
+    ended = [float(rate) for rate, curve in found.items() if trained(curve)]
+    return max(ended, default=min(map(float, found)) / 2) / _LIMIT
+
+
 def newtons_limit(raw: Raw) -> float:
     """Returns that of the only reading of the quasi-Newton method, over the one printed."""
     return limit(raw, _only(raw)) / _LIMIT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Final, Literal, cast
@@ -149,6 +150,52 @@ def beside_eigenvectors(
         "accuracy": performance(model, found.x_train, found.y_train)["accuracy"],
         "valid_accuracy": performance(model, *valid)["accuracy"],
     }
+
+
+def between_classes(job: Job, *, batch_size: int, lr: float, epochs: int, **part: Any) -> Raw:
+    """Trains a small CNN by SGD, and takes the cosines between its class gradients.
+
+    Returns:
+        ``of_all``: the cosines ``between`` classes, of all examples; the ``accuracy`` on them, and
+        the ``valid_accuracy``.
+    """
+    found = images(job, **part)
+    valid = cast("tuple[Tensor, Tensor]", found.test)
+    model = made(job, partial(small_cnn, found))
+    problem = Problem(model, cross_entropy, found.x_train, found.y_train)
+    steps = epochs * (len(found.x_train) // batch_size)
+    train(job, "", problem, problem.sgd(lr, MOMENTUM), steps=steps, batch_size=batch_size)
+    vectors = class_gradients(model, found.num_classes, found.x_train, found.y_train).vectors
+    return {
+        "of_all": {"between": (vectors @ vectors.T).tolist()},
+        "accuracy": performance(model, found.x_train, found.y_train)["accuracy"],
+        "valid_accuracy": performance(model, *valid)["accuracy"],
+    }
+
+
+def turned(job: Job, *, parameters: int, classes: int, angles: Sequence[float]) -> Raw:
+    """Returns the rank of two spans together, the second being the first one turned by an angle.
+
+    Args:
+        job: the seed.
+        parameters: P, the dimension of the space.
+        classes: C, that of each span.
+        angles: in degrees; each direction is turned by it, out of the first span.
+
+    Returns:
+        The ``rank`` at each of the ``angles``, by the rule of linear algebra for single precision.
+    """
+    drawn = torch.randn(parameters, 2 * classes, generator=job.generator(), dtype=torch.float64)
+    first, out = torch.linalg.qr(drawn).Q.T.to(job.device).split(classes)
+    ones = torch.ones(classes, dtype=torch.float64, device=job.device)
+    basis = so.EigenBasis(ones, first, residuals=0 * ones)
+    rule = parameters * torch.finfo(torch.float32).eps
+    ranks = []
+    for angle in angles:
+        turn = math.radians(angle)
+        second = math.cos(turn) * first + math.sin(turn) * out
+        ranks.append(so.diagnostics.intersection_rank(second, basis, rtol=rule))
+    return {"angles": list(angles), "ranks": ranks}
 
 
 def _of_none(size: int, classes: int, eigenvalues: int) -> Raw:

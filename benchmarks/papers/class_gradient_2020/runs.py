@@ -16,7 +16,7 @@ from benchmarks.data import Dataset
 from benchmarks.losses import cross_entropy
 from benchmarks.papers import problems
 from benchmarks.papers.class_gradient_2020.readings import optimizer_of
-from benchmarks.papers.networks import lenet, made, resnet9
+from benchmarks.papers.networks import lenet, made, resnet9, without_norm
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Problem, Row, column, performance, train
 
@@ -139,6 +139,7 @@ def at_rates(
     epochs: int,
     methods: Sequence[str],
     scaled: bool = True,
+    normed: bool = True,
     **part: Any,
 ) -> Raw:
     """Trains a ResNet9 by each method at each rate, from one start and over the same minibatches.
@@ -151,6 +152,7 @@ def at_rates(
         epochs: see there.
         methods: names that ``optimizer_of`` knows.
         scaled: whether the network puts out an eighth of its scores, or its scores.
+        normed: whether it has batch norm.
         part: of the data, as ``images`` has it.
 
     Returns:
@@ -160,6 +162,8 @@ def at_rates(
 
     def make() -> nn.Module:
         whole = resnet9(found.num_classes, channels=found.x_train.shape[1], width=width)
+        if not normed:
+            without_norm(whole)
         return whole if scaled else whole[:-1]
 
     epoch = len(found.x_train) // batch_size

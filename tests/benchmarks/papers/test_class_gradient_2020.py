@@ -320,5 +320,31 @@ def test_examples_pass_backward_once_or_once_for_each_class(norm):
     assert cost.backward_passes(model, lambda: model(x)) == 0
 
 
+def test_spans_that_differ_have_a_rank_of_both():
+    """As numpy's rank of all directions, but for an angle that its rule cannot tell."""
+    raw = eigenvectors.turned(Job(), parameters=60, classes=3, angles=[0.0, 1e-4, 0.1, 90.0])
+    assert raw == {"angles": [0.0, 1e-4, 0.1, 90.0], "ranks": [3, 3, 6, 6]}
+    equal_spans = claim("rank-tells-small-angles")
+    assert equal_spans.holds(equal_spans.measure({"ranks": [10, 10, 20, 20]}))
+    assert not equal_spans.holds(equal_spans.measure({"ranks": [10, 10, 10, 20]}))
+
+
+def test_cosines_between_classes_are_of_unit_vectors(tiny):
+    between = torch.tensor(tiny("class_gradient_2020", "digits")["of_all"]["between"])
+    assert between.diagonal() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(between, between.T)
+    assert between.abs().max() <= 1 + 1e-5
+
+
+def test_sgds_largest_rate_is_the_last_at_which_it_trains():
+    learned, stuck = (
+        {"loss": [2.3] * 4, "accuracy": [a] * 4, "diverged": False} for a in (0.3, 0.1)
+    )
+    raw = {"classes": 10, "curves": {"sgd": {"0.1": learned, "0.2": learned, "0.4": stuck}}}
+    assert analysis.sgds_largest_trained(raw) == pytest.approx(2)
+    raw["curves"]["sgd"] = {"0.1": stuck, "0.2": stuck}
+    assert analysis.sgds_largest_trained(raw) == pytest.approx(0.5)
+
+
 def test_losses_that_are_no_numbers_count_as_infinite():
     assert analysis.losses(curve([1.0, math.nan])).tolist() == [1.0, math.inf]

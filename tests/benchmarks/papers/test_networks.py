@@ -95,3 +95,14 @@ def test_sentences_by_length_have_the_scores_of_the_model_and_less_padding():
     scores = networks.ByLength(model, together=2)(tokens)
     assert torch.equal(scores, Seen()(tokens))
     assert model.shapes == ((2, 1), (2, 3), (1, 6))
+
+
+def test_a_network_without_norm_has_the_same_other_layers():
+    whole, plain = (
+        networks.resnet9(10, width=1),
+        networks.without_norm(networks.resnet9(10, width=1)),
+    )
+    kinds = [[type(layer) for layer in model.modules()] for model in (whole, plain)]
+    assert nn.BatchNorm2d not in kinds[1]
+    assert kinds[1] == [nn.Identity if kind is nn.BatchNorm2d else kind for kind in kinds[0]]
+    assert plain(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
