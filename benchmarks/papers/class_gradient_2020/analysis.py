@@ -400,6 +400,19 @@ def longest(raw: Raw) -> float:
     return float(np.linalg.eigvalsh(cosines)[-1])
 
 
+VEHICLES: Final = (0, 1, 8, 9)
+"""Of the classes of CIFAR-10: airplane, automobile, ship and truck. The others are animals."""
+
+
+def within_kinds(raw: Raw) -> float:
+    """Returns the mean cosine of two classes of one kind less that of two of different kinds."""
+    cosines = np.array(raw["of_all"]["between"], dtype=float)
+    vehicle = np.isin(np.arange(len(cosines)), VEHICLES)
+    same = vehicle[:, None] == vehicle
+    others = ~np.eye(len(cosines), dtype=bool)
+    return float(cosines[same & others].mean() - cosines[~same].mean())
+
+
 def curvature_ratios(raw: Raw) -> list[float]:
     """Returns the median of v_kᵀHv_k / λ_k over the classes, at each step that has it."""
     return [float(np.median(ratios)) for ratios in raw["ratios"].values()]

@@ -27,6 +27,7 @@ from benchmarks.papers.class_gradient_2020.analysis import (
     pairs,
     readings,
     trained,
+    within_kinds,
 )
 from benchmarks.papers.drawing import LOOK, finished, first_of, grid, in_turn, line
 from benchmarks.papers.reductions import late_mean
@@ -242,6 +243,21 @@ def _ended(found: list[Curve]) -> list[str]:
     percent = over_seeds(100 * final_accuracy(curve) for curve in found)
     stood = f"{sum(map(trained, found))} of {len(found)}"
     return [stood, percent, over_seeds(map(final_loss, found))]
+
+
+def table_between(raws: RawOfSeeds) -> Rows:
+    """Returns how far class gradients of digits and of images are from orthogonal."""
+    rows = [
+        ["data", "accuracy", "validation accuracy", "largest eigenvalue", "kinds, same less other"]
+    ]
+    for run, data in (("digits", "MNIST"), ("kinds", "CIFAR-10")):
+        seeds = list(raws[run].values())
+        accuracies = [
+            over_seeds(raw[name] for raw in seeds) for name in ("accuracy", "valid_accuracy")
+        ]
+        kinds = over_seeds(map(within_kinds, seeds)) if run == "kinds" else "–"
+        rows.append([data, *accuracies, over_seeds(map(longest, seeds)), kinds])
+    return rows
 
 
 def table_assumptions(raws: RawOfSeeds) -> Rows:

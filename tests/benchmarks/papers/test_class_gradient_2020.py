@@ -336,6 +336,18 @@ def test_cosines_between_classes_are_of_unit_vectors(tiny):
     assert between.abs().max() <= 1 + 1e-5
 
 
+def test_kinds_that_go_together_have_larger_cosines():
+    """Of vehicles that are all alike, and animals that are orthogonal to all: one pair of 21."""
+    between = torch.eye(10)
+    for a in analysis.VEHICLES:
+        for b in analysis.VEHICLES:
+            between[a, b] = 1.0
+    raw = {"of_all": {"between": between.tolist()}}
+    assert analysis.within_kinds(raw) == pytest.approx(6 / (6 + 15))
+    assert analysis.longest(raw) == pytest.approx(4)
+    assert claim("kinds-go-together").holds(analysis.within_kinds(raw))
+
+
 def test_sgds_largest_rate_is_the_last_at_which_it_trains():
     learned, stuck = (
         {"loss": [2.3] * 4, "accuracy": [a] * 4, "diverged": False} for a in (0.3, 0.1)
