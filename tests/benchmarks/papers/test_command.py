@@ -138,18 +138,18 @@ def test_a_run_that_another_process_has_in_hand_is_left_to_it(tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_figure_is_measured_drawn_judged_and_not_measured_again(tmp_path, capfd):
     """In processes of their own; a second time nothing is left to measure."""
-    arguments = ["song_2024", "figure-7", "--seeds", "5", "--results", str(tmp_path)]
+    arguments = ["song_2024", "figure-7", "--seeds", "10", "--results", str(tmp_path)]
     assert command.main([*arguments, "--jobs", "2"]) == 0
     output = capfd.readouterr().out
-    assert "5 runs" in output.splitlines()[0]  # the estimate comes first
-    assert "song_2024 toy seed 14" in output
+    assert "10 runs" in output.splitlines()[0]  # the estimate comes first
+    assert "song_2024 toy seed 19" in output
     assert "holds: toy-sgd: On the toy quadratic the gradient along SGD" in output
     kept = json.loads((tmp_path / "claims.json").read_text())
     assert {claim["claim"]: claim["verdict"] for claim in kept}["toy-sgd"] == "holds"
     picture = tmp_path / "small" / "song_2024" / "figure-7.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     runs = tmp_path / "small" / "song_2024" / "toy"
-    assert sorted(path.name for path in runs.iterdir()) == [f"seed-1{n}.json" for n in range(5)]
+    assert sorted(path.name for path in runs.iterdir()) == [f"seed-1{n}.json" for n in range(10)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["claims.json", "small"]
     first = json.loads((runs / "seed-10.json").read_text())
     before = (runs / "seed-10.json").stat().st_mtime_ns
