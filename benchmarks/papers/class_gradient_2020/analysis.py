@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, Final
 
@@ -306,9 +306,7 @@ def sgds_largest_trained(raw: Raw) -> float:
 
     Half of the smallest of the ladder where there is none.
     """
-    found = curves_of(raw, "sgd")
-    ended = [float(rate) for rate, curve in found.items() if trained(curve)]
-    return max(ended, default=min(map(float, found)) / 2) / _LIMIT
+    return _largest_trained({rate: (curve,) for rate, curve in curves_of(raw, "sgd").items()})
 
 
 def newtons_limit(raw: Raw) -> float:
@@ -326,9 +324,13 @@ def largest_trained(raw: Raw) -> float:
 
     Half of the smallest of the ladder where there is none.
     """
-    found = pairs(raw)
-    both = [float(rate) for rate, pair in found.items() if all(map(trained, pair))]
-    return max(both, default=min(map(float, found)) / 2) / _LIMIT
+    return _largest_trained(pairs(raw))
+
+
+def _largest_trained(found: Mapping[str, Sequence[Curve]]) -> float:
+    """The largest rate at which all of its curves end above chance, over the limit printed."""
+    ended = [float(rate) for rate, curves in found.items() if all(map(trained, curves))]
+    return max(ended, default=min(map(float, found)) / 2) / _LIMIT
 
 
 def _only(raw: Raw) -> str:
