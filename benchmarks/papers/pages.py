@@ -155,9 +155,9 @@ def _entry(
         "runs": {cell.run: _cell(cell) for cell in found.cells},
         "readings": {cell.run: _cell(cell) for cell in readings},
         "cause": "" if cause is None else cause.text,
-        "cause_shown_by": list(cause.shown_by)
+        "cause_shown_by": {run: list(cause.showing(run)) for run in found.exceptions}
         if cause and explained(paper, found, verdicts)
-        else [],
+        else {},
         "untestable": claim.untestable,
         "evidence": claim.evidence,
         "changed": claim.changed,

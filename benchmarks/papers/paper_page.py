@@ -271,8 +271,11 @@ def _causes(paper: Paper, verdicts: Sequence[Verdict]) -> str:
     for found in verdicts:
         cause = paper.causes.get(found.claim.name)
         if cause is not None:
-            names = ", ".join(f"`{name}`" for name in cause.shown_by)
-            by = f" (shown by {names})" if explained(paper, found, verdicts) else ""
+            shown = [f"`{name}`" for name in cause.shown_by]
+            shown += [
+                f"in `{run}` `{name}`" for run in cause.shown_in for name in cause.shown_in[run]
+            ]
+            by = f" (shown by {', '.join(shown)})" if explained(paper, found, verdicts) else ""
             told.append(f"`{found.claim.name}`{by}: {cause.text}")
     return _items(told)
 

@@ -135,7 +135,7 @@ def _paragraphs(text: str) -> tuple[str, ...]:
 
 
 def _cause(item: str) -> tuple[str, Cause]:
-    """The claim of an item ```name` (`shown by`, `and by`): text``, and the cause.
+    """The claim of an item ```name` (`shown by`, `in one run by` for `run`): text``, and the cause.
 
     Raises:
         ValueError: it is of another form.
@@ -143,8 +143,15 @@ def _cause(item: str) -> tuple[str, Cause]:
     found = re.fullmatch(r"`([^`]+)`(?: \(([^)]*)\))?: (.*)", item)
     if found is None:
         raise ValueError(f"an explanation is '`claim` (`shown by`): text', not {item!r}")
-    name, runs, text = found.groups()
-    return name, Cause(text, tuple(re.findall(r"`([^`]+)`", runs or "")))
+    name, named, text = found.groups()
+    everywhere: list[str] = []
+    in_runs: dict[str, tuple[str, ...]] = {}
+    for shown, run in re.findall(r"`([^`]+)`(?: for `([^`]+)`)?", named or ""):
+        if run:
+            in_runs[run] = (*in_runs.get(run, ()), shown)
+        else:
+            everywhere.append(shown)
+    return name, Cause(text, tuple(everywhere), in_runs)
 
 
 def _items(text: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ paper leaves open how something is measured, its *readings* are runs, one of the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -224,10 +225,16 @@ class Cause:
         text: the explanation.
         shown_by: names of claims that show it where they hold, or of runs where this claim holds;
             none where it is a guess.
+        shown_in: the same of single runs, where causes differ, by their names.
     """
 
     text: str
     shown_by: tuple[str, ...] = ()
+    shown_in: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def showing(self, run: str) -> tuple[str, ...]:
+        """Returns the names of what shows it in one of the claim's runs."""
+        return self.shown_by + self.shown_in.get(run, ())
 
 
 @dataclass(frozen=True)
@@ -277,11 +284,15 @@ class Paper:
             if unknown := set(run.looked_again) - about:
                 raise ValueError(f"{self.key}: {run.name} is looked at again for none of {unknown}")
         known = names | {claim.name for claim in self.claims}
-        for name, cause in self.causes.items():
-            if missing := set(cause.shown_by) - known:
-                raise ValueError(f"{self.key}: nothing shows the cause of {name}: {missing}")
-        if unknown := set(self.causes) - {claim.name for claim in self.claims}:
+        claims = {claim.name: claim for claim in self.claims}
+        if unknown := set(self.causes) - set(claims):
             raise ValueError(f"{self.key}: causes of claims that there are not: {unknown}")
+        for name, cause in self.causes.items():
+            named = {*cause.shown_by, *itertools.chain(*cause.shown_in.values())}
+            if missing := named - known:
+                raise ValueError(f"{self.key}: nothing shows the cause of {name}: {missing}")
+            if unknown := set(cause.shown_in) - set(claims[name].runs):
+                raise ValueError(f"{self.key}: {name} is not about {unknown}, as its cause is")
 
     def run(self, name: str) -> Run:
         """Returns the run of that name; a ``KeyError`` tells that there is none."""

@@ -193,22 +193,23 @@ def verdict(results: RawFiles, paper: Paper, claim: Claim, scale: Scale) -> Verd
 def explained(paper: Paper, found: Verdict, verdicts: Sequence[Verdict]) -> bool:
     """Returns whether what shows the cause of a claim that does not hold came out.
 
+    It has to show it for each of the runs in which the claim does not hold.
+
     Args:
         paper: it is of.
         found: the verdict on the claim.
         verdicts: on all claims of the paper.
     """
-    if found.claim.name not in paper.causes or found.word not in (
-        "partly",
-        "fails",
-        "inconclusive",
-    ):
+    cause = paper.causes.get(found.claim.name)
+    if cause is None or found.word not in ("partly", "fails", "inconclusive"):
         return False
     words = {each.claim.name: each.word for each in verdicts}
-    return any(
-        words.get(name) == "holds" or found.holds_in(name)
-        for name in paper.causes[found.claim.name].shown_by
-    )
+
+    def shows(name: str) -> bool:
+        return words.get(name) == "holds" or found.holds_in(name)
+
+    open_runs = [run for run, word in found.exceptions.items() if word != "untestable"]
+    return all(any(map(shows, cause.showing(run))) for run in open_runs)
 
 
 def decides(claim: Claim, record: Record) -> bool:

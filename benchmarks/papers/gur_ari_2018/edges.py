@@ -35,15 +35,19 @@ def outliers(raw: Raw) -> int:
 
 
 def gap_at_k(raw: Raw) -> float:
-    """Returns the largest gap at k, or at k − 1, less the largest one from k + 1 on.
+    """Returns the largest gap at k, or at k − 1, less the largest one elsewhere but after λ_1.
 
-    A gap is that of log λ; those of the top 30 are looked at, which all have to be positive.
+    A gap at j is the exponent of the power law that λ_j and λ_{j+1} are of: 1 for all of 1/i. Those
+    of the top 30 are looked at, which all have to be positive.
     """
     values, k = np.array(raw["eigenvalues"][:_SHOWN], dtype=float), raw["k"]
     if not (values > 0).all():
         return math.nan
-    gaps = -np.diff(np.log(values))
-    return float(gaps[max(k - 2, 0) : k].max() - gaps[k:].max())
+    places = np.arange(1, len(values) + 1)
+    gaps = np.diff(np.log(values)) / np.diff(-np.log(places))
+    of_classes = np.isin(places[:-1], (k - 1, k))
+    elsewhere = ~of_classes & (places[:-1] > 1)
+    return float(gaps[of_classes].max() - gaps[elsewhere].max())
 
 
 def outliers_of_the_paper(raw: Raw) -> str:
@@ -95,16 +99,17 @@ def log_normal_misfit(raw: Raw) -> float:
     """Returns how far log λ of the top k are from a Gaussian, over what they are from others.
 
     It is the largest distance of the distribution functions, all realisations together, over the
-    smaller one of two more that have as many parameters: a uniform distribution between the
-    smallest and the largest, and an exponential one from the smallest on, which is that of
-    eigenvalues in proportion to 1/i with i anywhere between 1 and k.
+    smaller one of two more: a uniform distribution, and an exponential one, which is that of
+    eigenvalues in proportion to 1/i with i anywhere between 1 and k. All three have the mean and
+    the deviation that were found.
     """
     if not positive(raw):
         return math.nan
     values = decades(raw)[:, : raw["k"]].ravel()
-    low, high, middle = values.min(), values.max(), values.mean()
-    others = (uniform(low, high - low), expon(low, middle - low))
-    gaussian = kstest(values, norm(middle, values.std()).cdf).statistic
+    middle, deviation = values.mean(), values.std()
+    reach = math.sqrt(3) * deviation
+    others = (uniform(middle - reach, 2 * reach), expon(middle - deviation, deviation))
+    gaussian = kstest(values, norm(middle, deviation).cdf).statistic
     return float(gaussian / min(kstest(values, other.cdf).statistic for other in others))
 
 

@@ -207,7 +207,7 @@ def newton(
     """Goes on from one state of SGD: by eq. 11, by gradient descent, and by SGD.
 
     Returns:
-        The loss over all examples before each step and after the last, and λ_k for Newton.
+        The loss over all examples before each step and after the last; and f_top there for Newton.
     """
     part = images(job, **part_of)
     network = build(job, "fc", part, width)
@@ -216,6 +216,14 @@ def newton(
     train(job, "warmup", problem, problem.sgd(LR), steps=warmup, batch_size=BATCH)
     start = copy.deepcopy(problem.model.state_dict())
     raw: Raw = {"k": part.num_classes, "loss": {}}
+
+    def record(_: int) -> Row:
+        row: Row = {"loss": hessian.loss()}
+        if name == "newton":
+            top = top_of(hessian, part.num_classes, tol)
+            row["f_top"] = float(gradient_fraction(hessian.gradient(), top))
+        return row
+
     for name in ("newton", "gd", "sgd"):
         network.load_state_dict(start)
         optimizer = problem.sgd(LR)
@@ -229,8 +237,10 @@ def newton(
             optimizer,
             steps=steps,
             batch_size=BATCH if name == "sgd" else None,
-            record=lambda _: {"loss": hessian.loss()},
+            record=record,
             first=warmup,
         )
         raw["loss"][name] = column(rows, "loss")
+        if name == "newton":
+            raw["f_top"] = column(rows, "f_top")
     return raw

@@ -81,7 +81,7 @@ PAPER = Paper(
     differences=("There is no paper.",),
     causes={
         "up": Cause("It is told."),
-        "fast": Cause("It is slow.", ("eyed", "two")),
+        "fast": Cause("It is slow.", ("eyed",), {"flat": ("two",)}),
         "flat": Cause("Nobody knows."),
     },
     came_out=("Lines go up.",),

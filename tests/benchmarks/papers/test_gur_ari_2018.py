@@ -359,9 +359,10 @@ def test_the_mean_over_later_subspaces_is_from_one_start_or_from_all_after_some_
 
 @pytest.mark.parametrize("power", [0.5, 1, 2])
 def test_no_power_law_has_a_gap(power):
-    values = [(1 / np.arange(1, 21) ** power).tolist()] * 2
-    raw = {"k": 10, "saved": [100, 200], "eigenvalues": values}
+    values = (1 / np.arange(1, 21) ** power).tolist()
+    raw = {"k": 10, "saved": [100, 200], "eigenvalues": [values] * 2}
     assert analysis.gap_around_k(raw) == pytest.approx(0, abs=1e-9)
+    assert edges.gap_at_k({"k": 10, "eigenvalues": values}) == pytest.approx(0, abs=1e-9)
 
 
 def test_classes_are_counted_along_axes():
@@ -389,15 +390,19 @@ def test_the_dip_between_the_top_and_the_bulk():
 
 
 def test_a_log_normal_fits_what_is_log_normal_and_neither_of_its_rivals():
-    random = np.random.default_rng(0)
-    drawn = np.exp(random.standard_normal((200, 10)))
-    assert edges.log_normal_misfit({"k": 10, "eigenvalues": drawn.tolist()}) < 0.2
-    plain = (1 / np.arange(1, 31)).tolist()
-    assert edges.log_normal_misfit({"k": 10, "eigenvalues": [plain]}) == pytest.approx(
-        1.57, abs=0.01
-    )
-    for others in (random.exponential(size=(200, 10)), random.random((200, 10))):
-        assert edges.log_normal_misfit({"k": 10, "eigenvalues": np.exp(others).tolist()}) > 1.5
+    def misfit(logarithms):
+        return edges.log_normal_misfit({"k": 10, "eigenvalues": np.exp(logarithms).tolist()})
+
+    random, rule = np.random.default_rng(0), claim("log-normal-top")
+    assert rule.holds(misfit(random.standard_normal((200, 10))))
+    assert misfit(random.exponential(size=(200, 10))) > 1.5
+    assert misfit(random.random((200, 10))) > 1.5
+    # Nor spectra without any scatter, or with little, which a uniform between their ends, or an
+    # exponential from their least on, would fit worse than a Gaussian.
+    places = np.arange(1, 11)
+    for plain in (-np.log(places), np.log(12.0 - places), -np.sqrt(places), -0.2 * places):
+        assert not rule.holds(misfit(plain[None]))
+        assert not rule.holds(misfit(plain + 0.05 * random.standard_normal((20, 10))))
 
 
 def test_without_logarithms_there_is_neither_a_dip_nor_a_fit():

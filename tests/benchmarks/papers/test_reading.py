@@ -74,7 +74,7 @@ def test_the_page_has_its_prose(paper):
     assert paper.came_out == ("Lines go up.", "And on.")
     assert (paper.depends, paper.did_not) == ((), ())
     assert paper.causes == {
-        "ends-low": Cause("It is told.", ("toy", "other")),
+        "ends-low": Cause("It is told.", ("toy",), {"other": ("starts-high",)}),
         "starts-high": Cause("Nobody knows."),
     }
     assert paper.differences == ("There is no paper.", "And n - 1 lines.")
@@ -142,6 +142,8 @@ def test_tables_have_a_row_for_each_run_or_quantity(paper):
         ("runs.toml", '["usual",', '["unusual",', r"runs.toml: \[toy\]: 'unusual'"),
         ("runs.toml", "quadratic.toy_quadratic", "toi", r"runs.toml: \[toy\]: .*'toi'"),
         ("page.md", "`ends-low`", "`ends`", "causes of claims that there are not: {'ends'}"),
+        ("page.md", "(`toy`", "(`toi`", "nothing shows the cause of ends-low: {'toi'}"),
+        ("page.md", "for `other`", "for `toi`", "ends-low is not about {'toi'}, as its cause is"),
     ],
 )
 def test_what_a_file_tells_wrongly_is_refused(tmp_path, paper, file, old, new, message):

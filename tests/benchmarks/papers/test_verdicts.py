@@ -9,7 +9,14 @@ from scipy import stats
 
 from benchmarks.papers.raw_files import RawFiles, measure
 from benchmarks.papers.reproduction import FIRST, SECOND_LOOK, Cause, Claim, Job, Run
-from benchmarks.papers.verdicts import CONFIDENCE, CONFIDENCE_AGAIN, Cell, explained, verdict
+from benchmarks.papers.verdicts import (
+    CONFIDENCE,
+    CONFIDENCE_AGAIN,
+    Cell,
+    Verdict,
+    explained,
+    verdict,
+)
 from tests.benchmarks.papers.made_up import PAPER, first
 
 SEEDS = range(FIRST, FIRST + 5)
@@ -185,8 +192,8 @@ def test_what_is_taken_for_granted_is_so_for_half_of_the_seeds_at_least(results)
 
 
 def test_a_cause_is_shown_by_what_holds(results):
-    def told(name, *shown_by):
-        paper = replace(PAPER, causes={name: Cause("So it is.", shown_by)})
+    def told(name, *shown_by, **shown_in):
+        paper = replace(PAPER, causes={name: Cause("So it is.", shown_by, shown_in)})
         found = [verdict(results, paper, claim, "small") for claim in paper.claims]
         return explained(paper, next(f for f in found if f.claim.name == name), found)
 
@@ -194,10 +201,28 @@ def test_a_cause_is_shown_by_what_holds(results):
     assert told("fast", "flat", "two")
     assert not told("fast", "flat")  # a claim that fails, and a run where this one does
     assert told("fast", "steep")  # a run where it holds
+    assert told("fast", flat=("two",))  # the run in which it fails
+    assert not told("fast", steep=("two",))  # and the one in which it holds
     assert not told("fast", "eyed")
     assert not told("fast")  # a guess
     assert not told("up", "two")  # it holds itself
     assert not told("empty", "two")  # nobody can tell
+
+
+def test_a_cause_is_shown_for_each_run_in_which_a_claim_does_not_hold(results):
+    never = replace(claim_of("fast"), at_least=9.0)
+    claims = tuple(never if claim.name == "fast" else claim for claim in PAPER.claims)
+
+    def told(**shown_in):
+        paper = replace(PAPER, claims=claims, causes={"fast": Cause("So.", (), shown_in)})
+        found = [verdict(results, PAPER, claim, "small") for claim in PAPER.claims]
+        fast = Verdict(never, [replace(each, claim=never) for each in found[1].cells], {})
+        assert set(fast.exceptions.values()) == {"fails"}
+        return explained(paper, fast, found)
+
+    assert told(flat=("two",), steep=("two",))
+    assert not told(flat=("two",))
+    assert not told(flat=("two",), steep=("flat",))
 
 
 def test_a_name_that_there_is_not_is_no_missing_figure(results):
