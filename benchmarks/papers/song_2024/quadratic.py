@@ -14,7 +14,8 @@ def toy_quadratic(job: Job, *, lr: float, steps: int, keep: int) -> Raw:
 
     (Appendix A.2.) χ_1 is the share of the gradient along the first axis, the top eigenvector.
     Dom and Bulk go on from SGD's point at half of the steps, with SGD's own noise. ``decrease`` is
-    of the loss after that point, from the mean over the first quarter of the steps to the last.
+    of the loss after that point, from the mean over the first quarter of the steps to the last, and
+    ``floor`` of ½y² alone, the loss at the bottom of the valley.
     """
     curvature = np.array([1000.0, 1.0])
     signs = np.random.default_rng(job.seed).choice([-1.0, 1.0], size=steps)
@@ -39,7 +40,11 @@ def toy_quadratic(job: Job, *, lr: float, steps: int, keep: int) -> Raw:
         loss = 0.5 * (curvature * points**2).sum(axis=1)
         late = slice(len(points) // 2, None)
         # The noise lasts for 1/(1000 η) steps: a quarter of the branch averages over it.
-        after, quarter = loss[half - first :], (steps - half) // 4
+        quarter = (steps - half) // 4
+        fall = [
+            float(after[:quarter].mean() - after[-quarter:].mean())
+            for after in (loss[half - first :], 0.5 * points[half - first :, 1] ** 2)
+        ]
         # All of the first steps, in which x falls, and then a few.
         evenly = np.linspace(0, len(points) - 1, keep).astype(int)
         thin = np.union1d(np.arange(min(keep, len(points))), evenly)
@@ -50,6 +55,7 @@ def toy_quadratic(job: Job, *, lr: float, steps: int, keep: int) -> Raw:
             "chi": chi[thin].tolist(),
             "loss": loss[thin].tolist(),
             "mean_chi_of_the_second_half": float(chi[late].mean()),
-            "decrease": float(after[:quarter].mean() - after[-quarter:].mean()),
+            "decrease": fall[0],
+            "floor": fall[1],
         }
     return raw

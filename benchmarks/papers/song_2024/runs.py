@@ -129,7 +129,9 @@ def critical_experiment(
 
     Returns:
         The switch; columns of each phase; of each branch the losses, from the switch on, and its
-        final distance; if ``shuffled`` is not 0, columns of ``in_shuffled_epochs``.
+        final distance; ``relaxations``, η times its steps times λ_k at the switch: of what is left
+        along the k-th eigenvector, e to the power of minus that many are left at the end; and if
+        ``shuffled`` is not 0, columns of ``in_shuffled_epochs``.
 
     Raises:
         KeyboardInterrupt: it was interrupted, and can be taken up again.
@@ -180,6 +182,9 @@ def critical_experiment(
         )
     if not result.finished:  # an interrupt, which ``compare`` takes for the end
         raise KeyboardInterrupt
+    for name, branch in result.branches.items():
+        if branch.stopped:  # perhaps between two steps at which the loss was taken
+            losses[name].append(math.inf)
     phases = {name: columns(result.of(name), _OF_A_PHASE) for name in (WARMUP, *result.branches)}
     more: Raw = {}
     if shuffled:
@@ -195,6 +200,7 @@ def critical_experiment(
         "phases": phases,
         "losses": losses,
         "loss_every": loss_every,
+        "relaxations": settings["lr"] * settings["steps"] * phases["SGD"]["eigenvalues"][0][-1],
         "final_distance": {name: branch.distance for name, branch in result.branches.items()},
     }
 
@@ -274,7 +280,7 @@ def switching(
         problem = problem_of(job, "mlp", data, width)
         probe, optimizer = _probe(problem, data.num_classes, job.seed), problem.sgd(lr)
         rows: list[Row] = []
-        parts = ((0, first, first // 10), (first, after, max(1, after // 25)))
+        parts = ((0, first, first // 10), (first, after, max(1, after // 50)))
         for number, (start, steps, every) in enumerate(parts):
             rows += train(
                 job,

@@ -131,6 +131,17 @@ def test_losses_of_a_branch_are_taken_at_one_step_in_so_many(run_of_clouds):
 
 
 @pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
+@pytest.mark.filterwarnings("ignore::subspace_optim.StaleBasisWarning")
+def test_a_branch_that_diverges_between_two_losses_ends_in_an_infinite_one(run_of_clouds):
+    sizes = {"lr": 40.0, "switch_at": 1, "average": 0.0, "loss_every": 50, "shuffled": 0}
+    raw = run_of_clouds("sgd-mlp-mse", Job(0), **sizes, steps=400, measure=400, spectrum=400)
+    first, last = raw["losses"]["SGD"]
+    assert math.isfinite(first)
+    assert last == math.inf
+    assert math.isnan(analysis.achieved(raw, "BulkSGD"))
+
+
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
 def test_a_switch_at_a_fixed_step_is_none_by_the_average(run_of_clouds):
     raw = run_of_clouds("sgd-vgg11", Job(0))
     assert raw["switch_step"] == 4
