@@ -246,6 +246,12 @@ def eigenvalues(raw: Raw, name: str, *parts: str) -> Iterator[Curve]:
             yield Curve(steps, each)
 
 
+def more_aligned_on_more(raw: Raw) -> float:
+    """How much larger χ_k is on average on the most examples than on the fewest."""
+    fewest, *_, most = raw["counts"]
+    return mean(raw, f"{most}.chi_gradient") - mean(raw, f"{fewest}.chi_gradient")
+
+
 # --- noise -------------------------------------------------------------------------------------
 
 

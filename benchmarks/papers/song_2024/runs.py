@@ -242,6 +242,51 @@ def in_shuffled_epochs(
     return columns(rows, ("step", "place", "chi_gradient"))
 
 
+def by_examples(
+    job: Job,
+    *,
+    model: str,
+    lr: float,
+    width: int,
+    pool: int,
+    counts: Sequence[int],
+    steps: int,
+    every: int,
+) -> Raw:
+    """SGD on so many examples, and on more: χ_k along each, from the same initial parameters.
+
+    Returns:
+        For each count, loss and χ_k of the rows after step 0, where parameters are random.
+    """
+
+    def sgd_on(count: int) -> Columns:
+        data = dataset(job, model, count, pool)
+        problem = problem_of(job, model, data, width)
+        hessian, k = problem.hessian(), data.num_classes
+        subspace = so.DominantSubspace(hessian, k, refresh=1, tol=1e-2, seed=job.seed)
+
+        def record(step: int) -> Row | None:
+            if step == 0:
+                return None
+            chi = so.diagnostics.alignment(hessian.gradient(), subspace.refresh())
+            return {"loss": hessian.loss(), "chi_gradient": float(chi)}
+
+        rows = train(
+            job,
+            f"sgd-{count}",
+            problem,
+            problem.sgd(lr),
+            steps=steps,
+            batch_size=50,
+            replacement=True,
+            record=record,
+            every=every,
+        )
+        return columns(rows, ("step", "loss", "chi_gradient"))
+
+    return {"counts": list(counts)} | {str(count): sgd_on(count) for count in counts}
+
+
 # --- noise: Figures 4-5 and 18-21 --------------------------------------------------------------
 
 
