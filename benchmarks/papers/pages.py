@@ -46,7 +46,7 @@ from benchmarks.papers.verdicts import (
     CONFIDENCE_AGAIN,
     Cell,
     Verdict,
-    explained,
+    shown,
     verdict,
 )
 
@@ -155,9 +155,7 @@ def _entry(
         "runs": {cell.run: _cell(cell) for cell in found.cells},
         "readings": {cell.run: _cell(cell) for cell in readings},
         "cause": "" if cause is None else cause.text,
-        "cause_shown_by": {run: list(cause.showing(run)) for run in found.exceptions}
-        if cause and explained(paper, found, verdicts)
-        else {},
+        "cause_shown_by": {run: list(by) for run, by in shown(paper, found, verdicts).items()},
         "untestable": claim.untestable,
         "evidence": claim.evidence,
         "changed": claim.changed,

@@ -10,7 +10,7 @@ from typing import Final
 
 from benchmarks.papers.raw_files import RawFiles, Record
 from benchmarks.papers.reproduction import KINDS, Exhibit, Kind, Paper, Rows, Scale
-from benchmarks.papers.verdicts import WORDS, Cell, Verdict, Word, explained
+from benchmarks.papers.verdicts import WORDS, Cell, Verdict, Word, explained, shown
 
 PICTURES: Final = "pictures"
 _TEMPLATES: Final = Path(__file__).parent / "templates"
@@ -271,13 +271,20 @@ def _causes(paper: Paper, verdicts: Sequence[Verdict]) -> str:
     for found in verdicts:
         cause = paper.causes.get(found.claim.name)
         if cause is not None:
-            shown = [f"`{name}`" for name in cause.shown_by]
-            shown += [
-                f"in `{run}` `{name}`" for run in cause.shown_in for name in cause.shown_in[run]
-            ]
-            by = f" (shown by {', '.join(shown)})" if explained(paper, found, verdicts) else ""
+            by = _shown(shown(paper, found, verdicts))
             told.append(f"`{found.claim.name}`{by}: {cause.text}")
     return _items(told)
+
+
+def _shown(of_runs: Mapping[str, tuple[str, ...]]) -> str:
+    """What shows a cause: for all runs in which the claim does not hold, or for some of them."""
+    together = {names: [r for r in of_runs if of_runs[r] == names] for names in of_runs.values()}
+    told = []
+    for names, runs in together.items():
+        if names:
+            of = "" if len(together) == 1 else f"for {', '.join(f'`{run}`' for run in runs)} "
+            told.append(of + ", ".join(f"`{name}`" for name in names))
+    return f" (shown by {'; '.join(told)})" if told else ""
 
 
 def _changes(paper: Paper) -> str:

@@ -223,8 +223,8 @@ class Cause:
 
     Attributes:
         text: the explanation.
-        shown_by: names of claims that show it where they hold, or of runs where this claim holds;
-            none where it is a guess.
+        shown_by: names of claims that show it where they hold, in all of their runs or in the one
+            that is explained, or of runs where this claim holds; none where it is a guess.
         shown_in: the same of single runs, where causes differ, by their names.
     """
 

@@ -190,26 +190,43 @@ def verdict(results: RawFiles, paper: Paper, claim: Claim, scale: Scale) -> Verd
     )
 
 
-def explained(paper: Paper, found: Verdict, verdicts: Sequence[Verdict]) -> bool:
-    """Returns whether what shows the cause of a claim that does not hold came out.
+def shown(
+    paper: Paper, found: Verdict, verdicts: Sequence[Verdict]
+) -> Mapping[str, tuple[str, ...]]:
+    """Returns what shows the cause of a claim, for each run in which it does not hold.
 
-    It has to show it for each of the runs in which the claim does not hold.
+    That is another claim that holds in all of its runs, or in that one; or another reading in which
+    this claim holds. Of runs in which it cannot be tested nothing is shown.
 
     Args:
         paper: it is of.
         found: the verdict on the claim.
         verdicts: on all claims of the paper.
+
+    Returns:
+        Names of claims and readings by the run; empty without a cause.
     """
     cause = paper.causes.get(found.claim.name)
     if cause is None or found.word not in ("partly", "fails", "inconclusive"):
-        return False
-    words = {each.claim.name: each.word for each in verdicts}
+        return {}
+    others = {each.claim.name: each for each in verdicts}
 
-    def shows(name: str) -> bool:
-        return words.get(name) == "holds" or found.holds_in(name)
+    def shows(name: str, run: str) -> bool:
+        other = others.get(name)
+        claimed = other is not None and (other.word == "holds" or other.holds_in(run))
+        return claimed or found.holds_in(name)
 
-    open_runs = [run for run, word in found.exceptions.items() if word != "untestable"]
-    return all(any(map(shows, cause.showing(run))) for run in open_runs)
+    return {
+        run: tuple(name for name in cause.showing(run) if shows(name, run))
+        for run, word in found.exceptions.items()
+        if word != "untestable"
+    }
+
+
+def explained(paper: Paper, found: Verdict, verdicts: Sequence[Verdict]) -> bool:
+    """Returns whether the cause of a claim is shown for each run in which it does not hold."""
+    of_runs = shown(paper, found, verdicts)
+    return bool(of_runs) and all(of_runs.values())
 
 
 def decides(claim: Claim, record: Record) -> bool:

@@ -77,6 +77,12 @@ def f_top_trained(raw: Raw) -> float:
     return median_of(value for step, value in pairs if step >= _TRAINED)
 
 
+def more_on_the_first(raw: Raw) -> float:
+    """Returns how much larger the median f_top is on the first data than on the second."""
+    first, second = raw["f"]
+    return median_of(first) - median_of(second)
+
+
 def before_the_rise(raw: Raw) -> float:
     """Returns the smallest f_top along the way before some training."""
     pairs = zip(raw["f_at"], raw["f"], strict=True)
@@ -107,6 +113,11 @@ def half_are_fitted(raw: Raw) -> bool:
 def labels_are_fitted(raw: Raw) -> bool:
     """Returns whether nine tenths of the examples are fitted at the end."""
     return bool(raw["accuracy"] >= 0.9)
+
+
+def nothing_is_fitted(raw: Raw) -> bool:
+    """Returns whether the loss of ten classes is that of guessing, but for 3 %, to the end."""
+    return bool(min(raw["loss"]) >= 0.97 * math.log(10))
 
 
 def all_are_fitted(raw: Raw) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -114,6 +115,48 @@ def evolution(
     if anatomy_at:
         raw["anatomy"] = anatomy(hessian.parameters, [(t, saved[t][0]) for t in anatomy_at])
     return raw
+
+
+def on_each(
+    job: Job,
+    *,
+    model: str,
+    width: int,
+    datasets: Sequence[str],
+    examples: int,
+    factor: int,
+    steps: int,
+    f_top_at: Sequence[int],
+    start: str,
+) -> Raw:
+    """Trains a network by SGD on each of some data, and takes f_top along the way.
+
+    Returns:
+        f_top at these steps, and the loss there, for each of the data.
+    """
+    raw: Raw = {"datasets": list(datasets), "steps": list(f_top_at), "f": [], "loss": []}
+    for data in datasets:
+        part = images(job, data, examples, factor=factor)
+        network = build(job, model, part, width, start)
+        problem = Problem(network, cross_entropy, part.x_train, part.y_train)
+        rows = train(
+            job,
+            data,
+            problem,
+            problem.sgd(LR),
+            steps=steps,
+            batch_size=BATCH,
+            record=functools.partial(_f_top, whole_hessian(problem), part.num_classes),
+            every=set(f_top_at).__contains__,
+        )
+        for name in ("f", "loss"):
+            raw[name].append(column(rows, name))
+    return raw
+
+
+def _f_top(hessian: so.HessianOperator, k: int, _: int) -> Row:
+    top = top_of(hessian, k, COARSE)
+    return {"f": float(gradient_fraction(hessian.gradient(), top)), "loss": hessian.loss()}
 
 
 def _of_basis(

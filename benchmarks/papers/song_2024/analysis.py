@@ -134,7 +134,8 @@ def achieved(raw: Raw, branch: str, plain: str = "SGD", chi: str = "") -> float:
         diverges, which is not that it fails to lower the loss.
     """
     losses = raw["losses"]
-    clear = over_scatter(raw, plain) >= 1 and raw.get("relaxations", math.inf) >= _AT_REST
+    at_rest = raw["relaxations"] is None or raw["relaxations"] >= _AT_REST  # of Adam there are none
+    clear = over_scatter(raw, plain) >= 1 and at_rest
     if not clear or not _half_aligned(raw, chi):
         return math.nan
     share = decrease(losses[branch]) / decrease(losses[plain])
@@ -163,9 +164,11 @@ def relative_decrease(raw: Raw, branch: str) -> float:
 def gained_late(raw: Raw, branch: str, chi: str) -> float:
     """How much of its distance from the switch a branch gains in its second half, over SGD's.
 
-    NaN where mean χ_k is below 0.5, as in ``achieved``.
+    NaN where mean χ_k is below 0.5, as in ``achieved``, and for a branch that stopped before SGD.
     """
     if not _half_aligned(raw, chi):
+        return math.nan
+    if len(raw["phases"][branch]["distance"]) < len(raw["phases"]["SGD"]["distance"]):
         return math.nan
     gained = {
         name: raw["final_distance"][name] - raw["phases"][name]["distance"][rows // 2]
@@ -244,6 +247,14 @@ def eigenvalues(raw: Raw, name: str, *parts: str) -> Iterator[Curve]:
         steps, values = zip(*rows, strict=True)
         for each in np.array(values, dtype=float).T:
             yield Curve(steps, each)
+
+
+def on_so_many(raw: Raw) -> Iterator[Curve]:
+    """Yields χ_k along SGD, for each number of examples."""
+    for number, count in enumerate(raw["counts"]):
+        part = raw[str(count)]
+        shade = number / max(len(raw["counts"]) - 1, 1)
+        yield Curve(part["step"], part["chi_gradient"], f"{count:,} images", shade)
 
 
 def more_aligned_on_more(raw: Raw) -> float:
@@ -330,8 +341,10 @@ def sharpness_at_edge(raw: Raw, threshold: str) -> float:
 
 
 def nearer_to_sam(raw: Raw) -> float:
-    """Distance of λ_1 from SAM's edge over that from GD's, 2/η, both as ratios."""
+    """Distance of λ_1 from SAM's edge over that from GD's, 2/η, both as ratios; NaN below 0."""
     of_sam, of_gd = (sharpness_at_edge(raw, edge) for edge in ("sam_edge", "threshold"))
+    if min(of_sam, of_gd) <= 0:
+        return math.nan
     return abs(math.log(of_sam)) / abs(math.log(of_gd))
 
 

@@ -46,7 +46,7 @@ def with_momentum(
     data = dataset(job, "mlp", examples, 1)
     problem = problem_of(job, "mlp", data, width)
     hessian = problem.hessian()
-    raw: Raw = {"switch_step": switch, "losses": {}}
+    raw: Raw = {"switch_step": switch, "losses": {}, "relaxations": None}
     kept: dict[str, Any] = {}
     for name in ("before", *BRANCHES):
         warm = name == "before"

@@ -405,7 +405,7 @@ def at_the_edge(
 
     Returns:
         Columns of each phase, those of ``Monitor``, and the losses of all its steps: at the edge
-        they go up and down, so that single ones say little.
+        they go up and down, so that single ones say little. ``relaxations`` are as there.
     """
     data = dataset(job, "mlp", examples, 1)
     k = data.num_classes
@@ -444,4 +444,5 @@ def at_the_edge(
         )
         if warm:
             at_switch = copy.deepcopy(problem.model.state_dict())
-    return raw
+    plain_name = "SAM" if rho else "GD"
+    return raw | {"relaxations": lr * after * raw[plain_name]["eigenvalues"][0][-1]}

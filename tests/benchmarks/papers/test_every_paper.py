@@ -26,13 +26,13 @@ pytestmark = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("key", "name"), RUNS)
 def test_a_run_has_the_figures_of_its_claims(key, name, tiny):
-    raw = tiny(key, name)
+    raw, paper = tiny(key, name), PAPERS[key]
     assert len(json.dumps(raw)) < 100_000
-    for claim in PAPERS[key].claims:
-        if name in claim.runs:
-            figure = claim.measure(raw)
-            assert isinstance(figure, float), claim.name
-            assert key not in UNSCATHED or math.isfinite(figure), claim.name
+    for claim in paper.claims_about(paper.run(name)):  # also of readings
+        figure = claim.measure(raw)
+        assert isinstance(figure, float), claim.name
+        assert key not in UNSCATHED or math.isfinite(figure), claim.name
+        assert claim.premise is None or isinstance(claim.premise(raw), bool), claim.name
 
 
 @pytest.mark.parametrize(("key", "name"), EXHIBITS)

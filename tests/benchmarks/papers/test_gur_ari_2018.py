@@ -423,6 +423,8 @@ def test_premises():
     assert not analysis.loss_is_halved(raw | {"loss": [2.0, 0.5, 1.5]})
     assert analysis.half_are_fitted(raw)
     assert not analysis.half_are_fitted(raw | {"accuracy_there": [0.9, 0.4]})
+    assert analysis.nothing_is_fitted({"loss": [2.31, 2.25]})
+    assert not analysis.nothing_is_fitted({"loss": [2.31, 2.22, 2.3]})
     assert not analysis.half_are_fitted(raw | {"saved": [0, 50]})
     assert analysis.labels_are_fitted({"accuracy": 0.9})
     assert not analysis.labels_are_fitted({"accuracy": math.nan})

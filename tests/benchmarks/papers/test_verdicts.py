@@ -15,6 +15,7 @@ from benchmarks.papers.verdicts import (
     Cell,
     Verdict,
     explained,
+    shown,
     verdict,
 )
 from tests.benchmarks.papers.made_up import PAPER, first
@@ -218,11 +219,17 @@ def test_a_cause_is_shown_for_each_run_in_which_a_claim_does_not_hold(results):
         found = [verdict(results, PAPER, claim, "small") for claim in PAPER.claims]
         fast = Verdict(never, [replace(each, claim=never) for each in found[1].cells], {})
         assert set(fast.exceptions.values()) == {"fails"}
-        return explained(paper, fast, found)
+        told = shown(paper, fast, found)
+        assert explained(paper, fast, found) == all(told.values())
+        return told
 
-    assert told(flat=("two",), steep=("two",))
-    assert not told(flat=("two",))
-    assert not told(flat=("two",), steep=("flat",))
+    both = {"steep": ("two",), "flat": ("two",)}
+    assert told(**both) == both
+    assert told(flat=("two",)) == {"steep": (), "flat": ("two",)}
+    assert told(flat=("two",), steep=("flat", "two")) == both
+    # A claim that holds in that run, though not in others.
+    assert told(flat=("two",), steep=("fast",)) == {"steep": ("fast",), "flat": ("two",)}
+    assert told(flat=("fast",), steep=("two",)) == {"steep": ("two",), "flat": ()}
 
 
 def test_a_name_that_there_is_not_is_no_missing_figure(results):
