@@ -82,9 +82,9 @@ def late_mean(raw: Raw, path: str) -> float:
     return mean_of(second_half(column(raw, path)))
 
 
-def largest(raw: Raw, *paths: str) -> float:
-    """Returns the largest number of columns, or of numbers."""
-    return float(max(np.max(column(raw, path)) for path in paths))
+def largest(raw: Raw, path: str) -> float:
+    """Returns the largest number of a column."""
+    return float(max(column(raw, path)))
 
 
 def smallest(raw: Raw, *paths: str) -> float:

@@ -18,9 +18,9 @@ from benchmarks.losses import cross_entropy
 from benchmarks.papers import problems
 from benchmarks.papers.networks import fully_connected, made, resnet, simple_convnet
 from benchmarks.papers.reproduction import Job
-from benchmarks.papers.training import Problem, Row
+from benchmarks.papers.training import Problem, Row, top_of
 from subspace_optim.curvature.contexts import in_mode, seeded
-from subspace_optim.diagnostics import hessian_gradient_overlap
+from subspace_optim.diagnostics import gradient_fraction, hessian_gradient_overlap
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Mode = Literal["train", "eval"]
@@ -167,6 +167,11 @@ def overlap_within(operator: so.CurvatureOperator, top: so.EigenBasis, weights: 
     weights = weights.to(top.vectors)
     pairs = zip(weights @ top.vectors, weights @ products, strict=True)
     return sum(float(hessian_gradient_overlap(w, p)) for w, p in pairs) / len(weights)
+
+
+def f_top(hessian: so.HessianOperator, k: int, tol: float = COARSE) -> float:
+    """Returns the part of the squared gradient in the top k eigenvectors, solved for to ``tol``."""
+    return float(gradient_fraction(hessian.gradient(), top_of(hessian, k, tol)))
 
 
 def cheap(hessian: so.HessianOperator, tested: so.HessianOperator | None) -> Row:

@@ -14,11 +14,11 @@ from benchmarks.losses import cross_entropy
 from benchmarks.papers import problems
 from benchmarks.papers.gur_ari_2018.cases import CASES
 from benchmarks.papers.gur_ari_2018.measures import (
-    COARSE,
     Mode,
     build,
     cheap,
     exchanged,
+    f_top,
     half_square,
     images,
     mean_overlap,
@@ -28,8 +28,7 @@ from benchmarks.papers.gur_ari_2018.measures import (
 )
 from benchmarks.papers.networks import fully_connected, made
 from benchmarks.papers.reproduction import Job, Raw
-from benchmarks.papers.training import Problem, Row, column, performance, top_of, train
-from subspace_optim.diagnostics import gradient_fraction
+from benchmarks.papers.training import Problem, Row, column, performance, train
 
 _MANY: Final = 64  # random vectors, where the network is small
 
@@ -75,8 +74,7 @@ def table_row(
             row |= {"at": step} | cheap(hessian, tested)
             row |= {} if own is None else {"overlap_own": overlap_of(own)}
         if step in f_top_at:
-            top = top_of(hessian, part.num_classes, COARSE)
-            row |= {"saved": step, "f_top": float(gradient_fraction(hessian.gradient(), top))}
+            row |= {"saved": step, "f_top": f_top(hessian, part.num_classes)}
         return row
 
     due = {*range(0, steps + 1, every), *f_top_at}.__contains__

@@ -22,6 +22,7 @@ from benchmarks.papers.gur_ari_2018.measures import (
     build,
     cheap,
     decrease,
+    f_top,
     images,
     mean_overlap,
     of_test,
@@ -95,8 +96,7 @@ def evolution(
             row["accuracy_there"] = performance(network, part.x_train, part.y_train)["accuracy"]
             row |= {"f_at": step, "f": row["f_top"]}
         elif step in f_top_at:
-            top = top_of(hessian, k, COARSE)
-            row |= {"f_at": step, "f": float(gradient_fraction(hessian.gradient(), top))}
+            row |= {"f_at": step, "f": f_top(hessian, k)}
         return row
 
     due = {*range(0, steps + 1, every), *bases_at, *f_top_at}.__contains__
@@ -139,6 +139,7 @@ def on_each(
         part = images(job, data, examples, factor=factor)
         network = build(job, model, part, width, start)
         problem = Problem(network, cross_entropy, part.x_train, part.y_train)
+        hessian, k = whole_hessian(problem), part.num_classes
         rows = train(
             job,
             data,
@@ -146,7 +147,7 @@ def on_each(
             problem.sgd(LR),
             steps=steps,
             batch_size=BATCH,
-            record=functools.partial(_f_top, whole_hessian(problem), part.num_classes),
+            record=functools.partial(_loss_and_f_top, hessian, k),
             every=set(f_top_at).__contains__,
         )
         for name in ("f", "loss"):
@@ -154,9 +155,8 @@ def on_each(
     return raw
 
 
-def _f_top(hessian: so.HessianOperator, k: int, _: int) -> Row:
-    top = top_of(hessian, k, COARSE)
-    return {"f": float(gradient_fraction(hessian.gradient(), top)), "loss": hessian.loss()}
+def _loss_and_f_top(hessian: so.HessianOperator, k: int, _: int) -> Row:
+    return {"loss": hessian.loss(), "f": f_top(hessian, k)}
 
 
 def _of_basis(
@@ -260,12 +260,9 @@ def newton(
     start = copy.deepcopy(problem.model.state_dict())
     raw: Raw = {"k": part.num_classes, "loss": {}}
 
-    def record(_: int) -> Row:
-        row: Row = {"loss": hessian.loss()}
-        if name == "newton":
-            top = top_of(hessian, part.num_classes, tol)
-            row["f_top"] = float(gradient_fraction(hessian.gradient(), top))
-        return row
+    def record(newton: bool, _: int) -> Row:
+        of_newton = {"f_top": f_top(hessian, part.num_classes, tol)} if newton else {}
+        return {"loss": hessian.loss()} | of_newton
 
     for name in ("newton", "gd", "sgd"):
         network.load_state_dict(start)
@@ -280,7 +277,7 @@ def newton(
             optimizer,
             steps=steps,
             batch_size=BATCH if name == "sgd" else None,
-            record=record,
+            record=functools.partial(record, name == "newton"),
             first=warmup,
         )
         raw["loss"][name] = column(rows, "loss")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from statistics import geometric_mean
 from typing import Final
 
 import numpy as np
@@ -70,7 +71,7 @@ def gap_beyond_smooth(raw: Raw) -> float:
     mean of ten eigenvalues 2.9 of which the others are all 1.
     """
     return median_of(
-        _geometric(top) / _geometric(following) / _smooth_gap(len(top))
+        geometric_mean(top) / geometric_mean(following) / _smooth_gap(len(top))
         for top, following in _spectra(raw)
         if min(following) > 0
     )
@@ -78,11 +79,7 @@ def gap_beyond_smooth(raw: Raw) -> float:
 
 def _smooth_gap(k: int) -> float:
     inverse = [1 / i for i in range(1, 2 * k + 1)]
-    return _geometric(inverse[:k]) / _geometric(inverse[k:])
-
-
-def _geometric(values: Sequence[float]) -> float:
-    return statistics.geometric_mean(values)
+    return geometric_mean(inverse[:k]) / geometric_mean(inverse[k:])
 
 
 def gap_at_k(raw: Raw) -> float:
@@ -368,16 +365,10 @@ def sharpness_with_edge(raw: Raw) -> float:
     return float(stats.spearmanr(top, second_half(part["sam_edge"])).statistic)
 
 
-def edge_with_gradient(raw: Raw) -> float:
-    """Rank correlation of SAM-edge and gradient norm before the switch."""
+def edge_with(raw: Raw, name: str) -> float:
+    """Rank correlation of SAM-edge and another column, before the switch."""
     part = raw["before"]
-    return float(stats.spearmanr(part["sam_edge"], part["gradient_norm"]).statistic)
-
-
-def edge_with_time(raw: Raw) -> float:
-    """Rank correlation of SAM-edge and the step, before the switch."""
-    part = raw["before"]
-    return float(stats.spearmanr(part["sam_edge"], part["step"]).statistic)
+    return float(stats.spearmanr(part["sam_edge"], part[name]).statistic)
 
 
 def sharpened(raw: Raw) -> float:

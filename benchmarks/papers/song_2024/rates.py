@@ -74,5 +74,4 @@ def effective_rates(
             begun = history[rate][1:]  # at step 0 there is no momentum yet
             raw[name][f"mean_{rate}"] = statistics.fmean(begun)
             raw[name][f"std_{rate}"] = statistics.pstdev(begun)
-        raw[name]["mean_abs_dom_lr"] = statistics.fmean(map(abs, history["dom_lr"][1:]))
     return raw

@@ -405,16 +405,18 @@ def at_the_edge(
 
     Returns:
         Columns of each phase, those of ``Monitor``, and the losses of all its steps: at the edge
-        they go up and down, so that single ones say little. ``relaxations`` are as there.
+        they go up and down, so that single ones say little. ``relaxations``
+        are those of ``critical_experiment``.
     """
     data = dataset(job, "mlp", examples, 1)
     k = data.num_classes
     problem = problem_of(job, "mlp", data, width)
     net, hessian = problem.model, problem.hessian()
-    name, options = ("SAM", {"lr": lr, "rho": rho}) if rho else ("GD", {"lr": lr})
+    unprojected, options = ("SAM", {"lr": lr, "rho": rho}) if rho else ("GD", {"lr": lr})
     sgd, sam = (torch.optim.SGD, so.DomSGD, so.BulkSGD), (so.SAM, so.DomSAM, so.BulkSAM)
     plain, dom, bulk = cast("tuple[type[Any], ...]", sam if rho else sgd)
-    kinds = {"before": plain, name: plain, f"Dom-{name}": dom, f"Bulk-{name}": bulk}
+    kinds = {"before": plain, unprojected: plain}
+    kinds |= {f"Dom-{unprojected}": dom, f"Bulk-{unprojected}": bulk}
     raw: Raw = {"switch_step": switch, "rho": rho, "losses": {}}
     at_switch: dict[str, Tensor] = {}
     for name, kind in kinds.items():
@@ -444,5 +446,4 @@ def at_the_edge(
         )
         if warm:
             at_switch = copy.deepcopy(problem.model.state_dict())
-    plain_name = "SAM" if rho else "GD"
-    return raw | {"relaxations": lr * after * raw[plain_name]["eigenvalues"][0][-1]}
+    return raw | {"relaxations": lr * after * raw[unprojected]["eigenvalues"][0][-1]}
