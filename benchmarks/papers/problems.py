@@ -82,6 +82,16 @@ def as_images(data: Dataset) -> Dataset:
     return data.mapped(lambda x: x.unflatten(1, (1, side, side)))
 
 
+def centred(data: Dataset) -> Dataset:
+    """Returns standardised images with pixels from -1/2 to 1/2 in each channel.
+
+    The ends are those of the images for training.
+    """
+    whole = as_images(data)
+    low, high = (end(whole.x_train, (0, 2, 3), keepdim=True) for end in (torch.amin, torch.amax))
+    return whole.mapped(lambda x: (x - low) / (high - low) - 0.5)
+
+
 def relabelled(data: Dataset, classes: Tensor) -> Dataset:
     """Returns the data with class ``c`` called ``classes[c]``, such as even and odd for digits."""
     classes = classes.to(data.y_train.device)

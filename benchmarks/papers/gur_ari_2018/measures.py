@@ -75,17 +75,21 @@ def glorot(model: nn.Module) -> nn.Module:
     return model
 
 
-def images(job: Job, data: str, examples: int, test: int = 0, factor: int = 1) -> Dataset:
+def images(
+    job: Job, data: str, examples: int, test: int = 0, factor: int = 1, centred: bool = False
+) -> Dataset:
     """Returns a part of a data set, without a test set unless it is asked for.
 
     ``mnist-exchanged`` trains on the 10,000 images of MNIST's test set, which are more than
-    ``mnist-5k`` has, and tests on images of its training set.
+    ``mnist-5k`` has, and tests on images of its training set. Pixels are standardised, or from -1/2
+    to 1/2 if ``centred``.
     """
-    if data != "mnist-exchanged":
-        return problems.images(job, data, examples, test, factor)
-    whole = problems.real("mnist", job, _EXCHANGED)
-    changed = exchanged(whole)
-    return problems.as_images(problems.pooled(problems.subset(changed, examples, test), factor))
+    if data == "mnist-exchanged":
+        whole = exchanged(problems.real("mnist", job, _EXCHANGED))
+        part = problems.subset(whole, examples, test)
+    else:
+        part = problems.real(data, job, examples, test)
+    return problems.as_images(problems.pooled(problems.centred(part) if centred else part, factor))
 
 
 def exchanged(data: Dataset) -> Dataset:

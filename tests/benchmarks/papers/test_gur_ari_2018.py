@@ -219,6 +219,8 @@ def test_exchanged_images_train_on_the_test_set(monkeypatch):
     assert found.x_test.shape == (200, 1, 8, 8)
     own = {tuple(image.flatten().tolist()) for image in data.x_test}
     assert {tuple(image.flatten().tolist()) for image in found.x_train} <= own
+    low, high = measures.images(Job(), "mnist-exchanged", 90, 200, centred=True).x_train.aminmax()
+    assert (low, high) == (-0.5, 0.5)
     with pytest.raises(DataUnavailableError, match="no test set"):
         measures.exchanged(replace(data, x_test=None, y_test=None))
 

@@ -1,6 +1,7 @@
 """The data of the reproductions: parts, labels and drawn clouds."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,15 @@ def test_pooling_averages_and_keeps_flat_images_flat():
     image, less = digits.x_train[3].view(8, 8), small.x_train[3].view(4, 4)
     assert float(less[1, 2]) == pytest.approx(float(image[2:4, 4:6].mean()), rel=1e-5)
     assert problems.pooled(digits, 1).x_train is digits.x_train
+
+
+def test_centred_pixels_are_those_of_the_files_less_a_half():
+    pixels = torch.randint(0, 256, (20, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    pixels[0, :, 0, 0], pixels[1, :, 0, 0] = 0, 255
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ([90.0, 120, 60], [60.0, 30, 90]))
+    standard = replace(made(), x_train=(pixels - mean) / deviation, x_test=None, y_test=None)
+    torch.testing.assert_close(problems.centred(standard).x_train, pixels / 255 - 0.5)
+    assert tuple(problems.centred(load("digits")).x_train.aminmax()) == (-0.5, 0.5)
 
 
 def test_labels_can_be_joined_and_permuted():
