@@ -83,6 +83,10 @@ def _toml(path: Path) -> Data:
     return filled
 
 
+class _Text(Template):
+    idpattern = r"(?a:[a-z][a-z0-9_]*(?:-[a-z0-9]+)*)"  # words with hyphens too, as names have them
+
+
 def _filled(value: Any, names: Mapping[str, Any]) -> Any:
     """The value with its texts on one line, names filled in, and ``None`` for "none"."""
     if isinstance(value, dict):
@@ -95,7 +99,7 @@ def _filled(value: Any, names: Mapping[str, Any]) -> Any:
         return None
     if value.startswith("$") and value[1:] in names:
         return names[value[1:]]  # a number stays one
-    text = Template(value).safe_substitute(names)  # dollars of mathematics stay
+    text = _Text(value).safe_substitute(names)  # dollars of mathematics stay
     return " ".join(text.split()) if "\n" in text else text
 
 

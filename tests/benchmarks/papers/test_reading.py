@@ -52,7 +52,7 @@ def test_claims_have_their_bounds_reductions_and_texts(paper):
         'It says "2".',
     )
     assert (low.premise(RAW), low.premise(RAW | {"switch": 0})) == (True, False)
-    assert low.changed == "It was 3. Too late."
+    assert low.changed == "It was 3. Too late. No cost of $late."
     assert low.measure(RAW) == 1.0
     assert (high.at_least, high.runs, high.kind, high.premise) == (0.5, ("toy",), "claim", None)
     assert high.measure(RAW) == 1.0
