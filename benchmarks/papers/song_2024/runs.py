@@ -405,8 +405,8 @@ def at_the_edge(
 
     Returns:
         Columns of each phase, those of ``Monitor``, and the losses of all its steps: at the edge
-        they go up and down, so that single ones say little. ``relaxations``
-        are those of ``critical_experiment``.
+        they go up and down, so that single ones say little. ``relaxations`` are
+        those of ``critical_experiment``.
     """
     data = dataset(job, "mlp", examples, 1)
     k = data.num_classes
