@@ -34,9 +34,13 @@ def dataset(job: Job, model: str, examples: int, pool: int) -> Dataset:
 
 
 def network(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
-    """Returns one of the paper's five architectures, freshly drawn."""
+    """Returns one of the paper's five architectures, freshly drawn, or ResNet8 without its norm."""
     outputs = data.num_classes
     shape = tuple(data.x_train.shape[1:])
+
+    def resnet8() -> nn.Module:
+        return networks.resnet(outputs, (width, 2 * width, 4 * width), 1)
+
     makers: dict[str, Callable[[], nn.Module]] = {
         "mlp": lambda: mlp(math.prod(shape), outputs, width=width),
         "cnn": lambda: CNN((shape[0], shape[1], shape[2]), outputs, width=width),
@@ -50,7 +54,8 @@ def network(job: Job, model: str, data: Dataset, width: int) -> nn.Module:
             )
         ),
         "vgg11": lambda: networks.vgg11(outputs, width=width),
-        "resnet8": lambda: networks.resnet(outputs, (width, 2 * width, 4 * width), 1),
+        "resnet8": resnet8,
+        "resnet8-without-norm": lambda: networks.without_norm(resnet8()),
     }
     return networks.made(job, makers[model])
 
@@ -246,6 +251,7 @@ def by_examples(
     job: Job,
     *,
     model: str,
+    loss: str = "mse",
     lr: float,
     width: int,
     pool: int,
@@ -261,7 +267,7 @@ def by_examples(
 
     def sgd_on(count: int) -> Columns:
         data = dataset(job, model, count, pool)
-        problem = problem_of(job, model, data, width)
+        problem = problem_of(job, model, data, width, loss)
         hessian, k = problem.hessian(), data.num_classes
         subspace = so.DominantSubspace(hessian, k, refresh=1, tol=1e-2, seed=job.seed)
 

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.papers import checkpoint, problems
 from benchmarks.papers.catalogue import PAPERS
@@ -67,12 +68,15 @@ def run_of_clouds(monkeypatch):
     return measure
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "transformer", "vgg11", "resnet8"])
+@pytest.mark.parametrize(
+    "model", ["mlp", "cnn", "transformer", "vgg11", "resnet8", "resnet8-without-norm"]
+)
 def test_the_models_take_their_data(monkeypatch, model):
     monkeypatch.setattr(problems, "real", clouds)
     data = runs.dataset(Job(), model, 6, 1)
     net = runs.network(Job(), model, data, 2)
     assert net(data.x_train).shape == (6, data.num_classes)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == (model == "resnet8")
     if data.x_train.dim() == 4:
         assert runs.dataset(Job(), model, 6, 2).x_train.shape == (6, 3, 16, 16)
 
