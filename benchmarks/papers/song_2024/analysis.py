@@ -131,7 +131,7 @@ def achieved(raw: Raw, branch: str, plain: str = "SGD", chi: str = "") -> float:
         diverges, which is not that it fails to lower the loss.
     """
     losses = raw["losses"]
-    at_rest = raw["relaxations"] is None or raw["relaxations"] >= _AT_REST  # of Adam there are none
+    at_rest = not raw["relaxations"] < _AT_REST  # of Adam there are none, which is NaN
     clear = over_scatter(raw, plain) >= 1 and at_rest
     if not clear or not _half_aligned(raw, chi):
         return math.nan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, Final, Literal
 
 import torch
@@ -46,7 +47,7 @@ def with_momentum(
     data = dataset(job, "mlp", examples, 1)
     problem = problem_of(job, "mlp", data, width)
     hessian = problem.hessian()
-    raw: Raw = {"switch_step": switch, "losses": {}, "relaxations": None}
+    raw: Raw = {"switch_step": switch, "losses": {}, "relaxations": math.nan}
     kept: dict[str, Any] = {}
     for name in ("before", *BRANCHES):
         warm = name == "before"
