@@ -141,6 +141,19 @@ def achieved(raw: Raw, branch: str, plain: str = "SGD", chi: str = "") -> float:
     return float(np.clip(share, -1, 2))
 
 
+def achieved_below_edge(raw: Raw, branch: str, plain: str, chi: str) -> float:
+    """What ``achieved`` gives of the steps at which λ_k of the branch is not yet at 2/η."""
+    part = raw[branch]
+    rows = zip(part["step"], part["eigenvalues"], part["threshold"], strict=True)
+    at_edge = (step for step, top, edge in rows if top[-1] >= edge)
+    first = next(at_edge, math.inf) - raw["switch_step"]
+    losses = {
+        name: [loss for step, loss in enumerate(raw["losses"][name]) if step <= first]
+        for name in (branch, plain)
+    }
+    return achieved(raw | {"losses": losses}, branch, plain, chi)
+
+
 def _half_aligned(raw: Raw, chi: str) -> bool:
     """Whether mean χ_k is 0.5; true where no column is told."""
     return not chi or mean(raw, chi) >= _HARDLY_ALIGNED
