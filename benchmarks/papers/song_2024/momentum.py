@@ -33,12 +33,12 @@ def with_momentum(
     measure: int,
     control_lr: float,
     refresh: int | Literal["auto"] = "auto",
-    projected: Literal["update", "gradient"] = "update",
+    projected: Literal["update", "gradient", "both"] = "update",
 ) -> Raw:
     """SGD with momentum, or Adam; from the switch on it, its projections, and SGD without momentum.
 
     The momentum goes on through the switch. Projected is the step that comes of it, while it sees
-    the whole gradients; or, as another reading, each gradient that it sees.
+    the whole gradients; or, as other readings, each gradient that it sees, or both.
 
     Returns:
         Columns of each phase, those of ``Monitor``, and the losses over all data at each step of a
@@ -58,9 +58,9 @@ def with_momentum(
         if not warm and not control:
             stepper.load_state_dict(copy.deepcopy(kept["optimizer"]))
         subspace = so.DominantSubspace(hessian, data.num_classes, refresh=refresh, seed=job.seed)
-        if name in _PARTS and projected == "update":
+        if name in _PARTS and projected != "gradient":
             so.project_updates(stepper, subspace, _PARTS[name])
-        elif name in _PARTS:
+        if name in _PARTS and projected != "update":
             _project_gradients(stepper, subspace, _PARTS[name])
         raw[name], rows = watched(
             job,

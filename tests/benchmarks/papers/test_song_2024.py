@@ -178,15 +178,23 @@ def test_branches_with_momentum_begin_where_the_part_before_ended(run_of_clouds,
 @pytest.mark.filterwarnings("ignore::subspace_optim.ConvergenceWarning")
 def test_projected_gradients_and_projected_steps_are_one_for_what_is_linear(run_of_clouds):
     """SGD without a buffer is; Adam, which divides by what it saw, is not."""
-    steps, gradients = (
+    steps, gradients, both = (
         run_of_clouds("momentum-sgd", Job(0), refresh=1, switch=0, after=1, projected=which)
-        for which in ("update", "gradient")
+        for which in ("update", "gradient", "both")
     )
     for name in ("Dom", "Bulk"):
         assert gradients["losses"][name] == pytest.approx(steps["losses"][name], rel=1e-6)
-    seen = run_of_clouds("momentum-adam-gradient", Job(0), refresh=1)
+        assert both["losses"][name] == pytest.approx(steps["losses"][name], rel=1e-6)
+    step, seen, twice = (
+        run_of_clouds(name, Job(0), refresh=1)
+        for name in ("momentum-adam", "momentum-adam-gradient", "momentum-adam-both")
+    )
     assert max(seen["Dom"]["chi_update"]) < 0.99
-    assert seen["losses"]["plain"] == run_of_clouds("momentum-adam", Job(0))["losses"]["plain"]
+    assert min(twice["Dom"]["chi_update"]) == pytest.approx(1, abs=1e-3)
+    assert step["losses"]["plain"] == seen["losses"]["plain"] == twice["losses"]["plain"]
+    for name in ("Dom", "Bulk"):  # what Adam divides by is of other gradients
+        assert twice["losses"][name][1:] != pytest.approx(step["losses"][name][1:], rel=1e-6)
+        assert twice["losses"][name][1:] != pytest.approx(seen["losses"][name][1:], rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
