@@ -145,12 +145,9 @@ def achieved_below_edge(raw: Raw, branch: str, plain: str, chi: str) -> float:
     """What ``achieved`` gives of the steps at which λ_k of the branch is not yet at 2/η."""
     part = raw[branch]
     rows = zip(part["step"], part["eigenvalues"], part["threshold"], strict=True)
-    at_edge = (step for step, top, edge in rows if top[-1] >= edge)
-    first = next(at_edge, math.inf) - raw["switch_step"]
-    losses = {
-        name: [loss for step, loss in enumerate(raw["losses"][name]) if step <= first]
-        for name in (branch, plain)
-    }
+    steps = (step - raw["switch_step"] for step, top, edge in rows if top[-1] >= edge)
+    last = next(steps, max(map(len, raw["losses"].values())))
+    losses = {name: raw["losses"][name][: last + 1] for name in (branch, plain)}
     return achieved(raw | {"losses": losses}, branch, plain, chi)
 
 
