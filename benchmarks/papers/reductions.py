@@ -92,11 +92,6 @@ def smallest(raw: Raw, *paths: str) -> float:
     return float(min(np.min(column(raw, path)) for path in paths))
 
 
-def smallest_size(raw: Raw, *paths: str) -> float:
-    """Returns the smallest absolute value of columns, or of numbers."""
-    return float(min(np.min(np.abs(column(raw, path))) for path in paths))
-
-
 def largest_size(raw: Raw, path: str) -> float:
     """Returns the largest absolute value of a column."""
     return float(max(map(abs, column(raw, path))))

@@ -92,11 +92,17 @@ def gap_at_k(raw: Raw) -> float:
     return median_of(found)
 
 
-def decrease(losses: Sequence[float]) -> float:
-    """From the mean over the first fifth to that over the last; what is no number is infinite."""
+def _ends(losses: Sequence[float]) -> tuple[float, float]:
+    """Means over the first and the last fifth; what is no number is infinite."""
     fifth = max(1, len(losses) // 5)
     known = [loss if math.isfinite(loss) else math.inf for loss in losses]
-    return mean_of(known[:fifth]) - mean_of(known[-fifth:])
+    return mean_of(known[:fifth]), mean_of(known[-fifth:])
+
+
+def decrease(losses: Sequence[float]) -> float:
+    """From the mean over the first fifth to that over the last."""
+    first, last = _ends(losses)
+    return first - last
 
 
 def over_scatter(raw: Raw, branch: str) -> float:
@@ -131,7 +137,7 @@ def achieved(raw: Raw, branch: str, plain: str = "SGD", chi: str = "") -> float:
         diverges, which is not that it fails to lower the loss.
     """
     losses = raw["losses"]
-    at_rest = not raw["relaxations"] < _AT_REST  # of Adam there are none, which is NaN
+    at_rest = not raw["relaxations"] < _AT_REST  # with momentum none are told, which is NaN
     clear = over_scatter(raw, plain) >= 1 and at_rest
     if not clear or not _half_aligned(raw, chi):
         return math.nan
@@ -139,16 +145,6 @@ def achieved(raw: Raw, branch: str, plain: str = "SGD", chi: str = "") -> float:
     if branch.startswith("Dom") and not math.isfinite(share):
         return math.nan
     return float(np.clip(share, -1, 2))
-
-
-def achieved_below_edge(raw: Raw, branch: str, plain: str, chi: str) -> float:
-    """What ``achieved`` gives of the steps at which λ_k of the branch is not yet at 2/η."""
-    part = raw[branch]
-    rows = zip(part["step"], part["eigenvalues"], part["threshold"], strict=True)
-    steps = (step - raw["switch_step"] for step, top, edge in rows if top[-1] >= edge)
-    last = next(steps, max(map(len, raw["losses"].values())))
-    losses = {name: raw["losses"][name][: last + 1] for name in (branch, plain)}
-    return achieved(raw | {"losses": losses}, branch, plain, chi)
 
 
 def _half_aligned(raw: Raw, chi: str) -> bool:
@@ -270,6 +266,29 @@ def more_aligned_on_more(raw: Raw) -> float:
     return mean(raw, f"{most}.chi_gradient") - mean(raw, f"{fewest}.chi_gradient")
 
 
+def of_each_batch_size(raw: Raw) -> Iterator[Curve]:
+    """Yields χ_k along SGD from the switch on, for each size of minibatches."""
+    for number, size in enumerate(raw["batch_sizes"]):
+        part = raw[str(size)]
+        shade = number / max(len(raw["batch_sizes"]) - 1, 1)
+        yield Curve(part["step"], part["chi_gradient"], f"minibatches of {size}", shade)
+
+
+def aligned_with(raw: Raw, place: int) -> float:
+    """Mean χ_k over the second half after the switch, with one of the sizes of minibatches."""
+    return late_mean(raw, f"{raw['batch_sizes'][place]}.chi_gradient")
+
+
+def aligned_by_noise(raw: Raw) -> float:
+    """How much of what χ_k lacks to 0.9 the smallest minibatches bring, over the second half.
+
+    NaN where 0.05 or less is lacking with those before the switch.
+    """
+    before, noisier = (aligned_with(raw, place) for place in (0, -1))
+    lacking = ALIGNED - before
+    return (noisier - before) / lacking if lacking > 0.05 else math.nan
+
+
 # --- noise -------------------------------------------------------------------------------------
 
 
@@ -385,6 +404,19 @@ def sharpened(raw: Raw) -> float:
     """λ_1 where it settles, the median of the last quarter before the switch, over the start's."""
     top = [row[0] for row in raw["before"]["eigenvalues"]]
     return float(statistics.median(top[3 * len(top) // 4 :]) / top[0])
+
+
+def left_below_the_edge(raw: Raw, branch: str, plain: str) -> float:
+    """Mean loss over the last fifth of a branch in the bulk, over the plain optimizer's.
+
+    NaN where λ_{k+1} comes to 2/η along the branch: then the bulk is unstable too.
+    """
+    part = raw[branch]
+    rows = zip(part["next_eigenvalues"], part["threshold"], strict=True)
+    if any(following[0] >= edge for following, edge in rows):
+        return math.nan
+    (_, last), (_, last_of_plain) = (_ends(raw["losses"][name]) for name in (branch, plain))
+    return last / last_of_plain
 
 
 def aligned_at_the_edge(raw: Raw, threshold: str, chi: str) -> float:

@@ -58,9 +58,9 @@ def with_momentum(
         if not warm and not control:
             stepper.load_state_dict(copy.deepcopy(kept["optimizer"]))
         subspace = so.DominantSubspace(hessian, data.num_classes, refresh=refresh, seed=job.seed)
-        if name in _PARTS and projected != "gradient":
+        if name in _PARTS and projected in ("update", "both"):
             so.project_updates(stepper, subspace, _PARTS[name])
-        if name in _PARTS and projected != "update":
+        if name in _PARTS and projected in ("gradient", "both"):
             _project_gradients(stepper, subspace, _PARTS[name])
         raw[name], rows = watched(
             job,

@@ -230,8 +230,7 @@ def in_shuffled_epochs(
         place = step % epoch
         if place not in (0, half):  # the last step is recorded whatever it is
             return None
-        chi = so.diagnostics.alignment(hessian.gradient(), subspace.refresh())
-        return {"place": int(place == half), "chi_gradient": float(chi)}
+        return {"place": int(place == half), "chi_gradient": _alignment(hessian, subspace)}
 
     rows = train(
         job,
@@ -245,6 +244,11 @@ def in_shuffled_epochs(
         first=first,
     )
     return columns(rows, ("step", "place", "chi_gradient"))
+
+
+def _alignment(hessian: so.HessianOperator, subspace: so.DominantSubspace) -> float:
+    """χ_k of the gradient over all data."""
+    return float(so.diagnostics.alignment(hessian.gradient(), subspace.refresh()))
 
 
 def by_examples(
@@ -274,8 +278,7 @@ def by_examples(
         def record(step: int) -> Row | None:
             if step == 0:
                 return None
-            chi = so.diagnostics.alignment(hessian.gradient(), subspace.refresh())
-            return {"loss": hessian.loss(), "chi_gradient": float(chi)}
+            return {"loss": hessian.loss(), "chi_gradient": _alignment(hessian, subspace)}
 
         rows = train(
             job,
@@ -316,6 +319,50 @@ def _probe(problem: Problem, k: int, seed: int) -> Callable[[int], Row]:
 
 
 _OF_A_PROBE: Final = ("step", "loss", "chi_gradient", "eigenvalues", "next_eigenvalues")
+
+
+def by_batch_size(
+    job: Job,
+    *,
+    model: str,
+    loss: str,
+    lr: float,
+    width: int,
+    examples: int,
+    pool: int = 1,
+    switch: int,
+    steps: int,
+    every: int,
+    batch_sizes: Sequence[int],
+) -> Raw:
+    """SGD with minibatches of one size; from the switch on with those of others too.
+
+    Returns:
+        The switch, the sizes, the first one being that before the switch, and of each columns
+        from the switch on.
+    """
+    data = dataset(job, model, examples, pool)
+    problem = problem_of(job, model, data, width, loss)
+    probe, sgd = _probe(problem, data.num_classes, job.seed), problem.sgd(lr)
+    train(job, "before", problem, sgd, steps=switch, batch_size=batch_sizes[0], replacement=True)
+    at_switch = copy.deepcopy(problem.model.state_dict())
+    raw: Raw = {"switch_step": switch, "batch_sizes": list(batch_sizes)}
+    for size in batch_sizes:
+        problem.model.load_state_dict(at_switch)
+        rows = train(
+            job,
+            f"of-{size}",
+            problem,
+            sgd,
+            steps=steps,
+            batch_size=size,
+            replacement=True,
+            record=probe,
+            every=every,
+            first=switch,
+        )
+        raw[str(size)] = columns(rows, _OF_A_PROBE)
+    return raw
 
 
 def switching(
@@ -433,7 +480,7 @@ def at_the_edge(
         more = {} if kind is plain else {"subspace": subspace}
         optimizer = kind(net.parameters(), **options, **more)
         measures = so.measures.dominant()
-        if kind is plain:
+        if kind is not dom:
             measures.append(so.measures.next_eigenvalues(k))
         losses: list[float] = []
         raw["losses"][name] = losses

@@ -125,6 +125,20 @@ def test_shuffled_epochs_are_measured_at_their_ends_and_half_way(run_of_clouds):
 
 
 @pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
+def test_minibatches_of_each_size_go_on_from_one_point(run_of_clouds):
+    raw = run_of_clouds("batches-mlp-ce", Job(0), batch_sizes=[6, 24, 6])
+    assert raw["batch_sizes"] == [6, 24, 6]
+    same, other = raw["6"], raw["24"]
+    assert same["step"] == other["step"] == [8, 10, 12]
+    assert same["chi_gradient"][0] == other["chi_gradient"][0]
+    assert same["loss"][0] == other["loss"][0]
+    assert same["loss"][-1] != other["loss"][-1]
+    # What is measured at the switch is what a training of as many steps comes to.
+    further = run_of_clouds("batches-mlp-ce", Job(0), batch_sizes=[6], switch=12, steps=1)
+    assert further["6"]["loss"][0] == same["loss"][-1]
+
+
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
 def test_losses_of_a_branch_are_taken_at_one_step_in_so_many(run_of_clouds):
     whole, some = (
         run_of_clouds("sgd-mlp-mse", Job(0), shuffled=0, loss_every=every) for every in (1, 2)
