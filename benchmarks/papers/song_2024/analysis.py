@@ -252,26 +252,18 @@ def eigenvalues(raw: Raw, name: str, *parts: str) -> Iterator[Curve]:
             yield Curve(steps, each)
 
 
-def on_so_many(raw: Raw) -> Iterator[Curve]:
-    """Yields χ_k along SGD, for each number of examples."""
-    for number, count in enumerate(raw["counts"]):
+def of_each(raw: Raw, counts: str, label: str) -> Iterator[Curve]:
+    """Yields χ_k along SGD, for each number of examples, in all or of a minibatch."""
+    for number, count in enumerate(raw[counts]):
         part = raw[str(count)]
-        shade = number / max(len(raw["counts"]) - 1, 1)
-        yield Curve(part["step"], part["chi_gradient"], f"{count:,} images", shade)
+        shade = number / max(len(raw[counts]) - 1, 1)
+        yield Curve(part["step"], part["chi_gradient"], label.format(count), shade)
 
 
 def more_aligned_on_more(raw: Raw) -> float:
     """How much larger χ_k is on average on the most examples than on the fewest."""
     fewest, *_, most = raw["counts"]
     return mean(raw, f"{most}.chi_gradient") - mean(raw, f"{fewest}.chi_gradient")
-
-
-def of_each_batch_size(raw: Raw) -> Iterator[Curve]:
-    """Yields χ_k along SGD from the switch on, for each size of minibatches."""
-    for number, size in enumerate(raw["batch_sizes"]):
-        part = raw[str(size)]
-        shade = number / max(len(raw["batch_sizes"]) - 1, 1)
-        yield Curve(part["step"], part["chi_gradient"], f"minibatches of {size}", shade)
 
 
 def aligned_with(raw: Raw, place: int) -> float:
