@@ -19,7 +19,7 @@ from benchmarks.optimizers import step_together
 from benchmarks.papers.checkpoint import Checkpoint
 from benchmarks.papers.reproduction import Job
 from benchmarks.progress import doing
-from subspace_optim.curvature.contexts import in_mode, seeded
+from subspace_optim.curvature.contexts import Mode, in_mode, seeded
 
 Row = dict[str, Any]
 _CHUNK = 1000
@@ -46,11 +46,12 @@ class Problem:
         """Returns SGD; gradient descent, where all examples are a batch."""
         return torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
 
-    def hessian(self, chunk: int | None = None) -> so.HessianOperator:
-        """Returns the Hessian over all examples, so many at a time."""
+    def hessian(self, chunk: int | None = None, mode: Mode | None = None) -> so.HessianOperator:
+        """Returns the Hessian over all examples, so many at a time, of the model in a mode."""
         size = chunk or len(self.x)
         batches = list(zip(self.x.split(size), self.y.split(size), strict=True))
-        return so.HessianOperator(self.model, self.loss_fn, batches if chunk else (self.x, self.y))
+        data = batches if chunk else (self.x, self.y)
+        return so.HessianOperator(self.model, self.loss_fn, data, mode=mode)
 
     def loss_of(self, x: Tensor, y: Tensor, seed: int) -> Tensor:
         """Returns the loss of a minibatch, which dropout sees alike whenever it is evaluated."""

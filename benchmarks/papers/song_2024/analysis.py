@@ -46,10 +46,14 @@ def aligned_late(raw: Raw, path: str) -> bool:
 # --- the critical experiment -------------------------------------------------------------------
 
 
-def _spectra(raw: Raw) -> Iterator[tuple[list[float], list[float]]]:
-    """The top k and the next k eigenvalues along SGD, where known; not of random parameters."""
-    for phase in ("warmup", "SGD"):
-        part = raw["phases"][phase]
+def _spectra(raw: Raw, *parts: str) -> Iterator[tuple[list[float], list[float]]]:
+    """The top k and the next k eigenvalues along SGD, where known; not of random parameters.
+
+    Along the parts of a run that are named, or up to its switch and from there on.
+    """
+    phases = raw.get("phases", raw)
+    for name in parts or ("warmup", "SGD"):
+        part = phases[name]
         rows = zip(part["step"], part["eigenvalues"], part["next_eigenvalues"], strict=True)
         for step, top, following in rows:
             known = isinstance(following, list) and following and statistics.fmean(following) > 0
@@ -64,7 +68,7 @@ def rank_gap(raw: Raw) -> float:
     )
 
 
-def gap_beyond_smooth(raw: Raw) -> float:
+def gap_beyond_smooth(raw: Raw, *parts: str) -> float:
     """Median along SGD of geometric mean top k over next k, over that of λ_i = 1/i.
 
     That is 2.45 for k = 2, and 3.36 for k = 10. A geometric mean, since one λ_1 of 20 makes the
@@ -72,9 +76,18 @@ def gap_beyond_smooth(raw: Raw) -> float:
     """
     return median_of(
         geometric_mean(top) / geometric_mean(following) / _smooth_gap(len(top))
-        for top, following in _spectra(raw)
+        for top, following in _spectra(raw, *parts)
         if min(following) > 0
     )
+
+
+def parted_in_eval_mode(raw: Raw) -> float:
+    """How much of what `gap_beyond_smooth` lacks to 1 eval mode brings; of logarithms.
+
+    NaN where it lacks 0.05 or less in train mode.
+    """
+    in_train, in_eval = (math.log(gap_beyond_smooth(raw, mode)) for mode in ("train", "eval"))
+    return 1 - in_eval / in_train if in_train < -0.05 else math.nan
 
 
 def _smooth_gap(k: int) -> float:

@@ -21,6 +21,7 @@ from benchmarks.papers.checkpoint import Checkpoint
 from benchmarks.papers.reproduction import Job, Raw
 from benchmarks.papers.training import Problem, Row, train
 from benchmarks.progress import doing
+from subspace_optim.curvature.contexts import Mode
 from subspace_optim.diagnostics.rows import Measures
 
 Columns = dict[str, list[Any]]
@@ -296,12 +297,47 @@ def by_examples(
     return {"counts": list(counts)} | {str(count): sgd_on(count) for count in counts}
 
 
+_MODES: Final[tuple[Mode, Mode]] = ("train", "eval")
+
+
+def by_mode(
+    job: Job, *, model: str, lr: float, width: int, examples: int, pool: int, steps: int, every: int
+) -> Raw:
+    """SGD, and the spectrum at its parameters with batch norm in train mode and in eval mode.
+
+    Returns:
+        Of each mode columns after step 0, where the running statistics are none of the data's.
+    """
+    data = dataset(job, model, examples, pool)
+    problem = problem_of(job, model, data, width)
+    probes = {mode: _probe(problem, data.num_classes, job.seed, mode) for mode in _MODES}
+
+    def record(step: int) -> Row | None:
+        return {mode: probe(step) for mode, probe in probes.items()} if step else None
+
+    rows = train(
+        job,
+        "sgd",
+        problem,
+        problem.sgd(lr),
+        steps=steps,
+        batch_size=50,
+        replacement=True,
+        record=record,
+        every=every,
+    )
+    return {
+        mode: columns([{"step": row["step"]} | row.get(mode, {}) for row in rows], _OF_A_PROBE)
+        for mode in probes
+    }
+
+
 # --- noise: Figures 4-5 and 18-21 --------------------------------------------------------------
 
 
-def _probe(problem: Problem, k: int, seed: int) -> Callable[[int], Row]:
+def _probe(problem: Problem, k: int, seed: int, mode: Mode | None = None) -> Callable[[int], Row]:
     """Measures a training at θ_t: loss, χ_k, and the top 2k eigenvalues, by one solve."""
-    hessian = problem.hessian()
+    hessian = problem.hessian(mode=mode)
     # The k pairs beyond the dominant ones make those converge well below this tolerance.
     subspace = so.DominantSubspace(hessian, 2 * k, refresh=1, tol=1e-2, seed=seed)
 

@@ -139,6 +139,18 @@ def test_minibatches_of_each_size_go_on_from_one_point(run_of_clouds):
 
 
 @pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
+def test_modes_are_two_views_of_one_training_with_batch_norm_and_one_without(run_of_clouds):
+    raw = run_of_clouds("resnet8-modes", Job(0), model="resnet8", width=2)
+    without = run_of_clouds("resnet8-modes", Job(0))  # an MLP
+    assert raw["train"]["step"] == raw["eval"]["step"] == without["eval"]["step"] == [2, 4]
+    assert without["train"] == without["eval"]
+    assert all(a != b for a, b in zip(raw["train"]["loss"], raw["eval"]["loss"], strict=True))
+    # To look in eval mode changes nothing of the training, nor of what train mode shows.
+    once = run_of_clouds("resnet8-modes", Job(0), model="resnet8", width=2, every=4)
+    assert once["train"]["loss"] == raw["train"]["loss"][1:]
+
+
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
 def test_losses_of_a_branch_are_taken_at_one_step_in_so_many(run_of_clouds):
     whole, some = (
         run_of_clouds("sgd-mlp-mse", Job(0), shuffled=0, loss_every=every) for every in (1, 2)
