@@ -47,7 +47,7 @@ class Problem:
         return torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
 
     def hessian(self, chunk: int | None = None, mode: Mode | None = None) -> so.HessianOperator:
-        """Returns the Hessian over all examples, so many at a time, of the model in a mode."""
+        """Returns the Hessian over all examples, so many at a time; of the model in a mode."""
         size = chunk or len(self.x)
         batches = list(zip(self.x.split(size), self.y.split(size), strict=True))
         data = batches if chunk else (self.x, self.y)

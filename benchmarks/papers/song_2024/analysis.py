@@ -69,7 +69,7 @@ def rank_gap(raw: Raw) -> float:
 
 
 def gap_beyond_smooth(raw: Raw, *parts: str) -> float:
-    """Median along SGD of geometric mean top k over next k, over that of λ_i = 1/i.
+    """Median along SGD, or some parts of it, of geometric mean top k over next k, over that of 1/i.
 
     That is 2.45 for k = 2, and 3.36 for k = 10. A geometric mean, since one λ_1 of 20 makes the
     mean of ten eigenvalues 2.9 of which the others are all 1.
@@ -82,12 +82,12 @@ def gap_beyond_smooth(raw: Raw, *parts: str) -> float:
 
 
 def parted_in_eval_mode(raw: Raw) -> float:
-    """How much of what `gap_beyond_smooth` lacks to 1 eval mode brings; of logarithms.
+    """The share of what log `gap_beyond_smooth` lacks to 0 in train mode that eval mode brings.
 
-    NaN where it lacks 0.05 or less in train mode.
+    NaN where 0.05 or less is lacking.
     """
     in_train, in_eval = (math.log(gap_beyond_smooth(raw, mode)) for mode in ("train", "eval"))
-    return 1 - in_eval / in_train if in_train < -0.05 else math.nan
+    return (in_eval - in_train) / -in_train if in_train < -0.05 else math.nan
 
 
 def _smooth_gap(k: int) -> float:
@@ -95,10 +95,10 @@ def _smooth_gap(k: int) -> float:
     return geometric_mean(inverse[:k]) / geometric_mean(inverse[k:])
 
 
-def gap_at_k(raw: Raw) -> float:
+def gap_at_k(raw: Raw, *parts: str) -> float:
     """Median along SGD of λ_k / λ_{k+1}, over the geometric mean of the others up to λ_2k."""
     found = []
-    for top, following in _spectra(raw):
+    for top, following in _spectra(raw, *parts):
         steps, at = len(top) + len(following) - 2, top[-1] / following[0]
         if steps and min(following) > 0:
             found.append(at / (top[0] / following[-1] / at) ** (1 / steps))

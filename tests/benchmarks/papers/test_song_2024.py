@@ -145,9 +145,12 @@ def test_modes_are_two_views_of_one_training_with_batch_norm_and_one_without(run
     assert raw["train"]["step"] == raw["eval"]["step"] == without["eval"]["step"] == [2, 4]
     assert without["train"] == without["eval"]
     assert all(a != b for a, b in zip(raw["train"]["loss"], raw["eval"]["loss"], strict=True))
-    # To look in eval mode changes nothing of the training, nor of what train mode shows.
+    # To look changes nothing of the training, nor of the running statistics.
     once = run_of_clouds("resnet8-modes", Job(0), model="resnet8", width=2, every=4)
-    assert once["train"]["loss"] == raw["train"]["loss"][1:]
+    for mode, part in once.items():
+        assert part == {name: column[1:] for name, column in raw[mode].items()}
+    never = run_of_clouds("resnet8-images", Job(0), model="resnet8", width=2, counts=[24])
+    assert never["24"]["loss"] == raw["train"]["loss"]
 
 
 @pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")
