@@ -130,9 +130,7 @@ def whole_hessian(problem: Problem, mode: Mode | None = None) -> so.HessianOpera
         mode: of the model; ``None``: that of training.
     """
     coloured = problem.x.dim() == 4 and problem.x.shape[1] > 1
-    size = _CHUNK if coloured else len(problem.x)
-    batches = list(zip(problem.x.split(size), problem.y.split(size), strict=True))
-    return so.HessianOperator(problem.model, problem.loss_fn, batches, mode=mode)
+    return problem.hessian(_CHUNK if coloured else len(problem.x), mode)
 
 
 def of_test(model: nn.Module, data: Dataset, mode: Mode | None = None) -> so.HessianOperator | None:
