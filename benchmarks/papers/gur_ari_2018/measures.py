@@ -109,6 +109,11 @@ def half_square(output: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (output - target).square().sum(dim=-1).mean()
 
 
+def of_all_labels(output: Tensor, _: Tensor) -> Tensor:
+    """Returns the cross-entropy of each example with every label, a mean over labels: of none."""
+    return -output.log_softmax(dim=-1).mean()
+
+
 @torch.no_grad()
 def settle(problem: Problem, seed: int) -> None:
     """Gives running statistics their values at the start, as minibatches of training do.

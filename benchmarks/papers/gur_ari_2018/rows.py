@@ -22,6 +22,7 @@ from benchmarks.papers.gur_ari_2018.measures import (
     half_square,
     images,
     mean_overlap,
+    of_all_labels,
     of_test,
     overlap_of,
     whole_hessian,
@@ -48,11 +49,12 @@ def table_row(
     f_top_at: Sequence[int] = (),
     start: str = "torch",
     mode: Mode | None = None,
+    unlabelled: bool = False,
 ) -> Raw:
     """Measures a row of Table 1 on images, and f_top along the way (Figure 12).
 
     Where labels are random, those for testing are permuted as well, and the overlap with their own
-    is measured beside.
+    is measured beside; and if ``unlabelled`` that of the test set with every label for each image.
 
     Returns:
         The overlaps on both sets, their means, and f_top.
@@ -67,12 +69,16 @@ def table_row(
     problem = Problem(network, cross_entropy, part.x_train, part.y_train)
     hessian, tested = whole_hessian(problem, mode), of_test(network, part, mode)
     own = of_test(network, true, mode) if row_of["random_labels"] else None
+    none = None
+    if unlabelled and part.test is not None:
+        none = whole_hessian(Problem(network, of_all_labels, *part.test), mode)
 
     def record(step: int) -> Row:
         row: Row = {}
         if step % every == 0:
             row |= {"at": step} | cheap(hessian, tested)
             row |= {} if own is None else {"overlap_own": overlap_of(own)}
+            row |= {} if none is None else {"overlap_unlabelled": overlap_of(none)}
         if step in f_top_at:
             row |= {"saved": step, "f_top": f_top(hessian, part.num_classes)}
         return row
@@ -134,10 +140,11 @@ def _trained(
 
 def _means(case: str, rows: Sequence[Row], first: int) -> Raw:
     """The series, and means of the overlaps from a step on."""
-    names = ("at", "loss", "overlap", "overlap_test", "overlap_own", "saved", "f_top")
+    overlaps = ("overlap", "overlap_test", "overlap_own", "overlap_unlabelled")
+    names = ("at", "loss", *overlaps, "saved", "f_top")
     raw: Raw = {"case": case} | {name: column(rows, name) for name in names}
     late = [i for i, step in enumerate(raw["at"]) if step >= first]
-    for name in ("overlap", "overlap_test", "overlap_own"):
+    for name in overlaps:
         if raw[name]:
             raw[f"mean_{name}"] = float(np.mean([raw[name][i] for i in late]))
     return raw

@@ -27,6 +27,7 @@ from benchmarks.papers.gur_ari_2018 import (
     solvable,
 )
 from benchmarks.papers.gur_ari_2018.cases import CASES
+from benchmarks.papers.gur_ari_2018.measures import of_all_labels
 from benchmarks.papers.reproduction import Job
 from benchmarks.papers.training import Problem, performance, top_of
 from tests.benchmarks.papers.tiny import claim_of
@@ -159,6 +160,18 @@ def test_labels_for_testing_are_permuted_where_those_for_training_are(measured):
     assert raw["overlap_own"] != raw["overlap_test"]
     assert raw["mean_overlap_own"] == pytest.approx(np.mean(raw["overlap_own"][1:]), rel=1e-5)
     assert not measured("softmax")["overlap_own"]
+
+
+def test_of_every_label_the_gradient_is_the_mean_over_constant_labels(measured):
+    outputs = torch.randn(7, 4, dtype=torch.float64)
+    none = of_all_labels(outputs, torch.zeros(7))
+    of_each = [cross_entropy(outputs, torch.full((7,), label)) for label in range(4)]
+    torch.testing.assert_close(none, torch.stack(of_each).mean())
+    raw = measured("fc-random-unlabelled")
+    late = raw["overlap_unlabelled"][1:]
+    assert raw["mean_overlap_unlabelled"] == pytest.approx(np.mean(late), rel=1e-5)
+    assert not {*late} & {*raw["overlap_test"], *raw["overlap_own"]}
+    assert not measured("fc-random")["overlap_unlabelled"]
 
 
 def test_linear_regression_has_two_parameters_and_overlaps_by_its_condition(measured):
