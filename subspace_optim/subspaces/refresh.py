@@ -80,7 +80,8 @@ class ByAngle(RefreshRule):
 
     The sine of the largest angle is estimated from the drift of the parameters. The basis is due
     once that is above ``max_angle`` (half of it, if no probe has come since the refresh), or the
-    drift is twice as long as those at which the estimate was checked. Then it is
+    drift is twice as long as those at which the estimate was checked (after a state without a gap,
+    as long as the drift since then). Then it is
 
     1. *probed*: two products tell how stale it is, and whether a direction of the bulk has come to
        the top;
@@ -347,7 +348,11 @@ class ByAngle(RefreshRule):
         )
         self.stats.cold += 1
         known = self.pairs if self.fits() else None
-        until = math.inf if known is None else _half_gap(known, pairs, self._drift())
+        until = math.inf
+        if known is not None:
+            drift = self._drift()
+            # Out of a state without a gap, how the eigenvalues move is known of this drift alone.
+            until = drift.length if self.gapless else _half_gap(known, pairs, drift)
         self.settle(pairs)
         if not self.gapless:
             left = total_staleness(pairs.basis, pairs.guard)

@@ -227,6 +227,7 @@ def test_a_direction_that_enters_from_the_bulk_is_noticed_though_no_residual_sho
     assert (subspace.stats.cold, subspace.stats.refreshes) == (2, 2)
 
 
+@pytest.mark.filterwarnings("ignore::subspace_optim.NoGapWarning")  # where one passes another
 @pytest.mark.parametrize("seed", range(12))
 def test_eigenvalues_that_fall_though_no_vector_turns_are_noticed(seed):
     """Two of the top three shrink by 3 % a step, until others pass them: no ageing ever shows."""
@@ -348,6 +349,29 @@ def test_without_a_gap_there_is_one_warning_and_a_solve_for_each_state():
     nudge(model)
     subspace.update()
     assert subspace.stats.refreshes == refreshes
+
+
+def test_after_a_state_without_a_gap_a_basis_is_probed_soon_whatever_was_known_before():
+    values = torch.cat([torch.tensor([9.0, 7.0, 3.0]), torch.linspace(-1, 1, 40)]).double()
+    third = torch.tensor([2])
+    model = Drifting(values)
+    subspace = so.DominantSubspace(DenseOperator(model), 2)
+    for _ in range(8):  # drifts of up to 8, along which nothing turns
+        subspace.update()
+        nudge(model, 1.0)
+    model.values = values.index_fill(0, third, 7.0)
+    nudge(model, 100.0)
+    with pytest.warns(so.NoGapWarning, match="cannot be told apart"):
+        subspace.update()
+    model.values = values
+    nudge(model)
+    subspace.update()
+    assert subspace.stats.estimate < MAX_ANGLE, "there is a gap again"
+    model.values = values.index_fill(0, third, 8.0)
+    for _ in range(2):
+        nudge(model)
+        basis = subspace.update()
+    assert true_sine(model.hessian(values), basis.vectors) < MAX_ANGLE
 
 
 def test_all_of_the_space_is_solved_for_once():
