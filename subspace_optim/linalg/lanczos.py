@@ -35,6 +35,11 @@ from subspace_optim.linalg.products import own_precision
 
 _CROWDED = 10.0
 """Eigenvalues that differ by less than this many residuals may hide another between them."""
+_ALIKE = 0.5
+"""... or, whatever their residuals, by less than epsilon to this power, relative to all of them.
+
+The part of a Krylov space that tells such from each other is lost in rounding.
+"""
 _RESOLVED = 0.25
 """The residual of the next pair that tells where the bulk begins, relative to the gap above it."""
 _MISS_PROBABILITY = 1e-2
@@ -200,7 +205,7 @@ class _Lanczos(Krylov):
         Only a third that would be among the top k itself matters.
         """
         above = self.values[: max(1, self.k - 1)]
-        width = max(_CROWDED * self.residuals.max(), 50 * self.epsilon * self.scale)
+        width = max(_CROWDED * self.residuals.max(), self.epsilon**_ALIKE * self.scale)
         close: NDArray[np.float64] = above[1:][-np.diff(above) <= width]
         return close
 

@@ -123,6 +123,19 @@ def test_restarts_lose_no_eigenpair(spectrum, data, dtype):
     check(solution, matrix, k, TIGHT[dtype])
 
 
+@pytest.mark.parametrize("gap", [1e-13, 1e-12, 1e-10, 1e-9, 1e-6])
+def test_a_repeated_eigenvalue_just_below_another_is_found_twice(gap, monkeypatch):
+    """Three of the top four are as good as one, which two start vectors hold two directions of."""
+    monkeypatch.setattr(krylov, "_SMALL", 0)
+    spectrum = torch.tensor([1.0, gap, 0.0, 0.0, -1.0, -1.0, -2.0], dtype=torch.float64)
+    for seed in range(100):
+        matrix = Matrix(symmetric(spectrum, seed))
+        solution = solve(matrix, 4, 1e-9, torch.float64, seed=seed, max_products=4000)
+        torch.testing.assert_close(
+            solution.basis.eigenvalues, spectrum[:4], rtol=0, atol=1e-8, msg=f"seed {seed}"
+        )
+
+
 def _followed_by(*top: float, bulk: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
     return lambda n: torch.cat([torch.tensor(top).double(), bulk(n - len(top)).double()])
 
