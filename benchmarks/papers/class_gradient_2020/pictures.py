@@ -197,7 +197,7 @@ def table_limits(raws: RawOfSeeds) -> Rows:
     for name, of_seeds in raws.items():
         scores = "an eighth of its scores"
         if "unscaled" in name:
-            scores = "its scores"
+            scores = "its scores, wider" if "lower" in name else "its scores"
         elif "without-norm" in name:
             scores = "its scores, without batch norm"
         for method in next(iter(of_seeds.values()), {"curves": ()})["curves"]:

@@ -138,9 +138,11 @@ def whole_hessian(problem: Problem, mode: Mode | None = None) -> so.HessianOpera
     return problem.hessian(_CHUNK if coloured else len(problem.x), mode)
 
 
-def of_test(model: nn.Module, data: Dataset, mode: Mode | None = None) -> so.HessianOperator | None:
-    """Returns the Hessian of the cross-entropy over the test set, if there is one."""
-    return data.test and whole_hessian(Problem(model, cross_entropy, *data.test), mode)
+def of_test(
+    model: nn.Module, data: Dataset, mode: Mode | None = None, loss_fn: Loss = cross_entropy
+) -> so.HessianOperator | None:
+    """Returns the Hessian of a loss over the test set, if there is one."""
+    return data.test and whole_hessian(Problem(model, loss_fn, *data.test), mode)
 
 
 # --- what is measured at one point -------------------------------------------------------------

@@ -69,9 +69,7 @@ def table_row(
     problem = Problem(network, cross_entropy, part.x_train, part.y_train)
     hessian, tested = whole_hessian(problem, mode), of_test(network, part, mode)
     own = of_test(network, true, mode) if row_of["random_labels"] else None
-    none = None
-    if unlabelled and part.test is not None:
-        none = whole_hessian(Problem(network, of_all_labels, *part.test), mode)
+    none = of_test(network, part, mode, of_all_labels) if unlabelled else None
 
     def record(step: int) -> Row:
         row: Row = {}
